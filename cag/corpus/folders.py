@@ -1,0 +1,87 @@
+"""Files below a folder, in natural order, without hidden files, version control, caches and virtual environments.
+
+A link to a folder is followed once, and only when its target lies neither inside nor above the folder being walked:
+what is inside is met under its own path, and what is above would lead back. So loops end, and no name is by chance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+
+from cag.corpus.loaders import unreadable
+from cag.errors import UnreadableDocument
+
+OnError = Callable[[UnreadableDocument], None]
+OnSkip = Callable[[Path, str], None]
+
+_EXCLUDED_FOLDERS = frozenset(("node_modules", "__pycache__", "venv", "CVS", "_darcs"))
+_VENV_MARK = "pyvenv.cfg"
+
+
+def natural_key(relative: PurePath) -> tuple[object, ...]:
+    """Sort key of a relative path: part by part, numbers by value, letter case only between otherwise equal names."""
+    return (*(_part_key(part) for part in relative.parts), relative.as_posix())
+
+
+def _part_key(part: str) -> tuple[tuple[int, int, str], ...]:
+    pieces = re.split(r"([0-9]+)", part.casefold())
+    return tuple((0, int(piece), "") if index % 2 else (1, 0, piece) for index, piece in enumerate(pieces))
+
+
+def walk_files(root: Path, on_error: OnError, on_skip: OnSkip, *, max_depth: int | None = None) -> list[Path]:
+    """Files below `root`, sorted by `natural_key` of their path relative to it.
+
+    max_depth: number of path parts below `root` to look at; None for all.
+    on_error:  gets folders that cannot be listed; on_skip: gets links that are not followed, and special files.
+    """
+    seen: set[tuple[int, int]] = set()
+    files: list[Path] = []
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        if not _is_new(folder, root, seen, on_skip):
+            continue
+        depth = len(folder.relative_to(root).parts)
+        entries = [] if max_depth is not None and depth >= max_depth else _entries(folder, on_error)
+        for entry in entries:
+            if entry.is_dir():
+                pending += [] if _is_excluded(entry) else [entry]
+            elif entry.is_file():
+                files.append(entry)
+            else:
+                on_skip(entry, "broken link" if entry.is_symlink() else "not a regular file")
+    return sorted(files, key=lambda path: natural_key(path.relative_to(root)))
+
+
+def _entries(folder: Path, on_error: OnError) -> Iterator[Path]:
+    try:
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        on_error(unreadable(folder.as_posix(), f"the folder cannot be listed ({error.strerror})"))
+        return
+    yield from sorted(entries, key=lambda path: natural_key(PurePath(path.name)), reverse=True)
+
+
+def _is_excluded(folder: Path) -> bool:
+    return folder.name in _EXCLUDED_FOLDERS or (folder / _VENV_MARK).is_file()
+
+
+def _is_new(folder: Path, root: Path, seen: set[tuple[int, int]], on_skip: OnSkip) -> bool:
+    if folder.is_symlink() and folder != root:
+        target, real_root = folder.resolve(), root.resolve()
+        if target.is_relative_to(real_root) or real_root.is_relative_to(target):
+            on_skip(folder, "link into or above the folder that is read")
+            return False
+    identity = _identity(folder)
+    if identity in seen:
+        on_skip(folder, "link to a folder that is read already")
+        return False
+    seen.add(identity)
+    return True
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

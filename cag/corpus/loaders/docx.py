@@ -1,0 +1,158 @@
+"""Word documents through python-docx: paragraphs, headings, lists, tables and notes in order, as light Markdown.
+
+The XML is walked rather than python-docx's paragraph list, which leaves out content controls, inserted revisions and
+text boxes. Page headers, footers, comments and deleted revisions are left out. Entities are never resolved.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import docx
+from docx.document import Document as WordDocument
+from docx.opc.constants import RELATIONSHIP_TYPE
+from docx.oxml import parse_xml
+from docx.oxml.ns import qn
+from docx.text.paragraph import Paragraph
+
+from cag.corpus.loaders import markup
+from cag.corpus.loaders.base import Extract, Source, check_text_size, unreadable
+
+_TRANSPARENT = {qn(f"w:{name}") for name in ("sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag")}
+_BOX = qn("w:txbxContent")
+_LEFT_OUT = {qn("w:del"), qn("w:moveFrom"), "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"}
+_MATH_TEXT = "{http://schemas.openxmlformats.org/officeDocument/2006/math}t"
+_BREAKS = {qn("w:tab"): " ", qn("w:br"): "\n", qn("w:cr"): "\n", qn("w:noBreakHyphen"): "-"}
+_NOTES = {qn("w:footnoteReference"): "", qn("w:endnoteReference"): "e"}
+_HEADING = re.compile(r"heading ([1-9])", re.IGNORECASE)
+
+
+def load(source: Source) -> list[Extract]:
+    """One text. Raises: UnreadableDocument for other files, for archives over the limits and for XML with a DTD."""
+    _check_archive(source)
+    document = docx.Document(io.BytesIO(source.content))
+    reader = _Reader(document)
+    blocks = [*reader.blocks(document.element.body), *reader.notes()]
+    declared = document.core_properties.title
+    return [Extract(markup.join_blocks(blocks), declared if _is_chosen(declared) else reader.title)]
+
+
+def _is_chosen(title: str | None) -> bool:
+    return bool(title and title.strip()) and title != "Word Document"
+
+
+def _check_archive(source: Source) -> None:
+    """Bound what the archive unpacks to; zipfile itself refuses an entry longer than its declared size."""
+    with zipfile.ZipFile(io.BytesIO(source.content)) as archive:
+        if any(entry.flag_bits & 1 for entry in archive.infolist()):
+            raise unreadable(source.name, "it is encrypted", "Save it without a password.")
+        xml = [entry for entry in archive.infolist() if entry.filename.endswith((".xml", ".rels"))]
+        check_text_size(source, sum(entry.file_size for entry in xml))
+        if sum(entry.file_size for entry in archive.infolist()) > source.limits.max_file_bytes:
+            raise unreadable(source.name, f"it unpacks to more than {source.limits.max_file_bytes} bytes")
+        if any(b"<!DOCTYPE" in archive.read(entry)[:65_536] for entry in xml):
+            raise unreadable(source.name, "its XML declares a document type, which no word processor writes")
+
+
+class _Reader:
+    """Walks one document. `title` is its first title or heading, once `blocks` has passed it."""
+
+    def __init__(self, document: WordDocument) -> None:
+        self.title = ""
+        self._document = document
+        self._next_number = 1
+
+    def blocks(self, parent: Any) -> list[str]:
+        """Paragraphs and tables of an element, in order; neighbouring list items make one block."""
+        blocks: list[str] = []
+        in_list = False
+        for child in _children(parent):
+            if child.tag == qn("w:p"):
+                mark = self._list_mark(child)
+                text = self._paragraph(child, mark)
+                if mark and in_list and text:
+                    blocks[-1] += f"\n{text}"
+                elif text:
+                    blocks.append(text)
+                in_list = bool(mark) if text else in_list
+                blocks += [block for box in child.iter(_BOX) if not _is_left_out(box) for block in self.blocks(box)]
+            elif child.tag == qn("w:tbl"):
+                blocks.append(self._table(child))
+                in_list = False
+        return [block for block in blocks if block]
+
+    def notes(self) -> list[str]:
+        """Footnotes and endnotes, each with the mark that stands in the text."""
+        blocks = []
+        for kind, prefix in ((RELATIONSHIP_TYPE.FOOTNOTES, ""), (RELATIONSHIP_TYPE.ENDNOTES, "e")):
+            for relation in self._document.part.rels.values():
+                if relation.reltype == kind and not relation.is_external:
+                    notes = parse_xml(relation.target_part.blob)
+                    blocks += [self._note(note, prefix) for note in notes if note.get(qn("w:type")) is None]
+        return blocks
+
+    def _note(self, note: Any, prefix: str) -> str:
+        text = " ".join(self.blocks(note)).strip()
+        return f"[{prefix}{note.get(qn('w:id'))}] {text}" if text else ""
+
+    def _style(self, element: Any) -> str:
+        style = Paragraph(element, self._document._body).style
+        return (style.name or "").lower() if style is not None else ""
+
+    def _list_mark(self, element: Any) -> str:
+        style = self._style(element)
+        properties = element.pPr
+        is_numbered = style.startswith("list number")
+        if not is_numbered:
+            self._next_number = 1
+        if is_numbered:
+            self._next_number += 1
+            return f"{self._next_number - 1}. "
+        is_item = properties is not None and properties.numPr is not None and not _HEADING.match(style)
+        return "- " if is_item or style.startswith("list bullet") or style == "list paragraph" else ""
+
+    def _paragraph(self, element: Any, mark: str) -> str:
+        lines = "".join(_pieces(element)).split("\n")
+        text = "\n".join(" ".join(line.split()) for line in lines).strip()
+        style = self._style(element)
+        found = _HEADING.match(style)
+        if text and (found or style == "title"):
+            self.title = self.title or text
+            return markup.heading(int(found.group(1)) if found else 1, text)
+        return mark + text if text else ""
+
+    def _table(self, element: Any) -> str:
+        rows = [row for row in _children(element) if row.tag == qn("w:tr")]
+        return markup.table([self._cell(cell) for cell in _children(row) if cell.tag == qn("w:tc")] for row in rows)
+
+    def _cell(self, element: Any) -> str:
+        return " ".join(self.blocks(element))
+
+
+def _children(parent: Any) -> Iterator[Any]:
+    """Children of an element, with wrappers that carry no layout of their own opened."""
+    for child in parent:
+        if child.tag in _TRANSPARENT:
+            yield from _children(child)
+        elif child.tag not in _LEFT_OUT:
+            yield child
+
+
+def _is_left_out(element: Any) -> bool:
+    return any(ancestor.tag in _LEFT_OUT for ancestor in element.iterancestors())
+
+
+def _pieces(element: Any) -> Iterator[str]:
+    for child in element:
+        if child.tag in (qn("w:t"), _MATH_TEXT):
+            yield child.text or ""
+        elif child.tag in _BREAKS:
+            yield _BREAKS[child.tag]
+        elif child.tag in _NOTES:
+            yield f"[{_NOTES[child.tag]}{child.get(qn('w:id'))}]"
+        elif child.tag not in _LEFT_OUT and child.tag != _BOX and child.tag != qn("w:pPr"):
+            yield from _pieces(child)

@@ -1,0 +1,61 @@
+"""The small part of Markdown in which structured formats (HTML, reStructuredText, Word) are written out.
+
+A text is a list of blocks, joined by blank lines. Text inside blocks is never escaped: quotes read as in the source.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+
+
+def join_blocks(blocks: Iterable[str]) -> str:
+    """Blocks with a blank line between them; blank ones left out."""
+    return "\n\n".join(block for block in blocks if block.strip())
+
+
+def heading(level: int, text: str) -> str:
+    """A heading of level 1 and up (deeper than 6 stays 6); "" for a blank one."""
+    text = " ".join(text.split())
+    return f"{'#' * min(max(level, 1), 6)} {text}" if text else ""
+
+
+def fence(code: str, language: str = "") -> str:
+    """A code block as it stands, with a fence longer than any in it."""
+    code = code.strip("\n")
+    longest = max((len(run) for run in re.findall(r"`{3,}", code)), default=2)
+    marks = "`" * (longest + 1)
+    return f"{marks}{language}\n{code}\n{marks}" if code.strip() else ""
+
+
+def bullets(items: Iterable[Sequence[str]], *, first_number: int | None = None) -> str:
+    """A list whose items are lists of blocks; numbered from `first_number`, or with dashes."""
+    lines = []
+    for index, blocks in enumerate(items):
+        mark = "- " if first_number is None else f"{first_number + index}. "
+        body = "\n".join(block for block in blocks if block.strip())
+        lines.append(mark + textwrap.indent(body, " " * len(mark)).lstrip(" "))
+    return "\n".join(line for line in lines if line.strip(" -.0123456789"))
+
+
+def definition(term: str, blocks: Iterable[str]) -> str:
+    """A term, and below it what belongs to it, indented by two spaces."""
+    return "\n".join(part for part in (term, textwrap.indent(join_blocks(blocks), "  ")) if part.strip())
+
+
+def quotation(blocks: Iterable[str]) -> str:
+    """Blocks marked as a quotation."""
+    return textwrap.indent(join_blocks(blocks), "> ", lambda _: True) if (blocks := list(blocks)) else ""
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """A table with one line a row, the first row as its head. Cells are put on one line each."""
+    lines = [[" ".join(cell.split()) for cell in row] for row in rows]
+    lines = [row for row in lines if any(row)]
+    if not lines:
+        return ""
+    width = max(len(row) for row in lines)
+    lines = [row + [""] * (width - len(row)) for row in lines]
+    lines.insert(1, ["---"] * width)
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)

@@ -1,0 +1,209 @@
+"""reStructuredText through docutils, Sphinx flavour included, as light Markdown.
+
+The document is parsed but not transformed: what docutils does not know (Sphinx directives and roles) is still in the
+tree as an error with its source, and is read from there by `rst_directives`, so no text is lost and no global registry
+is touched. Includes and raw output are off. Left out: comments, tables of contents, link targets, pictures without a
+text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+
+from docutils import frontend, nodes, utils
+from docutils.parsers.rst import Parser
+
+from cag.corpus.loaders import markup, rst_directives
+from cag.corpus.loaders.base import Extract, Source
+from cag.corpus.loaders.text import read_text
+
+_ERROR_LEVEL = 3
+_LEFT_OUT = (
+    *(nodes.comment, nodes.substitution_definition, nodes.raw, nodes.pending, nodes.meta, nodes.decoration),
+    *(nodes.target, nodes.label),
+)
+# Sphinx fills these in from its configuration, which a document does not hold.
+_SPHINX_VARIABLES = ("version", "release", "today")
+_ROLE = re.compile(r":(?P<role>[\w:+.-]+):`(?P<content>.*)`", re.DOTALL)
+_ROLE_TITLE = re.compile(r"(?P<title>.*?)\s*<[^<>]*>", re.DOTALL)
+
+
+def load(source: Source) -> list[Extract]:
+    """One text. Raises: UnreadableDocument for binary data and for encodings that are not certain."""
+    document = _parse(read_text(source))
+    renderer = _Renderer(document.substitution_defs)
+    return [Extract(markup.join_blocks(renderer.blocks(document)), renderer.title)]
+
+
+def _parse(text: str) -> nodes.document:
+    settings = frontend.get_default_settings(Parser)
+    settings.file_insertion_enabled = False
+    settings.raw_enabled = False
+    settings.report_level = settings.halt_level = 5
+    settings.warning_stream = io.StringIO()
+    settings.syntax_highlight = "none"
+    # docutils drops a whole document for one line over this limit; the size of the file is bounded already.
+    settings.line_length_limit = len(text) + 1
+    document = utils.new_document("document", settings)
+    Parser().parse(text, document)
+    return document
+
+
+class _Renderer:
+    """Turns a docutils tree into blocks. `title` is the first section title, once `blocks` has passed it."""
+
+    def __init__(self, substitutions: dict[str, nodes.Element], level: int = 0) -> None:
+        self.title = ""
+        self._substitutions = substitutions
+        self._names = {name.lower(): name for name in substitutions}
+        self._level = level
+
+    def blocks(self, node: nodes.Node) -> list[str]:
+        """The blocks of a node's children, in order."""
+        return [block for child in node.children for block in self._block(child) if block.strip()]
+
+    def _block(self, node: nodes.Node) -> Iterable[str]:
+        if isinstance(node, _LEFT_OUT):
+            return []
+        render = getattr(self, f"_{type(node).__name__}", None)
+        if render is not None:
+            return list(render(node))
+        if isinstance(node, nodes.Admonition) and not isinstance(node, nodes.system_message):
+            return self._labelled(type(node).__name__.capitalize(), self.blocks(node))
+        if isinstance(node, nodes.Text | nodes.TextElement):
+            return [self._line(node)]
+        return self.blocks(node)
+
+    def _inline(self, node: nodes.Node) -> str:
+        if isinstance(node, nodes.Text):
+            return str(node.astext())
+        if isinstance(node, nodes.substitution_reference):
+            return self._substituted(node)
+        if isinstance(node, nodes.problematic):
+            return _role_text(node.astext())
+        if isinstance(node, nodes.footnote_reference | nodes.citation_reference):
+            return f"[{node.astext() or '#'}]"
+        if isinstance(node, nodes.image):
+            return str(node.get("alt", ""))
+        if isinstance(node, nodes.system_message | nodes.raw):
+            return ""
+        return "".join(map(self._inline, node.children))
+
+    def _line(self, node: nodes.Node) -> str:
+        return " ".join(self._inline(node).split())
+
+    def _substituted(self, node: nodes.substitution_reference) -> str:
+        name = node["refname"]
+        definition = self._substitutions.get(self._names.get(name.lower(), name))
+        if name in _SPHINX_VARIABLES and definition is None:
+            return ""
+        # A date would change the text, and with it the cache, from day to day.
+        if definition is None or "date::" in definition.rawsource:
+            return f"|{node.astext()}|"
+        return "".join(self._inline(child) for child in definition.children if not list(child.findall(nodes.image)))
+
+    def _section(self, node: nodes.section) -> list[str]:
+        self._level += 1
+        blocks = self.blocks(node)
+        self._level -= 1
+        return blocks
+
+    def _title(self, node: nodes.title) -> list[str]:
+        text = self._line(node)
+        if not isinstance(node.parent, nodes.section):
+            return [text]
+        self.title = self.title or text
+        return [markup.heading(self._level, text)]
+
+    def _literal_block(self, node: nodes.literal_block) -> list[str]:
+        languages = [name for name in node.get("classes", []) if name != "code"]
+        # Numbers of lines, where docutils has added them, are elements of the class "ln".
+        code = "".join(
+            child.astext() for child in node.children if "ln" not in getattr(child, "attributes", {}).get("classes", [])
+        )
+        return [markup.fence(code, languages[0] if languages else "")]
+
+    _doctest_block = _math_block = _literal_block
+
+    def _bullet_list(self, node: nodes.Element) -> list[str]:
+        return [markup.bullets(self.blocks(item) for item in node.children)]
+
+    def _enumerated_list(self, node: nodes.Element) -> list[str]:
+        return [markup.bullets((self.blocks(item) for item in node.children), first_number=node.get("start", 1))]
+
+    def _definition_list_item(self, node: nodes.Element) -> list[str]:
+        *terms, body = node.children
+        return [markup.definition(" : ".join(map(self._line, terms)), self.blocks(body))]
+
+    def _field(self, node: nodes.Element) -> list[str]:
+        name, body = node.children
+        return self._labelled(self._line(name), self.blocks(body))
+
+    def _option_list_item(self, node: nodes.Element) -> list[str]:
+        group, description = node.children
+        options = ", ".join(option.astext() for option in group.children)
+        return [markup.definition(options, self.blocks(description))]
+
+    def _line_block(self, node: nodes.Element) -> list[str]:
+        return ["\n".join(line for child in node.children for line in self._block(child))]
+
+    def _block_quote(self, node: nodes.Element) -> list[str]:
+        return [markup.quotation(self.blocks(node))]
+
+    def _footnote(self, node: nodes.Element) -> list[str]:
+        label = next((child.astext() for child in node.children if isinstance(child, nodes.label)), "#")
+        return [f"[{label}] {' '.join(self.blocks(node))}"]
+
+    _citation = _footnote
+
+    def _image(self, node: nodes.Element) -> list[str]:
+        return [str(node.get("alt", ""))]
+
+    def _admonition(self, node: nodes.Element) -> list[str]:
+        title, *body = self.blocks(node) or [""]
+        return self._labelled(title, body)
+
+    def _table(self, node: nodes.Element) -> list[str]:
+        caption = [self._line(child) for child in node.children if isinstance(child, nodes.title)]
+        rows = [[" ".join(self.blocks(entry)) for entry in row.children] for row in node.findall(nodes.row)]
+        return [*caption, markup.table(rows)]
+
+    def _labelled(self, label: str, blocks: list[str]) -> list[str]:
+        first, *rest = blocks or [""]
+        return [f"{label}: {first}".rstrip(), *rest]
+
+    def _system_message(self, node: nodes.system_message) -> list[str]:
+        """Source that docutils refused: an unknown directive is read, anything else is kept as it stands."""
+        if node["level"] < _ERROR_LEVEL:
+            return []
+        return [block for refused in node.findall(nodes.literal_block) for block in self._refused(refused.astext())]
+
+    def _refused(self, source: str) -> list[str]:
+        directive = rst_directives.read_directive(source)
+        if directive is None:
+            return [] if source.startswith("..") else [markup.fence(source)]
+        blocks = list(directive.lead_blocks())
+        if directive.is_code:
+            return [*blocks, markup.fence(directive.body, directive.language)]
+        if directive.inline_lead:
+            blocks = self._labelled_text(directive.label, directive.inline_lead) + blocks
+        nested = _Renderer(self._substitutions, self._level)
+        return [*blocks, *nested.blocks(_parse(directive.body))]
+
+    def _labelled_text(self, label: str, text: str) -> list[str]:
+        line = " ".join(_Renderer(self._substitutions).blocks(_parse(text)))
+        return [f"{label} {line}".strip()]
+
+
+def _role_text(source: str) -> str:
+    """The readable part of a role that docutils does not know; other source as it stands."""
+    found = _ROLE.fullmatch(source)
+    if found is None:
+        return source
+    content = found.group("content")
+    titled = _ROLE_TITLE.fullmatch(content)
+    if titled and titled.group("title"):
+        return titled.group("title")
+    return content.rsplit(".", 1)[-1].lstrip("~") if content.startswith("~") else content.lstrip("!")

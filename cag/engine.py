@@ -1,0 +1,228 @@
+"""The engine: one model, one store, and the caches that are open. Straight lists of calls to the stages before it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cag_store
+from cag.answer import Answer
+from cag.builder import BuildOptions, BuildProgress, BuildReport, build_cache
+from cag.corpus import CorpusReport, Document, load_corpus
+from cag.errors import CacheMismatch, CacheNotFound
+from cag.generate import SamplingOptions
+from cag.home import cag_home
+from cag.model import LanguageModel, ModelOptions
+from cag.models import DEFAULT_MODEL, fetch_model
+from cag.prefix import Prefix
+from cag.resident import ResidentPrefix
+from cag_store import Manifest, Ref, Store
+from cag_store.errors import EntryNotFound
+
+
+class Engine:
+    """Builds caches and answers behind them with one loaded model.
+
+    Attributes:
+        model: the loaded model.
+        store: where caches live.
+    """
+
+    def __init__(self, model: LanguageModel, store: Store) -> None:
+        self.model = model
+        self.store = store
+        self._open: dict[str, tuple[ResidentPrefix, Any, int]] = {}  # digest -> resident, reader, users
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        model: str = DEFAULT_MODEL,
+        *,
+        store: Store | str | Path | None = None,
+        adapter: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Callable[..., None] | None = None,
+    ) -> Engine:
+        """Load a model (pulling it when it is not here yet) and open a store.
+
+        Args:
+            model: a catalogue name, a hub id, or a local directory.
+            store: a store or its directory; `<cag home>/store` if None.
+            adapter: directory of a LoRA adapter (peft).
+            device: "auto", "cpu" or "cuda".
+            dtype: what to compute in; "auto" takes what the machine computes best with.
+            progress: passed to `cag.models.fetch_model`.
+
+        Raises:
+            ModelError: see `LanguageModel.load` and `fetch_model`.
+        """
+        files = fetch_model(model, progress=progress)
+        options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
+        loaded = LanguageModel.load(files.directory, model_id=model, options=options)
+        return cls(loaded, open_store(store))
+
+    def build(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        name: str,
+        codec: str | dict[str, Any] = "lossless",
+        system_text: str | None = None,
+        skip_errors: bool = False,
+        on_progress: Callable[[BuildProgress], None] | None = None,
+    ) -> BuildReport:
+        """Read documents and build a cache called `name`. Raises as `load_corpus` and `build_cache`."""
+        cag_store.checked_name(name)
+        options = BuildOptions(codec=codec)
+        if system_text is not None:
+            options = replace(options, system_text=system_text)
+        corpus = load_corpus(paths, skip_errors=skip_errors)
+        report = build_cache(self.model, self.store, name, corpus.documents, options, on_progress)
+        return _with_corpus(report, corpus)
+
+    def update(
+        self,
+        name: str,
+        paths: Sequence[str | Path],
+        *,
+        skip_errors: bool = False,
+        on_progress: Callable[[BuildProgress], None] | None = None,
+    ) -> BuildReport:
+        """Build `name` again over `paths`: known documents keep their order, new ones come last.
+
+        So everything before the first changed document is taken from the store. Codec and texts are the old ones.
+        """
+        manifest = self.find(name)[1]
+        corpus = load_corpus(paths, skip_errors=skip_errors)
+        places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
+        documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
+        layout = manifest.layout
+        options = BuildOptions(dict(manifest.codec), layout["system_text"], layout["closing_text"])
+        report = build_cache(self.model, self.store, name, documents, options, on_progress)
+        return _with_corpus(report, corpus)
+
+    def find(self, name: str) -> tuple[Ref, Manifest]:
+        """Ref and manifest of a cache.
+
+        Raises:
+            CacheNotFound: no cache of that name, or one that has expired.
+        """
+        return find_cache(self.store, name)
+
+    def open(self, name: str, *, share: bool = True) -> Prefix:
+        """Open a cache; it loads in the background, and whoever asks first waits only for the layers it needs.
+
+        Args:
+            name: of the cache.
+            share: use the resident copy when the same cache is open already.
+
+        Raises:
+            CacheNotFound: no cache of that name.
+            CacheMismatch: the cache belongs to another model, adapter, tokenizer or chat template.
+            StoreError: a damaged manifest or chunk; chunk errors surface when the layer is needed.
+        """
+        _, manifest = self.find(name)
+        check_fingerprints(name, manifest, self.model)
+        resident, release = self._acquire(manifest) if share else self._load(manifest)
+        return Prefix(
+            name,
+            manifest,
+            resident,
+            self.model,
+            load_documents=lambda: self._documents(manifest),
+            on_close=release,
+        )
+
+    def ask(self, name: str, question: str, options: SamplingOptions | None = None, **sampling: Any) -> Answer:
+        """Open a cache, answer one question, close it; the first token's time counts from before the opening."""
+        started_at = time.perf_counter()
+        with self.open(name) as prefix:
+            return prefix.ask(question, options, started_at=started_at, **sampling)
+
+    def _acquire(self, manifest: Manifest) -> tuple[ResidentPrefix, Callable[[], None]]:
+        digest = manifest.digest
+        with self._lock:
+            if digest not in self._open:
+                reader = self.store.reader(manifest)
+                self._open[digest] = (self._start_loading(reader), reader, 0)
+            resident, reader, users = self._open[digest]
+            self._open[digest] = (resident, reader, users + 1)
+        return resident, lambda: self._release(digest)
+
+    def _release(self, digest: str) -> None:
+        with self._lock:
+            resident, reader, users = self._open.pop(digest)
+            if users > 1:
+                self._open[digest] = (resident, reader, users - 1)
+                return
+        reader.close()
+
+    def _load(self, manifest: Manifest) -> tuple[ResidentPrefix, Callable[[], None]]:
+        reader = self.store.reader(manifest)
+        return self._start_loading(reader), reader.close
+
+    def _start_loading(self, reader: Any) -> ResidentPrefix:
+        model = self.model
+        try:
+            return ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device)
+        except BaseException:
+            reader.close()
+            raise
+
+    def _documents(self, manifest: Manifest) -> list[Document]:
+        return [
+            Document(entry.doc_id, entry.title, entry.path, self.store.get_blob(entry.sha256).decode(), entry.sha256)
+            for entry in manifest.documents
+        ]
+
+
+def open_store(store: Store | str | Path | None = None) -> Store:
+    """A store as it is, the store in a directory, or the user's own."""
+    if isinstance(store, Store):
+        return store
+    return Store.open(Path(store) if store is not None else cag_home() / "store")
+
+
+def find_cache(store: Store, name: str) -> tuple[Ref, Manifest]:
+    """Ref and manifest of a cache. Raises: CacheNotFound."""
+    try:
+        return store.resolve(name)
+    except EntryNotFound as error:
+        raise CacheNotFound(f"{error}.", hint="`cag ls` lists caches, `cag build` makes one.") from error
+
+
+def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> None:
+    """Refuse a cache that another model, adapter, tokenizer or chat template built. Raises: CacheMismatch."""
+    built, loaded = manifest.model, model.fingerprints
+    parts = {
+        "model": (built.fingerprint, loaded.weights),
+        "adapter": (built.adapter_fingerprint, loaded.adapter),
+        "tokenizer": (built.tokenizer_fingerprint, loaded.tokenizer),
+        "chat template": (built.template_fingerprint, loaded.template),
+        "RoPE configuration": (dict(manifest.kv.rope), model.rope),
+        "key/value type": (manifest.kv.dtype, str(model.kv_dtype).removeprefix("torch.")),
+    }
+    for part, (expected, found) in parts.items():
+        if expected != found:
+            raise CacheMismatch(
+                f"cache {name!r} was built with another {part} ({built.id}: {_short(expected)}) than the one loaded "
+                f"({model.model_id}: {_short(found)}).",
+                hint=f"Load {built.id}, or build the cache again with `cag update {name} PATH...`.",
+                part=part,
+                expected=expected,
+                found=found,
+            )
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else "none" if value is None else str(value)
+
+
+def _with_corpus(report: BuildReport, corpus: CorpusReport) -> BuildReport:
+    return replace(report, duplicates=corpus.duplicates, empty=corpus.empty, skipped=corpus.skipped)

@@ -1,0 +1,298 @@
+"""A causal language model that attends through our kernels, and what identifies it.
+
+The model itself is transformers' own, unchanged: our attention is registered with its attention interface and receives
+the state of the sequence as a keyword of the forward. Knows a directory of model files; no documents and no store.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cag.errors import InsufficientResources, ModelError, UnsupportedModel
+from cag.models.fingerprint import ModelFingerprints, model_fingerprint
+from cag.prompt import PromptTemplate, read_template
+from cag.runtime import RuntimePlan, choose_device, plan_runtime
+from cag.state import KvShape, SequenceState, Tail
+from cag_kernels import FEW_ROWS, few_rows_linear
+
+ATTENTION_NAME = "cag_segments"
+SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
+
+
+def _segment_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    cag_state: SequenceState,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads, head_dim]` out."""
+    if s_aux is not None:
+        raise UnsupportedModel("the model uses attention sinks, which prefix attention does not support yet.")
+    out = cag_state.attend(
+        module.layer_idx,
+        query[0],
+        key[0],
+        value[0],
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out.transpose(0, 1)[None], None
+
+
+class _FewRowsLinear(torch.nn.Linear):
+    """A linear layer that takes the transposed product for a question's few rows."""
+
+    def forward(self, block: Tensor) -> Tensor:
+        if block.shape[-2] in FEW_ROWS:
+            return few_rows_linear(block, self.weight, self.bias)
+        return super().forward(block)
+
+
+def _use_few_rows_linear(network: torch.nn.Module) -> None:
+    for module in network.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = _FewRowsLinear
+
+
+AttentionInterface.register(ATTENTION_NAME, _segment_attention_forward)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded. `compute_dtype` "auto" takes what the machine computes best with."""
+
+    device: str = "auto"
+    compute_dtype: str = "auto"
+    adapter: Path | None = None
+
+
+class LanguageModel:
+    """A loaded model: forwards over a `SequenceState`, tokenizer, prompt template and fingerprints."""
+
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        *,
+        model_id: str,
+        fingerprints: ModelFingerprints,
+        plan: RuntimePlan,
+        kv_dtype: torch.dtype,
+        adapter: Path | None = None,
+    ) -> None:
+        _refuse_unsupported(network.config)
+        self.network = network.eval().requires_grad_(False)
+        self.network.set_attn_implementation(ATTENTION_NAME)
+        if plan.few_rows_linear:
+            _use_few_rows_linear(self.network)
+        self.tokenizer = tokenizer
+        self.model_id = model_id
+        self.fingerprints = fingerprints
+        self.plan = plan
+        self.kv_dtype = kv_dtype
+        self.device = next(network.parameters()).device
+        self.adapter = adapter
+        self.compute_dtype = next(network.parameters()).dtype
+        self._forward_lock = threading.Lock()
+        self.template: PromptTemplate = read_template(tokenizer)
+        self.kv_shapes = self._probe_shapes()
+        self.stop_ids = _stop_ids(network, tokenizer, self.template)
+
+    @classmethod
+    def load(cls, directory: Path, *, model_id: str, options: ModelOptions | None = None) -> LanguageModel:
+        """Load a directory of Hugging Face files.
+
+        Raises:
+            UnsupportedModel: an architecture whose attention or prompt the engine cannot serve.
+            InsufficientResources: too little memory, said before the weights are read.
+            ModelError: files that transformers cannot load.
+        """
+        options = options or ModelOptions()
+        device = choose_device(options.device)
+        plan = plan_runtime(device)
+        stored = _stored_dtype(directory)
+        compute = _compute_dtype(options.compute_dtype, plan, stored)
+        _check_memory(directory, stored, compute, device)
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=compute, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"cannot load the model in {directory}: {error}") from error
+        if options.adapter is not None:
+            network = _with_adapter(network, options.adapter)
+        return cls(
+            network.to(device),
+            tokenizer,
+            model_id=model_id,
+            fingerprints=model_fingerprint(directory, options.adapter),
+            plan=plan,
+            kv_dtype=stored,
+            adapter=options.adapter,
+        )
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return int(self.network.config.get_text_config().max_position_embeddings)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token over all layers, uncompressed."""
+        return sum(2 * s.num_kv_heads * s.head_dim * self.kv_dtype.itemsize for s in self.kv_shapes)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """What positions mean in this model's keys; part of a cache's identity."""
+        config = self.network.config.get_text_config()
+        return {"parameters": getattr(config, "rope_parameters", None), "positions": "contiguous from 0"}
+
+    def new_state(self, prefix: Any = None, *, capacity: int = 0) -> SequenceState:
+        """An empty sequence behind `prefix` (or behind nothing), with room for `capacity` tokens of its own."""
+        return SequenceState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: list[int] | Tensor, state: SequenceState, *, num_logits: int = 1) -> Tensor:
+        """Run new tokens of a sequence; their keys and values join its tail.
+
+        Safe to call from several threads with a state each: forwards run one after the other.
+
+        Returns:
+            Logits of the last `num_logits` tokens, `[num_logits, vocab_size]` float32.
+        """
+        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
+        num_tokens = ids.shape[0]
+        state.begin(num_tokens)
+        positions = torch.arange(state.num_tokens, state.num_tokens + num_tokens, device=self.device)
+        with self._forward_lock, self.plan.threads(num_tokens):
+            output = self.network(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=num_logits,
+                cag_state=state,
+            )
+        state.finish(num_tokens)
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def _probe_shapes(self) -> list[KvShape]:
+        """Shapes of keys and values in each layer, seen in a forward of one token."""
+        probe = _ShapeProbe()
+        with torch.inference_mode():
+            ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self.network(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, cag_state=probe)
+        num_layers = self.network.config.get_text_config().num_hidden_layers
+        if sorted(probe.shapes) != list(range(num_layers)):
+            raise UnsupportedModel(
+                f"of {num_layers} layers only {sorted(probe.shapes)} use standard attention; "
+                "layers that share or replace keys and values are not supported."
+            )
+        return [probe.shapes[index] for index in range(num_layers)]
+
+
+class _ShapeProbe:
+    """Stands in for a sequence in one forward and notes the shapes of what it is given."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KvShape] = {}
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **_: Any) -> Tensor:
+        if keys.shape != values.shape or keys.shape[-1] != query.shape[-1]:
+            raise UnsupportedModel(f"layer {layer} has keys {tuple(keys.shape)} and values {tuple(values.shape)}.")
+        self.shapes[layer] = KvShape(keys.shape[0], keys.shape[2])
+        return query
+
+
+def _refuse_unsupported(config: Any) -> None:
+    name = getattr(config, "model_type", type(config).__name__)
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder model; the engine serves decoder-only models.")
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
+    if strange:
+        raise UnsupportedModel(f"{name} has layers of type {', '.join(strange)}, whose state is no keys and values.")
+    parameters = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in UNSTABLE_ROPE:
+            raise UnsupportedModel(
+                f"{name} uses {rope['rope_type']} RoPE scaling: keys of a prefix would change with the prompt's length."
+            )
+
+
+def _stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
+    """Tokens that end an answer: the model's, the tokenizer's, and the template's end of turn."""
+    found: set[int] = set()
+    for value in (network.generation_config.eos_token_id, tokenizer.eos_token_id):
+        found.update(value if isinstance(value, list) else [value] if value is not None else [])
+    special = set(tokenizer.all_special_ids)
+    between = tokenizer(template.between, add_special_tokens=False)["input_ids"] if template.between else []
+    if between and between[0] in special:
+        found.add(between[0])
+    return frozenset(found)
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    """The 16- or 32-bit type that the checkpoint was saved in; keys and values are kept in the same."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the configuration in {directory}: {error}") from error
+    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _compute_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.dtype:
+    if wanted == "auto":
+        if plan.device == "cpu":
+            return torch.float32 if stored == torch.float32 else getattr(torch, plan.compute_dtype)
+        return stored
+    dtype = getattr(torch, wanted, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedModel(f"compute dtype {wanted!r} is unknown.", hint="Use auto, float32, bfloat16 or float16.")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
+    weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    needed = weights // stored.itemsize * compute.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise InsufficientResources(
+            f"the model needs {needed / 1e9:.1f} GB of memory in {compute}, and {free / 1e9:.1f} GB are free.",
+            hint="Take a smaller model, or free memory.",
+        )
+
+
+def _with_adapter(network: Any, adapter: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError("LoRA adapters need peft.", hint="Install cag-engine[adapters].") from error
+    try:
+        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error

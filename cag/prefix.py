@@ -1,0 +1,118 @@
+"""An opened cache: what users ask. Joins the resident keys and values with documents, template and origin."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cag.answer import Answer, Citation
+from cag.citations import CitationIndex
+from cag.errors import UsageError
+from cag.generate import SamplingOptions
+from cag.model import LanguageModel
+from cag.prompt import template_from_json
+from cag.resident import ResidentPrefix
+from cag.session import AnswerStream, Session
+
+if TYPE_CHECKING:
+    from cag.corpus import Document
+    from cag_store import Manifest
+
+
+class Prefix:
+    """A resident, immutable prefix that any number of sessions share. A context manager: closing gives it back.
+
+    Attributes:
+        name, digest: the cache's name when it was opened, and the digest of its manifest.
+        manifest: what the store says of it.
+        resident: keys and values on the device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        manifest: Manifest,
+        resident: ResidentPrefix,
+        model: LanguageModel,
+        *,
+        load_documents: Callable[[], list[Document]],
+        on_close: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.digest = manifest.digest
+        self.manifest = manifest
+        self.resident = resident
+        self.model = model
+        self.template = template_from_json(dict(manifest.layout))
+        self._load_documents = load_documents
+        self._on_close = on_close
+        self._citations: CitationIndex | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Prefix:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the prefix back. Asking afterwards is an error; closing twice is not."""
+        if not self._closed:
+            self._closed = True
+            self._on_close()
+
+    def check_open(self) -> None:
+        """Raises: UsageError: the prefix was closed."""
+        if self._closed:
+            raise UsageError(f"cache {self.name!r} was closed.", hint="Open it again.")
+
+    @property
+    def token_ids(self) -> NDArray[Any]:
+        """The prefix, one id a token, `[num_tokens]` int64."""
+        return self.resident.token_ids
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Decoded keys (after RoPE) and values of a layer, `[num_kv_heads, num_tokens, head_dim]`, for inspection.
+
+        The tensors are the resident ones: do not change them.
+        """
+        self.check_open()
+        return self.resident.layer(layer)
+
+    def session(self) -> Session:
+        """A session with turns of its own."""
+        self.check_open()
+        return Session(self)
+
+    def ask(
+        self, question: str, options: SamplingOptions | None = None, *, started_at: float | None = None, **sampling: Any
+    ) -> Answer:
+        """Answer one question in a session of its own.
+
+        Args:
+            question: the user's words.
+            options: sampling and stop rules; or give its fields as keywords (`max_tokens=64`).
+            started_at: as in `Session.stream`.
+            **sampling: fields of `SamplingOptions`, in place of `options`.
+        """
+        return self.session().ask(question, options or SamplingOptions(**sampling), started_at=started_at)
+
+    def stream(self, question: str, options: SamplingOptions | None = None, **sampling: Any) -> AnswerStream:
+        """As `ask`, piece by piece."""
+        return self.session().stream(question, options or SamplingOptions(**sampling))
+
+    def cite(self, question: str, answer: str) -> tuple[Citation, ...]:
+        """Documents and quotes that an answer rests on; see `cag.citations`."""
+        with self._lock:
+            if self._citations is None:
+                documents = self._load_documents()
+                self._citations = CitationIndex(documents, [document.path for document in documents])
+        return self._citations.cite(question, answer)

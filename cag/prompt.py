@@ -1,0 +1,204 @@
+"""The prompt: one chat-template rendering, split once at the question.
+
+Everything before the question is the prefix (system text, each document behind a marker with its number and title, the
+closing instruction), everything after it the suffix (question, generation prompt). Pieces are tokenized apart, so no
+boundary can move, and the text of documents and questions is never parsed for special tokens. Knows a tokenizer and
+documents; knows no model and no store.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from cag.errors import UnsupportedModel
+
+SYSTEM_TEXT = (
+    "You answer questions about the documents below, and about nothing else. "
+    "Give the answer in as few words as possible, copied from the documents: a name, a number with its unit, a short "
+    "phrase. If the documents do not contain the answer, say: The documents do not say."
+)
+CLOSING_TEXT = "These were all documents. Answer the question from them, in as few words as possible."
+
+# A tokenizer keeps `split_special_tokens` in itself: another thread would change it between two steps of one call.
+_tokenizer_lock = threading.Lock()
+
+_SYSTEM, _QUESTION, _ANSWER, _NEXT = "\x02sys\x03", "\x02que\x03", "\x02ans\x03", "\x02nxt\x03"
+
+
+class TextDocument(Protocol):
+    """What the prompt needs of a document or passage."""
+
+    @property
+    def doc_id(self) -> str:
+        """Identity in the corpus."""
+
+    @property
+    def title(self) -> str:
+        """Shown in the marker."""
+
+    @property
+    def text(self) -> str:
+        """The words."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A model's chat template, cut at system text, question and answer.
+
+    A prompt reads `before` system-part `middle` question `after` answer `between` question `after` answer ...
+    `stop_strings` end an answer where the model has no end-of-turn token (models without a chat template).
+    """
+
+    before: str
+    middle: str
+    after: str
+    between: str
+    stop_strings: tuple[str, ...] = ()
+
+
+PLAIN_TEMPLATE = PromptTemplate("", "\n\nQuestion: ", "\nAnswer:", "\n\nQuestion: ", ("\n\nQuestion:", "\nQuestion:"))
+
+
+@dataclass(frozen=True)
+class DocumentSpan:
+    """Tokens `[start, end)` of the prefix that hold one document, its marker included."""
+
+    doc_id: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """A tokenized prefix and what is needed to put questions behind it."""
+
+    template: PromptTemplate
+    system_text: str
+    closing_text: str
+    token_ids: np.ndarray[Any, np.dtype[np.int64]]
+    spans: tuple[DocumentSpan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest keeps: everything but tokens and spans, which it stores elsewhere."""
+        return {
+            "template": asdict(self.template),
+            "system_text": self.system_text,
+            "closing_text": self.closing_text,
+            "marker": document_marker(0, "{title}"),
+        }
+
+
+def template_from_json(layout: dict[str, Any]) -> PromptTemplate:
+    """The template of a stored layout."""
+    stored = layout["template"]
+    return PromptTemplate(**stored | {"stop_strings": tuple(stored["stop_strings"])})
+
+
+def document_marker(number: int, title: str) -> str:
+    """The line above document `number` (counted from 1)."""
+    return f"\n\n### Document {number}: {title}\n\n"
+
+
+def read_template(tokenizer: Any) -> PromptTemplate:
+    """Cut the tokenizer's chat template; a template without a system role gets the system part before the question.
+
+    Raises:
+        UnsupportedModel: a template that changes or repeats what it is given, so that no prefix is stable.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return PLAIN_TEMPLATE
+    system_turn = {"role": "system", "content": _SYSTEM}
+    question = {"role": "user", "content": _QUESTION}
+    for opening in ([system_turn, question], [{"role": "user", "content": f"{_SYSTEM}\n\n{_QUESTION}"}]):
+        cut = _cut(tokenizer, opening)
+        if cut is not None:
+            return cut
+    raise UnsupportedModel(
+        "the chat template changes, repeats or drops what it is given, so no prefix of it is stable.",
+        hint="Use a model with an ordinary chat template.",
+    )
+
+
+def _cut(tokenizer: Any, opening: list[dict[str, str]]) -> PromptTemplate | None:
+    turns = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+    first = _render(tokenizer, opening)
+    both = _render(tokenizer, opening + turns)
+    if first is None or both is None:
+        return None
+    if any(first.count(mark) != 1 for mark in (_SYSTEM, _QUESTION)):
+        return None
+    if any(both.count(mark) != 1 for mark in (_ANSWER, _NEXT)):
+        return None
+    before, rest = first.split(_SYSTEM)
+    middle, after = rest.split(_QUESTION)
+    between = both.split(_ANSWER)[1].split(_NEXT)[0]
+    return PromptTemplate(before, middle, after, between)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception:  # templates raise whatever they like, jinja2's TemplateError for an unknown role
+        return None
+    return str(text)
+
+
+def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Token ids of one piece. With `special` the piece is the template's own and its special tokens are parsed.
+
+    Safe to call from several threads with one tokenizer.
+    """
+    if not text:
+        return []
+    with _tokenizer_lock:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)["input_ids"]
+    return list(ids)
+
+
+def lay_out(
+    tokenizer: Any,
+    template: PromptTemplate,
+    documents: Sequence[TextDocument],
+    *,
+    system_text: str = SYSTEM_TEXT,
+    closing_text: str = CLOSING_TEXT,
+) -> PrefixLayout:
+    """Tokenize the prefix over `documents`, in their order. An appended document leaves all earlier tokens alone."""
+    ids = encode(tokenizer, template.before, special=True) + encode(tokenizer, system_text, special=False)
+    spans = []
+    for number, document in enumerate(documents, start=1):
+        start = len(ids)
+        ids += encode(tokenizer, document_marker(number, document.title) + document.text, special=False)
+        spans.append(DocumentSpan(document.doc_id, start, len(ids)))
+    ids += encode(tokenizer, f"\n\n{closing_text}", special=False)
+    ids += encode(tokenizer, template.middle, special=True)
+    return PrefixLayout(template, system_text, closing_text, np.asarray(ids, dtype=np.int64), tuple(spans))
+
+
+def question_ids(tokenizer: Any, template: PromptTemplate, question: str) -> list[int]:
+    """The suffix of a first question: question and generation prompt."""
+    return encode(tokenizer, question.strip(), special=False) + encode(tokenizer, template.after, special=True)
+
+
+def next_question_ids(tokenizer: Any, template: PromptTemplate, question: str) -> list[int]:
+    """The suffix of a later question, right behind the answer before it."""
+    return encode(tokenizer, template.between, special=True) + question_ids(tokenizer, template, question)
+
+
+def conversation_ids(
+    tokenizer: Any, template: PromptTemplate, turns: Sequence[tuple[str, str]], question: str
+) -> list[int]:
+    """The suffix of a question behind earlier (question, answer) `turns` of which no token has been read yet."""
+    ids: list[int] = []
+    for asked, answer in turns:
+        ask = next_question_ids if ids else question_ids
+        ids += ask(tokenizer, template, asked) + encode(tokenizer, answer.strip(), special=False)
+    ask = next_question_ids if ids else question_ids
+    return ids + ask(tokenizer, template, question)

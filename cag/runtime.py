@@ -1,0 +1,210 @@
+"""What this machine computes best with: dtype and number of threads, chosen by a short measurement.
+
+More threads can be slower than one on shared cores, and bfloat16 is slower than float32 on a processor without
+instructions for it, so neither is guessed. The measurement is kept in `<cag home>/runtime.json` and made again when the
+processor, the number of usable cores or torch changes. `CAG_THREADS` overrides the number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from cag.errors import UsageError
+from cag.home import cag_home
+from cag_kernels import few_rows_linear
+
+SMALL_ROWS = 15  # a question
+LARGE_ROWS = 256  # a block of prefill
+_MATRIX = (2048, 1536)
+_NUM_MATRICES = 6  # 75 MB in float32, so that weights come from memory as they do in a model
+
+
+@dataclass(frozen=True)
+class RuntimePlan:
+    """How forwards run on one device.
+
+    `threads_small` serves up to `LARGE_ROWS / 2` tokens a forward, `threads_large` more. `few_rows_linear`: whether a
+    question's products go through `cag_kernels.few_rows_linear`. `measured_ms` holds, for "product/dtype/threads/rows",
+    the milliseconds that led to the choice; empty where nothing had to be measured.
+    """
+
+    device: str
+    compute_dtype: str
+    threads_small: int
+    threads_large: int
+    few_rows_linear: bool
+    measured_ms: dict[str, float]
+    reason: str
+
+    @contextmanager
+    def threads(self, num_tokens: int) -> Iterator[None]:
+        """Run a forward of `num_tokens` tokens with the number of threads chosen for its size."""
+        wanted = self.threads_large if num_tokens > LARGE_ROWS // 2 else self.threads_small
+        if self.device == "cpu" and torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+        yield
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """`auto` is the CUDA device where there is one, the CPU elsewhere.
+
+    Raises:
+        UsageError: a device that torch does not have here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}.", hint="Use auto, cpu or cuda.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not supported.", hint="Use auto, cpu or cuda.")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device here.", hint="Use --device cpu.")
+    return chosen
+
+
+def plan_runtime(device: torch.device, *, measure_again: bool = False) -> RuntimePlan:
+    """The plan for `device`, measured once a machine."""
+    if device.type == "cuda":
+        return RuntimePlan("cuda", "bfloat16", 1, 1, False, {}, "a CUDA device computes in the model's own 16-bit type")
+    path = cag_home() / "runtime.json"
+    machine = _machine_key()
+    plan = None if measure_again else _read_plan(path, machine)
+    if plan is None:
+        plan = _measure_cpu() if measure_again else _measured_in_this_process()
+        _write_plan(path, machine, plan)
+    return _with_environment(plan)
+
+
+@cache
+def _measured_in_this_process() -> RuntimePlan:
+    return _measure_cpu()
+
+
+def _with_environment(plan: RuntimePlan) -> RuntimePlan:
+    wanted = os.environ.get("CAG_THREADS")
+    if not wanted:
+        return plan
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise UsageError(f"CAG_THREADS is {wanted!r}, not a positive number.")
+    facts = asdict(plan) | {"threads_small": int(wanted), "threads_large": int(wanted), "reason": "set by CAG_THREADS"}
+    return RuntimePlan(**facts)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor's model name, as the operating system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _machine_key() -> dict[str, object]:
+    return {
+        "processor": processor_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": usable_cores(),
+        "torch": torch.__version__,
+        "version": 2,
+    }
+
+
+def _thread_candidates() -> list[int]:
+    cores = usable_cores()
+    return sorted({1, cores} | {2**power for power in range(1, cores.bit_length()) if 2**power <= cores})
+
+
+def _measure_cpu() -> RuntimePlan:
+    before = torch.get_num_threads()
+    measured: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16"):
+        matrices = [torch.ones(_MATRIX, dtype=getattr(torch, dtype)) for _ in range(_NUM_MATRICES)]
+        for threads in _thread_candidates():
+            torch.set_num_threads(threads)
+            for kind, rows in (("linear", SMALL_ROWS), ("few_rows", SMALL_ROWS), ("linear", LARGE_ROWS)):
+                measured[f"{kind}/{dtype}/{threads}/{rows}"] = _time_products(kind, matrices, rows)
+    torch.set_num_threads(before)
+    return _plan_from(measured)
+
+
+def _time_products(kind: str, matrices: list[torch.Tensor], rows: int) -> float:
+    """Milliseconds of the best of a few rounds of products with all matrices."""
+    block = torch.ones(rows, _MATRIX[1], dtype=matrices[0].dtype)
+    product = few_rows_linear if kind == "few_rows" else torch.nn.functional.linear
+
+    def products() -> None:
+        for matrix in matrices:
+            product(block, matrix)
+
+    with torch.inference_mode():
+        return min(_seconds(products) for _ in range(5 if rows == SMALL_ROWS else 2)) * 1e3
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _plan_from(measured: dict[str, float]) -> RuntimePlan:
+    """The quicker dtype over both sizes, and for each size its quickest number of threads and product."""
+
+    def best(dtype: str, rows: int) -> tuple[float, int, str]:
+        kinds = ("linear", "few_rows") if rows == SMALL_ROWS else ("linear",)
+        return min(
+            (measured[f"{kind}/{dtype}/{threads}/{rows}"], threads, kind)
+            for threads in _thread_candidates()
+            for kind in kinds
+        )
+
+    def cost(dtype: str) -> float:
+        return best(dtype, SMALL_ROWS)[0] * best(dtype, LARGE_ROWS)[0]
+
+    dtype = min(("float32", "bfloat16"), key=cost)
+    ratio = (cost("bfloat16") / cost("float32")) ** 0.5
+    _, threads_small, kind = best(dtype, SMALL_ROWS)
+    return RuntimePlan(
+        device="cpu",
+        compute_dtype=dtype,
+        threads_small=threads_small,
+        threads_large=best(dtype, LARGE_ROWS)[1],
+        few_rows_linear=kind == "few_rows",
+        measured_ms={key: round(value, 3) for key, value in measured.items()},
+        reason=f"measured: bfloat16 takes {ratio:.2f} times as long as float32",
+    )
+
+
+def _read_plan(path: Path, machine: dict[str, object]) -> RuntimePlan | None:
+    try:
+        kept = json.loads(path.read_text())
+        return RuntimePlan(**kept["plan"]) if kept["machine"] == machine else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_plan(path: Path, machine: dict[str, object], plan: RuntimePlan) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"machine": machine, "plan": asdict(plan)}, indent=1))
+        temporary.replace(path)
+    except OSError:
+        return  # a read-only home: the measurement is made again next time

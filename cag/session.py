@@ -1,0 +1,167 @@
+"""A session behind a prefix: turns of question and answer, each answer with its proof.
+
+A session owns only its tail; the prefix is shared. Later questions stand behind the earlier ones, whose keys and values
+are kept, so they count as cached.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cag.answer import Answer, CacheOrigin, Timings, Usage
+from cag.errors import UsageError
+from cag.generate import Generation, SamplingOptions
+from cag.prompt import conversation_ids, next_question_ids
+
+if TYPE_CHECKING:
+    from cag.prefix import Prefix
+
+
+class AnswerStream:
+    """Iterates over pieces of text; `answer` is there when the iteration has ended."""
+
+    def __init__(
+        self, session: Session, history: Sequence[tuple[str, str]], question: str, generation: Generation, tier: str
+    ) -> None:
+        self._session = session
+        self._history = history
+        self._question = question
+        self._generation = generation
+        self._cached_tokens = session.num_cached_tokens
+        self._tier = tier
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        with self._session.turn(self._generation):
+            yield from self._generation
+        self._answer = self._compose()
+        self._session.turns.extend([*self._history, (self._question, self._answer.text)])
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer.
+
+        Raises:
+            UsageError: the stream has not been read to its end.
+        """
+        if self._answer is None:
+            raise UsageError("the answer is not complete yet.", hint="Read the stream to its end first.")
+        return self._answer
+
+    def _compose(self) -> Answer:
+        generation, prefix = self._generation, self._session.prefix
+        load_s = prefix.resident.load_s if self._tier == "disk" else 0.0
+        computed = len(generation.suffix_ids)
+        timings = Timings(load_s, generation.prefill_s, generation.ttft_s, generation.tpot_s, generation.total_s)
+        return Answer(
+            text=generation.text.strip(),
+            citations=prefix.cite(self._question, generation.text),
+            usage=Usage(self._cached_tokens + computed, self._cached_tokens, computed, len(generation.token_ids)),
+            timings=timings,
+            cache=CacheOrigin(prefix.name, prefix.digest, self._tier),
+            model=prefix.model.model_id,
+            finish_reason=generation.finish_reason,
+            token_ids=tuple(generation.token_ids),
+        )
+
+
+class Session:
+    """Turns behind one prefix. Not for use by several threads at once; open one session for each.
+
+    Attributes:
+        turns: (question, answer) pairs so far.
+    """
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.prefix = prefix
+        self.turns: list[tuple[str, str]] = []
+        self._state = prefix.model.new_state(prefix.resident)
+        self._busy = False
+        self._answered = False
+        self._unread: list[int] = []  # tokens of the last answer that no forward has seen yet
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prefix and of earlier turns whose keys and values are there."""
+        return self._state.num_tokens
+
+    @contextmanager
+    def turn(self, generation: Generation) -> Iterator[None]:
+        """Around one running answer: however it ends, the session is ready for the next question.
+
+        Raises:
+            UsageError: another answer of this session is still running.
+        """
+        if self._busy:
+            raise UsageError("another answer of this session is still running.", hint="Open a second session.")
+        self._busy = True
+        before = self._state.num_tail
+        try:
+            yield
+        finally:
+            forwarded = self._state.num_tail - before - len(generation.suffix_ids)
+            if forwarded < 0:  # the question itself was not read to its end: as if it had not been asked
+                self._state.rewind(before)
+            else:
+                self._answered = True
+                self._unread = generation.token_ids[forwarded:]
+            self._busy = False
+
+    def ask(
+        self,
+        question: str,
+        options: SamplingOptions | None = None,
+        *,
+        started_at: float | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> Answer:
+        """Answer a question behind the prefix and the earlier turns. Raises as `stream`."""
+        stream = self.stream(question, options, started_at=started_at, history=history)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self,
+        question: str,
+        options: SamplingOptions | None = None,
+        *,
+        started_at: float | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> AnswerStream:
+        """Start an answer; iterate over the result for its text.
+
+        Args:
+            question: the user's words.
+            options: sampling and stop rules.
+            started_at: `time.perf_counter()` from which the first token is counted; the time of the call if None.
+            history: (question, answer) turns that were held elsewhere, to be read before the question.
+
+        Raises:
+            UsageError: an empty question, or a history for a session that has turns of its own.
+            RequestTooLong: no room left in the model's window.
+        """
+        begin = time.perf_counter() if started_at is None else started_at
+        if not question.strip():
+            raise UsageError("the question is empty.")
+        if history and self._answered:
+            raise UsageError("this session has turns of its own.", hint="Replay a history in a new session.")
+        self.prefix.check_open()
+        tier = "device" if started_at is None and self.prefix.resident.is_loaded else "disk"
+        generation = Generation(
+            self.prefix.model,
+            self._state,
+            self._suffix(question, history),
+            options or SamplingOptions(),
+            started_at=begin,
+        )
+        return AnswerStream(self, history, question, generation, tier)
+
+    def _suffix(self, question: str, history: Sequence[tuple[str, str]]) -> list[int]:
+        tokenizer, template = self.prefix.model.tokenizer, self.prefix.template
+        if not self._answered:
+            return conversation_ids(tokenizer, template, history, question)
+        return self._unread + next_question_ids(tokenizer, template, question)

@@ -1,0 +1,126 @@
+"""Keys and values of one sequence while it runs: an immutable prefix that may be shared, and a tail of its own.
+
+The prefix is attended where it lies; only the tail grows, and only the tail is ever copied (when it doubles). Knows
+kernels and tensors; knows no text, no model and no store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cag_kernels import merge_segments, segment_attention
+
+MIN_TAIL_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """Keys and values of one layer: `[num_kv_heads, num_tokens, head_dim]` each."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+class PrefixLayers(Protocol):
+    """What a sequence needs of the prefix it stands behind."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix."""
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, `[num_kv_heads, num_tokens, head_dim]`; waits until they have arrived."""
+
+
+class Tail:
+    """Growing keys and values of one sequence, one pair of buffers a layer, in the storage dtype of the cache."""
+
+    def __init__(self, shapes: list[KvShape], dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+        self.shapes = shapes
+        self.capacity = capacity
+        self.keys = [torch.empty(s.num_kv_heads, capacity, s.head_dim, dtype=dtype, device=device) for s in shapes]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+
+    def reserve(self, num_tokens: int, used: int) -> None:
+        """Make room for `num_tokens` in all, keeping the first `used`."""
+        if num_tokens <= self.capacity:
+            return
+        self.capacity = max(num_tokens, 2 * self.capacity, MIN_TAIL_TOKENS)
+        for buffers in (self.keys, self.values):
+            for index, old in enumerate(buffers):
+                buffers[index] = old.new_empty(old.shape[0], self.capacity, old.shape[2])
+                buffers[index][:, :used] = old[:, :used]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
+
+class SequenceState:
+    """One sequence: `num_prefix` tokens of a shared prefix, then `num_tail` tokens of its own."""
+
+    def __init__(self, tail: Tail, prefix: PrefixLayers | None = None) -> None:
+        self.prefix = prefix
+        self.tail = tail
+        self.num_prefix = prefix.num_tokens if prefix is not None else 0
+        self.num_tail = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are there."""
+        return self.num_prefix + self.num_tail
+
+    def begin(self, num_tokens: int) -> None:
+        """Make room for a forward of `num_tokens` tokens."""
+        self.tail.reserve(self.num_tail + num_tokens, used=self.num_tail)
+
+    def finish(self, num_tokens: int) -> None:
+        """Count the tokens of a forward that went through all layers."""
+        self.num_tail += num_tokens
+
+    def rewind(self, num_tail: int) -> None:
+        """Forget the tokens of the tail behind the first `num_tail`."""
+        assert 0 <= num_tail <= self.num_tail
+        self.num_tail = num_tail
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Store the keys and values of new tokens, and attend to everything up to each of them.
+
+        Args:
+            layer: index of the layer.
+            query: `[num_q_heads, num_new, head_dim]`, after RoPE.
+            keys: `[num_kv_heads, num_new, head_dim]`, after RoPE; rounded to the tail's dtype before anyone sees them.
+            values: as `keys`.
+            scale: factor of the scores.
+            window: sliding window of the layer, or None.
+            softcap: cap of the scores, or None.
+
+        Returns:
+            `[num_q_heads, num_new, head_dim]` in the query's dtype.
+        """
+        end = self.num_tail + query.shape[1]
+        tail_keys, tail_values = self.tail.keys[layer][:, :end], self.tail.values[layer][:, :end]
+        tail_keys[:, self.num_tail :] = keys
+        tail_values[:, self.num_tail :] = values
+        attend = partial(segment_attention, query, scale=scale, window=window, softcap=softcap)
+        parts = [attend(tail_keys, tail_values, offset=self.num_tail)]
+        if self.prefix is not None:
+            prefix_keys, prefix_values = self.prefix.layer(layer)
+            parts.append(attend(prefix_keys, prefix_values, offset=self.num_tokens))
+        return merge_segments(parts).to(query.dtype)

@@ -1,0 +1,66 @@
+"""The public op and its dispatch: which path serves a call is decided from dtypes, device and sizes alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cag_kernels.flash import fused_attention, has_flash_attn
+from cag_kernels.tiled import tiled_attention
+
+FUSED_MIN_ROWS = 128  # rows of query a key/value head from which converting the keys whole pays; see docs/log.md
+
+
+def segment_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    offset: int,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries over one segment of keys and values; see `reference.segment_attention_reference`.
+
+    Keys and values are borrowed and never changed.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check_shapes(query, keys, values, offset)
+    if choose_path(query, keys, window=window, softcap=softcap, offset=offset) == "fused":
+        return fused_attention(query, keys, values, scale=scale, offset=offset)
+    return tiled_attention(query, keys, values, scale=scale, offset=offset, window=window, softcap=softcap)
+
+
+def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: float | None, offset: int) -> str:
+    """`"fused"` or `"tiled"` for a call with these tensors."""
+    num_queries, num_keys = query.shape[1], keys.shape[1]
+    if window is not None and offset + num_queries <= window:
+        window = None  # the window reaches back to the segment's first key for every query
+    if window is not None or softcap is not None or query.dtype == torch.float64:
+        return "tiled"
+    if offset < num_keys - 1 and offset + num_queries != num_keys:
+        return "tiled"
+    rows = query.shape[0] // keys.shape[0] * num_queries
+    return "fused" if query.dtype == keys.dtype or rows >= FUSED_MIN_ROWS else "tiled"
+
+
+def available_paths(device: torch.device) -> dict[str, str]:
+    """What serves each path on `device`, for reports: path name -> implementation."""
+    if device.type == "cuda":
+        fused = "flash-attn" if has_flash_attn() else "torch scaled_dot_product flash attention"
+    else:
+        fused = "torch CPU flash attention"
+    return {"fused": fused, "tiled": "torch, tiles of keys with an online softmax"}
+
+
+def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, offset: int) -> None:
+    if query.ndim != 3 or keys.ndim != 3 or keys.shape != values.shape or query.shape[2] != keys.shape[2]:
+        shapes = f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
+        raise ValueError(f"expected [heads, tokens, head_dim] with one head_dim, found {shapes}")
+    if keys.shape[0] == 0 or query.shape[0] % keys.shape[0]:
+        raise ValueError(f"{query.shape[0]} query heads are no multiple of {keys.shape[0]} key/value heads")
+    if offset < 0:
+        raise ValueError(f"offset is {offset}; queries cannot stand before the segment")

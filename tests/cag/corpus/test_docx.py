@@ -1,0 +1,138 @@
+"""Word documents, made with python-docx and, where it writes no such thing, by changing the XML it wrote."""
+
+import io
+import re
+import zipfile
+
+import docx
+import pytest
+
+from cag.corpus import CorpusLimits, load_corpus
+from cag.errors import UnreadableDocument
+
+NAMESPACE = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+
+
+def word_file(build) -> bytes:
+    document = docx.Document()
+    build(document)
+    buffer = io.BytesIO()
+    document.save(buffer)
+    return buffer.getvalue()
+
+
+def with_body(xml: str) -> bytes:
+    """A Word file whose body is `xml`."""
+    return rewritten(
+        word_file(lambda document: None),
+        lambda body: re.sub(r"<w:body>.*(?=<w:sectPr)", f"<w:body>{xml}", body, flags=re.DOTALL),
+    )
+
+
+def rewritten(content: bytes, change) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            new.writestr(entry, change(data.decode()).encode() if entry.filename == "word/document.xml" else data)
+    return buffer.getvalue()
+
+
+def build_page(document):
+    document.add_heading("Handbook", 0)
+    document.add_paragraph("First paragraph\nwith a break.")
+    document.add_heading("Holidays", 1)
+    document.add_paragraph("thirty days", style="List Bullet")
+    document.add_paragraph("no more", style="List Bullet")
+    document.add_paragraph("ask", style="List Number")
+    document.add_paragraph("go", style="List Number")
+    table = document.add_table(rows=2, cols=2)
+    for cell, text in zip(table._cells, ["Name", "Days", "Ada", "30"], strict=True):
+        cell.text = text
+    document.add_paragraph("After the table.")
+
+
+def test_headings_lists_and_tables_in_order(load_one):
+    document = load_one("a.docx", word_file(build_page))
+    assert document.text == (
+        "# Handbook\n\nFirst paragraph\nwith a break.\n\n# Holidays\n\n- thirty days\n- no more\n1. ask\n2. go\n\n"
+        "| Name | Days |\n| --- | --- |\n| Ada | 30 |\n\nAfter the table."
+    )
+    assert document.title == "Handbook"
+
+
+def test_the_title_of_the_properties_comes_first(load_one):
+    def build(document):
+        document.core_properties.title = "Official title"
+        document.add_heading("Heading", 1)
+
+    assert load_one("a.docx", word_file(build)).title == "Official title"
+
+
+def test_what_python_docx_passes_over_is_read(load_one):
+    run = "<w:r><w:t>{}</w:t></w:r>"
+    text = load_one(
+        "a.docx",
+        with_body(
+            f"<w:sdt><w:sdtContent><w:p>{run.format('controlled')}</w:p></w:sdtContent></w:sdt>"
+            f"<w:p>{run.format('kept ')}<w:ins>{run.format('inserted')}</w:ins>"
+            "<w:del><w:r><w:delText>deleted</w:delText></w:r></w:del></w:p>"
+            f"<w:p>{run.format('outside')}<w:r><w:pict><w:txbxContent><w:p>{run.format('in a box')}</w:p>"
+            "</w:txbxContent></w:pict></w:r></w:p>"
+        ),
+    ).text
+    assert text == "controlled\n\nkept inserted\n\noutside\n\nin a box"
+
+
+def test_an_empty_document_is_reported(tree):
+    root = tree({"empty.docx": word_file(lambda document: None), "a.md": "a"})
+    assert load_corpus([root]).empty == (f"{root}/empty.docx",)
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "other zip", "bad xml", "empty"])
+def test_corrupt_files(load_one, kind):
+    good = word_file(build_page)
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("a.txt", "a")
+    contents = {
+        "text": b"plain words",
+        "cut": good[: len(good) // 2],
+        "other zip": other.getvalue(),
+        "bad xml": rewritten(good, lambda xml: xml[: len(xml) // 2]),
+        "empty": b"",
+    }
+    with pytest.raises(UnreadableDocument):
+        load_one("a.docx", contents[kind])
+
+
+def test_entities_are_refused(load_one, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("TOPSECRET")
+    doctype = f'<!DOCTYPE x [<!ENTITY leak SYSTEM "file://{secret}"><!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>'
+    content = rewritten(
+        word_file(build_page),
+        lambda xml: xml.replace("<w:document", f"{doctype}<w:document", 1).replace("thirty", "&leak;&b;"),
+    )
+    with pytest.raises(UnreadableDocument, match="document type"):
+        load_one("a.docx", content)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tree):
+    bomb = rewritten(word_file(build_page), lambda xml: xml.replace("thirty", "a" * 5_000_000))
+    assert len(bomb) < 100_000
+    root = tree({"bomb.docx": bomb})
+    with pytest.raises(UnreadableDocument, match="more than 1000000 bytes of text"):
+        load_corpus([root], limits=CorpusLimits(max_text_bytes=1_000_000))
+
+
+def test_an_archive_that_lies_about_its_sizes_is_refused(tree):
+    """The central directory says 100 bytes where 5 MB follow: zipfile reads no more, and checks the sum."""
+    bomb = bytearray(rewritten(word_file(build_page), lambda xml: xml.replace("thirty", "a" * 5_000_000)))
+    with zipfile.ZipFile(io.BytesIO(bytes(bomb))) as archive:
+        true_size = archive.getinfo("word/document.xml").file_size
+    found = bomb.rfind(true_size.to_bytes(4, "little"))
+    bomb[found : found + 4] = (100).to_bytes(4, "little")
+    root = tree({"bomb.docx": bytes(bomb)})
+    with pytest.raises(UnreadableDocument):
+        load_corpus([root], limits=CorpusLimits(max_text_bytes=1_000_000))

@@ -1,0 +1,184 @@
+"""reStructuredText, plain and Sphinx-flavoured. What docutils does not know must not be lost, printed or run."""
+
+import pytest
+
+PAGE = """
+.. _top:
+
+=======
+The |x|
+=======
+
+.. |x| replace:: manual
+
+:Author: Ada
+
+Text with ``code``, *stress*, a `link <https://example.org>`_, :ref:`a label <top>`, :class:`~pkg.mod.Thing`,
+:doc:`other` and [1]_.
+
+.. [1] A note.
+
+Section
+-------
+
+1. one
+2. two
+
+   * inner
+
+term
+    its meaning
+
+-o FILE  where to write
+
+.. note:: Take care.
+
+   Twice.
+
+====  =====
+Name  Value
+====  =====
+a     1
+====  =====
+
+.. code-block:: python
+   :linenos:
+   :caption: Example
+
+   print(1)
+
+.. py:function:: run(*args, **options)
+   :module: pkg
+
+   Runs **it**.
+
+   .. versionadded:: 1.2
+      Also *async*.
+
+.. tabs::
+
+   .. tab:: Linux
+
+      Use apt.
+
+.. unknown-thing:: with an argument
+
+   and a body
+
+.. toctree::
+   :maxdepth: 2
+
+   installation
+
+.. a comment
+"""
+
+TEXT = """# The manual
+
+Author: Ada
+
+Text with code, stress, a link, a label, Thing, other and [1].
+
+[1] A note.
+
+## Section
+
+1. one
+2. two
+   - inner
+
+term
+  its meaning
+
+-o FILE
+  where to write
+
+Note: Take care.
+
+Twice.
+
+| Name | Value |
+| --- | --- |
+| a | 1 |
+
+Example
+
+```python
+print(1)
+```
+
+run(*args, **options)
+
+Runs it.
+
+Added in version 1.2 Also async.
+
+Linux
+
+Use apt.
+
+with an argument
+
+and a body"""
+
+
+def test_the_whole_page(load_one, capfd):
+    document = load_one("a.rst", PAGE)
+    assert document.text == TEXT
+    assert document.title == "The manual"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "directive",
+    [
+        ".. include:: {secret}",
+        ".. literalinclude:: {secret}",
+        ".. csv-table::\n   :file: {secret}",
+        ".. raw:: html\n   :file: {secret}",
+        ".. raw:: html\n\n   TOPSECRET",
+        ".. figure:: {secret}\n   :figwidth: image",
+    ],
+)
+def test_no_other_file_is_read_and_nothing_raw_passes(load_one, tmp_path, directive):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("TOPSECRET")
+    text = load_one("a.rst", f"before\n\n{directive.format(secret=secret)}\n\nafter\n").text
+    assert "TOPSECRET" not in text
+    assert text.startswith("before")
+    assert text.endswith("after")
+
+
+def test_a_table_that_docutils_refuses_keeps_its_text(load_one):
+    text = load_one("a.rst", "x\n\n=== ===\nab  cdef\n=== ==\n\nend\n").text
+    assert "cdef" in text
+
+
+def test_a_line_over_the_limit_of_docutils(load_one):
+    line = "word " * 5_000
+    assert load_one("a.rst", line).text == line.strip()
+
+
+def test_a_date_does_not_change_the_text_from_day_to_day(load_one):
+    assert load_one("a.rst", "Built |date|.\n\n.. |date| date::\n").text == "Built |date|."
+
+
+def test_variables_of_sphinx_vanish_and_other_unknown_ones_stay(load_one):
+    assert load_one("a.rst", "Docs |version|\n==============\n\n|other|\n").text == "# Docs\n\n|other|"
+
+
+def test_a_default_role_does_not_reach_the_next_document(load_one):
+    load_one("a.rst", ".. default-role:: literal\n.. role:: mine(emphasis)\n\n`x` :mine:`y`\n")
+    assert load_one("b.rst", "`x` :mine:`y` :other:`z <t>`\n").text == "x y z"
+
+
+def test_code_that_holds_a_fence(load_one):
+    assert load_one("a.rst", "::\n\n    ```\n    x\n    ```\n").text == "````\n```\nx\n```\n````"
+
+
+def test_deep_nesting_is_read_or_a_typed_error(load_one):
+    from cag.errors import UnreadableDocument
+
+    page = "".join("  " * depth + f"* level {depth}\n\n" for depth in range(300))
+    with pytest.raises(UnreadableDocument):
+        load_one("a.rst", page)
