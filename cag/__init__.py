@@ -1,1 +1,81 @@
-"""cag"""
+"""Cache-augmented generation: read a body of text once, answer questions right behind it.
+
+    engine = cag.Engine.load("qwen2.5-coder-1.5b-instruct")
+    engine.build(["docs/"], name="handbook")
+    with engine.open("handbook") as prefix:
+        print(prefix.ask("How do I rotate a key?").text)
+
+Names are imported when they are first used, so that `import cag` and `cag --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# Idle OpenMP threads that spin take the cores from the ones that work; must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+if TYPE_CHECKING:
+    from cag.answer import Answer, CacheOrigin, Citation, Timings, Usage
+    from cag.builder import BuildOptions, BuildProgress, BuildReport
+    from cag.corpus import Document, load_corpus, load_documents
+    from cag.engine import Engine
+    from cag.errors import CagError
+    from cag.generate import SamplingOptions
+    from cag.prefix import Prefix
+    from cag.session import AnswerStream, Session
+
+_HOMES = {
+    "Answer": "cag.answer",
+    "AnswerStream": "cag.session",
+    "BuildOptions": "cag.builder",
+    "BuildProgress": "cag.builder",
+    "BuildReport": "cag.builder",
+    "CacheOrigin": "cag.answer",
+    "CagError": "cag.errors",
+    "Citation": "cag.answer",
+    "Document": "cag.corpus",
+    "Engine": "cag.engine",
+    "Prefix": "cag.prefix",
+    "SamplingOptions": "cag.generate",
+    "Session": "cag.session",
+    "Timings": "cag.answer",
+    "Usage": "cag.answer",
+    "load_corpus": "cag.corpus",
+    "load_documents": "cag.corpus",
+}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "BuildOptions",
+    "BuildProgress",
+    "BuildReport",
+    "CacheOrigin",
+    "CagError",
+    "Citation",
+    "Document",
+    "Engine",
+    "Prefix",
+    "SamplingOptions",
+    "Session",
+    "Timings",
+    "Usage",
+    "__version__",
+    "load_corpus",
+    "load_documents",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cag' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

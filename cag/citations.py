@@ -78,7 +78,7 @@ class CitationIndex:
 
     def cite(self, question: str, answer: str) -> tuple[Citation, ...]:
         """Citations for an answer, best first; at most `MAX_CITATIONS`."""
-        wanted = set(terms(answer))
+        wanted = self._wanted(answer)
         if not wanted or _REFUSAL.search(answer):
             return ()
         asked = set(terms(question))
@@ -89,6 +89,14 @@ class CitationIndex:
             reverse=True,
         )
         return self._cover(wanted, [(score, sentence) for score, _, sentence in ranked[:64]])
+
+    def _wanted(self, answer: str) -> set[str]:
+        """Words of the answer: compounds as a whole where the corpus has them so, in parts where it does not."""
+        found: set[str] = set()
+        for match in _WORD.finditer(answer.lower()):
+            whole, *parts = terms(match.group())
+            found.update([whole] if whole in self.idf or not parts else parts)
+        return found
 
     def _weight(self, group: Iterable[str]) -> float:
         return sum(self.idf.get(term, self.unseen_idf) for term in group)
@@ -112,7 +120,8 @@ class CitationIndex:
         chosen: list[tuple[float, Sentence]] = []
         covered: set[str] = set()
         for score, sentence in ranked:
-            gain = self._coverage(wanted, (sentence.terms & wanted) - covered)
+            known = wanted if not chosen else wanted & self.idf.keys()
+            gain = self._coverage(known, (sentence.terms & wanted) - covered)
             needed = MIN_NEW_COVERAGE if chosen else MIN_ANSWER_COVERAGE
             if gain >= needed and len(chosen) < MAX_CITATIONS:
                 chosen.append((score, sentence))

@@ -148,6 +148,7 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     store_errors.StoreFull: ErrorRow(55, 507, "store_full"),
     store_errors.StoreBusy: ErrorRow(56, 409, "store_busy"),
     store_errors.InvalidName: ErrorRow(57, 400, "invalid_name"),
+    store_errors.UnencodableArray: ErrorRow(58, 422, "unencodable_array"),
 }
 
 

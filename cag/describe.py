@@ -1,0 +1,36 @@
+"""What a cache is, as users see it: `cag show --json`, `GET /v1/caches/{name}` and the rows of their lists."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from cag_store import Manifest, Ref
+
+
+def describe_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
+    """Everything about one cache: the object of `cag show --json`. `ref` must refer to `manifest`."""
+    return {
+        "name": ref.name,
+        "digest": manifest.digest,
+        "created_at": manifest.created_at,
+        "model": {"id": manifest.model.id, "fingerprint": manifest.model.fingerprint},
+        "num_tokens": manifest.num_tokens,
+        "num_documents": len(manifest.documents),
+        "codec": dict(manifest.codec),
+        "raw_bytes": manifest.raw_bytes,
+        "stored_bytes": manifest.stored_bytes,
+        "raw_over_stored": manifest.raw_bytes / manifest.stored_bytes,
+        "fidelity": dict(manifest.fidelity) if manifest.fidelity is not None else None,
+        "expires_at": ref.expires_at,
+        "pinned": ref.pinned,
+        "documents": [asdict(document) for document in manifest.documents],
+    }
+
+
+def summarize_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
+    """One row of a list of caches: without documents, and of the codec only its id."""
+    whole = describe_cache(ref, manifest)
+    kept = ("name", "digest", "created_at", "num_tokens", "num_documents", "raw_bytes", "stored_bytes")
+    row = {field: whole[field] for field in (*kept, "raw_over_stored", "pinned", "expires_at")}
+    return row | {"codec": manifest.codec["id"]}

@@ -1,0 +1,27 @@
+"""Text to words for BM25, and to estimated word pieces for the length of a passage. Knows no tokenizer and no language.
+
+Ideographs and syllabic scripts are written without spaces; each of their characters counts as a word of its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Kana, CJK ideographs, Hangul syllables.
+UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+# A common word is one piece, a long or rare one several; numbers and identifiers break up further.
+PIECE = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]{{1,7}}|\d{{1,2}}|[^\w\s]|_")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of `text` in lower case, in order; punctuation is dropped, one-letter words and digits stay."""
+    return WORD.findall(text.lower())
+
+
+def estimated_piece_spans(text: str) -> list[tuple[int, int]]:
+    """The character span of each estimated word piece of `text`.
+
+    Measured against WordPiece of MiniLM: 3 % too few on technical documentation, 8 % too many on encyclopedic prose.
+    """
+    return [match.span() for match in PIECE.finditer(text)]

@@ -1,0 +1,104 @@
+"""Dependencies point one way: kernels, store <- cag <- bench. Read off the import statements of every file."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "cag_kernels": ROOT / "kernels" / "cag_kernels",
+    "cag_store": ROOT / "store" / "cag_store",
+    "cag": ROOT / "cag",
+    "cag_bench": ROOT / "bench" / "cag_bench",
+}
+FORBIDDEN = {
+    "cag_kernels": {"cag", "cag_store", "cag_bench", "transformers", "numpy"},
+    "cag_store": {"cag", "cag_kernels", "cag_bench", "torch", "transformers"},
+    "cag": {"cag_bench"},
+    "cag_bench": set(),
+}
+MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
+# The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
+WALK = [
+    "home", "errors", "models", "corpus", "retrieval", "prompt", "runtime", "state", "model", "prefill", "resident",
+    "fidelity", "answer", "citations", "generate", "session", "prefix", "fresh", "builder", "engine", "describe",
+    "server", "cli",
+]  # fmt: skip
+
+
+def imports(path: Path) -> set[tuple[str, bool]]:
+    """(dotted module, only for type checking) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, id(node) in typing_only) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found.add((node.module, id(node) in typing_only))
+    return found
+
+
+FILES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("package, path", FILES, ids=lambda value: getattr(value, "name", value))
+def test_packages_import_in_one_direction(package, path):
+    for module, _ in imports(path):
+        top = module.split(".")[0]
+        if top == "cag_bench" and path.is_relative_to(MOUNTS_BENCH):
+            continue
+        assert top not in FORBIDDEN[package], f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [path for name, path in FILES if name == "cag"], ids=lambda path: path.name)
+def test_modules_import_only_what_stands_before_them(path):
+    own = path.relative_to(PACKAGES["cag"]).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for module, typing_only in imports(path):
+        parts = module.split(".")
+        if parts[0] != "cag" or len(parts) == 1 or parts[1] == own or typing_only:
+            continue
+        assert WALK.index(parts[1]) < WALK.index(own), f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_all_names_what_is_exported(name):
+    package = importlib.import_module(name)
+    if not hasattr(package, "__all__"):
+        pytest.skip(f"{name} is a namespace for its modules")
+    assert len(package.__all__) == len(set(package.__all__))
+    for exported in package.__all__:
+        assert getattr(package, exported) is not None
+
+
+@pytest.mark.parametrize("package, path", FILES, ids=lambda value: getattr(value, "name", value))
+def test_files_stay_small(package, path):
+    assert len(path.read_text().splitlines()) <= 420
+
+
+def test_every_error_has_a_row_in_the_table():
+    import cag.errors
+    import cag_store.errors
+
+    def tree(cls):
+        return {cls} | {leaf for child in cls.__subclasses__() for leaf in tree(child)}
+
+    table = cag.errors.ERROR_TABLE
+    for error in tree(cag.errors.CagError) | tree(cag_store.errors.StoreError):
+        assert cag.errors.error_row(error("x")) in table.values()
+        if error.__module__ in ("cag.errors", "cag_store.errors"):
+            assert error in table, f"{error.__name__} has no row"
+            assert error.__name__ in f"{cag.errors.__doc__}{cag_store.errors.__doc__}"
+    codes = [row.exit_code for row in table.values()]
+    assert len(codes) == len(set(codes))
+    assert len({row.code for row in table.values()}) == len(table)
