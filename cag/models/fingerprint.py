@@ -1,0 +1,125 @@
+"""What a cache depends on, as four digests: weights, tokenizer, chat template, adapter. Knows files, not torch.
+
+Fields of configuration files that change nothing in the keys and values (versions, names, the storage type) are left
+out, so that saving a model again does not make its caches foreign.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cag.errors import UnsupportedModel
+from cag.models.digests import file_sha256
+
+COSMETIC_CONFIG_FIELDS = frozenset(
+    {"transformers_version", "_name_or_path", "_model_name_or_path", "name_or_path", "torch_dtype", "dtype"}
+)
+COSMETIC_TOKENIZER_FIELDS = frozenset(
+    {"transformers_version", "name_or_path", "chat_template", "is_local", "local_files_only", "processor_class"}
+)
+COSMETIC_ADAPTER_FIELDS = frozenset({"base_model_name_or_path", "inference_mode", "revision", "peft_version"})
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class ModelFingerprints:
+    """Hex sha256 digests of the parts of a model directory; `adapter` is None without one."""
+
+    weights: str
+    tokenizer: str
+    template: str
+    adapter: str | None = None
+
+
+def model_fingerprint(directory: Path, adapter: Path | None = None) -> ModelFingerprints:
+    """Digests of every byte that decides the keys and values of a prompt.
+
+    Raises: UnsupportedModel when configuration, weights or tokenizer are missing or unreadable.
+    """
+    return ModelFingerprints(
+        weights=_digest(_weight_parts(directory, "config.json", COSMETIC_CONFIG_FIELDS)),
+        tokenizer=_digest(_tokenizer_parts(directory)),
+        template=_digest(_template_parts(directory)),
+        adapter=_digest(_weight_parts(adapter, "adapter_config.json", COSMETIC_ADAPTER_FIELDS)) if adapter else None,
+    )
+
+
+def _digest(parts: Iterable[tuple[str, str]]) -> str:
+    """Digest of (label, content digest) pairs; both are framed, so no two lists collide."""
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+
+
+def _weight_parts(directory: Path, config_name: str, cosmetic: frozenset[str]) -> Iterable[tuple[str, str]]:
+    yield config_name, _text_digest(_canonical(_read_json(directory / config_name), cosmetic))
+    weight_files = sorted(directory.glob("*.safetensors"))
+    if not weight_files:
+        raise UnsupportedModel(
+            f"{directory} holds no *.safetensors file.",
+            hint="Save the weights as safetensors; pickled weights are never read.",
+            path=directory,
+        )
+    for path in weight_files:
+        yield path.name, file_sha256(path)
+
+
+def _tokenizer_parts(directory: Path) -> Iterable[tuple[str, str]]:
+    present = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not present:
+        raise UnsupportedModel(f"{directory} holds no tokenizer files.", path=directory)
+    for path in present:
+        if path.name == "tokenizer_config.json":
+            yield path.name, _text_digest(_canonical(_read_json(path), COSMETIC_TOKENIZER_FIELDS))
+        else:
+            yield path.name, file_sha256(path)
+
+
+def _template_parts(directory: Path) -> Iterable[tuple[str, str]]:
+    yield "chat_template", _text_digest(chat_template_text(directory) or "")
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        yield path.name, _text_digest(path.read_text(encoding="utf-8"))
+
+
+def chat_template_text(directory: Path) -> str | None:
+    """The chat template that transformers will use from `directory` (as JSON if it has several), None without one."""
+    jinja = directory / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = directory / name
+        template = _read_json(path).get("chat_template") if path.is_file() else None
+        if template is not None:
+            return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} cannot be read as JSON: {error}.", path=path) from error
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{path} does not hold a JSON object.", path=path)
+    return content
+
+
+def _canonical(content: dict[str, Any], cosmetic: frozenset[str]) -> str:
+    kept = {key: value for key, value in content.items() if key not in cosmetic}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

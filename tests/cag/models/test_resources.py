@@ -1,0 +1,35 @@
+import pytest
+
+from cag.errors import InsufficientResources
+from cag.models import resources
+
+
+def test_too_little_disk_says_need_and_have(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "free_disk_bytes", lambda folder: 1_500_000_000)
+    resources.require_disk(tmp_path, 1_500_000_000, "Pulling x")
+    with pytest.raises(InsufficientResources, match=r"x needs 4\.00 GB of disk.*1\.50 GB free.*CAG_HOME") as caught:
+        resources.require_disk(tmp_path, 4_000_000_000, "Pulling x")
+    assert caught.value.facts["need_bytes"] == 4_000_000_000
+    assert caught.value.facts["have_bytes"] == 1_500_000_000
+
+
+def test_too_little_memory_says_need_and_have(monkeypatch):
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 500_000_000)
+    resources.require_memory(500_000_000, "Converting x")
+    with pytest.raises(InsufficientResources, match=r"needs 0\.60 GB of memory, 0\.50 GB"):
+        resources.require_memory(600_000_000, "Converting x")
+
+
+def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path):
+    assert resources.free_disk_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "CGROUP_FOLDER", tmp_path)
+    unlimited = resources.available_memory_bytes()
+    (tmp_path / "memory.max").write_text("100000\n")
+    (tmp_path / "memory.current").write_text("70000\n")
+    (tmp_path / "memory.stat").write_text("anon 40000\ninactive_file 20000\n")
+    assert resources.available_memory_bytes() == 50_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resources.available_memory_bytes() == pytest.approx(unlimited, rel=0.5)
