@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.resident import ResidentPrefix
-from cag_store import Manifest, Ref, Store
+from cag_store import CacheReader, Manifest, Ref, Store
 from cag_store.errors import EntryNotFound
+
+
+@dataclass
+class _OpenCache:
+    """A resident cache, the reader whose lease keeps its files, and how many handles use it."""
+
+    manifest: Manifest
+    resident: ResidentPrefix
+    reader: CacheReader
+    num_users: int = 0
 
 
 class Engine:
@@ -35,7 +46,7 @@ class Engine:
     def __init__(self, model: LanguageModel, store: Store) -> None:
         self.model = model
         self.store = store
-        self._open: dict[str, tuple[ResidentPrefix, Any, int]] = {}  # digest -> resident, reader, users
+        self._open: dict[str, _OpenCache] = {}  # by the digest of the manifest
         self._lock = threading.Lock()
 
     @classmethod
@@ -127,17 +138,25 @@ class Engine:
             CacheMismatch: the cache belongs to another model, adapter, tokenizer or chat template.
             StoreError: a damaged manifest or chunk; chunk errors surface when the layer is needed.
         """
-        _, manifest = self.find(name)
-        check_fingerprints(name, manifest, self.model)
-        resident, release = self._acquire(manifest) if share else self._load(manifest)
-        return Prefix(
-            name,
-            manifest,
-            resident,
-            self.model,
-            load_documents=lambda: self._documents(manifest),
-            on_close=release,
-        )
+        if share:
+            digest = self.find(name)[0].manifest
+            with self._lock:
+                if digest in self._open:
+                    return self._handle(name, self._open[digest])
+        with translated_lookup():
+            _, manifest, reader = self.store.open_reader(name)
+        try:
+            check_fingerprints(name, manifest, self.model)
+            resident = ResidentPrefix.load(reader, self.model.kv_shapes, self.model.kv_dtype, self.model.device)
+        except BaseException:
+            reader.close()
+            raise
+        opened = _OpenCache(manifest, resident, reader)
+        with self._lock:
+            if share and self._open.setdefault(manifest.digest, opened) is not opened:
+                reader.close()  # somebody else opened it meanwhile
+                opened = self._open[manifest.digest]
+            return self._handle(name, opened)
 
     def ask(self, name: str, question: str, options: SamplingOptions | None = None, **sampling: Any) -> Answer:
         """Open a cache, answer one question, close it; the first token's time counts from before the opening."""
@@ -145,35 +164,26 @@ class Engine:
         with self.open(name) as prefix:
             return prefix.ask(question, options, started_at=started_at, **sampling)
 
-    def _acquire(self, manifest: Manifest) -> tuple[ResidentPrefix, Callable[[], None]]:
-        digest = manifest.digest
-        with self._lock:
-            if digest not in self._open:
-                reader = self.store.reader(manifest)
-                self._open[digest] = (self._start_loading(reader), reader, 0)
-            resident, reader, users = self._open[digest]
-            self._open[digest] = (resident, reader, users + 1)
-        return resident, lambda: self._release(digest)
+    def _handle(self, name: str, opened: _OpenCache) -> Prefix:
+        """One more user of an open cache. The lock is held by the caller."""
+        opened.num_users += 1
+        return Prefix(
+            name,
+            opened.manifest,
+            opened.resident,
+            self.model,
+            load_documents=lambda: self._documents(opened.manifest),
+            on_close=lambda: self._release(opened),
+        )
 
-    def _release(self, digest: str) -> None:
+    def _release(self, opened: _OpenCache) -> None:
         with self._lock:
-            resident, reader, users = self._open.pop(digest)
-            if users > 1:
-                self._open[digest] = (resident, reader, users - 1)
+            opened.num_users -= 1
+            if opened.num_users:
                 return
-        reader.close()
-
-    def _load(self, manifest: Manifest) -> tuple[ResidentPrefix, Callable[[], None]]:
-        reader = self.store.reader(manifest)
-        return self._start_loading(reader), reader.close
-
-    def _start_loading(self, reader: Any) -> ResidentPrefix:
-        model = self.model
-        try:
-            return ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device)
-        except BaseException:
-            reader.close()
-            raise
+            if self._open.get(opened.manifest.digest) is opened:
+                del self._open[opened.manifest.digest]
+        opened.reader.close()
 
     def _documents(self, manifest: Manifest) -> list[Document]:
         return [
@@ -191,8 +201,15 @@ def open_store(store: Store | str | Path | None = None) -> Store:
 
 def find_cache(store: Store, name: str) -> tuple[Ref, Manifest]:
     """Ref and manifest of a cache. Raises: CacheNotFound."""
-    try:
+    with translated_lookup():
         return store.resolve(name)
+
+
+@contextmanager
+def translated_lookup() -> Iterator[None]:
+    """The store's missing entry as the engine's missing cache. Raises: CacheNotFound."""
+    try:
+        yield
     except EntryNotFound as error:
         raise CacheNotFound(f"{error}.", hint="`cag ls` lists caches, `cag build` makes one.") from error
 

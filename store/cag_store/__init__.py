@@ -1,0 +1,40 @@
+"""A content-addressed store of compressed key/value caches: arrays <-> bytes on disk. Knows numpy;
+no model, no tensor library."""
+
+from cag_store.chunk import ChunkEntry, ChunkHeader
+from cag_store.codecs import Codec, codec_from_config, codec_ids
+from cag_store.dtypes import STORAGE_DTYPES, storage_dtype
+from cag_store.gc import GcReport
+from cag_store.keys import FORMAT_VERSION, ROOT, ChunkContext, chunk_key
+from cag_store.manifest import DocumentEntry, KVGeometry, Manifest, ModelIdentity, utc_now
+from cag_store.pipeline import LoadTimings
+from cag_store.reader import CacheReader
+from cag_store.ref import Ref, checked_name
+from cag_store.store import Store
+from cag_store.verify import VerifyReport
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ROOT",
+    "STORAGE_DTYPES",
+    "CacheReader",
+    "ChunkContext",
+    "ChunkEntry",
+    "ChunkHeader",
+    "Codec",
+    "DocumentEntry",
+    "GcReport",
+    "KVGeometry",
+    "LoadTimings",
+    "Manifest",
+    "ModelIdentity",
+    "Ref",
+    "Store",
+    "VerifyReport",
+    "checked_name",
+    "chunk_key",
+    "codec_from_config",
+    "codec_ids",
+    "storage_dtype",
+    "utc_now",
+]

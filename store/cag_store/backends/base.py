@@ -1,0 +1,116 @@
+"""The contract of backends: named immutable objects, a few mutable ones, locks and leases.
+Knows nothing of what they mean.
+
+Paths are relative, `/`-separated and made of `[A-Za-z0-9._-]`. Writing is all or nothing:
+a reader sees the whole object
+or none, and a process killed while it writes leaves nothing under the object's name.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from cag_store.errors import InvalidName
+
+_PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+
+Parts = Sequence[bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """Name, size and time (seconds since 1970) of the last write or `touch` of an object."""
+
+    path: str
+    size_bytes: int
+    modified_s: float
+
+
+class Lease(AbstractContextManager["Lease"], ABC):
+    """Something held until `release`; a process that dies releases it too."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Idempotent."""
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+class Backend(ABC):
+    """Where objects lie. All methods may be called from several threads."""
+
+    url: str
+    """Where, for messages."""
+
+    @abstractmethod
+    def get(self, path: str, max_bytes: int) -> bytes:
+        """The whole object. Raises: EntryNotFound; CorruptEntry when it is larger than `max_bytes`."""
+
+    @abstractmethod
+    def get_range(self, path: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset` on. Raises: EntryNotFound; CorruptEntry when the object ends before."""
+
+    def get_range_into(self, path: str, offset: int, out: memoryview) -> None:
+        """`get_range` of `len(out)` bytes into `out`, which spares the allocation."""
+        out[:] = self.get_range(path, offset, len(out))
+
+    def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """`get_range` for each (offset, length), in their order."""
+        return [self.get_range(path, offset, length) for offset, length in ranges]
+
+    @abstractmethod
+    def put_if_absent(self, path: str, parts: Parts) -> bool:
+        """Write the concatenated parts unless the object exists; whether it was written. Raises: StoreFull."""
+
+    @abstractmethod
+    def replace(self, path: str, data: bytes) -> None:
+        """Write the object in one step, whether or not it exists. Raises: StoreFull."""
+
+    @abstractmethod
+    def delete(self, path: str) -> bool:
+        """Remove the object; whether it was there."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects below the folder `prefix`, in no particular order."""
+
+    @abstractmethod
+    def stat(self, path: str) -> ObjectInfo:
+        """Raises: EntryNotFound."""
+
+    @abstractmethod
+    def touch(self, path: str) -> None:
+        """Set the object's time to now, so that `gc` takes it for new. Raises: EntryNotFound."""
+
+    @abstractmethod
+    def locked(self, name: str, shared: bool = False, timeout_s: float = 60.0) -> AbstractContextManager[None]:
+        """Hold the lock `name` across processes. Raises: StoreBusy after `timeout_s`."""
+
+    @abstractmethod
+    def acquire_lease(self, content: dict[str, Any]) -> Lease:
+        """A lease that other processes see in `live_leases` until it is released or this process ends."""
+
+    @abstractmethod
+    def live_leases(self) -> Sequence[dict[str, Any]]:
+        """The contents of all leases that are held; those of dead processes are removed."""
+
+    def sweep_temporaries(self, dry_run: bool = False) -> Sequence[ObjectInfo]:  # noqa: ARG002
+        """Remove leftovers of writers that died; what was, or would be, removed."""
+        return []
+
+    def drop_page_cache(self, path: str) -> bool:  # noqa: ARG002
+        """Make the next read of the object come from the device; False where that cannot be done."""
+        return False
+
+
+def checked_path(path: str) -> str:
+    """`path` when it is a plain relative one. Raises: InvalidName."""
+    if not _PATH.fullmatch(path):
+        raise InvalidName(f"{path!r} is not a path of an object", found=path)
+    return path

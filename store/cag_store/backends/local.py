@@ -1,0 +1,270 @@
+"""A backend in a local directory: temporary file, fsync, link or rename, fsync of the directory.
+
+Errors of the operating system are translated here: no space, quota or permission -> StoreFull;
+missing -> EntryNotFound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cag_store.backends import flocks, page_cache
+from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path
+from cag_store.errors import CorruptEntry, EntryNotFound, StoreError, StoreFull, UnsupportedFormat
+
+FORMAT_TEXT = "cag-store 1\n"
+
+_TEMPORARY = "tmp"
+_FOLDERS = ("chunks", "blobs", "manifests", "refs", "leases", "locks", _TEMPORARY)
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
+
+
+class LocalBackend(Backend):
+    """The directory `root`; made by the first write. Raises: UnsupportedFormat for a directory that holds something
+    else."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.url = str(self.root)
+        self._ready = False
+        self._check_format()
+
+    def get(self, path: str, max_bytes: int) -> bytes:
+        """See `Backend`."""
+        with self._translated(path), self._path(path).open("rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise CorruptEntry(f"{self.root / path}: more than {max_bytes} bytes", where=path, expected=max_bytes)
+        return data
+
+    def get_range(self, path: str, offset: int, length: int) -> bytes:
+        """See `Backend`."""
+        with self._translated(path), self._descriptor(path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if offset + length > size:
+                raise self._early(path, offset + length, size)
+            data = bytearray(length)
+            self._fill(path, descriptor, offset, memoryview(data))
+        return bytes(data)
+
+    def get_range_into(self, path: str, offset: int, out: memoryview) -> None:
+        """See `Backend`."""
+        with self._translated(path), self._descriptor(path) as descriptor:
+            self._fill(path, descriptor, offset, out)
+
+    def put_if_absent(self, path: str, parts: Parts) -> bool:
+        """See `Backend`."""
+        target = self._path(path)
+        with self._translated(path):
+            if target.exists():
+                return False
+            self._prepare()
+            with self._written(parts) as temporary:
+                self._make_parent(target)
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    with self.locked("rename"):  # a file system without hard links
+                        if target.exists():
+                            return False
+                        temporary.rename(target)
+            _sync_directory(target.parent)
+        return True
+
+    def replace(self, path: str, data: bytes) -> None:
+        """See `Backend`."""
+        target = self._path(path)
+        with self._translated(path):
+            self._prepare()
+            with self._written([data]) as temporary:
+                self._make_parent(target)
+                temporary.replace(target)
+            _sync_directory(target.parent)
+
+    def delete(self, path: str) -> bool:
+        """See `Backend`."""
+        target = self._path(path)
+        try:
+            with self._translated(path):
+                target.unlink()
+                _sync_directory(target.parent)
+        except EntryNotFound:
+            return False
+        return True
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See `Backend`."""
+        for folder, _, names in os.walk(self._path(prefix)):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    yield ObjectInfo(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
+
+    def stat(self, path: str) -> ObjectInfo:
+        """See `Backend`."""
+        with self._translated(path):
+            found = self._path(path).stat()
+        return ObjectInfo(path, found.st_size, found.st_mtime)
+
+    def touch(self, path: str) -> None:
+        """See `Backend`."""
+        with self._translated(path):
+            os.utime(self._path(path))
+
+    @contextmanager
+    def locked(self, name: str, shared: bool = False, timeout_s: float = 60.0) -> Iterator[None]:
+        """See `Backend`."""
+        with contextlib.ExitStack() as stack:
+            with self._translated(f"locks/{name}"):
+                self._prepare()
+                stack.enter_context(flocks.held(self._path(f"locks/{name}"), shared, timeout_s))
+            yield
+
+    def acquire_lease(self, content: dict[str, Any]) -> Lease:
+        """See `Backend`."""
+        with self._translated("leases"):
+            self._prepare()
+            return flocks.FileLease(self.root / "leases", self.root / _TEMPORARY, content)
+
+    def live_leases(self) -> Sequence[dict[str, Any]]:
+        """See `Backend`."""
+        with self._translated("leases"):
+            return flocks.live_leases(self.root / "leases")
+
+    def sweep_temporaries(self, dry_run: bool = False) -> Sequence[ObjectInfo]:
+        """See `Backend`."""
+        with self._translated(_TEMPORARY):
+            removed = flocks.remove_unlocked(self.root / _TEMPORARY, dry_run)
+        return [ObjectInfo(f"{_TEMPORARY}/{path.name}", found.st_size, found.st_mtime) for path, found in removed]
+
+    def drop_page_cache(self, path: str) -> bool:
+        """See `Backend`; True only when the kernel then says that no page is left."""
+        with self._translated(path), self._descriptor(path) as descriptor:
+            return page_cache.drop(descriptor)
+
+    def _path(self, path: str) -> Path:
+        return self.root / checked_path(path)
+
+    @contextmanager
+    def _descriptor(self, path: str) -> Iterator[int]:
+        descriptor = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _fill(self, path: str, descriptor: int, offset: int, out: memoryview) -> None:
+        filled = 0
+        while filled < len(out):
+            count = os.preadv(descriptor, [out[filled:]], offset + filled)
+            if not count:
+                raise self._early(path, offset + len(out), offset + filled)
+            filled += count
+
+    def _early(self, path: str, expected: int, found: int) -> CorruptEntry:
+        where = str(self.root / path)
+        message = f"{where}: expected at least {expected} bytes, found {found}: the file was cut; build the cache again"
+        return CorruptEntry(message, where=where, expected=expected, found=found)
+
+    @contextmanager
+    def _written(self, parts: Parts) -> Iterator[Path]:
+        """A whole, synced temporary file; it is gone at the end, whatever happens."""
+        temporary, descriptor = flocks.locked_temporary(self.root / _TEMPORARY)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(descriptor)
+                yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_parent(self, target: Path) -> None:
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sync_directory(target.parent.parent)
+
+    def _prepare(self) -> None:
+        """Make the store's folders, once."""
+        if self._ready:
+            return
+        (self.root / _TEMPORARY).mkdir(parents=True, exist_ok=True)
+        self._check_format()
+        if not (self.root / "format").exists():
+            with self._written([FORMAT_TEXT.encode("ascii")]) as temporary:
+                temporary.replace(self.root / "format")
+        for folder in _FOLDERS:
+            (self.root / folder).mkdir(exist_ok=True)
+        _sync_directory(self.root)
+        self._ready = True
+
+    def _check_format(self) -> None:
+        """Raises: UnsupportedFormat unless the directory is a store of this version, empty, or missing."""
+        names = {path.name for path in self.root.glob("*")}  # before the marker, which is the first file of a store
+        marker = self.root / "format"
+        try:
+            with self._translated("format"):
+                found = marker.read_bytes()[:64].decode("ascii", "replace")
+        except EntryNotFound:
+            foreign = sorted(names - {_TEMPORARY})
+            if foreign:
+                raise UnsupportedFormat(
+                    f"{self.root} is not a store: it holds {foreign[0]!r}, but no file 'format'; name an empty one",
+                    expected=FORMAT_TEXT,
+                    found=None,
+                ) from None
+            return
+        if found != FORMAT_TEXT:
+            raise UnsupportedFormat(
+                f"{self.root} says {found!r}; this program reads {FORMAT_TEXT!r}: use the version that wrote it",
+                expected=FORMAT_TEXT,
+                found=found,
+            )
+
+    @contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        """Turn errors of the operating system into those of the store."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except OSError as error:
+            raise _translate(error, str(self.root / path)) from error
+
+
+def _translate(error: OSError, where: str) -> StoreError:
+    if error.errno == errno.ENOENT:
+        return EntryNotFound(f"there is no {where}", path=where)
+    if error.errno in _NO_SPACE:
+        return StoreFull(
+            f"no space left to write {where}: {error.strerror}; free some, run gc, or put the store elsewhere",
+            path=where,
+        )
+    if error.errno in _NO_PERMISSION:
+        return StoreFull(
+            f"no permission for {where}: {error.strerror}; change its owner or mode, or put the store elsewhere",
+            path=where,
+        )
+    return StoreError(f"{where}: {error.strerror or error}", path=where)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,201 @@
+"""Chunk files on a backend: encode and write one, open one, check one. Knows neither refs nor manifests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from cag_store.backends import Backend
+from cag_store.chunk import ChunkEntry, ChunkHeader, ChunkIndex, Segment, header_size, parse_index
+from cag_store.codecs import Codec, codec_from_config
+from cag_store.dtypes import Array, storage_dtype
+from cag_store.errors import CorruptEntry, InvalidName, UnencodableArray, UnsupportedFormat
+from cag_store.keys import TokenIds, chunk_key, token_bytes
+from cag_store.paths import chunk_path
+
+LayerArrays = tuple[Array, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenChunk:
+    """A chunk whose header and token ids are verified: `offsets` of its segments in the file, and of the file's end."""
+
+    entry: ChunkEntry
+    index: ChunkIndex
+    codec: Codec
+    offsets: list[int]
+    token_ids: NDArray[np.uint32]
+
+    @property
+    def path(self) -> str:
+        """Where the file lies."""
+        return chunk_path(self.entry.key)
+
+
+def encode_chunk(
+    header: ChunkHeader, layers: Iterable[LayerArrays], token_ids: TokenIds, pool: ThreadPoolExecutor, ahead: int
+) -> tuple[ChunkEntry, list[bytes]]:
+    """The entry and the parts of the file. `layers` is consumed at most `ahead` layers before they are encoded.
+
+    Raises: InvalidName when the key is not that of the tokens; UnencodableArray; UnknownCodec.
+    """
+    codec = _codec_of(header)
+    _check_key(header, token_ids)
+    encoded = list(_encoded(codec, header, iter(layers), pool, ahead))
+    segments = tuple(
+        Segment(codec.codec_id, header.side_bytes(index // 2), len(data), xxhash.xxh3_128_hexdigest(data))
+        for index, data in enumerate(encoded)
+    )
+    index = ChunkIndex(header, segments)
+    head = index.to_bytes()
+    return index.entry(head), [head, token_bytes(token_ids), *encoded]
+
+
+def open_chunk(backend: Backend, entry: ChunkEntry) -> OpenChunk:
+    """Read and verify header and token ids against what `entry` pins. Raises:
+    EntryNotFound, CorruptEntry, UnknownCodec."""
+    path = chunk_path(entry.key)
+    where = f"{backend.url}/{path}"
+    found = backend.stat(path).size_bytes
+    if found != entry.stored_bytes:
+        raise CorruptEntry(
+            f"{where}: expected {entry.stored_bytes} bytes, found {found}",
+            where=where,
+            expected=entry.stored_bytes,
+            found=found,
+        )
+    data = backend.get_range(path, 0, min(entry.header_bytes + 4 * entry.num_tokens, found))
+    header = data[: entry.header_bytes]
+    checksum = hashlib.sha256(header).hexdigest()
+    if checksum != entry.header_checksum:
+        raise CorruptEntry(
+            f"{where}: the header is not the one this cache was built with",
+            where=where,
+            expected=entry.header_checksum,
+            found=checksum,
+        )
+    index = parse_index(header, entry.stored_bytes, where)
+    if index.entry(header) != entry:
+        raise CorruptEntry(
+            f"{where}: the header does not match the manifest", where=where, expected=entry, found=index.entry(header)
+        )
+    return _opened(entry, index, data[entry.header_bytes :], where)
+
+
+def read_entry(backend: Backend, key: str) -> ChunkEntry:
+    """The entry of a chunk that no manifest pins, from its own header. Raises:
+    EntryNotFound, CorruptEntry, UnsupportedFormat."""
+    path = chunk_path(key)
+    where = f"{backend.url}/{path}"
+    stored_bytes = backend.stat(path).size_bytes
+    size = header_size(backend.get_range(path, 0, min(8, stored_bytes)), stored_bytes, where)
+    header = backend.get_range(path, 0, size)
+    try:
+        entry = parse_index(header, stored_bytes, where).entry(header)
+    except UnsupportedFormat as error:  # the key is of this version, so another one in the file is damage
+        raise CorruptEntry(str(error), **error.facts) from error
+    if entry.key != key:
+        raise CorruptEntry(f"{where} holds chunk {entry.key}", where=where, expected=key, found=entry.key)
+    return entry
+
+
+def check_segments(backend: Backend, chunk: OpenChunk, decode: bool) -> int:
+    """Read all segments of `chunk` and compare their checksums; with `decode`, decode them too. Returns the bytes read.
+
+    Raises: CorruptEntry.
+    """
+    header = chunk.index.header
+    for position, segment in enumerate(chunk.index.segments):
+        data = backend.get_range(chunk.path, chunk.offsets[position], segment.encoded_bytes)
+        check_segment(data, segment, chunk, position)
+        if decode:
+            out = np.empty(header.side_shape(position // 2), dtype=storage_of(header))
+            chunk.codec.decode_into(data, out)
+    return chunk.entry.stored_bytes
+
+
+def check_segment(data: bytes | memoryview, segment: Segment, chunk: OpenChunk, position: int) -> None:
+    """Raises: CorruptEntry when `data` is not segment `position` of `chunk`."""
+    found = xxhash.xxh3_128_hexdigest(data)
+    if found != segment.xxh3:
+        side = "values" if position % 2 else "keys"
+        where = f"{chunk.path}: {side} of layer {position // 2}"
+        raise CorruptEntry(
+            f"{where}: checksum {found}, expected {segment.xxh3}: the file is damaged; build the cache again",
+            where=where,
+            expected=segment.xxh3,
+            found=found,
+        )
+
+
+def storage_of(header: ChunkHeader) -> np.dtype[np.generic]:
+    """The numpy dtype of the chunk's decoded arrays."""
+    return storage_dtype(header.context.dtype)
+
+
+def _opened(entry: ChunkEntry, index: ChunkIndex, ids: bytes, where: str) -> OpenChunk:
+    token_ids = np.frombuffer(ids, dtype="<u4")
+    header = index.header
+    key = chunk_key(header.parent, token_ids, header.context)
+    if key != entry.key:
+        raise CorruptEntry(f"{where}: the token ids give key {key}", where=where, expected=entry.key, found=key)
+    return OpenChunk(
+        entry, index, codec_from_config(header.context.codec), index.offsets(entry.header_bytes), token_ids
+    )
+
+
+def _codec_of(header: ChunkHeader) -> Codec:
+    codec = codec_from_config(header.context.codec)
+    if codec.config() != dict(header.context.codec):
+        raise InvalidName(
+            f"the context must hold the full codec configuration {codec.config()}, found {dict(header.context.codec)}",
+            expected=codec.config(),
+        )
+    return codec
+
+
+def _check_key(header: ChunkHeader, token_ids: TokenIds) -> None:
+    key = chunk_key(header.parent, token_ids, header.context)
+    if key != header.key or len(token_ids) != header.num_tokens:
+        raise InvalidName(
+            f"{len(token_ids)} token ids with key {key}; the header says {header.num_tokens} with key {header.key}",
+            expected=header.key,
+            found=key,
+        )
+
+
+def _encoded(
+    codec: Codec, header: ChunkHeader, layers: Iterator[LayerArrays], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[bytes]:
+    """Encoded segments in order; at most `ahead` layers are in work."""
+
+    def submitted(numbered: tuple[int, LayerArrays]) -> list[Future[bytes]]:
+        layer, (keys, values) = numbered
+        for array in (keys, values):
+            if layer >= header.num_layers or array.shape != header.side_shape(layer):
+                raise UnencodableArray(f"layer {layer}: {array.shape} does not fit the header", found=array.shape)
+        arguments = header.context.dtype, header.start
+        return [
+            pool.submit(codec.encode, keys, arguments[0], "keys", arguments[1]),
+            pool.submit(codec.encode, values, arguments[0], "values", arguments[1]),
+        ]
+
+    numbered = enumerate(layers)
+    waiting = [submitted(item) for item in islice(numbered, ahead)]
+    num_layers = 0
+    while waiting:
+        for future in waiting.pop(0):
+            yield future.result()
+        num_layers += 1
+        waiting.extend(submitted(item) for item in islice(numbered, 1))
+    if num_layers != header.num_layers:
+        raise UnencodableArray(
+            f"expected {header.num_layers} layers, found {num_layers}", expected=header.num_layers, found=num_layers
+        )

@@ -1,0 +1,116 @@
+"""`lossless`: bit patterns rotated, split into byte planes, each plane packed when it helps. Layout:
+docs/format.md 5.1.
+
+Source: byte planes of floats as in Blosc's shuffle filter and "ZipNN" (arXiv:2411.05239):
+exponents compress, mantissas do not.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cag_store.codecs.base import (
+    Codec,
+    Config,
+    Packer,
+    Side,
+    Transform,
+    checked_array,
+    corrupt_segment,
+    native_scratch,
+    refuse_unknown_keys,
+)
+from cag_store.codecs.packers import Zstd
+from cag_store.codecs.transforms import Rotate
+from cag_store.dtypes import Array, bit_patterns
+from cag_store.errors import UnknownCodec
+
+_PLANE = struct.Struct("<BI")
+_WORTH = 0.99  # a plane is packed only below this share of its size
+
+DEFAULT_PACKERS: tuple[Packer, ...] = (Zstd(1, min_match=7, hash_log=6), Zstd(1, min_match=7))
+
+
+class Lossless(Codec):
+    """Exact for every bit pattern, NaN and infinities included."""
+
+    codec_id = "lossless"
+    lossless = True
+
+    def __init__(self, transform: Transform | None = None, packers: Sequence[Packer] = DEFAULT_PACKERS) -> None:
+        self.transform = transform or Rotate(1)
+        self.packers = tuple(packers)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Keys: `transform` (configuration), `packers` (list of configurations, at most 8)."""
+        from cag_store.codecs import packer_from_config, transform_from_config
+
+        refuse_unknown_keys(cls.codec_id, config, ("transform", "packers"))
+        packers = config.get("packers", [packer.config() for packer in DEFAULT_PACKERS])
+        if not isinstance(packers, (list, tuple)) or len(packers) > 8:
+            raise UnknownCodec(
+                f"codec 'lossless': packers must be a list of at most 8 configurations, found {packers!r}"
+            )
+        transform = transform_from_config(config.get("transform", Rotate(1).config()))
+        return cls(transform, [packer_from_config(packer) for packer in packers])
+
+    def config(self) -> Config:
+        """The full configuration."""
+        packers = [packer.config() for packer in self.packers]
+        return {"id": self.codec_id, "transform": self.transform.config(), "packers": packers}
+
+    def encode(self, array: Array, dtype: str, side: Side = "keys", start: int = 0) -> bytes:  # noqa: ARG002
+        """See `Codec`; `side` and `start` make no difference."""
+        bits = self.transform.forward(bit_patterns(checked_array(array, dtype)))
+        itemsize = bits.dtype.itemsize
+        low_first = bits.astype(f"<u{itemsize}", copy=False).view(np.uint8).reshape(-1, itemsize)
+        planes = [self._packed(low_first[:, index].tobytes()) for index in reversed(range(itemsize))]
+        head = b"".join(_PLANE.pack(kind, len(plane)) for kind, plane in planes)
+        return b"".join([bytes([itemsize]), head, *(plane for _, plane in planes)])
+
+    def decode_into(self, data: bytes | memoryview, out: Array) -> None:
+        """See `Codec`."""
+        target = bit_patterns(out)
+        planes = self._planes(memoryview(data), target)
+        bits = planes[0].astype(native_scratch((0,), target.dtype.itemsize).dtype)
+        for plane in planes[1:]:
+            bits <<= bits.dtype.type(8)
+            bits |= plane
+        self.transform.inverse_into(bits, target)
+
+    def _packed(self, plane: bytes) -> tuple[int, bytes]:
+        best = (0, plane)
+        worth = int(len(plane) * _WORTH)
+        for index, packer in enumerate(self.packers, start=1):
+            packed = packer.pack(plane)
+            if len(packed) < min(len(best[1]), worth):
+                best = (index, packed)
+        return best
+
+    def _planes(self, view: memoryview, target: Array) -> list[NDArray[np.uint8]]:
+        """The unpacked planes, the most significant first, each of `target`'s shape."""
+        itemsize, size = target.dtype.itemsize, target.size
+        offset = 1 + itemsize * _PLANE.size
+        if len(view) < offset or view[0] != itemsize:
+            raise corrupt_segment("number of planes", itemsize, view[0] if len(view) else "no bytes")
+        table = [_PLANE.unpack_from(view, 1 + index * _PLANE.size) for index in range(itemsize)]
+        if len(view) != offset + sum(length for _, length in table):
+            raise corrupt_segment("length", offset + sum(length for _, length in table), len(view))
+        planes = []
+        for kind, length in table:
+            planes.append(self._plane(kind, view[offset : offset + length], size).reshape(target.shape))
+            offset += length
+        return planes
+
+    def _plane(self, kind: int, data: memoryview, size: int) -> NDArray[np.uint8]:
+        if kind > len(self.packers):
+            raise corrupt_segment("packer of a plane", f"at most {len(self.packers)}", kind)
+        if kind == 0 and len(data) != size:
+            raise corrupt_segment("length of a raw plane", size, len(data))
+        return np.frombuffer(data if kind == 0 else self.packers[kind - 1].unpack(data, size), dtype=np.uint8)

@@ -1,0 +1,252 @@
+"""The manifest of a cache: an immutable, validated, name-independent description (docs/format.md section 4)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+from cag_store.chunk import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ChunkEntry
+from cag_store.dtypes import STORAGE_DTYPES
+from cag_store.errors import UnsupportedFormat
+from cag_store.jsontext import Fields, canonical_bytes, parse_object
+from cag_store.keys import MAX_CHUNK_TOKENS, ChunkContext
+
+SCHEMA = 1
+MAX_MANIFEST_BYTES = 64 << 20
+
+
+def utc_now() -> str:
+    """Now, as manifests and refs write it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model computed a cache; fingerprints are opaque to the store."""
+
+    id: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    adapter_fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """Shape, types and positions of the keys and values; `num_kv_heads` and `head_dim` have one entry a layer."""
+
+    num_kv_heads: tuple[int, ...]
+    head_dim: tuple[int, ...]
+    dtype: str
+    compute_dtype: str
+    rope: Mapping[str, Any]
+    chunk_tokens: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.num_kv_heads)
+
+    def raw_bytes(self, num_tokens: int) -> int:
+        """Size of the keys and values of `num_tokens` tokens in the storage dtype."""
+        per_token = sum(heads * dim for heads, dim in zip(self.num_kv_heads, self.head_dim, strict=True))
+        return 2 * per_token * num_tokens * STORAGE_DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class DocumentEntry:
+    """One document: its token span [start, end) in the prefix, and the sha256 of its text, which is its blob's
+    address."""
+
+    doc_id: str
+    title: str
+    path: str
+    sha256: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A cache. Sums (`num_tokens`, `raw_bytes`, `stored_bytes`) are derived, and checked when read."""
+
+    model: ModelIdentity
+    kv: KVGeometry
+    codec: Mapping[str, Any]
+    chunks: tuple[ChunkEntry, ...]
+    documents: tuple[DocumentEntry, ...]
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    blob_bytes: int = 0
+    fidelity: Mapping[str, Any] | None = None
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
+    created_at: str = field(default_factory=utc_now)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Size of all keys and values in the storage dtype."""
+        return sum(chunk.raw_bytes for chunk in self.chunks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all chunk and blob files."""
+        return self.blob_bytes + sum(chunk.stored_bytes for chunk in self.chunks)
+
+    @property
+    def context(self) -> ChunkContext:
+        """What the keys of the chunks depend on, besides their tokens."""
+        return ChunkContext(
+            model_fingerprint=self.model.fingerprint,
+            rope=self.kv.rope,
+            dtype=self.kv.dtype,
+            compute_dtype=self.kv.compute_dtype,
+            codec=self.codec,
+            chunk_tokens=self.kv.chunk_tokens,
+            adapter_fingerprint=self.model.adapter_fingerprint,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is stored."""
+        return {
+            **asdict(self),
+            "schema": SCHEMA,
+            "kv": {**asdict(self.kv), "num_layers": self.kv.num_layers},
+            "num_tokens": self.num_tokens,
+            "raw_bytes": self.raw_bytes,
+            "stored_bytes": self.stored_bytes,
+        }
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes."""
+        return canonical_bytes(self.to_json())
+
+    @cached_property
+    def digest(self) -> str:
+        """The manifest's address."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = "manifest") -> Manifest:
+        """Raises: CorruptEntry, UnsupportedFormat."""
+        return cls.from_json(parse_object(data, where), where)
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "manifest") -> Manifest:
+        """Validate everything that can be validated without other files. Raises: CorruptEntry, UnsupportedFormat."""
+        fields = Fields(value, where)
+        schema = fields.any("schema")
+        if schema != SCHEMA or type(schema) is not int:
+            raise UnsupportedFormat(
+                f"{where} has schema {schema!r}; this program reads {SCHEMA}: use a newer one, or build again",
+                expected=SCHEMA,
+                found=schema,
+            )
+        chunks, documents = fields.list("chunks"), fields.list("documents")
+        fidelity = fields.any("fidelity")
+        if fidelity is not None and not isinstance(fidelity, dict):
+            raise fields.wrong("fidelity", "an object or null", fidelity)
+        manifest = cls(
+            model=_model(fields.any("model"), f"{where}: model"),
+            kv=_geometry(fields.any("kv"), f"{where}: kv"),
+            codec=fields.object("codec"),
+            chunks=tuple(ChunkEntry.from_json(chunk, f"{where}: chunks[{i}]") for i, chunk in enumerate(chunks)),
+            documents=tuple(_document(document, f"{where}: documents[{i}]") for i, document in enumerate(documents)),
+            layout=fields.object("layout"),
+            blob_bytes=fields.integer("blob_bytes", 0),
+            fidelity=fidelity,
+            versions=fields.object("versions"),
+            machine=fields.object("machine"),
+            build=fields.object("build"),
+            created_at=fields.time("created_at"),
+        )
+        _check_sums(manifest, fields)
+        fields.done()
+        _check_chunks(manifest, fields)
+        _check_documents(manifest.documents, manifest.num_tokens, fields)
+        return manifest
+
+
+def _model(value: object, where: str) -> ModelIdentity:
+    fields = Fields(value, where)
+    model = ModelIdentity(
+        id=fields.text("id"),
+        fingerprint=fields.text("fingerprint"),
+        tokenizer_fingerprint=fields.text("tokenizer_fingerprint"),
+        template_fingerprint=fields.text("template_fingerprint"),
+        adapter_fingerprint=fields.optional_text("adapter_fingerprint"),
+    )
+    fields.done()
+    return model
+
+
+def _geometry(value: object, where: str) -> KVGeometry:
+    fields = Fields(value, where)
+    num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
+    geometry = KVGeometry(
+        num_kv_heads=fields.integers("num_kv_heads", 1, MAX_HEADS),
+        head_dim=fields.integers("head_dim", 1, MAX_HEAD_DIM),
+        dtype=fields.text("dtype"),
+        compute_dtype=fields.text("compute_dtype"),
+        rope=fields.object("rope"),
+        chunk_tokens=fields.integer("chunk_tokens", 1, MAX_CHUNK_TOKENS),
+    )
+    fields.done()
+    if not num_layers == len(geometry.num_kv_heads) == len(geometry.head_dim):
+        raise fields.wrong("num_layers", num_layers, (len(geometry.num_kv_heads), len(geometry.head_dim)))
+    if geometry.dtype not in STORAGE_DTYPES:
+        raise fields.wrong("dtype", " or ".join(STORAGE_DTYPES), geometry.dtype)
+    return geometry
+
+
+def _document(value: object, where: str) -> DocumentEntry:
+    fields = Fields(value, where)
+    document = DocumentEntry(
+        doc_id=fields.text("doc_id"),
+        title=fields.text("title"),
+        path=fields.text("path"),
+        sha256=fields.digest("sha256"),
+        start=fields.integer("start", 0),
+        end=fields.integer("end", 0),
+    )
+    fields.done()
+    return document
+
+
+def _check_sums(manifest: Manifest, fields: Fields) -> None:
+    for key in ("num_tokens", "raw_bytes", "stored_bytes"):
+        found, expected = fields.integer(key, 1), getattr(manifest, key)
+        if found != expected:
+            raise fields.wrong(key, f"{expected}, the sum over its parts", found)
+
+
+def _check_chunks(manifest: Manifest, fields: Fields) -> None:
+    position = 0
+    for index, chunk in enumerate(manifest.chunks):
+        where = f"chunks[{index}]"
+        if chunk.start != position or chunk.num_tokens > manifest.kv.chunk_tokens:
+            raise fields.wrong(where, f"at most {manifest.kv.chunk_tokens} tokens from {position} on", chunk)
+        if chunk.raw_bytes != manifest.kv.raw_bytes(chunk.num_tokens):
+            raise fields.wrong(where, f"{manifest.kv.raw_bytes(chunk.num_tokens)} raw bytes", chunk.raw_bytes)
+        position += chunk.num_tokens
+    if len({chunk.key for chunk in manifest.chunks}) != len(manifest.chunks):
+        raise fields.wrong("chunks", "keys that occur once", "a key twice")
+
+
+def _check_documents(documents: Sequence[DocumentEntry], num_tokens: int, fields: Fields) -> None:
+    position = 0
+    for index, document in enumerate(documents):
+        if not position <= document.start <= document.end <= num_tokens:
+            raise fields.wrong(f"documents[{index}]", f"an ascending span within [{position}, {num_tokens}]", document)
+        position = document.end
+    if len({document.doc_id for document in documents}) != len(documents):
+        raise fields.wrong("documents", "doc_ids that occur once", "a doc_id twice")

@@ -1,0 +1,37 @@
+"""Where each kind of object lies in a store (docs/format.md section 1)."""
+
+from __future__ import annotations
+
+from cag_store.errors import InvalidName
+from cag_store.jsontext import is_digest
+from cag_store.ref import checked_name
+
+CHUNKS, BLOBS, MANIFESTS, REFS = "chunks", "blobs", "manifests", "refs"
+
+
+def chunk_path(key: str) -> str:
+    """Raises: InvalidName."""
+    return f"{CHUNKS}/{_checked(key)[:2]}/{key}"
+
+
+def blob_path(sha256: str) -> str:
+    """Raises: InvalidName."""
+    return f"{BLOBS}/{_checked(sha256)[:2]}/{sha256}"
+
+
+def manifest_path(digest: str) -> str:
+    """Raises: InvalidName."""
+    return f"{MANIFESTS}/{_checked(digest)[:2]}/{digest}.json"
+
+
+def ref_path(name: str) -> str:
+    """Raises: InvalidName."""
+    return f"{REFS}/{checked_name(name)}.json"
+
+
+def _checked(digest: str) -> str:
+    if not is_digest(digest):
+        raise InvalidName(
+            f"{digest!r} is not the address of an object: expected 64 lower-case hexadecimal digits", found=digest
+        )
+    return digest

@@ -1,0 +1,118 @@
+"""Reading a cache: token ids, and keys and values layer by layer into buffers of the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cag_store.backends import Backend, Lease
+from cag_store.chunk import ChunkEntry, ChunkHeader
+from cag_store.chunk_files import OpenChunk, open_chunk
+from cag_store.dtypes import Array, storage_dtype
+from cag_store.errors import CorruptEntry, UnencodableArray
+from cag_store.keys import ROOT, ChunkContext
+from cag_store.pipeline import Buffers, LoadTimings, Pipeline
+
+
+class CacheReader:
+    """Consecutive chunks from position 0 on, held against `gc` by a lease until `close`. A context manager.
+
+    Opening verifies sizes, headers, token ids and the chain of keys; `load` verifies every segment before it is used.
+    """
+
+    def __init__(
+        self, backend: Backend, entries: Sequence[ChunkEntry], context: ChunkContext, lease: Lease | None, workers: int
+    ) -> None:
+        self.timings = LoadTimings()
+        self._backend = backend
+        self._lease = lease
+        self._workers = workers
+        try:
+            self._chunks = [open_chunk(backend, entry) for entry in entries]
+            check_chain(self._chunks, context)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def header(self) -> ChunkHeader:
+        """The header of the first chunk: geometry, types and context are those of all."""
+        return self._chunks[0].index.header
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return sum(chunk.entry.num_tokens for chunk in self._chunks)
+
+    def token_ids(self) -> NDArray[np.int64]:
+        """The token ids, verified by the chain of keys."""
+        return np.concatenate([chunk.token_ids for chunk in self._chunks]).astype(np.int64)
+
+    def load(self, buffers: Buffers, on_layer: Callable[[int], None] | None = None) -> None:
+        """Fill `buffers[layer] = (keys, values)`, each writable `[num_kv_heads, at least num_tokens, head_dim]`.
+
+        Their dtype is the numpy carrier of the storage dtype; the last axis is contiguous.
+        Layers become whole in order;
+        `on_layer(i)` is then called on this thread. Raises: CorruptEntry, EntryNotFound;
+        the buffers are then undefined.
+        """
+        self._check_buffers(buffers)
+        Pipeline(self._backend, self._chunks, buffers, self._workers, self.timings).run(on_layer)
+
+    def close(self) -> None:
+        """Give up the lease. Idempotent."""
+        if self._lease is not None:
+            self._lease.release()
+
+    def __enter__(self) -> CacheReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _check_buffers(self, buffers: Buffers) -> None:
+        header, dtype = self.header, storage_dtype(self.header.context.dtype)
+        if len(buffers) != header.num_layers:
+            raise UnencodableArray(f"expected buffers for {header.num_layers} layers, found {len(buffers)}")
+        for layer, sides in enumerate(buffers):
+            for array in sides:
+                if not _fits(array, dtype, header, layer, self.num_tokens):
+                    expected = (header.num_kv_heads[layer], self.num_tokens, header.head_dim[layer])
+                    raise UnencodableArray(
+                        f"layer {layer}: expected a writable buffer {expected} of {dtype}, its last axis contiguous, "
+                        f"found {array.shape} of {array.dtype}, strides {array.strides}",
+                        expected=expected,
+                        found=array.shape,
+                    )
+
+
+def check_chain(chunks: Sequence[OpenChunk], context: ChunkContext) -> None:
+    """Raises: CorruptEntry unless each chunk follows the one before, in the same context and geometry, from position
+    0 on."""
+    parent, start = ROOT, 0
+    for chunk in chunks:
+        header, first = chunk.index.header, chunks[0].index.header
+        expected = (parent, start, context, first.num_kv_heads, first.head_dim)
+        found = (header.parent, header.start, header.context, header.num_kv_heads, header.head_dim)
+        if found != expected:
+            raise CorruptEntry(
+                f"{chunk.path} does not follow the chunk before it, or belongs to another cache",
+                where=chunk.path,
+                expected=expected,
+                found=found,
+            )
+        parent, start = header.key, start + header.num_tokens
+
+
+def _fits(array: Array, dtype: np.dtype[np.generic], header: ChunkHeader, layer: int, num_tokens: int) -> bool:
+    return (
+        array.ndim == 3
+        and array.dtype == dtype
+        and array.flags.writeable
+        and array.shape[0] == header.num_kv_heads[layer]
+        and array.shape[1] >= num_tokens
+        and array.shape[2] == header.head_dim[layer]
+        and array.strides[2] == dtype.itemsize
+    )

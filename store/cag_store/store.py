@@ -1,0 +1,314 @@
+"""The store: chunks, blobs and manifests by address, caches by name. The one class that callers need.
+
+What may be done with it stands in docs/format.md; how it survives kill -9, concurrent builders and gc in
+docs/design/002-store.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cag_store.backends import Backend, Lease, LocalBackend, MemoryBackend
+from cag_store.blob import MAX_BLOB_BYTES, pack_blob, unpack_blob
+from cag_store.chunk import ChunkEntry, ChunkHeader
+from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
+from cag_store.errors import CorruptEntry, EntryNotFound, StoreFull
+from cag_store.gc import GcReport, collect
+from cag_store.keys import ChunkContext, TokenIds
+from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest, utc_now
+from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, ref_path
+from cag_store.reader import CacheReader
+from cag_store.ref import MAX_REF_BYTES, Ref
+from cag_store.verify import VerifyReport, verify_cache
+
+
+def default_workers() -> int:
+    """Threads for encoding and decoding: the cores this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+class Store:
+    """A store on a backend. Safe to use from several threads and processes."""
+
+    def __init__(self, backend: Backend, workers: int | None = None) -> None:
+        self.backend = backend
+        self.workers = workers or default_workers()
+
+    @classmethod
+    def open(cls, path: str | Path, workers: int | None = None) -> Store:
+        """The store in directory `path`, made by the first write. Raises: UnsupportedFormat."""
+        return cls(LocalBackend(path), workers)
+
+    @classmethod
+    def in_memory(cls, workers: int | None = None) -> Store:
+        """A store that ends with the process."""
+        return cls(MemoryBackend(), workers)
+
+    def has_chunk(self, key: str) -> bool:
+        """Whether a chunk lies at `key`, unverified."""
+        return self._exists(chunk_path(key))
+
+    def put_chunk(self, header: ChunkHeader, layers: Iterable[LayerArrays], token_ids: TokenIds) -> ChunkEntry:
+        """Encode and store a chunk; `layers` gives (keys, values) `[num_kv_heads, num_tokens, head_dim]` a layer.
+
+        An existing chunk of the same key is verified and kept; then `layers` is not consumed.
+        A damaged one is replaced.
+        Raises: InvalidName when the key is not that of the tokens, UnencodableArray, UnknownCodec, StoreFull.
+        """
+        with contextlib.suppress(EntryNotFound, CorruptEntry):
+            return self._reused(header)
+        with ThreadPoolExecutor(self.workers, "cag-encode") as pool:
+            entry, parts = encode_chunk(header, layers, token_ids, pool, 2 * self.workers)
+        if self.backend.put_if_absent(chunk_path(header.key), parts):
+            return entry
+        return self._reused(header)
+
+    def chunk_entry(self, key: str) -> ChunkEntry:
+        """The entry of an existing chunk after every byte was verified, and protected from `gc` for its grace time.
+
+        Raises: EntryNotFound; CorruptEntry after a damaged chunk was removed: compute it again.
+        """
+        try:
+            entry = read_entry(self.backend, key)
+            check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
+            self.backend.touch(chunk_path(key))
+        except CorruptEntry:
+            self.backend.delete(chunk_path(key))
+            raise
+        return entry
+
+    def put_blob(self, data: bytes) -> str:
+        """Store `data`; returns its sha256, its address. Raises: StoreFull, ValueError above `MAX_BLOB_BYTES`."""
+        if len(data) > MAX_BLOB_BYTES:
+            raise ValueError(f"a blob has at most {MAX_BLOB_BYTES} bytes, found {len(data)}")
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = blob_path(sha256)
+        packed = pack_blob(data)
+        if not self.backend.put_if_absent(path, [packed]):
+            try:
+                self.get_blob(sha256)
+                self.backend.touch(path)
+            except CorruptEntry:
+                self.backend.replace(path, packed)
+        return sha256
+
+    def get_blob(self, sha256: str) -> bytes:
+        """The blob, verified. Raises: EntryNotFound, CorruptEntry."""
+        path = blob_path(sha256)
+        data = unpack_blob(self.backend.get(path, MAX_BLOB_BYTES), path)
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=sha256, found=found)
+        return data
+
+    def blob_bytes(self, sha256s: Iterable[str]) -> int:
+        """Size on the backend of these blobs, each counted once. Raises: EntryNotFound."""
+        return sum(self.backend.stat(blob_path(sha256)).size_bytes for sha256 in set(sha256s))
+
+    def commit(self, name: str, manifest: Manifest, expires_at: str | None = None) -> str:
+        """Store `manifest` and let `name` mean it; returns its digest. A pin stays, an old expiry does not.
+
+        Raises: InvalidName; EntryNotFound when a chunk or blob is missing;
+        CorruptEntry when the manifest contradicts them or itself.
+        """
+        data = manifest.to_bytes()
+        Manifest.from_bytes(data)
+        path = ref_path(name)
+        with self.backend.locked("gc", shared=True):
+            self._check_present(manifest)
+            stored = manifest_path(manifest.digest)
+            if not self.backend.put_if_absent(stored, [data]) and self.backend.get(stored, MAX_MANIFEST_BYTES) != data:
+                self.backend.replace(stored, data)
+            with self.backend.locked("refs"):
+                pinned = False
+                with contextlib.suppress(EntryNotFound, CorruptEntry):
+                    pinned = self.ref(name).pinned
+                ref = Ref(name, manifest.digest, pinned, expires_at, utc_now())
+                self.backend.replace(path, ref.to_bytes())
+        return manifest.digest
+
+    def names(self) -> list[str]:
+        """The names of all refs, readable or not, in order."""
+        found = (info.path.removeprefix(f"{REFS}/") for info in self.backend.list(REFS))
+        return sorted(path.removesuffix(".json") for path in found if path.endswith(".json"))
+
+    def ref(self, name: str) -> Ref:
+        """The ref `name`, expired or not. Raises: EntryNotFound, CorruptEntry, InvalidName."""
+        path = ref_path(name)
+        try:
+            return Ref.from_bytes(self.backend.get(path, MAX_REF_BYTES), name)
+        except EntryNotFound:
+            known = ", ".join(self.names()[:10]) or "none"
+            raise EntryNotFound(
+                f"no cache is called {name!r} in {self.backend.url}; there: {known}", name=name
+            ) from None
+
+    def refs(self) -> list[Ref]:
+        """All refs, expired ones too. Raises: CorruptEntry when one is damaged."""
+        return [self.ref(name) for name in self.names()]
+
+    def resolve(self, name: str) -> tuple[Ref, Manifest]:
+        """What `name` means now. Raises: EntryNotFound (also when it has expired), CorruptEntry, InvalidName."""
+        ref = self.ref(name)
+        if ref.expired(utc_now()):
+            raise EntryNotFound(
+                f"cache {name!r} expired at {ref.expires_at}: build it again, or set a later expiry before gc",
+                name=name,
+                expires_at=ref.expires_at,
+            )
+        return ref, self.manifest(ref.manifest)
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest at `digest`, verified. Raises: EntryNotFound, CorruptEntry, UnsupportedFormat."""
+        path = manifest_path(digest)
+        data = self.backend.get(path, MAX_MANIFEST_BYTES)
+        found = hashlib.sha256(data).hexdigest()
+        if found != digest:
+            raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=digest, found=found)
+        return Manifest.from_bytes(data, path)
+
+    def pin(self, name: str) -> Ref:
+        """Keep `name` from expiry until `unpin`. Raises: EntryNotFound."""
+        return self._update(name, lambda ref: replace(ref, pinned=True))
+
+    def unpin(self, name: str) -> Ref:
+        """Undo `pin`. Raises: EntryNotFound."""
+        return self._update(name, lambda ref: replace(ref, pinned=False))
+
+    def set_ttl(self, name: str, ttl_s: float | None) -> Ref:
+        """Let `name` expire `ttl_s` seconds from now; None: never. Raises: EntryNotFound."""
+        expires_at = (
+            None if ttl_s is None else (datetime.now(UTC) + timedelta(seconds=ttl_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        )
+        return self._update(name, lambda ref: replace(ref, expires_at=expires_at))
+
+    def remove(self, name: str) -> None:
+        """Forget `name`, damaged or not; `gc` frees what only it held. Raises: EntryNotFound."""
+        with self.backend.locked("refs"):
+            if not self.backend.delete(ref_path(name)):
+                self.ref(name)
+
+    def reader(self, manifest: Manifest, workers: int | None = None) -> CacheReader:
+        """A reader of the whole cache; close it. Raises: EntryNotFound, CorruptEntry, UnknownCodec."""
+        lease = self._reader_lease([manifest.digest])
+        return CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers)
+
+    def open_reader(self, name: str, workers: int | None = None) -> tuple[Ref, Manifest, CacheReader]:
+        """`resolve` and `reader` in one step, so that no `gc` comes between. Raises: as both."""
+        with self._gc_kept_out():
+            ref, manifest = self.resolve(name)
+            lease = self._reader_lease([manifest.digest])
+        return (
+            ref,
+            manifest,
+            CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers),
+        )
+
+    def chunk_reader(
+        self, entries: Sequence[ChunkEntry], context: ChunkContext, workers: int | None = None
+    ) -> CacheReader:
+        """A reader of chunks from the root on that no manifest holds yet: call it inside a `build_lease`.
+        At least one entry."""
+        return CacheReader(self.backend, entries, context, None, workers or self.workers)
+
+    def lease(self, *digests: str, kind: str = "reader") -> Lease:
+        """Hold the manifests `digests` against `gc` until released, or until this process ends. Raises: StoreFull."""
+        with self.backend.locked("gc", shared=True):
+            return self._new_lease(digests, kind)
+
+    @contextlib.contextmanager
+    def held(self, digest: str) -> Iterator[None]:
+        """Hold the manifest `digest` against `gc`; without a lease on a store that may only be read."""
+        with self._gc_kept_out():
+            lease = self._reader_lease([digest])
+        with lease or contextlib.nullcontext():
+            yield
+
+    def build_lease(self) -> Lease:
+        """Hold all chunks and blobs, referenced or not, against `gc` while a build runs. Raises: StoreFull."""
+        return self.lease(kind="build")
+
+    def verify(self, name: str) -> VerifyReport:
+        """Read and check every byte of the cache. Damage is in the report, not raised. Raises:
+        EntryNotFound for the name."""
+        return verify_cache(self, name)
+
+    def gc(self, grace_s: float = 3600.0, dry_run: bool = False) -> GcReport:
+        """Remove what no ref and no live lease reaches; see `cag_store.gc`. Raises:
+        CorruptEntry before anything is removed."""
+        return collect(self, grace_s, dry_run)
+
+    def drop_page_cache(self, name: str) -> bool:
+        """Make the next reading of this cache come from the device; False where that cannot be done."""
+        ref, manifest = self.resolve(name)
+        paths = [ref_path(name), manifest_path(ref.manifest), *object_paths(manifest)]
+        dropped = [self.backend.drop_page_cache(path) for path in paths]
+        return all(dropped)
+
+    def _exists(self, path: str) -> bool:
+        try:
+            self.backend.stat(path)
+        except EntryNotFound:
+            return False
+        return True
+
+    def _reused(self, header: ChunkHeader) -> ChunkEntry:
+        entry = self.chunk_entry(header.key)
+        stored = open_chunk(self.backend, entry).index.header
+        if stored != header:
+            raise CorruptEntry(
+                f"chunk {header.key} is stored with another geometry", where=header.key, expected=header, found=stored
+            )
+        return entry
+
+    def _check_present(self, manifest: Manifest) -> None:
+        for chunk in manifest.chunks:
+            found = self.backend.stat(chunk_path(chunk.key)).size_bytes
+            if found != chunk.stored_bytes:
+                raise CorruptEntry(
+                    f"chunk {chunk.key} has {found} bytes, the manifest says {chunk.stored_bytes}", where=chunk.key
+                )
+        found = self.blob_bytes(document.sha256 for document in manifest.documents)
+        if found != manifest.blob_bytes:
+            raise CorruptEntry(
+                f"the blobs have {found} bytes, the manifest says {manifest.blob_bytes}", where="manifest: blob_bytes"
+            )
+
+    def _update(self, name: str, change: Callable[[Ref], Ref]) -> Ref:
+        with self.backend.locked("refs"):
+            ref = replace(change(self.ref(name)), updated_at=utc_now())
+            self.backend.replace(ref_path(name), ref.to_bytes())
+        return ref
+
+    def _new_lease(self, digests: Sequence[str], kind: str) -> Lease:
+        process = {"pid": os.getpid(), "host": socket.gethostname(), "started_at": utc_now()}
+        return self.backend.acquire_lease({"kind": kind, "manifests": list(digests), **process})
+
+    @contextlib.contextmanager
+    def _gc_kept_out(self) -> Iterator[None]:
+        """Hold the lock `gc` shared; on a store that may only be read, whoever runs gc must know its readers."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(StoreFull):
+                stack.enter_context(self.backend.locked("gc", shared=True))
+            yield
+
+    def _reader_lease(self, digests: Sequence[str]) -> Lease | None:
+        """A lease, under `_gc_kept_out`; None on a store that may only be read."""
+        with contextlib.suppress(StoreFull):
+            return self._new_lease(digests, "reader")
+        return None
+
+
+def object_paths(manifest: Manifest) -> Iterator[str]:
+    """Paths of the chunks and blobs of `manifest`, each once."""
+    yield from (chunk_path(chunk.key) for chunk in manifest.chunks)
+    yield from (blob_path(sha256) for sha256 in dict.fromkeys(document.sha256 for document in manifest.documents))

@@ -1,0 +1,107 @@
+"""Checking every byte of a cache: ref -> manifest -> chunk headers -> chain of keys -> segments -> decoding ->
+blobs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cag_store.chunk_files import OpenChunk, check_segments, open_chunk
+from cag_store.errors import CorruptEntry, EntryNotFound, StoreError
+from cag_store.manifest import Manifest
+from cag_store.paths import blob_path, manifest_path, ref_path
+from cag_store.reader import check_chain
+
+if TYPE_CHECKING:
+    from cag_store.store import Store
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was read, and everything that was wrong. `digest` is None when the ref itself is damaged."""
+
+    name: str
+    digest: str | None
+    num_chunks: int
+    num_blobs: int
+    bytes_read: int
+    seconds: float
+    problems: tuple[StoreError, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problems
+
+    def raise_first(self) -> None:
+        """Raises: the first problem, if there is one."""
+        if self.problems:
+            raise self.problems[0]
+
+
+def verify_cache(store: Store, name: str) -> VerifyReport:
+    """See `Store.verify`. Raises: EntryNotFound when there is no such name, InvalidName."""
+    started = time.perf_counter()
+    digest, manifest, problems = None, None, list[StoreError]()
+    bytes_read = store.backend.stat(ref_path(name)).size_bytes if name in store.names() else 0
+    try:
+        digest = store.ref(name).manifest
+        manifest = store.manifest(digest)
+        bytes_read += store.backend.stat(manifest_path(digest)).size_bytes
+    except StoreError as error:
+        if digest is None and isinstance(error, EntryNotFound):
+            raise
+        problems.append(error)
+    num_chunks = num_blobs = 0
+    if manifest is not None:
+        with store.held(manifest.digest):
+            num_chunks, read = _verify_chunks(store, manifest, problems)
+            num_blobs, more = _verify_blobs(store, manifest, problems)
+            bytes_read += read + more
+    return VerifyReport(name, digest, num_chunks, num_blobs, bytes_read, time.perf_counter() - started, tuple(problems))
+
+
+def _verify_chunks(store: Store, manifest: Manifest, problems: list[StoreError]) -> tuple[int, int]:
+    chunks: list[OpenChunk] = []
+    bytes_read = 0
+    for entry in manifest.chunks:
+        try:
+            chunk = open_chunk(store.backend, entry)
+            chunks.append(chunk)
+            bytes_read += check_segments(store.backend, chunk, decode=True)
+        except StoreError as error:
+            problems.append(error)
+    if len(chunks) == len(manifest.chunks):
+        try:
+            check_chain(chunks, manifest.context)
+            check_geometry(chunks, manifest)
+        except CorruptEntry as error:
+            problems.append(error)
+    return len(manifest.chunks), bytes_read
+
+
+def _verify_blobs(store: Store, manifest: Manifest, problems: list[StoreError]) -> tuple[int, int]:
+    addresses = {document.sha256 for document in manifest.documents}
+    bytes_read = 0
+    for address in sorted(addresses):
+        try:
+            store.get_blob(address)
+            bytes_read += store.backend.stat(blob_path(address)).size_bytes
+        except StoreError as error:
+            problems.append(error)
+    return len(addresses), bytes_read
+
+
+def check_geometry(chunks: list[OpenChunk], manifest: Manifest) -> None:
+    """Raises: CorruptEntry when the chunks have another number or shape of layers than the manifest says."""
+    expected = (manifest.kv.num_kv_heads, manifest.kv.head_dim)
+    for chunk in chunks:
+        found = (chunk.index.header.num_kv_heads, chunk.index.header.head_dim)
+        if found != expected:
+            raise CorruptEntry(
+                f"{chunk.path}: layers {found}, the manifest says {expected}",
+                where=chunk.path,
+                expected=expected,
+                found=found,
+            )

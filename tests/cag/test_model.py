@@ -1,0 +1,104 @@
+"""Loading: what is refused by name, what memory is asked for before, and states of sequences."""
+
+import pytest
+import torch
+from transformers import Gemma2Config, Phi3Config
+
+from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
+from cag.model import LanguageModel, ModelOptions, _refuse_unsupported
+from cag.state import KvShape, Tail
+from tiny import tiny_config, write_tiny_model
+
+
+def test_recurrent_layers_are_refused_by_name():
+    config = tiny_config()
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UnsupportedModel, match="linear_attention"):
+        _refuse_unsupported(config)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_prompts_length_is_refused(rope_type):
+    config = tiny_config()
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UnsupportedModel, match=rope_type):
+        _refuse_unsupported(config)
+
+
+def test_encoder_decoder_models_are_refused():
+    config = tiny_config()
+    config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModel, match="decoder-only"):
+        _refuse_unsupported(config)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "phi3"])
+def test_caps_and_fused_projections_load_and_run(kind, tmp_path):
+    """Score caps (Gemma 2), one projection for query, key and value (Phi 3): against eager attention."""
+    from transformers import AutoModelForCausalLM
+
+    shared = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shared |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 257, "eos_token_id": 257}
+    config = {
+        "gemma2": lambda: Gemma2Config(**shared, head_dim=16, sliding_window=20, attn_logit_softcapping=5.0),
+        "phi3": lambda: Phi3Config(**shared),
+    }[kind]()
+    directory = write_tiny_model(tmp_path / kind, config=config)
+    model = LanguageModel.load(directory, model_id=kind)
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.randint(0, 250, (90,), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = plain(input_ids=ids[None]).logits[0]
+    state = model.new_state()
+    found = torch.cat([model.forward(part.tolist(), state, num_logits=0) for part in (ids[:50], ids[50:])])
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_too_little_memory_is_said_before_loading(tiny_model_dir, monkeypatch):
+    import cag.model
+
+    class Full:
+        available = 1000
+
+    monkeypatch.setattr(cag.model.psutil, "virtual_memory", Full)
+    with pytest.raises(InsufficientResources, match="GB of memory"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny")
+
+
+def test_a_broken_directory_is_a_typed_error(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises((ModelError, UnsupportedModel)):
+        LanguageModel.load(tmp_path, model_id="broken")
+
+
+def test_unknown_dtypes_and_devices_are_refused(tiny_model_dir):
+    with pytest.raises(UnsupportedModel, match="int3"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(compute_dtype="int3"))
+    with pytest.raises(UsageError, match="abacus"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(device="abacus"))
+
+
+def test_keys_and_values_keep_the_checkpoints_type_whatever_is_computed_in(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    directory = write_tiny_model(tmp_path / "model")
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    network.save_pretrained(directory)
+    model = LanguageModel.load(directory, model_id="tiny", options=ModelOptions(compute_dtype="float32"))
+    assert model.compute_dtype == torch.float32
+    state = model.new_state()
+    model.forward([1, 2, 3], state)
+    assert {tensor.dtype for tensor in (*state.tail.keys, *state.tail.values)} == {torch.bfloat16}
+
+
+def test_a_tail_grows_and_keeps_what_it_holds():
+    tail = Tail([KvShape(2, 4), KvShape(1, 8)], torch.float32, torch.device("cpu"), 3)
+    for buffer in (*tail.keys, *tail.values):
+        buffer.copy_(torch.randn_like(buffer))
+    before = [buffer[:, :2].clone() for buffer in (*tail.keys, *tail.values)]
+    tail.reserve(3, used=2)
+    assert tail.capacity == 3
+    tail.reserve(200, used=2)
+    assert tail.capacity >= 200
+    assert all(torch.equal(a, b[:, :2]) for a, b in zip(before, (*tail.keys, *tail.values), strict=True))
+    assert tail.num_bytes == 2 * 4 * tail.capacity * (2 * 4 + 8)
