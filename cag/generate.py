@@ -54,9 +54,9 @@ class Sampler:
         else:
             self.generator.seed()
         if not self.greedy:
-            self.warpers.append(TemperatureLogitsWarper(options.temperature))
+            self.warpers.append(TemperatureLogitsWarper(float(options.temperature)))
             if options.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(options.top_p))
+                self.warpers.append(TopPLogitsWarper(float(options.top_p)))
 
     def __call__(self, logits: Tensor) -> int:
         """The greedy choice takes the lowest id of equal logits."""

@@ -1,0 +1,123 @@
+"""`cag serve`: one engine behind HTTP until it is stopped."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cag.cli.opening import ModelChoice, cache_in, load_engine, load_engine_of, store_at
+from cag.cli.options import AdapterOption, DeviceOption, DtypeOption, JsonOption, StoreOption, VerboseOption, given
+from cag.cli.output import note, note_configuration, print_json
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+SHUTDOWN_S = 30  # running answers may go on for so long after the signal to stop
+
+
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    preload: Annotated[
+        list[str] | None, typer.Option("--preload", help="Load this cache at the start; may be repeated.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to answer with.", show_default="the first preloaded cache's")
+    ] = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    store: StoreOption = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", envvar="CAG_API_KEY", help="Key that clients must send; may be repeated."),
+    ] = None,
+    slots: Annotated[int | None, typer.Option("--slots", help="Answers at the same time.", min=1)] = None,
+    queue: Annotated[int | None, typer.Option("--queue", help="Requests that may wait for a slot.", min=0)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Of an answer whose request does not say.", min=1)
+    ] = None,
+    json_output: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve caches over HTTP: OpenAI's API, and the engine's own."""
+    from cag.server import ServerSettings, create_app
+
+    settings = ServerSettings(
+        **given(
+            preload=tuple(preload or ()),
+            api_keys=tuple(api_key or ()),
+            num_slots=slots,
+            max_waiting=queue,
+            default_max_tokens=max_tokens,
+        )
+    )
+    listener = _listen(host, port)
+    with listener:
+        if not settings.api_keys and not _is_loopback(host):
+            note(f"warning: {host} can be reached from other machines, and there is no API key; set CAG_API_KEY.")
+        engine = _load(store, settings.preload, ModelChoice(model, adapter, device, dtype), verbose=verbose)
+        note_configuration(verbose, **settings.model_dump(exclude={"api_keys"}), num_api_keys=len(settings.api_keys))
+        facts = {"url": _url(listener), "model": engine.model.model_id, "preload": list(settings.preload)}
+        _run(create_app(engine, settings=settings), listener, facts, json_output=json_output, verbose=verbose)
+
+
+def _load(directory: Path | None, preload: tuple[str, ...], choice: ModelChoice, *, verbose: bool) -> Any:
+    """The engine; every preloaded cache is looked up before a model is loaded. Raises: CacheNotFound."""
+    store = store_at(directory)
+    for name in preload:
+        cache_in(store, name)
+    if preload:
+        return load_engine_of(store, preload[0], choice, verbose=verbose)
+    return load_engine(store, choice, verbose=verbose)
+
+
+def _run(app: FastAPI, listener: socket.socket, facts: dict[str, Any], *, json_output: bool, verbose: bool) -> None:
+    """Serve until SIGINT or SIGTERM; running answers are finished first, for at most `SHUTDOWN_S`."""
+    import uvicorn
+
+    class AnnouncedServer(uvicorn.Server):
+        """Says its address when it serves."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if json_output:
+                print_json(facts)
+            else:
+                note(f"serving {facts['model']} at {facts['url']} (OpenAI API at {facts['url']}/v1)")
+
+    level = "info" if verbose else "warning"
+    config = uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=SHUTDOWN_S)
+    try:
+        AnnouncedServer(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # Ctrl-C is how a server is stopped; uvicorn raises it again after the shutdown
+        note("stopped")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a taken port is known before a model is loaded. Raises: UsageError."""
+    from cag.errors import UsageError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}.", hint="Choose another --port or --host."
+        ) from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,48 @@
+"""The application: routes, errors, middleware and lifespan over one loaded engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from cag.engine import Engine
+from cag.server.cache_routes import cache_router
+from cag.server.chat_routes import chat_router
+from cag.server.errors import install_error_handlers
+from cag.server.middleware import ApiKeys, BodyLimit, RequestCount
+from cag.server.probe_routes import probe_router
+from cag.server.service import AnswerService
+from cag.server.settings import ServerSettings
+
+
+def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> FastAPI:
+    """An ASGI application that answers from the caches of `engine`.
+
+    The model is loaded before there is an app, so that a model that cannot be loaded is an error of the program that
+    starts the server; caches of `settings.preload` load in the background of the lifespan. One app serves one event
+    loop. `app.state.service` is the `AnswerService`.
+    """
+    settings = settings or ServerSettings()
+    service = AnswerService(engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        preloading = asyncio.create_task(service.preload())
+        try:
+            yield
+        finally:
+            await service.close()
+            await preloading
+
+    app = FastAPI(title="cag", summary="Cache-augmented generation", lifespan=lifespan)
+    app.state.service = service
+    install_error_handlers(app)
+    for router in (probe_router(service), chat_router(service), cache_router(service)):
+        app.include_router(router)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(RequestCount, count=service.metrics.count_request)
+    return app

@@ -1,0 +1,120 @@
+"""The engine's own routes: `/v1/caches`. Bodies are strict: a field nobody knows is an error."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from cag.describe import describe_cache, summarize_cache
+from cag.errors import CacheNotFound
+from cag.server.chat_schema import SamplingFields
+from cag.server.errors import error_facts
+from cag.server.listing import readable_caches
+from cag.server.messages import Text
+from cag.server.running import AnswerRun, Question
+from cag.server.service import AnswerService
+from cag.server.streaming import EventStream, event, while_connected
+from cag_store import Ref
+from cag_store.errors import EntryNotFound
+
+MAX_TTL_S = 100 * 365 * 86_400
+
+
+class AskRequest(SamplingFields):
+    """One question to one cache."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: Text
+
+
+class CachePatch(BaseModel):
+    """What may be changed about a cache; `ttl_s` null: it never expires. What is not given stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pinned: bool = False
+    ttl_s: float | None = Field(default=None, gt=0, le=MAX_TTL_S, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> CachePatch:
+        if not self.model_fields_set:
+            raise PydanticCustomError("empty_patch", "give `pinned`, `ttl_s` or both")
+        return self
+
+
+def cache_router(service: AnswerService) -> APIRouter:
+    """The routes over `service`."""
+    router = APIRouter(prefix="/v1/caches", tags=["caches"])
+    store = service.engine.store
+
+    @router.get("")
+    def list_caches() -> dict[str, Any]:
+        """All caches, expired ones too; `damaged` names those that cannot be read."""
+        caches, damaged = readable_caches(store)
+        rows = [
+            summarize_cache(ref, manifest) | {"resident": service.caches.is_resident(ref.name, manifest.digest)}
+            for ref, manifest in caches
+        ]
+        return {"object": "list", "data": rows, "damaged": damaged}
+
+    @router.get("/{name}")
+    def get_cache(name: str) -> dict[str, Any]:
+        """What `cag show --json` prints."""
+        return describe_cache(*service.engine.find(name))
+
+    @router.patch("/{name}")
+    def patch_cache(name: str, patch: CachePatch) -> dict[str, Any]:
+        """Pin, unpin, let expire. An expired cache that `gc` has not removed yet comes back with a later expiry."""
+        ref = _ref(service, name)
+        if "ttl_s" in patch.model_fields_set:
+            ref = store.set_ttl(name, patch.ttl_s)
+        if "pinned" in patch.model_fields_set:
+            ref = store.pin(name) if patch.pinned else store.unpin(name)
+        return describe_cache(ref, store.manifest(ref.manifest))
+
+    @router.delete("/{name}")
+    def delete_cache(name: str) -> dict[str, Any]:
+        """Forget a cache; answers that are running go on, `gc` frees the disk."""
+        _ref(service, name)
+        store.remove(name)
+        service.caches.drop(name)
+        return {"name": name, "deleted": True}
+
+    @router.post("/{name}/ask")
+    async def ask(name: str, body: AskRequest, request: Request) -> Response:
+        """Answer one question: the object of `cag ask --json`, or events `token` and a final `answer`."""
+        options = body.options(body.max_tokens or service.settings.default_max_tokens)
+        run = service.run(Question(name, body.question, options))
+        if not body.stream:
+            return JSONResponse((await while_connected(request, run.complete())).to_json())
+        try:
+            await while_connected(request, run.begin())
+        except BaseException:
+            run.cancel()
+            raise
+        return EventStream(run, _events(run))
+
+    return router
+
+
+async def _events(run: AnswerRun) -> AsyncIterator[str]:
+    try:
+        async for piece in run.pieces():
+            yield event({"text": piece}, "token")
+    except Exception as error:  # the status is sent already: the client learns it here
+        yield event(error_facts(error).body(), "error")
+        return
+    yield event(run.answer.to_json(), "answer")
+
+
+def _ref(service: AnswerService, name: str) -> Ref:
+    try:
+        return service.engine.store.ref(name)
+    except EntryNotFound as error:
+        raise CacheNotFound(f"{error}.") from error

@@ -1,0 +1,91 @@
+"""OpenAI's routes: `/v1/models` and `/v1/chat/completions`. The model of a request is a cache's name."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from cag.engine import check_fingerprints
+from cag.errors import CacheMismatch
+from cag.server.chat_schema import ChatRequest, CompletionHead, proof
+from cag.server.errors import error_facts
+from cag.server.listing import readable_caches
+from cag.server.running import AnswerRun
+from cag.server.service import AnswerService
+from cag.server.streaming import EventStream, event, while_connected
+from cag_store import Manifest, Ref, utc_now
+
+DONE = "[DONE]"
+
+
+def chat_router(service: AnswerService) -> APIRouter:
+    """The routes over `service`."""
+    router = APIRouter(prefix="/v1", tags=["openai"])
+
+    @router.get("/models")
+    def list_models() -> dict[str, Any]:
+        """Caches that the loaded model can answer from."""
+        caches, _ = readable_caches(service.engine.store)
+        now = utc_now()
+        usable = [_model(ref, found) for ref, found in caches if not ref.expired(now) and _fits(service, ref, found)]
+        return {"object": "list", "data": usable}
+
+    @router.get("/models/{name}")
+    def get_model(name: str) -> dict[str, Any]:
+        """One of them."""
+        ref, manifest = service.engine.find(name)
+        check_fingerprints(name, manifest, service.engine.model)
+        return _model(ref, manifest)
+
+    @router.post("/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation behind a cache."""
+        run = service.run(body.question(service.settings.default_max_tokens))
+        head = CompletionHead(body.model)
+        if not body.stream:
+            return JSONResponse(head.completion(await while_connected(request, run.complete())))
+        try:
+            await while_connected(request, run.begin())
+        except BaseException:
+            run.cancel()
+            raise
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(run, _chunks(run, head, include_usage))
+
+    return router
+
+
+async def _chunks(run: AnswerRun, head: CompletionHead, include_usage: bool) -> AsyncIterator[str]:
+    """OpenAI's chunks; `cag` stands in the last one."""
+    no_usage = {"usage": None} if include_usage else {}
+    try:
+        yield event(head.chunk({"role": "assistant", "content": ""}) | no_usage)
+        async for piece in run.pieces():
+            yield event(head.chunk({"content": piece}) | no_usage)
+    except Exception as error:  # the status is sent already: the client learns it here
+        yield event(error_facts(error).body())
+        return
+    answer, extra = run.answer, {"cag": proof(run.answer)}
+    last = head.chunk({}, answer.finish_reason)
+    if include_usage:
+        yield event(last | no_usage)
+        last = head.usage_chunk(answer)
+    yield event(last | extra)
+    yield event(DONE)
+
+
+def _model(ref: Ref, manifest: Manifest) -> dict[str, Any]:
+    created = datetime.fromisoformat(manifest.created_at)
+    return {"id": ref.name, "object": "model", "created": int(created.timestamp()), "owned_by": "cag"}
+
+
+def _fits(service: AnswerService, ref: Ref, manifest: Manifest) -> bool:
+    try:
+        check_fingerprints(ref.name, manifest, service.engine.model)
+    except CacheMismatch:
+        return False
+    return True

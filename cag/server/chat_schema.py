@@ -1,0 +1,141 @@
+"""Bodies of `/v1/chat/completions`, in and out. Source: https://platform.openai.com/docs/api-reference/chat"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from cag.answer import Answer, Usage
+from cag.generate import SamplingOptions
+from cag.server.messages import Message, Text, conversation_of
+from cag.server.running import Question
+
+MAX_STOP_STRINGS = 16
+
+# What would change the answer and is not there is refused; each field with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+}
+
+StopString = Annotated[Text, Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+
+
+class SamplingFields(BaseModel):
+    """Sampling as OpenAI names it. A temperature that is not given is 0: the same question gets the same answer."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(default=None, ge=1)
+    stop: list[StopString] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
+    stream: bool = False
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    def options(self, max_tokens: int) -> SamplingOptions:
+        """As the engine wants them."""
+        return SamplingOptions(
+            max_tokens=max_tokens,
+            temperature=self.temperature or 0.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+        )
+
+
+class ChatRequest(SamplingFields):
+    """A chat completion to be made. `model` is a cache's name; fields nobody knows are ignored, as is usual."""
+
+    model: Text
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        for name, neutral in UNSUPPORTED.items() if isinstance(body, dict) else ():
+            asked = body.get(name)
+            if asked is not None and asked not in neutral:
+                raise PydanticCustomError("unsupported", "this server does not support it", {"field": name})
+        return body
+
+    def question(self, default_max_tokens: int) -> Question:
+        """What is asked. Raises: UsageError."""
+        conversation = conversation_of(self.messages)
+        options = self.options(self.max_completion_tokens or self.max_tokens or default_max_tokens)
+        return Question(self.model, conversation.question, options, conversation.history)
+
+
+@dataclass(frozen=True)
+class CompletionHead:
+    """What all parts of one response share."""
+
+    model: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(self, answer: Answer) -> dict[str, Any]:
+        """A whole response."""
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+        return self._object("chat.completion", [choice]) | {"usage": usage_json(answer.usage), "cag": proof(answer)}
+
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        """A piece of a streamed response."""
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return self._object("chat.completion.chunk", [choice])
+
+    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
+        """The piece that `stream_options.include_usage` asks for."""
+        return self._object("chat.completion.chunk", []) | {"usage": usage_json(answer.usage)}
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Token counts as OpenAI names them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def proof(answer: Answer) -> dict[str, Any]:
+    """The extra field `cag`: what the answer rests on, where its time went, which cache and model it came from."""
+    whole = answer.to_json()
+    return {name: whole[name] for name in ("citations", "usage", "timings", "cache", "model")}

@@ -1,0 +1,90 @@
+"""Errors as OpenAI's clients expect them: one shape, and the status from the engine's one error table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cag.errors import CagError, QueueFull, UsageError, error_row
+from cag_store.errors import StoreError
+
+CLIENT_GONE = 499  # nobody reads this response; it tells the access log
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorFacts(NamedTuple):
+    """One error as HTTP shows it."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        message = self.message.encode(errors="replace").decode()  # it may quote what is no text
+        return {"error": {"message": message, "type": kind, "code": self.code, "param": self.param}}
+
+    def response(self) -> JSONResponse:
+        """The whole response."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def error_facts(error: Exception) -> ErrorFacts:
+    """How `error` is shown. What nobody foresaw is logged, and its message stays in the log."""
+    if isinstance(error, RequestValidationError):
+        return _validation_facts(error)
+    if isinstance(error, HTTPException):
+        code = HTTPStatus(error.status_code).name.lower()
+        return ErrorFacts(error.status_code, code, str(error.detail), None, error.headers)
+    if isinstance(error, CagError | StoreError):
+        row = error_row(error)
+        param = error.facts.get("param")
+        wait = {"Retry-After": str(error.facts["retry_after_s"])} if isinstance(error, QueueFull) else None
+        return ErrorFacts(row.http_status, row.code, str(error), param if isinstance(param, str) else None, wait)
+    logger.error("unexpected error", exc_info=error)
+    row = error_row(error)
+    return ErrorFacts(row.http_status, row.code, "internal error; the server's log has the details.")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Let every error of `app` leave in the one shape."""
+    for cls in (CagError, StoreError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(cls, _respond)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
+
+
+async def _respond(_: Request, error: Exception) -> Response:
+    return error_facts(error).response()
+
+
+async def _client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+def _validation_facts(error: RequestValidationError) -> ErrorFacts:
+    row = error_row(UsageError(""))
+    found = [(_param(entry), str(entry["msg"])) for entry in error.errors()]
+    message = "; ".join(f"{param}: {text}" if param else text for param, text in found)
+    return ErrorFacts(row.http_status, row.code, message, found[0][0])
+
+
+def _param(entry: Mapping[str, Any]) -> str | None:
+    """`messages[0].content` for what is wrong; None for a body that is no JSON."""
+    if entry["type"] == "json_invalid":
+        return None
+    field = (entry.get("ctx") or {}).get("field")
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"][1:])
+    return field or path.removeprefix(".") or None

@@ -1,0 +1,24 @@
+"""All caches of a store, those that cannot be read apart from the others."""
+
+from __future__ import annotations
+
+from cag_store import Manifest, Ref, Store
+from cag_store.errors import EntryNotFound, StoreError
+
+
+def readable_caches(store: Store) -> tuple[list[tuple[Ref, Manifest]], list[dict[str, str]]]:
+    """(ref, manifest) of every cache in order of names, expired ones too; and name and error of each damaged one."""
+    readable, damaged = [], []
+    for name in store.names():
+        try:
+            ref = store.ref(name)
+        except EntryNotFound:  # removed since the names were read
+            continue
+        except StoreError as error:
+            damaged.append({"name": name, "error": str(error)})
+            continue
+        try:
+            readable.append((ref, store.manifest(ref.manifest)))
+        except StoreError as error:
+            damaged.append({"name": name, "error": str(error)})
+    return readable, damaged

@@ -1,0 +1,95 @@
+"""What happens to every request before it is routed: API keys, size of the body, counting."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+
+from fastapi import HTTPException
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cag.server.errors import ErrorFacts, error_facts
+
+PROTECTED = "/v1"
+
+
+class ApiKeys:
+    """Refuses requests under `/v1` that carry none of the keys as a bearer token, before their body is read."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[SecretStr, ...]) -> None:
+        self.app = app
+        self._keys = [key.get_secret_value().encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        protected = scope["type"] == "http" and (scope["path"] + "/").startswith(PROTECTED + "/")
+        if protected and self._keys and not self._allowed(Headers(scope=scope).get("authorization", "")):
+            message = "a valid API key is needed: send the header `Authorization: Bearer KEY`."
+            facts = ErrorFacts(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+            await facts.response()(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _allowed(self, header: str) -> bool:
+        kind, _, given = header.partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        return kind.lower() == "bearer" and any(matches)
+
+
+class BodyLimit:
+    """Refuses bodies above `max_body_bytes`, whether or not they announce their size."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self._max_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._max_bytes:
+            await error_facts(self._too_large()).response()(scope, receive, send)
+        else:
+            await self.app(scope, self._counted(receive), send)
+
+    def _counted(self, receive: Receive) -> Receive:
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the request's body has more than {self._max_bytes} bytes.")
+
+
+class RequestCount:
+    """Tells `count(method, route, status)` about every response; the route is the pattern, never the client's path."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
+        self.app = app
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "unmatched")
+                self._count(scope["method"], route, message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counting)

@@ -1,0 +1,35 @@
+"""Routes for those who watch over a server: `/healthz`, `/readyz`, `/metrics`. They need no API key."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from cag.server.metrics import CONTENT_TYPE
+from cag.server.service import AnswerService
+
+
+def probe_router(service: AnswerService) -> APIRouter:
+    """The routes over `service`."""
+    router = APIRouter(tags=["probes"])
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """The event loop answers."""
+        return {"status": "ok"}
+
+    @router.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """200 when model and preloaded caches are there; 503 with what is missing before."""
+        if service.preload_errors:
+            return JSONResponse({"status": "failed", "errors": service.preload_errors}, 503)
+        if service.preloading:
+            return JSONResponse({"status": "loading", "caches": service.preloading}, 503)
+        return JSONResponse({"status": "ready", "model": service.engine.model.model_id})
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        """The Prometheus exposition."""
+        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    return router

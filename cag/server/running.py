@@ -1,0 +1,168 @@
+"""Answers in progress: computed on worker threads, read on the event loop, which is never blocked.
+
+    request -> AnswerRun.begin: slot -> worker thread: cache, session, tokens -> queue -> AnswerRun.pieces -> response
+
+An answer that nobody wants any more stops at its next token, and its slot is free when it has stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cag.answer import Answer
+from cag.generate import SamplingOptions
+from cag.server.caches import ResidentCaches
+from cag.server.metrics import ServerMetrics
+from cag.server.slots import Slots
+
+Event = str | Answer | Exception
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one request asks: the cache's name, earlier (question, answer) turns, the question, sampling."""
+
+    cache: str
+    text: str
+    options: SamplingOptions
+    history: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where answers are computed."""
+
+    caches: ResidentCaches
+    slots: Slots
+    threads: ThreadPoolExecutor
+    metrics: ServerMetrics
+    runs: set[AnswerRun]
+
+
+class AnswerRun:
+    """One answer. `begin`, then read `pieces` to the end, then `answer`; or `complete`. `cancel` at any time."""
+
+    def __init__(self, question: Question, workplace: Workplace) -> None:
+        self.question = question
+        self._at = workplace
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self._first: Event = ""
+        self._answer: Answer | None = None
+
+    async def begin(self) -> None:
+        """Wait for a slot and for the first piece of text. Whatever is wrong before that is raised here."""
+        asked_at = time.perf_counter()
+        await self._at.slots.acquire()
+        started_at = time.perf_counter()
+        self._at.metrics.waited.observe(started_at - asked_at)
+        self._start(started_at)
+        try:
+            self._first = await self._events.get()
+        except BaseException:
+            self.cancel()
+            raise
+        if isinstance(self._first, Exception):
+            raise self._first
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Pieces of the text; joined they are `answer.text`. Raises what went wrong after the first one."""
+        event = self._first
+        while not isinstance(event, Answer):
+            if isinstance(event, Exception):
+                raise event
+            yield event
+            event = await self._events.get()
+        self._answer = event
+
+    async def complete(self) -> Answer:
+        """The whole answer at once."""
+        try:
+            await self.begin()
+            async for _ in self.pieces():
+                pass
+        finally:
+            self.cancel()
+        return self.answer
+
+    @property
+    def answer(self) -> Answer:
+        """The answer, once `pieces` was read to its end."""
+        assert self._answer is not None, "pieces() was not read to its end"
+        return self._answer
+
+    def cancel(self) -> None:
+        """Stop at the next token, if it is still running."""
+        self._cancelled.set()
+
+    def _start(self, started_at: float) -> None:
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        def ended(_: object) -> None:
+            self._at.runs.discard(self)
+            self._at.slots.release(time.perf_counter() - started_at)
+
+        self._at.runs.add(self)
+        try:
+            loop.run_in_executor(self._at.threads, self._compute, emit).add_done_callback(ended)
+        except RuntimeError:  # the threads were shut down
+            ended(None)
+            raise
+
+    def _compute(self, emit: Callable[[Event], None]) -> None:
+        """On a worker thread."""
+        try:
+            answer = self._generate(emit)
+        except Exception as error:
+            self._at.metrics.answers.add(1, "failed")
+            emit(error)
+            return
+        if answer is None:
+            self._at.metrics.answers.add(1, "cancelled")
+        else:
+            self._at.metrics.count_answer(answer)
+            emit(answer)
+
+    def _generate(self, emit: Callable[[Event], None]) -> Answer | None:
+        """The answer, or None when it was cancelled."""
+        question, trim = self.question, EdgeTrimmer()
+        with self._at.caches.use(question.cache) as use:
+            if self._at.slots.running > 1:  # a forward that waits for its layers would hold up the others
+                use.prefix.resident.wait()
+            stream = use.prefix.session().stream(
+                question.text, question.options, started_at=use.opened_at, history=question.history
+            )
+            if self._cancelled.is_set():
+                return None
+            for piece in stream:
+                if self._cancelled.is_set():
+                    return None
+                if text := trim(piece):
+                    emit(text)
+            return stream.answer
+
+
+class EdgeTrimmer:
+    """Strips a text that comes in pieces: what it returns, joined, is the whole text stripped."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._held = ""
+
+    def __call__(self, piece: str) -> str:
+        """The part of `piece` (and of what was held back before) that certainly belongs to the stripped text."""
+        text = self._held + piece
+        if not self._begun:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        self._begun = self._begun or bool(shown)
+        return shown

@@ -1,0 +1,27 @@
+"""What may be chosen about a server, each default written once."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+
+class ServerSettings(BaseModel):
+    """Settings of one server; unknown keys are refused.
+
+    Attributes:
+        api_keys: any of them opens `/v1`; none: `/v1` is open to all.
+        preload: names of caches to load before `/readyz` says ready.
+        num_slots: answers that are computed at the same time; their forwards take turns.
+        max_waiting: requests that may wait for a slot; one more is refused with 429.
+        default_max_tokens: of an answer whose request does not say.
+        max_body_bytes: of a request.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api_keys: tuple[SecretStr, ...] = ()
+    preload: tuple[str, ...] = ()
+    num_slots: int = Field(default=4, ge=1)
+    max_waiting: int = Field(default=64, ge=0)
+    default_max_tokens: int = Field(default=512, ge=1)
+    max_body_bytes: int = Field(default=8 << 20, ge=1)

@@ -1,0 +1,116 @@
+"""`build` and `update`: what they print, what they keep, what they refuse before a model is loaded."""
+
+import json
+
+import pytest
+
+from cag_store import Store
+
+BUILT = {
+    "name", "digest", "num_documents", "num_tokens", "reused_tokens", "computed_tokens", "raw_bytes", "stored_bytes",
+    "raw_over_stored", "fidelity", "prefill_s", "encode_s", "total_s", "prefill_tokens_per_s", "duplicates", "empty",
+    "skipped",
+}  # fmt: skip
+
+
+@pytest.fixture
+def build(cag, corpus, tiny_model_dir, tmp_path):
+    def run(*options):
+        return cag("build", corpus, "--name", "book", "--model", tiny_model_dir, "--store", tmp_path / "s", *options)
+
+    return run
+
+
+def test_build_reports_what_it_did(build, corpus):
+    (corpus / "twin.txt").write_text((corpus / "relay.txt").read_text())
+    (corpus / "void.txt").write_text("\n")
+    (corpus / "picture.png").write_bytes(b"\x89PNG")
+    built = build("--json")
+    assert built.exit_code == 0
+    assert set(built.json) >= BUILT
+    assert (built.json["num_documents"], built.json["reused_tokens"]) == (2, 0)
+    assert built.json["computed_tokens"] == built.json["num_tokens"]
+    assert built.json["fidelity"]["mean_kl"] == 0
+    for kind, name in {"duplicate": "twin.txt", "empty": "void.txt", "skipped": "picture.png"}.items():
+        (line,) = [line for line in built.stderr.splitlines() if line.startswith(f"{kind}: ")]
+        assert name in line
+
+
+def test_build_prints_figures_and_progress(build):
+    built = build()
+    assert "reused, " in built.stdout
+    assert "mean KL" in built.stdout
+    assert "reading: " in built.stderr
+    assert "tokens/s" in built.stderr
+
+
+def test_a_second_build_reuses_everything(build):
+    first, second = build("--json").json, build("--json").json
+    assert second["reused_tokens"] == first["num_tokens"]
+    assert second["computed_tokens"] == 0
+    assert "0 computed" in build().stdout
+
+
+def test_options_reach_the_cache(build, tmp_path):
+    built = build("--codec", "int8", "--system", "Answer in French.", "--dtype", "float32", "--json").json
+    manifest = Store.open(tmp_path / "s").resolve("book")[1]
+    assert manifest.digest == built["digest"]
+    assert manifest.codec["id"] == "int8"
+    assert manifest.layout["system_text"] == "Answer in French."
+    assert manifest.kv.compute_dtype == "float32"
+
+
+def test_the_model_is_kept_with_its_whole_path(cag, corpus, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_model_dir.parent)
+    name = tiny_model_dir.name
+    assert cag("build", corpus, "--name", "book", "--model", name, "--store", tmp_path / "s").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert cag("ask", "book", "What?", "--max-tokens", 1, "--store", "s", "--json").json["model"] == str(tiny_model_dir)
+
+
+def test_skip_errors_names_the_file_and_goes_on(build, corpus):
+    (corpus / "broken.pdf").write_bytes(b"%PDF-1.4 no more")
+    assert build("--json").exit_code == 22
+    built = build("--skip-errors", "--json").json
+    assert [path.rsplit("/", 1)[-1] for path, _ in built["skipped"]] == ["broken.pdf"]
+
+
+def test_update_computes_from_the_first_change_on(cag, book, corpus):
+    before = cag("show", "book", "--store", book, "--json").json
+    (corpus / "zeta.txt").write_text("The zeta crane lifts nine tons.\n")
+    updated = cag("update", "book", corpus, "--store", book, "--json").json
+    assert updated["num_documents"] == 3
+    assert 0 < updated["reused_tokens"] < before["num_tokens"]
+    assert updated["reused_tokens"] + updated["computed_tokens"] == updated["num_tokens"]
+    assert cag("show", "book", "--store", book, "--json").json["digest"] == updated["digest"] != before["digest"]
+
+
+def test_verbose_prints_the_effective_configuration(build, tiny_model_dir, tmp_path, cag, corpus):
+    noted = build("--verbose").stderr
+    for expected in (f"model = {tiny_model_dir}", "compute_dtype = torch.float32", f"store = {tmp_path / 's'}"):
+        assert expected in noted
+    before = ("--verbose", "build", corpus, "--name", "b", "--model", tiny_model_dir, "--store", tmp_path / "s")
+    assert "compute_dtype = " in cag(*before).stderr
+    assert "compute_dtype = " not in build().stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "told"),
+    [
+        (("--codec", "auto"), 2, "int8, lossless"),
+        (("--codec", "zip9"), 54, "zip9"),
+        (("--name", "a/b"), 57, "a/b"),
+        (("--adapter", "nowhere"), 2, "nowhere"),
+    ],
+)
+def test_bad_options_are_refused_before_a_model_is_loaded(cag, corpus, tmp_path, options, exit_code, told):
+    arguments = ("build", corpus, "--name", "book", "--model", "no/such", "--store", tmp_path / "s", *options)
+    refused = cag(*arguments, "--json")
+    assert refused.exit_code == refused.error["exit_code"] == exit_code
+    assert told in json.dumps(refused.error)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_missing_path_is_refused_before_a_model_is_loaded(cag, tmp_path):
+    refused = cag("build", tmp_path / "nix", "--name", "book", "--model", "no/such", "--json")
+    assert (refused.exit_code, refused.error["code"]) == (22, "unreadable_document")

@@ -1,0 +1,159 @@
+"""`ls`, `show`, `verify`, `rm`, `gc`, `pin`, `unpin`: fields, effects, damage that is said and not hidden."""
+
+import shutil
+
+import pytest
+
+from cag_store import Store
+
+SHOWN = {
+    "name", "digest", "created_at", "model", "num_tokens", "num_documents", "codec", "raw_bytes", "stored_bytes",
+    "raw_over_stored", "fidelity", "expires_at", "pinned", "documents",
+}  # fmt: skip
+
+
+def test_ls_lists_each_cache_with_its_facts(cag, book, tiny_model_dir):
+    Store.open(book).commit("again", Store.open(book).resolve("book")[1])
+    listed = cag("ls", "--store", book, "--json").json
+    assert [cache["name"] for cache in listed["caches"]] == ["again", "book"]
+    cache = listed["caches"][1]
+    assert cache["model"] == str(tiny_model_dir)
+    assert cache["num_documents"] == 2
+    assert cache["codec"] == "lossless"
+    assert cache["raw_over_stored"] == cache["raw_bytes"] / cache["stored_bytes"]
+    assert (cache["pinned"], cache["expires_at"], cache["expired"], cache["damaged"]) == (False, None, False, False)
+
+
+def test_ls_prints_a_row_a_cache(cag, book):
+    header, row = cag("ls", "--store", book).stdout.splitlines()
+    assert header.split() == [
+        "name", "tokens", "documents", "model", "codec", "stored", "ratio", "created", "pinned", "expires",
+    ]  # fmt: skip
+    assert row.split()[0] == "book"
+
+
+def test_ls_of_an_empty_store(cag, tmp_path):
+    finished = cag("ls", "--store", tmp_path / "none")
+    assert (finished.exit_code, finished.stdout) == (0, "")
+    assert "cag build" in finished.stderr
+    assert cag("ls", "--store", tmp_path / "none", "--json").json["caches"] == []
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("folder", ["refs", "manifests"])
+def test_ls_lists_damaged_caches_as_damaged(cag, book, damage, folder):
+    damage(folder)
+    (cache,) = cag("ls", "--store", book, "--json").json["caches"]
+    assert (cache["name"], cache["damaged"], cache["error"]["code"]) == ("book", True, "corrupt_entry")
+    finished = cag("ls", "--store", book)
+    assert "damaged" in finished.stdout
+    assert "book: " in finished.stderr
+
+
+def test_ls_says_what_has_expired(cag, book):
+    Store.open(book).set_ttl("book", -1)
+    assert cag("ls", "--store", book, "--json").json["caches"][0]["expired"] is True
+    assert "(expired)" in cag("ls", "--store", book).stdout
+
+
+def test_show_has_the_fields_of_the_contract(cag, book, corpus, tiny_model_dir):
+    shown = cag("show", "book", "--store", book, "--json").json
+    assert set(shown) == SHOWN
+    assert set(shown["model"]) == {"id", "fingerprint"}
+    assert set(shown["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes"}
+    assert shown["codec"]["id"] == "lossless"
+    assert [set(document) for document in shown["documents"]] == [
+        {"doc_id", "title", "path", "sha256", "start", "end"}
+    ] * 2
+    assert shown["raw_over_stored"] == shown["raw_bytes"] / shown["stored_bytes"]
+
+
+def test_show_prints_facts_and_documents(cag, book):
+    printed = cag("show", "book", "--store", book).stdout
+    assert "Alpha gate" in printed
+    assert "alpha.md" in printed
+    assert "lossless" in printed
+
+
+def test_verify_says_what_was_read(cag, book):
+    verified = cag("verify", "book", "--store", book, "--json")
+    assert verified.exit_code == 0
+    assert verified.json["ok"] is True
+    assert verified.json["problems"] == []
+    assert verified.json["num_blobs"] == 2
+    size = sum(
+        path.stat().st_size for folder in ("chunks", "blobs") for path in (book / folder).rglob("*") if path.is_file()
+    )
+    assert verified.json["bytes_read"] > size
+    assert "whole" in cag("verify", "book", "--store", book).stdout
+
+
+@pytest.mark.parametrize("folder", ["chunks", "blobs", "manifests", "refs"])
+def test_verify_finds_damage_in_each_kind_of_file(cag, book, damage, folder):
+    damage(folder)
+    finished = cag("verify", "book", "--store", book, "--json")
+    assert finished.exit_code == 52
+    assert finished.json["ok"] is False
+    assert finished.json["error"]["code"] == "corrupt_entry"
+    assert len(finished.json["problems"]) >= 1
+    printed = cag("verify", "book", "--store", book)
+    assert printed.exit_code == 52
+    assert printed.stderr.count("damage: ") == len(finished.json["problems"])
+
+
+def test_rm_says_what_gc_will_free_and_gc_frees_it(cag, book):
+    stored = Store.open(book).resolve("book")[1].stored_bytes
+    removed = cag("rm", "book", "--store", book, "--json").json
+    assert removed == {"name": "book", "removed": True, "freeable_bytes": stored}
+    kept = cag("gc", "--store", book, "--json").json
+    assert (kept["removed"], kept["kept_unreferenced"] > 0) == ([], True)
+    planned = cag("gc", "--dry-run", "--grace-seconds", 0, "--store", book, "--json").json
+    freed = cag("gc", "--grace-seconds", 0, "--store", book, "--json").json
+    assert planned | {"dry_run": False} == freed
+    assert freed["removed_bytes"] >= stored
+    assert not [path for path in (book / "chunks").rglob("*") if path.is_file()]
+
+
+def test_rm_counts_only_what_no_other_cache_holds(cag, book):
+    Store.open(book).commit("again", Store.open(book).resolve("book")[1])
+    assert cag("rm", "book", "--store", book, "--json").json["freeable_bytes"] == 0
+    assert cag("verify", "again", "--store", book).exit_code == 0
+
+
+def test_a_pinned_cache_is_removed_by_force_only(cag, book):
+    assert cag("pin", "book", "--store", book, "--json").json["pinned"] is True
+    refused = cag("rm", "book", "--store", book, "--json")
+    assert (refused.exit_code, refused.error["code"]) == (2, "invalid_request")
+    assert "--force" in refused.error["hint"]
+    assert cag("ls", "--store", book, "--json").json["caches"][0]["pinned"] is True
+    assert cag("rm", "book", "--force", "--store", book).exit_code == 0
+
+
+def test_unpin_lets_a_cache_go(cag, book):
+    cag("pin", "book", "--store", book)
+    assert cag("unpin", "book", "--store", book, "--json").json["pinned"] is False
+    assert "not pinned" in cag("unpin", "book", "--store", book).stdout
+    assert cag("rm", "book", "--store", book).exit_code == 0
+
+
+@pytest.mark.parametrize("folder", ["refs", "manifests"])
+def test_a_damaged_cache_can_be_removed(cag, book, damage, folder):
+    damage(folder)
+    removed = cag("rm", "book", "--store", book, "--json")
+    assert (removed.exit_code, removed.json["freeable_bytes"]) == (0, None)
+    assert cag("ls", "--store", book, "--json").json["caches"] == []
+
+
+def test_gc_removes_expired_caches_and_says_so(cag, book):
+    Store.open(book).set_ttl("book", -1)
+    printed = cag("gc", "--grace-seconds", 0, "--store", book).stdout
+    assert "expired book" in printed
+    assert "freed" in printed
+
+
+def test_the_store_of_the_cache_home_is_the_default(cag, book, cag_home):
+    shutil.copytree(book, cag_home / "store")
+    try:
+        assert cag("show", "book", "--json").json["name"] == "book"
+    finally:
+        shutil.rmtree(cag_home / "store")

@@ -1,0 +1,80 @@
+"""`doctor` and `pull`: what is here."""
+
+import shutil
+
+import pytest
+
+from cag.cli.doctor import print_report
+from cag.cli.options import MaxTokensOption, TemperatureOption, TopPOption
+from cag.models import CATALOGUE
+from cag.models.record import write_record
+
+
+@pytest.fixture
+def pulled_model(cag_home):
+    """The smallest folder that counts as a pulled model of the catalogue."""
+    directory = cag_home / "models" / "smollm2-135m-instruct"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    write_record(CATALOGUE[directory.name], {"type": "wheel"}, directory)
+    yield directory
+    shutil.rmtree(directory)
+
+
+def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
+    examined = cag("doctor", "--device", "cpu", "--store", book, "--json")
+    found = examined.json
+    assert "measuring" in examined.stderr
+    assert set(found) == {"device", "attention", "runtime", "memory", "store", "models", "versions"}
+    assert found["device"]["used"] == "cpu"
+    assert {"cuda", "flash_attn", "triton"} <= set(found["device"])
+    assert set(found["attention"]) == {"prefill", "question", "answer"}
+    assert found["attention"]["prefill"].startswith("fused: ")
+    assert found["runtime"]["measured_ms"]
+    assert found["runtime"]["reason"] == "set by CAG_THREADS"
+    assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
+    size = sum(path.stat().st_size for path in book.rglob("*") if path.is_file())
+    assert found["store"]["num_caches"] == 1
+    assert found["store"]["num_bytes"] == size
+    assert found["versions"]["torch"]
+    assert found["models"] == [{"name": pulled_model.name, "directory": str(pulled_model), "num_bytes": 2}]
+
+    print_report(found)
+    named = {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()}
+    assert {"device", "CUDA", "flash-attn", "Triton", "compute", "threads", "memory", "store", "models"} <= named
+    assert any(name.startswith("measured ") for name in named)
+
+
+def test_pull_of_a_directory_checks_it_and_says_where_it_is(cag, tiny_model_dir):
+    pulled = cag("pull", tiny_model_dir, "--json").json
+    size = sum(path.stat().st_size for path in tiny_model_dir.rglob("*") if path.is_file())
+    assert pulled == {
+        "name": str(tiny_model_dir), "directory": str(tiny_model_dir), "source": "local", "num_bytes": size,
+    }  # fmt: skip
+    assert str(tiny_model_dir) in cag("pull", tiny_model_dir).stdout
+
+
+def test_pull_finds_a_catalogue_model_that_is_here(cag, pulled_model):
+    pulled = cag("pull", pulled_model.name, "--json").json
+    assert (pulled["source"], pulled["directory"]) == ("wheel", str(pulled_model))
+
+
+def test_the_defaults_that_the_help_names_are_the_engines(cag):
+    from inspect import signature
+    from typing import get_args
+
+    from cag.engine import Engine
+    from cag.generate import SamplingOptions
+    from cag.models import DEFAULT_MODEL
+    from cag_store import Store
+
+    defaults = SamplingOptions()
+    shown = {"max_tokens": MaxTokensOption, "temperature": TemperatureOption, "top_p": TopPOption}
+    for name, option in shown.items():
+        assert float(get_args(option)[1].show_default) == getattr(defaults, name)
+    printed = " ".join(cag("build", "--help").stdout.split())
+    codec = signature(Engine.build).parameters["codec"].default
+    for default in (DEFAULT_MODEL, codec):
+        assert f"[default: ({default})]" in printed
+    grace_s = signature(Store.gc).parameters["grace_s"].default
+    assert f"default: ({grace_s:.0f})" in " ".join(cag("gc", "--help").stdout.split())

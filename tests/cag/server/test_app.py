@@ -1,0 +1,145 @@
+"""Probes, metrics, API keys, limits and the shape of every error."""
+
+import asyncio
+
+import pytest
+from pydantic import ValidationError
+
+from cag.server import ServerSettings
+from cag.server.running import EdgeTrimmer
+from cag.server.slots import Slots
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_ready_once_the_preloaded_caches_are_resident(serving, engine, monkeypatch):
+    may_open, open_cache = asyncio.Event(), engine.open
+    loop = asyncio.get_running_loop()
+
+    def held_back(name):
+        asyncio.run_coroutine_threadsafe(may_open.wait(), loop).result()
+        return open_cache(name)
+
+    monkeypatch.setattr(engine, "open", held_back)
+    async with serving(preload=("handbook", "manual")) as served:
+        assert (await served.client.get("/healthz")).json() == {"status": "ok"}
+        early = await served.client.get("/readyz")
+        assert (early.status_code, early.json()) == (503, {"status": "loading", "caches": ["handbook", "manual"]})
+        may_open.set()
+        while served.service.preloading:
+            await asyncio.sleep(0)
+        late = await served.client.get("/readyz")
+        assert (late.status_code, late.json()["status"]) == (200, "ready")
+        listed = (await served.client.get("/v1/caches")).json()["data"]
+        assert [row["resident"] for row in listed] == [True, True]
+        answer = await served.client.post("/v1/caches/manual/ask", json={"question": "Who?", "max_tokens": 1})
+        assert answer.json()["cache"]["tier"] == "device"
+
+
+async def test_a_preload_that_fails_is_not_ready_and_says_why(serving):
+    async with serving(preload=("nobody", "manual")) as served:
+        while served.service.preloading:
+            await asyncio.sleep(0)
+        ready = await served.client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (503, "failed")
+        assert "nobody" in ready.json()["errors"]["nobody"]
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic one", "Bearer öne"])
+async def test_without_a_key_nothing_under_v1_is_told(serving, header):
+    headers = {"Authorization": header.encode()} if header else {}
+    async with serving(api_keys=("one", "two")) as served:
+        for method, path in [("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/v1/nothing")]:
+            response = await served.client.request(method, path, headers=headers, content=b"{")
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert (await served.client.get("/healthz", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["one", "two"])
+async def test_each_key_opens(serving, key):
+    async with serving(api_keys=("one", "two")) as served:
+        response = await served.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+    assert response.status_code == 200
+
+
+async def test_errors_of_routing_and_parsing_have_the_same_shape(serving):
+    async with serving(max_body_bytes=1000) as served:
+        client = served.client
+        json_type = {"content-type": "application/json"}
+
+        async def endless():
+            for _ in range(3):
+                yield b" " * 500
+
+        responses = [
+            await client.get("/v1/nothing"),
+            await client.put("/v1/models"),
+            await client.post("/v1/chat/completions", content=b"{", headers=json_type),
+            await client.post("/v1/chat/completions", content=b" " * 2000, headers=json_type),
+            await client.post("/v1/chat/completions", content=endless(), headers=json_type),
+        ]
+    assert [response.status_code for response in responses] == [404, 405, 400, 413, 413]
+    for response in responses:
+        assert set(response.json()) == {"error"}
+        assert set(response.json()["error"]) == {"message", "type", "code", "param"}
+
+
+async def test_an_unexpected_error_tells_nothing_of_itself(serving, engine, monkeypatch):
+    def broken():
+        raise RuntimeError("secret path")
+
+    monkeypatch.setattr(engine.store, "names", broken)
+    async with serving() as served:
+        response = await served.client.get("/v1/models")
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in response.text
+
+
+async def test_metrics_count_what_happened(serving):
+    async with serving() as served:
+        request = {"question": "Who?", "max_tokens": 2}
+        usage = (await served.client.post("/v1/caches/manual/ask", json=request)).json()["usage"]
+        await served.client.post("/v1/caches/nobody/ask", json=request)
+        await served.client.get("/wp-admin")
+        response = await served.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = response.text.splitlines()
+    assert f'cag_prompt_tokens_total{{source="cached"}} {usage["cached_tokens"]}' in lines
+    assert f'cag_prompt_tokens_total{{source="computed"}} {usage["computed_tokens"]}' in lines
+    assert "cag_completion_tokens_total 2" in lines
+    assert 'cag_answers_total{outcome="answered"} 1' in lines
+    assert 'cag_answers_total{outcome="failed"} 1' in lines
+    route = "/v1/caches/{name}/ask"
+    assert f'cag_http_requests_total{{method="POST",route="{route}",status="200"}} 1' in lines
+    assert 'cag_http_requests_total{method="GET",route="unmatched",status="404"} 1' in lines
+    assert "cag_time_to_first_token_seconds_count 1" in lines
+    assert 'cag_time_to_first_token_seconds_bucket{le="+Inf"} 1' in lines
+    assert "cag_resident_caches 1" in lines
+
+
+def test_settings_refuse_what_they_do_not_know():
+    with pytest.raises(ValidationError):
+        ServerSettings(slots=3)
+    assert "sk-hidden" not in repr(ServerSettings(api_keys=("sk-hidden",)))
+
+
+async def test_retry_after_follows_how_long_answers_take():
+    slots = Slots(2, 8)
+    assert slots.retry_after_s == 1
+    for _ in range(40):
+        await slots.acquire()
+        slots.release(10.0)
+    assert slots.retry_after_s == 5
+    for _ in range(40):
+        await slots.acquire()
+        slots.release(1000.0)
+    assert slots.retry_after_s == 60
+
+
+@pytest.mark.parametrize("whole", ["", "  ", " a ", "a b", "\n a  b \n\n c\t", "ab"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_trimmed_pieces_join_to_the_stripped_text(whole, size):
+    trim = EdgeTrimmer()
+    pieces = [trim(whole[start : start + size]) for start in range(0, len(whole), size)]
+    assert "".join(pieces) == whole.strip()

@@ -1,0 +1,133 @@
+"""`/v1/caches`: list, get, ask, patch, delete."""
+
+import json
+
+import pytest
+
+from cag.describe import describe_cache
+
+pytestmark = pytest.mark.anyio
+
+ROW = {
+    "name",
+    "digest",
+    "created_at",
+    "num_tokens",
+    "num_documents",
+    "codec",
+    "raw_bytes",
+    "stored_bytes",
+    "raw_over_stored",
+    "pinned",
+    "expires_at",
+    "resident",
+}
+WHOLE = (ROW - {"resident"}) | {"model", "fidelity", "documents"}
+
+
+async def test_the_list_has_one_row_a_cache(serving, engine):
+    async with serving() as served:
+        before = (await served.client.get("/v1/caches")).json()
+        await served.client.post("/v1/caches/manual/ask", json={"question": "Who?", "max_tokens": 1})
+        after = (await served.client.get("/v1/caches")).json()
+    rows = {row["name"]: row for row in after["data"]}
+    assert all(set(row) == ROW for row in before["data"] + after["data"])
+    assert [row["resident"] for row in before["data"]] == [False, False]
+    assert {name: row["resident"] for name, row in rows.items()} == {"handbook": False, "manual": True}
+    manifest = engine.find("manual")[1]
+    assert rows["manual"]["codec"] == "lossless"
+    assert rows["manual"]["num_tokens"] == manifest.num_tokens
+    assert rows["manual"]["raw_over_stored"] == manifest.raw_bytes / manifest.stored_bytes
+    assert after["damaged"] == []
+
+
+async def test_a_damaged_cache_is_listed_apart(serving, engine, copy_of):
+    copy_of("manual", "torn")
+    next(engine.store.backend.root.rglob("torn.json")).write_bytes(b"{")
+    async with serving() as served:
+        listed = (await served.client.get("/v1/caches")).json()
+        models = (await served.client.get("/v1/models")).json()
+    assert [row["name"] for row in listed["data"]] == ["handbook", "manual"]
+    assert [row["name"] for row in listed["damaged"]] == ["torn"]
+    assert [model["id"] for model in models["data"]] == ["handbook", "manual"]
+
+
+async def test_one_cache_is_described_in_full(serving, engine):
+    async with serving() as served:
+        whole = (await served.client.get("/v1/caches/handbook")).json()
+        missing = await served.client.get("/v1/caches/nobody")
+    assert set(whole) == WHOLE
+    assert set(whole["model"]) == {"id", "fingerprint"}
+    assert set(whole["documents"][0]) == {"doc_id", "title", "path", "sha256", "start", "end"}
+    assert set(whole["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes"}
+    assert whole == json.loads(json.dumps(describe_cache(*engine.find("handbook"))))
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "cache_not_found")
+
+
+async def test_ask_gives_the_object_of_the_command_line(serving, engine):
+    alone = engine.ask("handbook", "When?", max_tokens=8).to_json()
+    request = {"question": "When?", "max_tokens": 8}
+    async with serving() as served:
+        answer = (await served.client.post("/v1/caches/handbook/ask", json=request)).json()
+        stream = await served.client.post("/v1/caches/handbook/ask", json=request | {"stream": True})
+    timings = {"timings": None, "cache": None}
+    assert answer | timings == alone | timings
+    assert set(answer["timings"]) == set(alone["timings"])
+    *tokens, last = (part.split("\n") for part in stream.text.strip().split("\n\n"))
+    assert {name for name, _ in tokens} == {"event: token"}
+    assert "".join(json.loads(data.removeprefix("data: "))["text"] for _, data in tokens) == alone["answer"]
+    assert last[0] == "event: answer"
+    assert json.loads(last[1].removeprefix("data: ")) | timings == alone | timings
+
+
+@pytest.mark.parametrize("body", [{}, {"question": 1}, {"question": "a", "tokens": 1}, {"question": "  "}])
+async def test_ask_is_strict(serving, body):
+    async with serving() as served:
+        response = await served.client.post("/v1/caches/handbook/ask", json=body)
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_patch_pins_and_lets_expire(serving, engine, copy_of):
+    copy_of("manual", "patched")
+    url = "/v1/caches/patched"
+    async with serving() as served:
+        pinned = (await served.client.patch(url, json={"pinned": True})).json()
+        timed = (await served.client.patch(url, json={"ttl_s": 3600, "pinned": False})).json()
+        engine.store.set_ttl("patched", -1)
+        expired = await served.client.get(url)
+        revived = (await served.client.patch(url, json={"ttl_s": None})).json()
+        refused = [
+            (await served.client.patch(url, json=body)).status_code
+            for body in ({}, {"ttl_s": 0}, {"ttl_s": 1e300}, {"pinned": "maybe"}, {"pin": True})
+        ]
+        missing = await served.client.patch("/v1/caches/nobody", json={"pinned": True})
+    assert (pinned["pinned"], pinned["expires_at"]) == (True, None)
+    assert timed["pinned"] is False
+    assert timed["expires_at"] is not None
+    assert expired.status_code == 404
+    assert revived["expires_at"] is None
+    assert refused == [400] * 5
+    assert missing.status_code == 404
+
+
+async def test_delete_forgets_the_name_and_closes_the_cache(serving, copy_of):
+    copy_of("manual", "doomed")
+    async with serving(preload=("doomed",)) as served:
+        await served.client.post("/v1/caches/doomed/ask", json={"question": "Who?", "max_tokens": 1})
+        assert served.service.caches.num_resident == 1
+        deleted = await served.client.delete("/v1/caches/doomed")
+        assert served.service.caches.num_resident == 0
+        again = await served.client.delete("/v1/caches/doomed")
+        ask = await served.client.post("/v1/caches/doomed/ask", json={"question": "Who?"})
+    assert deleted.json() == {"name": "doomed", "deleted": True}
+    assert (again.status_code, ask.status_code) == (404, 404)
+
+
+async def test_a_cache_that_was_removed_elsewhere_is_closed_by_the_next_request(serving, engine, copy_of):
+    copy_of("manual", "removed")
+    async with serving() as served:
+        request = {"question": "Who?", "max_tokens": 1}
+        await served.client.post("/v1/caches/removed/ask", json=request)
+        engine.store.remove("removed")
+        response = await served.client.post("/v1/caches/removed/ask", json=request)
+        assert (response.status_code, served.service.caches.num_resident) == (404, 0)
