@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= qwen2.5-coder-1.5b-instruct
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-slow test-gpu check format bench clean
 

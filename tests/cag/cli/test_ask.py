@@ -116,6 +116,18 @@ def test_a_question_that_does_not_fit_is_said_at_a_terminal_and_the_chat_goes_on
     assert finished.stdout.count("-- first token") == 1
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_ctrl_c_at_the_prompt(cag, book, monkeypatch, options):
+    class Interrupted(io.StringIO):
+        def readline(self, *_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    finished = cag("chat", "book", "--store", book, *options)
+    assert finished.exit_code == 130
+    assert "interrupted" in (finished.error["code"] if options else finished.stderr)
+
+
 def test_the_adapter_of_the_build_is_the_default(cag, corpus, tiny_model_dir, tmp_path):
     adapter = write_adapter(tiny_model_dir, tmp_path / "lora")
     options = ("--store", tmp_path / "s", "--json")

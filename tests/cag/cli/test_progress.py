@@ -55,7 +55,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         report("measure", 2048, 2048)
         (task,) = report.bar.tasks
         assert task.total is None
-    assert "1,024 tokens of 2,048 tokens" in terminal.getvalue()
+    assert "1,024/2,048 tokens" in terminal.getvalue()
     assert " 50%" in terminal.getvalue()
 
 

@@ -1,0 +1,98 @@
+"""`cag bench`: the commands of the benchmark suite. Torch and the engine are imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cag_bench.arm_names import DEFAULT_ARMS
+
+if TYPE_CHECKING:
+    from cag_bench.ttft import TtftResult
+
+PIPE_WIDTH = 140  # columns of the table where there is no terminal
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure this machine: speed, always beside the quality of the same run."""
+
+
+@app.command()
+def ttft(
+    corpus: Annotated[list[str], typer.Option(help="Folder, file or JSON lines of documents; may be repeated.")],
+    questions: Annotated[Path, typer.Option(help="JSON lines: question, answers, doc_ids; may be gzip.")],
+    arms: Annotated[
+        str, typer.Option(help="Comma-separated; also cag-ram, rag-dense@K, any K; or `all`.")
+    ] = DEFAULT_ARMS,
+    n: Annotated[int | None, typer.Option("--n", help="Only the first N questions.")] = None,
+    full_n: Annotated[int | None, typer.Option(help="full-prefill: only the first M of these.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/ttft-TIME]")] = None,
+    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
+    codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "lossless",
+    store: Annotated[
+        Path | None, typer.Option(help="Store to build in and to reuse.  [default: a temporary one in --out]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+) -> None:
+    """First token: a cache against reading everything again and against RAG, question by question."""
+    from cag.engine import Engine
+    from cag.models import DEFAULT_MODEL
+    from cag_bench.arm_names import parse_arms
+    from cag_bench.corpus import read_corpus
+    from cag_bench.progress import ConsoleProgress
+    from cag_bench.questions import load_questions
+    from cag_bench.ttft import TtftOptions, run_ttft
+    from cag_store import codec_from_config
+
+    options = TtftOptions(parse_arms(arms), n, full_n, max_tokens, seed, codec)
+    codec_from_config(codec)
+    asked, documents = load_questions(questions), read_corpus(corpus)
+    folder = out or Path("results") / f"ttft-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
+        progress("load model", 0, 0)
+        engine = Engine.load(
+            model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
+        )
+        result = run_ttft(engine, documents, asked, options, folder, progress)
+    if as_json:
+        typer.echo(json.dumps(result.printed(), ensure_ascii=False))
+    else:
+        _print_table(result, folder)
+
+
+@contextmanager
+def _store_directory(store: Path | None, folder: Path) -> Iterator[Path]:
+    """The store that was named, or one beside the results that goes when the run ends."""
+    if store is not None:
+        yield store
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="store-", dir=folder) as temporary:
+        yield Path(temporary)
+
+
+def _print_table(result: TtftResult, folder: Path) -> None:
+    from rich.console import Console
+
+    from cag_bench.table import origin_lines, terminal_table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
+    console.print(terminal_table(result.summary))
+    for line in [*origin_lines(result.summary), *result.summary["notes"], f"Results: {folder}"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

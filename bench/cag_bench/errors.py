@@ -1,0 +1,17 @@
+"""The errors of the benchmark; everything else that goes wrong raises the engine's own.
+
+BenchError (cag.errors.CagError)
+└── PrefixRecomputed (RuntimeError)     an arm that stands for a cache computed tokens that the cache should have served
+"""
+
+from __future__ import annotations
+
+from cag.errors import CagError
+
+
+class BenchError(CagError):
+    """A run whose figures would not mean what they say."""
+
+
+class PrefixRecomputed(BenchError, RuntimeError):
+    """A cached arm computed prefix tokens, or its counts do not add up. Facts: `arm`, `expected`, `found`."""

@@ -1,0 +1,67 @@
+"""What a reader must know beside the figures of a run, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cag_bench.arm_names import DISK, FULL_PREFILL, RAM
+from cag_bench.cache import BenchCache
+from cag_bench.figures import NUM_RESAMPLES
+from cag_bench.measure import MeasurePlan, Sample
+from cag_bench.questions import Question
+
+
+def run_notes(
+    groups: Mapping[str, Sequence[Sample]],
+    questions: Sequence[Question],
+    plan: MeasurePlan,
+    cache: BenchCache | None,
+    warm_up_arms: Sequence[str],
+) -> list[str]:
+    """The notes of a run, in a stable order."""
+    notes = [
+        _warm_up(warm_up_arms, plan),
+        f"For each question all arms were asked, in an order drawn for it (seed {plan.seed}); greedy, at most "
+        f"{plan.sampling.max_tokens} tokens.",
+        f"Ratios are medians of first-token times divided question by question; intervals: {NUM_RESAMPLES} bootstrap "
+        f"resamples, seed {plan.seed}.",
+    ]
+    if cache is not None:
+        notes.append(_build(cache))
+    notes += _page_cache(groups)
+    if any(name.startswith("rag-") for name in groups):
+        notes.append("RAG: retrieval and query embedding are inside the clock, building the index is not.")
+    if FULL_PREFILL in groups and plan.full_n is not None and plan.full_n < len(questions):
+        notes.append(f"{FULL_PREFILL}: only the first {plan.full_n} of {len(questions)} questions.")
+    unanswerable = sum(not question.answers for question in questions)
+    if unanswerable:
+        notes.append(f"{unanswerable} of {len(questions)} questions have no accepted answer: timed, but not scored.")
+    return notes
+
+
+def _warm_up(names: Sequence[str], plan: MeasurePlan) -> str:
+    text = f"Warm-up, not counted: one question each of {', '.join(names)}." if names else "No warm-up was needed."
+    warm = sorted(plan.warmed_up)
+    return f"{text} {', '.join(warm)}: the build before was the same prefill." if warm else text
+
+
+def _build(cache: BenchCache) -> str:
+    if cache.build_s is None:
+        return f"Cache {cache.name}: {cache.reused_tokens} of {cache.num_tokens} tokens reused; no build time."
+    return f"Cache {cache.name}: built in {cache.build_s:.2f} s."
+
+
+def _page_cache(groups: Mapping[str, Sequence[Sample]]) -> list[str]:
+    notes = []
+    if DISK in groups:
+        kept = sum(sample.page_cache_dropped is False for sample in groups[DISK])
+        total = len(groups[DISK])
+        notes.append(
+            f"{DISK}: the page cache was dropped for the cache's files before each question."
+            if not kept
+            else f"{DISK}: the page cache could NOT be dropped before {kept} of {total} questions, so their bytes "
+            "may have come from memory."
+        )
+    if RAM in groups:
+        notes.append(f"{RAM}: the cache's files were read once before each question, outside the clock.")
+    return notes

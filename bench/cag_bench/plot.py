@@ -1,0 +1,60 @@
+"""First-token times as a picture: every sample a dot, the median a line, one row an arm, logarithmic seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cag.errors import UsageError
+
+JITTER = 0.18  # of the distance between two arms, so that equal times stay visible
+NARROW_RANGE = 30
+
+
+def require_matplotlib() -> None:
+    """Raises: `UsageError` when plots cannot be made here, before anything is measured."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError("the benchmark draws with matplotlib.", hint="Install cag-engine[bench].") from error
+
+
+def plot_ttft(ttft_s: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
+    """Draw first-token seconds, `ttft_s[arm] = samples`, to a PNG file. Arms without samples are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    arms = [name for name, values in ttft_s.items() if values]
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(arms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    generator = np.random.default_rng(0)
+    for row, name in enumerate(arms):
+        values = np.asarray(ttft_s[name])
+        heights = row + generator.uniform(-JITTER, JITTER, len(values))
+        axes.plot(values, heights, "o", markersize=4, alpha=0.5, color="tab:blue")
+        middle = float(np.median(values))
+        axes.plot([middle, middle], [row - 0.35, row + 0.35], color="black", linewidth=2)
+        axes.annotate(f" {_duration(middle)}", (middle, row - 0.36), fontsize=8, ha="left", va="bottom")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}" if _is_narrow(ttft_s) else "")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.4, -0.7)
+    axes.set_xlabel("time to the first token in seconds (line: median)")
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.grid(visible=True, axis="x", which="both", alpha=0.25)
+    figure.savefig(path, dpi=150)
+
+
+def _duration(seconds: float) -> str:
+    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def _is_narrow(ttft_s: Mapping[str, Sequence[float]]) -> bool:
+    """Whether powers of ten alone would label too few ticks."""
+    values = [value for samples in ttft_s.values() for value in samples]
+    return max(values) / min(values) < NARROW_RANGE

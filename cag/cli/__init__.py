@@ -1,0 +1,95 @@
+"""The command line: `cag`. Arguments in, calls of the engine, text or one JSON object and an exit code out.
+
+Commands import what they need when they run: `cag --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from cag.cli import ask, bench, build, caches, doctor, models
+from cag.cli.output import INTERRUPTED, report_error
+from cag.cli.serve import serve
+
+BROKEN_PIPE = 1  # what typer, too, exits with
+
+app = typer.Typer(
+    name="cag",
+    help="Cache-augmented generation: read a body of text once, answer questions right behind it.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        print(f"cag {importlib.metadata.version('cag-engine')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print the effective configuration, and tracebacks of errors.")
+    ] = False,
+    version: Annotated[  # noqa: ARG001  (its callback prints and exits)
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if verbose and context.invoked_subcommand is not None:
+        context.default_map = {context.invoked_subcommand: {"verbose": True}}
+
+
+app.command()(models.pull)
+app.command()(build.build)
+app.command()(build.update)
+app.command()(ask.ask)
+app.command()(ask.chat)
+app.command()(caches.ls)
+app.command()(caches.show)
+app.command()(caches.verify)
+app.command()(caches.rm)
+app.command()(caches.gc)
+app.command()(caches.pin)
+app.command()(caches.unpin)
+app.command()(serve)
+app.command(context_settings=bench.PASS_ALL, add_help_option=False)(bench.bench)
+app.command()(doctor.doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point: run `arguments` (those of the process if None) and exit with the code of what happened."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and say what went wrong, if anything did.
+
+    Returns:
+        0; the exit code of the error's class in `cag.errors.ERROR_TABLE`; 130 for Ctrl-C; 1, and not a word, when
+        nobody reads stdout any more.
+    """
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    said = {"as_json": "--json" in flags, "verbose": "--verbose" in flags}
+    try:
+        result = app(arguments or ["--help"], prog_name="cag", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and must not fail there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except typer.Abort:
+        result = INTERRUPTED
+    except Exception as error:
+        return report_error(error, **said)
+    if result == INTERRUPTED:  # typer turns Ctrl-C into this number, or into Abort
+        return report_error(KeyboardInterrupt(), **said)
+    return result if isinstance(result, int) else 0

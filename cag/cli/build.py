@@ -1,0 +1,150 @@
+"""`cag build` and `cag update`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cag.cli.opening import ModelChoice, load_engine, load_engine_of, store_at
+from cag.cli.options import (
+    AdapterOption,
+    BuildersModelOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    NameArgument,
+    PathsArgument,
+    SkipErrorsOption,
+    StoreOption,
+    VerboseOption,
+    given,
+)
+from cag.cli.output import bytes_text, note, note_configuration, one_line, print_json
+from cag.cli.progress import Report, shown_progress
+
+if TYPE_CHECKING:
+    from cag.builder import BuildProgress, BuildReport
+
+
+def build(
+    paths: PathsArgument,
+    name: Annotated[str, typer.Option("--name", help="What to call the cache; an older one of that name is replaced.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Catalogue name, hub id, or path of a model directory.",
+            show_default="qwen2.5-coder-1.5b-instruct",
+        ),
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option("--codec", help="How keys and values are encoded.", show_default="lossless")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="Instruction above the documents.", show_default="the engine's")
+    ] = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    skip_errors: SkipErrorsOption = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Read documents, prefill, compress, store."""
+    import cag_store
+
+    cag_store.checked_name(name)
+    if codec is not None:
+        _check_codec(codec)
+    _check_paths(paths, skip_errors)
+    engine = load_engine(store_at(store), ModelChoice(model, adapter, device, dtype), verbose=verbose)
+    options = given(codec=codec, system_text=system)
+    note_configuration(verbose, skip_errors=skip_errors, **options)
+    with shown_progress("tokens") as report:
+        built = engine.build(
+            list(paths),
+            name=name,
+            skip_errors=skip_errors,
+            on_progress=lambda progress: _tell(report, progress),
+            **options,
+        )
+    _print_report(built, as_json=as_json)
+
+
+def update(
+    name: NameArgument,
+    paths: PathsArgument,
+    model: BuildersModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    skip_errors: SkipErrorsOption = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Rebuild a cache from the first changed document on."""
+    _check_paths(paths, skip_errors)
+    engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
+    with shown_progress("tokens") as report:
+        built = engine.update(
+            name, list(paths), skip_errors=skip_errors, on_progress=lambda progress: _tell(report, progress)
+        )
+    _print_report(built, as_json=as_json)
+
+
+def _check_codec(codec: str) -> None:
+    """Before a model is loaded. Raises: UsageError, UnknownCodec."""
+    import cag_store
+    from cag.errors import UsageError
+
+    if codec == "auto":
+        raise UsageError(
+            "codec 'auto' cannot choose yet.", hint=f"Name one of these: {', '.join(cag_store.codec_ids())}."
+        )
+    cag_store.codec_from_config(codec)
+
+
+def _check_paths(paths: list[str], skip_errors: bool) -> None:
+    """Before a model is loaded. Raises: UnreadableDocument for an argument that names nothing."""
+    from cag.corpus.discovery import find_files
+
+    def refuse(error: Exception) -> None:
+        if not skip_errors:
+            raise error
+
+    def pass_over(_path: object, _reason: str) -> None: ...
+
+    find_files(paths, refuse, pass_over)
+
+
+def _tell(report: Report, progress: BuildProgress) -> None:
+    report(progress.stage, progress.done_tokens, progress.total_tokens)
+
+
+def _print_report(report: BuildReport, *, as_json: bool) -> None:
+    """What was done on stdout; what was left out of the corpus on stderr."""
+    for path, first in report.duplicates:
+        note(f"duplicate: {one_line(path)} has the text of {one_line(first)}")
+    for path in report.empty:
+        note(f"empty: {one_line(path)}")
+    for path, reason in report.skipped:
+        note(f"skipped: {one_line(path)}: {one_line(reason)}")
+    if as_json:
+        print_json(report.to_json())
+        return
+    fidelity, ratio = report.fidelity, report.raw_bytes / report.stored_bytes
+    rate = f", {report.computed_tokens / report.prefill_s:,.0f} tokens/s" if report.computed_tokens else ""
+    print(f"{report.name}: {report.num_tokens:,} tokens of {report.num_documents} documents")
+    print(f"  tokens    {report.reused_tokens:,} reused, {report.computed_tokens:,} computed")
+    print(f"  size      {bytes_text(report.raw_bytes)} -> {bytes_text(report.stored_bytes)} ({ratio:.2f}x)")
+    print(
+        f"  fidelity  mean KL {fidelity.mean_kl:.6f} nats, p95 {fidelity.p95_kl:.6f}, "
+        f"same top token {fidelity.top1:.1%} of {fidelity.num_probes} probes"
+    )
+    print(
+        f"  time      {report.total_s:.1f} s (prefill {report.prefill_s:.1f} s{rate}; encode {report.encode_s:.1f} s)"
+    )
+    print(f"  digest    {report.digest}")

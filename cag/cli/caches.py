@@ -1,0 +1,219 @@
+"""`cag ls`, `show`, `verify`, `rm`, `gc`, `pin`, `unpin`: what is in a store. No model is loaded here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cag.cli.opening import cache_in, missing_names_translated, store_at
+from cag.cli.options import JsonOption, NameArgument, StoreOption, given
+from cag.cli.output import bytes_text, error_facts, note, one_line, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from cag_store import Ref, Store, VerifyReport
+
+LIST_COLUMNS = ("name", "tokens", "documents", "model", "codec", "stored", "ratio", "created", "pinned", "expires")
+LIST_NUMBERS = ("tokens", "documents", "stored", "ratio")
+
+
+def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """List caches; damaged and expired ones too."""
+    opened = store_at(store)
+    caches = [_listed(opened, name) for name in opened.names()]
+    if as_json:
+        print_json({"store": opened.backend.url, "caches": caches})
+    elif caches:
+        print_table(LIST_COLUMNS, [_list_row(cache) for cache in caches], right=LIST_NUMBERS)
+    else:
+        note(f"no caches in {opened.backend.url}; `cag build` makes one")
+    for cache in caches:
+        if "error" in cache and not as_json:
+            note(f"{cache['name']}: {one_line(cache['error']['message'])}")
+
+
+def _listed(store: Store, name: str) -> dict[str, Any]:
+    """One cache of the list; one that cannot be read has `error` in place of its facts."""
+    from cag.describe import summarize_cache
+    from cag_store import utc_now
+    from cag_store.errors import StoreError
+
+    try:
+        ref = store.ref(name)
+        manifest = store.manifest(ref.manifest)
+    except StoreError as error:
+        return {"name": name, "damaged": True, "error": error_facts(error)}
+    row = summarize_cache(ref, manifest)
+    return row | {"model": manifest.model.id, "expired": ref.expired(utc_now()), "damaged": False}
+
+
+def _list_row(cache: dict[str, Any]) -> tuple[str, ...]:
+    if cache["damaged"]:
+        return (cache["name"], "damaged", *[""] * (len(LIST_COLUMNS) - 2))
+    expires = cache["expires_at"] or ""
+    return (
+        cache["name"],
+        f"{cache['num_tokens']:,}",
+        f"{cache['num_documents']:,}",
+        cache["model"],
+        cache["codec"],
+        bytes_text(cache["stored_bytes"]),
+        f"{cache['raw_over_stored']:.2f}",
+        cache["created_at"],
+        "yes" if cache["pinned"] else "",
+        f"{expires} (expired)" if cache["expired"] else expires,
+    )
+
+
+def show(name: NameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show all about a cache, with its documents."""
+    from cag.describe import describe_cache
+
+    cache = describe_cache(*cache_in(store_at(store), name))
+    if as_json:
+        print_json(cache)
+        return
+    print_facts(_shown_facts(cache))
+    print()
+    print_table(
+        ("document", "title", "tokens", "path"),
+        [(d["doc_id"], d["title"], f"{d['end'] - d['start']:,}", d["path"]) for d in cache["documents"]],
+        right=("tokens",),
+    )
+
+
+def _shown_facts(cache: dict[str, Any]) -> dict[str, str]:
+    codec = {key: value for key, value in cache["codec"].items() if key != "id"}
+    fidelity = ", ".join(f"{key} {value:.6g}" for key, value in (cache["fidelity"] or {}).items())
+    return {
+        "name": cache["name"],
+        "digest": cache["digest"],
+        "created": cache["created_at"],
+        "model": f"{cache['model']['id']} ({cache['model']['fingerprint'][:12]})",
+        "tokens": f"{cache['num_tokens']:,}",
+        "documents": f"{cache['num_documents']:,}",
+        "codec": f"{cache['codec']['id']} {json.dumps(codec) if codec else ''}",
+        "size": f"{bytes_text(cache['raw_bytes'])} -> {bytes_text(cache['stored_bytes'])} "
+        f"({cache['raw_over_stored']:.2f}x)",
+        "fidelity": fidelity or "not measured",
+        "pinned": "yes" if cache["pinned"] else "no",
+        "expires": cache["expires_at"] or "never",
+    }
+
+
+def verify(name: NameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Read and check every byte of a cache."""
+    from cag_store.errors import CorruptEntry
+
+    with missing_names_translated():
+        report = store_at(store).verify(name)
+    damage = CorruptEntry(f"cache {name!r} is damaged: {len(report.problems)} problems; build it again")
+    if as_json:
+        print_json(_verified(report) if report.ok else _verified(report) | {"error": error_facts(damage)})
+    else:
+        for problem in report.problems:
+            note(f"damage: {one_line(str(problem))}")
+        print(
+            f"{name}: {'whole' if report.ok else 'damaged'}; {bytes_text(report.bytes_read)} in {report.num_chunks} "
+            f"chunks and {report.num_blobs} texts read in {report.seconds:.2f} s"
+        )
+    if not report.ok:
+        raise typer.Exit(error_facts(damage)["exit_code"])
+
+
+def _verified(report: VerifyReport) -> dict[str, Any]:
+    return asdict(report) | {"ok": report.ok, "problems": [error_facts(problem) for problem in report.problems]}
+
+
+def rm(
+    name: NameArgument,
+    force: Annotated[bool, typer.Option("--force", help="Also when it is pinned.")] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Forget a cache; `cag gc` frees what only it held."""
+    opened = store_at(store)
+    freeable = _freeable_bytes(opened, name)
+    if not force:
+        _refuse_pinned(opened, name)
+    with missing_names_translated():
+        opened.remove(name)
+    if as_json:
+        print_json({"name": name, "removed": True, "freeable_bytes": freeable})
+        return
+    amount = "what only it held" if freeable is None else bytes_text(freeable)
+    print(f"removed {name}; `cag gc` will free {amount} once that is older than its grace time")
+
+
+def _refuse_pinned(store: Store, name: str) -> None:
+    """Raises: UsageError. A ref that cannot be read may go."""
+    from cag.errors import UsageError
+    from cag_store.errors import StoreError
+
+    try:
+        pinned = store.ref(name).pinned
+    except StoreError:
+        return
+    if pinned:
+        raise UsageError(f"cache {name!r} is pinned.", hint=f"`cag unpin {name}` first, or give --force.")
+
+
+def _freeable_bytes(store: Store, name: str) -> int | None:
+    """Bytes that only the cache `name` holds; None when a damaged ref or manifest hides who holds what."""
+    from cag_store.errors import StoreError
+
+    try:
+        manifests = {ref.name: store.manifest(ref.manifest) for ref in store.refs()}
+        own = manifests.pop(name)
+        held_chunks = {chunk.key for manifest in manifests.values() for chunk in manifest.chunks}
+        held_texts = {document.sha256 for manifest in manifests.values() for document in manifest.documents}
+        chunk_bytes = sum(chunk.stored_bytes for chunk in own.chunks if chunk.key not in held_chunks)
+        return chunk_bytes + store.blob_bytes({document.sha256 for document in own.documents} - held_texts)
+    except (StoreError, KeyError):
+        return None
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    grace_seconds: Annotated[
+        float | None,
+        typer.Option("--grace-seconds", help="Keep what is younger than this.", show_default="3600", min=0.0),
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Free what no cache, pin or open reader holds."""
+    report = store_at(store).gc(dry_run=dry_run, **given(grace_s=grace_seconds))
+    if as_json:
+        print_json(asdict(report))
+        return
+    for name in report.expired:
+        print(f"expired {name}")
+    for path in report.removed:
+        print(path)
+    print(f"{'would free' if dry_run else 'freed'} {bytes_text(report.removed_bytes)} in {len(report.removed)} files")
+    if report.kept_unreferenced:
+        why = "a build is running" if report.build_running else "younger than the grace time"
+        print(f"kept {report.kept_unreferenced} unreferenced files: {why}")
+
+
+def pin(name: NameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Keep a cache from expiry and from `cag rm`."""
+    _change(store_at(store), name, lambda opened: opened.pin(name), as_json=as_json)
+
+
+def unpin(name: NameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Undo `cag pin`."""
+    _change(store_at(store), name, lambda opened: opened.unpin(name), as_json=as_json)
+
+
+def _change(store: Store, name: str, change: Callable[[Store], Ref], *, as_json: bool) -> None:
+    with missing_names_translated():
+        ref = change(store)
+    if as_json:
+        print_json({"name": name, "digest": ref.manifest, "pinned": ref.pinned, "expires_at": ref.expires_at})
+    else:
+        print(f"{name} is {'pinned' if ref.pinned else 'not pinned'}")

@@ -1,0 +1,61 @@
+"""Arguments and options that several commands share, each written once. Defaults are the engine's own: an option that
+is not given is not passed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the cache.")]
+PathsArgument = Annotated[
+    list[str], typer.Argument(metavar="PATH", help="Files, folders, quoted globs, or JSONL files of documents.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Print the effective configuration.")]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Directory of the store.", show_default="$CAG_HOME/store")
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter", help="Directory of a LoRA adapter (peft).", exists=True, file_okay=False, resolve_path=True
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.", show_default="auto")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Compute in auto, float32, bfloat16 or float16.", show_default="auto"),
+]
+SkipErrorsOption = Annotated[
+    bool, typer.Option("--skip-errors", help="List files that cannot be read, and go on without them.")
+]
+BuildersModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Catalogue name, hub id or directory; it must be the builder's.", show_default="the builder's"
+    ),
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", help="At most this many tokens an answer.", show_default="128", min=1)
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", help="0 is greedy.", show_default="0", min=0.0)
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        help="Sample from the likeliest, up to this probability.",
+        show_default="1",
+        min=0.0,
+        max=1.0,
+    ),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.", show_default=False)]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that have a value, for a callee that knows the defaults of the others."""
+    return {name: value for name, value in options.items() if value is not None}

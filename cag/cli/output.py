@@ -1,0 +1,119 @@
+"""What commands print: JSON objects and tables on stdout, notes and errors on stderr. Knows no engine.
+
+rich is imported where a table is drawn, so that the other commands start without it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+INTERRUPTED = 130
+PIPE_COLUMNS = 240  # width of tables where nobody looks at a terminal
+
+_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """The one object of a command called with `--json`."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def note_configuration(verbose: bool, **values: object) -> None:
+    """With `--verbose`: the configuration that takes effect, a line each."""
+    if verbose:
+        for name, value in values.items():
+            note(f"  {name} = {value}")
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: what a model or a document says must not steer the terminal."""
+    return text.translate(_CONTROL)
+
+
+def one_line(text: str) -> str:
+    """`text` for a terminal, runs of white space as one space."""
+    return " ".join(printable(text).split())
+
+
+def bytes_text(num_bytes: float) -> str:
+    """A size in decimal units."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} B"
+    for power, unit in ((1e3, "kB"), (1e6, "MB")):
+        if num_bytes < 1000 * power:
+            return f"{num_bytes / power:.1f} {unit}"
+    return f"{num_bytes / 1e9:,.1f} GB"
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """A table on stdout; the columns named in `right` are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        numeric = column in right
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False).print(table)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Names and values in two columns on stdout."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {one_line(value)}")
+
+
+def report_error(error: BaseException, *, as_json: bool, verbose: bool) -> int:
+    """Say what went wrong; returns the exit code.
+
+    Errors of the engine and the store are said in their own words, those of the command line with its usage; of any
+    other one line is said, and its traceback only when `verbose`.
+    """
+    facts = error_facts(error)
+    if as_json:
+        print_json({"error": facts})
+    elif hasattr(error, "show"):
+        error.show()
+    else:
+        if verbose and facts["code"] == "internal_error":
+            traceback.print_exception(error)
+        note(f"error: {printable(facts['message'])}")
+        if facts["hint"]:
+            note(f"hint: {printable(facts['hint'])}")
+    return int(facts["exit_code"])
+
+
+def error_facts(error: BaseException) -> dict[str, Any]:
+    """An error as JSON has it: `code`, `message`, `hint`, `exit_code`."""
+    if isinstance(error, KeyboardInterrupt):
+        return _facts("interrupted", "interrupted.", "", INTERRUPTED)
+    if hasattr(error, "format_message"):  # typer's own, whose class differs between its versions
+        return _facts("invalid_request", error.format_message(), "", getattr(error, "exit_code", 2))
+
+    from cag.errors import CagError, error_row
+    from cag_store.errors import StoreError
+
+    row = error_row(error)
+    if isinstance(error, CagError):
+        return _facts(row.code, error.message, error.hint, row.exit_code)
+    if isinstance(error, StoreError):
+        return _facts(row.code, error.message, "", row.exit_code)
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    return _facts(row.code, message, "Nobody foresaw this: --verbose shows where it happened.", row.exit_code)
+
+
+def _facts(code: str, message: str, hint: str, exit_code: int) -> dict[str, Any]:
+    return {"code": code, "message": message, "hint": hint, "exit_code": exit_code}

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from cag.errors import EmptyCorpus, UsageError
+from cag_bench.corpus import read_corpus
+from cag_bench.questions import Question, load_questions
+from cag_bench.retrieval import build_retrievers, retrieval_quality
+
+FIRST, SECOND = "Pumps are green.\r\n", "Valves are old.  \n"
+
+
+def row(**changes):
+    text = FIRST + SECOND
+    paragraphs = [
+        {"pid": "p0", "start": 0, "end": len(FIRST)},
+        {"pid": "p1", "start": len(FIRST), "end": len(text)},
+    ]
+    return {"doc_id": "d", "title": "Works", "text": text, "paragraphs": paragraphs} | changes
+
+
+@pytest.mark.parametrize(("name", "pack"), [("d.jsonl", bytes), ("d.jsonl.gz", gzip.compress)])
+def test_paragraphs_of_json_lines_are_the_passages_even_where_the_text_was_normalised(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack(json.dumps(row()).encode()))
+    corpus = read_corpus([str(tmp_path / name)])
+    assert corpus.documents[0].text == "Pumps are green.\nValves are old."
+    assert [(p.passage_id, p.text) for p in corpus.passages] == [("p0", "Pumps are green."), ("p1", "Valves are old.")]
+
+
+def test_paragraphs_that_are_not_found_in_order_give_way_to_windows(tmp_path):
+    wrong = row()
+    wrong["paragraphs"].reverse()
+    (tmp_path / "d.jsonl").write_text(json.dumps(wrong))
+    assert [p.passage_id for p in read_corpus([str(tmp_path / "d.jsonl")]).passages] == ["d#0"]
+
+
+def test_folders_are_split_into_windows_and_every_document_counts_in_the_digest(corpus_dir):
+    before = read_corpus([str(corpus_dir)])
+    assert {p.doc_id for p in before.passages} == {"alpha.md", "beta.txt", "delta.md", "omega.txt"}
+    (corpus_dir / "omega.txt").write_text("Somebody has seen it.\n")
+    after = read_corpus([str(corpus_dir)])
+    assert after.sha256 != before.sha256
+    assert before.facts()["num_documents"] == 4
+
+
+def test_shared_sets_keep_their_paragraphs_and_ids(shared_data):
+    squad = read_corpus([str(shared_data / "dev/squad/tiny4k/documents.jsonl")])
+    questions = load_questions(shared_data / "dev/squad/tiny4k/questions.jsonl")
+    passage_ids = {passage.passage_id for passage in squad.passages}
+    assert len(squad.passages) == 22
+    assert all(passage_ids.issuperset(question.passage_ids) for question in questions)
+    packed = read_corpus([str(shared_data / "dev/hotpotqa/small/documents.jsonl.gz")])
+    assert len(packed.passages) == 160 - packed.facts()["duplicates"]
+
+
+def test_an_empty_corpus_is_the_error_of_the_engine(tmp_path):
+    with pytest.raises(EmptyCorpus):
+        read_corpus([str(tmp_path)])
+
+
+def test_quality_is_by_passage_where_questions_name_passages(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(row()))
+    passages = read_corpus([str(tmp_path / "d.jsonl")]).passages
+    bm25 = build_retrievers({"bm25"}, passages, None)["bm25"]
+    right = Question("1", "Which pumps are green?", ("green",), ("d",), ("p0",))
+    wrong = Question("2", "Which pumps are green?", ("green",), ("d",), ("p1",))
+    assert retrieval_quality(bm25, [right, wrong], passages) == {
+        "unit": "passage",
+        "n": 2,
+        "recall@1": 0.5,
+        "recall@3": 1.0,
+        "recall@5": 1.0,
+        "recall@10": 1.0,
+        "mrr": 0.75,
+        "ndcg@10": pytest.approx((1 + 1 / 1.584962500721156) / 2),
+    }
+
+
+def test_quality_is_by_document_otherwise_and_none_without_known_gold(corpus_dir):
+    passages = read_corpus([str(corpus_dir)]).passages
+    bm25 = build_retrievers({"bm25"}, passages, None)["bm25"]
+    known = Question("1", "What is the code of the alpha gate?", ("4711",), ("alpha.md",), ())
+    foreign = Question("2", "Who?", ("me",), ("elsewhere.md",), ())
+    quality = retrieval_quality(bm25, [known, foreign], passages)
+    assert (quality["unit"], quality["n"], quality["recall@1"]) == ("document", 1, 1.0)
+    assert retrieval_quality(bm25, [foreign], passages) is None
+
+
+def test_dense_retrieval_without_an_embedder_is_refused(corpus_dir):
+    passages = read_corpus([str(corpus_dir)]).passages
+    assert build_retrievers(set(), passages, None) == {}
+    with pytest.raises(UsageError, match="embedder"):
+        build_retrievers({"hybrid"}, passages, None)
