@@ -14,8 +14,9 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# Idle OpenMP threads that spin take the cores from the ones that work; threads that sleep at once are slow to wake for the
-# next of a forward's many small products. A short spin serves both (docs/log.md). Must be set before torch is imported.
+# Idle OpenMP threads that spin take the cores from the ones that work; threads that sleep at once are slow to wake for
+# the next of a forward's many small products. A short spin serves both (docs/log.md). Must be set before torch is
+# imported.
 if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "4000"}
 

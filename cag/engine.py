@@ -80,7 +80,7 @@ class Engine:
 
     def build(
         self,
-        paths: Sequence[str | Path],
+        paths: Sequence[str | Path] | CorpusReport,
         *,
         name: str,
         codec: str | dict[str, Any] = "lossless",
@@ -88,19 +88,22 @@ class Engine:
         skip_errors: bool = False,
         on_progress: Callable[[BuildProgress], None] | None = None,
     ) -> BuildReport:
-        """Read documents and build a cache called `name`. Raises as `load_corpus` and `build_cache`."""
+        """Read documents (or take those of a corpus that was read already) and build a cache called `name`.
+
+        Raises as `load_corpus` and `build_cache`.
+        """
         cag_store.checked_name(name)
         options = BuildOptions(codec=codec)
         if system_text is not None:
             options = replace(options, system_text=system_text)
-        corpus = load_corpus(paths, skip_errors=skip_errors)
+        corpus = _read(paths, skip_errors)
         report = build_cache(self.model, self.store, name, corpus.documents, options, on_progress)
         return _with_corpus(report, corpus)
 
     def update(
         self,
         name: str,
-        paths: Sequence[str | Path],
+        paths: Sequence[str | Path] | CorpusReport,
         *,
         skip_errors: bool = False,
         on_progress: Callable[[BuildProgress], None] | None = None,
@@ -110,7 +113,7 @@ class Engine:
         So everything before the first changed document is taken from the store. Codec and texts are the old ones.
         """
         manifest = self.find(name)[1]
-        corpus = load_corpus(paths, skip_errors=skip_errors)
+        corpus = _read(paths, skip_errors)
         places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
         layout = manifest.layout
@@ -235,6 +238,10 @@ def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> N
                 expected=expected,
                 found=found,
             )
+
+
+def _read(paths: Sequence[str | Path] | CorpusReport, skip_errors: bool) -> CorpusReport:
+    return paths if isinstance(paths, CorpusReport) else load_corpus(paths, skip_errors=skip_errors)
 
 
 def _short(value: object) -> str:

@@ -54,19 +54,19 @@ def build(
 ) -> None:
     """Read documents, prefill, compress, store."""
     import cag_store
+    from cag.corpus import load_corpus
 
     cag_store.checked_name(name)
     if codec is not None:
         _check_codec(codec)
-    _check_paths(paths, skip_errors)
+    corpus = load_corpus(paths, skip_errors=skip_errors)
     engine = load_engine(store_at(store), ModelChoice(model, adapter, device, dtype), verbose=verbose)
     options = given(codec=codec, system_text=system)
     note_configuration(verbose, skip_errors=skip_errors, **options)
     with shown_progress("tokens") as report:
         built = engine.build(
-            list(paths),
+            corpus,
             name=name,
-            skip_errors=skip_errors,
             on_progress=lambda progress: _tell(report, progress),
             **options,
         )
@@ -86,12 +86,12 @@ def update(
     verbose: VerboseOption = False,
 ) -> None:
     """Rebuild a cache from the first changed document on."""
-    _check_paths(paths, skip_errors)
+    from cag.corpus import load_corpus
+
+    corpus = load_corpus(paths, skip_errors=skip_errors)
     engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
     with shown_progress("tokens") as report:
-        built = engine.update(
-            name, list(paths), skip_errors=skip_errors, on_progress=lambda progress: _tell(report, progress)
-        )
+        built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress))
     _print_report(built, as_json=as_json)
 
 
@@ -105,19 +105,6 @@ def _check_codec(codec: str) -> None:
             "codec 'auto' cannot choose yet.", hint=f"Name one of these: {', '.join(cag_store.codec_ids())}."
         )
     cag_store.codec_from_config(codec)
-
-
-def _check_paths(paths: list[str], skip_errors: bool) -> None:
-    """Before a model is loaded. Raises: UnreadableDocument for an argument that names nothing."""
-    from cag.corpus.discovery import find_files
-
-    def refuse(error: Exception) -> None:
-        if not skip_errors:
-            raise error
-
-    def pass_over(_path: object, _reason: str) -> None: ...
-
-    find_files(paths, refuse, pass_over)
 
 
 def _tell(report: Report, progress: BuildProgress) -> None:

@@ -22,6 +22,9 @@ def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """
     if len(parts) == 1:
         return parts[0][0]
+    if len(parts) == 2:
+        (first, first_lse), (second, second_lse) = parts
+        return torch.lerp(first, second, torch.sigmoid(second_lse - first_lse)[..., None])
     total = torch.logsumexp(torch.stack([lse for _, lse in parts]), dim=0)
     merged = torch.zeros_like(parts[0][0])
     for out, lse in parts:

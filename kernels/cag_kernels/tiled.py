@@ -6,6 +6,8 @@ cache, so a prefix held in bfloat16 is read from memory once and never copied as
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,10 @@ def tiled_attention(
 
     Accumulates in float32 (float64 for float64 input).
     """
-    num_q_heads, num_queries, head_dim = query.shape
-    num_kv_heads, num_keys, _ = keys.shape
+    num_queries, head_dim = query.shape[1:]
+    num_keys = keys.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = (query.to(dtype) * scale).reshape(num_kv_heads, -1, head_dim)  # query heads of a group become rows
+    rows = (query.to(dtype) * scale).reshape(keys.shape[0], -1, head_dim)  # query heads of a group become rows
     accumulator = _Accumulator(rows)
     first = 0 if window is None else max(0, offset - window + 1)
     last = min(num_keys, offset + num_queries)
@@ -42,11 +44,21 @@ def tiled_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if tile.stop - 1 > offset or (window is not None and start <= offset + num_queries - 1 - window):
-            visible = visibility(num_queries, tile.stop - start, offset - start, window, query.device)
-            scores = scores.masked_fill_(~visible.repeat(rows.shape[1] // num_queries, 1), -torch.inf)
+            hidden = _hidden_from_rows(
+                rows.shape[1], num_queries, tile.stop - start, offset - start, window, query.device
+            )
+            scores = scores.masked_fill_(hidden, -torch.inf)
         accumulator.add(scores, values[:, tile].to(dtype))
     out, lse = accumulator.result()
-    return out.view(num_q_heads, num_queries, head_dim), lse.view(num_q_heads, num_queries)
+    return out.view(query.shape), lse.view(query.shape[:2])
+
+
+@lru_cache(maxsize=32)
+def _hidden_from_rows(
+    num_rows: int, num_queries: int, num_keys: int, offset: int, window: int | None, device: torch.device
+) -> Tensor:
+    """Which key each row must not see, `[num_rows, num_keys]` bool; the same in all layers of a forward, so kept."""
+    return ~visibility(num_queries, num_keys, offset, window, device).repeat(num_rows // num_queries, 1)
 
 
 class _Accumulator:
@@ -56,20 +68,28 @@ class _Accumulator:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self.maximum = rows.new_full((*rows.shape[:2], 1), torch.finfo(rows.dtype).min)
-        self.denominator = rows.new_zeros((*rows.shape[:2], 1))
-        self.weighted = torch.zeros_like(rows)
+        self._rows = rows
+        self._lowest = torch.finfo(rows.dtype).min
+        self._maximum: Tensor | None = None
 
     def add(self, scores: Tensor, values: Tensor) -> None:
         """Take in a tile. `scores` is overwritten."""
-        maximum = torch.maximum(self.maximum, scores.amax(dim=-1, keepdim=True))
-        correction = (self.maximum - maximum).exp_()
-        weights = scores.sub_(maximum).exp_()
-        self.denominator.mul_(correction).add_(weights.sum(dim=-1, keepdim=True))
-        self.weighted.mul_(correction).baddbmm_(weights, values)
-        self.maximum = maximum
+        maximum = scores.amax(dim=-1, keepdim=True).clamp_min_(self._lowest)  # -inf where a row sees nothing
+        if self._maximum is None:
+            weights = scores.sub_(maximum).exp_()
+            self._denominator = weights.sum(dim=-1, keepdim=True)
+            self._weighted = weights @ values
+        else:
+            maximum = torch.maximum(self._maximum, maximum)
+            correction = (self._maximum - maximum).exp_()
+            weights = scores.sub_(maximum).exp_()
+            self._denominator.mul_(correction).add_(weights.sum(dim=-1, keepdim=True))
+            self._weighted.mul_(correction).baddbmm_(weights, values)
+        self._maximum = maximum
 
     def result(self) -> tuple[Tensor, Tensor]:
         """`(out, lse)`; rows that saw no key are zero and `-inf`."""
-        lse = self.maximum + self.denominator.log()
-        return self.weighted / self.denominator.clamp_min(torch.finfo(self.weighted.dtype).tiny), lse
+        if self._maximum is None:
+            return torch.zeros_like(self._rows), self._rows.new_full((*self._rows.shape[:2], 1), -torch.inf)
+        lse = self._maximum + self._denominator.log()
+        return self._weighted / self._denominator.clamp_min(torch.finfo(lse.dtype).tiny), lse
