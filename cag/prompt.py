@@ -18,14 +18,10 @@ import numpy as np
 from cag.errors import UnsupportedModel
 
 SYSTEM_TEXT = (
-    "You answer questions about the documents below, and about nothing else. "
-    "Give the answer in as few words as possible, copied from the documents: a name, a number with its unit, a short "
-    "phrase. If the documents do not contain the answer, say: The documents do not say."
+    "Answer questions from the documents below. Answer in as few words as possible. If the documents do not contain the "
+    "answer, say: The documents do not say."
 )
-CLOSING_TEXT = "These were all documents. Answer the question from them, in as few words as possible."
-
-# A tokenizer keeps `split_special_tokens` in itself: another thread would change it between two steps of one call.
-_tokenizer_lock = threading.Lock()
+CLOSING_TEXT = "Answer the question from the documents above, in as few words as possible."
 
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "\x02sys\x03", "\x02que\x03", "\x02ans\x03", "\x02nxt\x03"
 

@@ -90,8 +90,8 @@ def test_dispatch_depends_on_sizes_dtypes_and_masks_only():
     query, keys, _ = make((9, 3, 64, 7, 131), torch.bfloat16)
     plain = {"window": None, "softcap": None, "offset": 131}
     assert choose_path(query, keys, **plain) == "fused"
-    assert choose_path(query.float(), keys, **plain) == "tiled"  # 21 rows
-    assert choose_path(query.float().repeat(1, 7, 1), keys, **plain) == "fused"  # 147 rows
+    assert choose_path(query.float(), keys, **{**plain, "offset": 124}) == "tiled"  # 21 rows, some keys hidden
+    assert choose_path(query.float().repeat(1, 7, 1), keys, **{**plain, "offset": 82}) == "fused"  # 147 rows
     assert choose_path(query, keys, **{**plain, "softcap": 3.0}) == "tiled"
     assert choose_path(query, keys, **{**plain, "window": 5}) == "tiled"
     assert choose_path(query, keys, **{**plain, "window": 138}) == "fused"
