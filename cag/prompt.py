@@ -18,10 +18,13 @@ import numpy as np
 from cag.errors import UnsupportedModel
 
 SYSTEM_TEXT = (
-    "Answer questions from the documents below. Answer in as few words as possible. If the documents do not contain the "
-    "answer, say: The documents do not say."
+    "Answer questions from the documents below. Answer in as few words as possible. "
+    "If the documents do not contain the answer, say: The documents do not say."
 )
 CLOSING_TEXT = "Answer the question from the documents above, in as few words as possible."
+
+# transformers keeps `split_special_tokens` inside the tokenizer: two threads that encode at once would mix it up.
+_tokenizer_lock = threading.Lock()
 
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "\x02sys\x03", "\x02que\x03", "\x02ans\x03", "\x02nxt\x03"
 

@@ -145,6 +145,15 @@ def test_calls_of_several_python_threads_at_once():
         assert torch.equal(lse, expected[index % 6][1])
 
 
+def test_scratch_of_inference_mode_serves_later_calls():
+    query, keys, values = make((9, 3, 64, 15, 4000))
+    with torch.inference_mode():
+        expected = cpu_attention(query, keys, values, scale=0.1, offset=4000)
+    found = cpu_attention(query, keys, values, scale=0.1, offset=4000)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def test_values_with_other_strides():
     query, keys, values = make((4, 2, 64, 3, 50))
     turned = values.transpose(1, 2).contiguous().transpose(1, 2)
@@ -159,6 +168,7 @@ def test_what_is_not_served():
     assert not cpu_attention_serves(query, keys[:, ::2])
     assert not cpu_attention_serves(query, keys[:, :0])
     assert not cpu_attention_serves(query[..., :40], keys[..., :40])
+    assert not cpu_attention_serves(query.clone().requires_grad_(), keys)
 
 
 def test_dispatch(monkeypatch):
