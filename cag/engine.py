@@ -22,6 +22,7 @@ from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.resident import ResidentPrefix
 from cag_store import CacheReader, Manifest, Ref, Store
+from cag_store.codecs import warm_up
 from cag_store.errors import EntryNotFound
 
 
@@ -73,6 +74,7 @@ class Engine:
         Raises:
             ModelError: see `LanguageModel.load` and `fetch_model`.
         """
+        threading.Thread(target=warm_up, name="cag-warm-up", daemon=True).start()
         files = fetch_model(model, progress=progress)
         options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
         loaded = LanguageModel.load(files.directory, model_id=model, options=options)

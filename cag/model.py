@@ -22,7 +22,7 @@ from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate, read_template
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.state import KvShape, SequenceState, Tail
-from cag_kernels import FEW_ROWS, few_rows_linear
+from cag_kernels import FEW_ROWS, few_rows_linear, warm_up
 
 ATTENTION_NAME = "cag_segments"
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -115,6 +115,7 @@ class LanguageModel:
         self._forward_lock = threading.Lock()
         self.template: PromptTemplate = read_template(tokenizer)
         self.kv_shapes = self._probe_shapes()
+        self._compile_attention()
         self.stop_ids = _stop_ids(network, tokenizer, self.template)
 
     @classmethod
@@ -194,6 +195,14 @@ class LanguageModel:
         state.finish(num_tokens)
         logits: Tensor = output.logits[0].float()
         return logits
+
+    def _compile_attention(self) -> None:
+        """Compile what a question's attention needs, so that no question waits for it."""
+        mixed = self.compute_dtype == torch.float32 and self.kv_dtype == torch.bfloat16
+        if self.device.type == "cpu" and mixed:
+            num_q_heads = self.network.config.get_text_config().num_attention_heads
+            groups = {num_q_heads // shape.num_kv_heads for shape in self.kv_shapes}
+            warm_up(sorted({shape.head_dim for shape in self.kv_shapes}), sorted(groups))
 
     def _probe_shapes(self) -> list[KvShape]:
         """Shapes of keys and values in each layer, seen in a forward of one token."""

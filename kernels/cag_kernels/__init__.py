@@ -5,6 +5,7 @@ written down in `reference.segment_attention_reference`, and `merge_segments` jo
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
+from cag_kernels.cpu import warm_up
 from cag_kernels.linear import FEW_ROWS, few_rows_linear
 from cag_kernels.merge import merge_segments
 from cag_kernels.reference import segment_attention_reference
@@ -17,4 +18,5 @@ __all__ = [
     "merge_segments",
     "segment_attention",
     "segment_attention_reference",
+    "warm_up",
 ]

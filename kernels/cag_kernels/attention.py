@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cag_kernels.cpu import cpu_attention, cpu_attention_serves, has_compiler
 from cag_kernels.flash import fused_attention, has_flash_attn
 from cag_kernels.tiled import tiled_attention
 
 FUSED_MIN_ROWS = 128  # rows of query a key/value head from which converting the keys whole pays; see docs/log.md
+COMPILED_MAX_ROWS = 512  # rows a key/value head up to which the compiled path is the quickest; see docs/log.md
 
 
 def segment_attention(
@@ -29,13 +31,16 @@ def segment_attention(
         ValueError: shapes that do not fit together.
     """
     _check_shapes(query, keys, values, offset)
-    if choose_path(query, keys, window=window, softcap=softcap, offset=offset) == "fused":
+    path = choose_path(query, keys, window=window, softcap=softcap, offset=offset)
+    if path == "compiled":
+        return cpu_attention(query, keys, values, scale=scale, offset=offset)
+    if path == "fused":
         return fused_attention(query, keys, values, scale=scale, offset=offset)
     return tiled_attention(query, keys, values, scale=scale, offset=offset, window=window, softcap=softcap)
 
 
 def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: float | None, offset: int) -> str:
-    """`"fused"` or `"tiled"` for a call with these tensors."""
+    """`"compiled"`, `"fused"` or `"tiled"` for a call with these tensors."""
     num_queries, num_keys = query.shape[1], keys.shape[1]
     if window is not None and offset + num_queries <= window:
         window = None  # the window reaches back to the segment's first key for every query
@@ -44,6 +49,8 @@ def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: flo
     if offset < num_keys - 1 and offset + num_queries != num_keys:
         return "tiled"
     rows = query.shape[0] // keys.shape[0] * num_queries
+    if offset >= num_keys - 1 and rows <= COMPILED_MAX_ROWS and cpu_attention_serves(query, keys):
+        return "compiled"
     return "fused" if query.dtype == keys.dtype or rows >= FUSED_MIN_ROWS else "tiled"
 
 
@@ -53,7 +60,10 @@ def available_paths(device: torch.device) -> dict[str, str]:
         fused = "flash-attn" if has_flash_attn() else "torch scaled_dot_product flash attention"
     else:
         fused = "torch CPU flash attention"
-    return {"fused": fused, "tiled": "torch, tiles of keys with an online softmax"}
+    paths = {"fused": fused, "tiled": "torch, tiles of keys with an online softmax"}
+    if device.type == "cpu" and has_compiler():
+        paths["compiled"] = "LLVM code for this processor, few float32 rows over bfloat16 keys"
+    return paths
 
 
 def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, offset: int) -> None:

@@ -1,27 +1,29 @@
-"""Layer by layer from a backend into buffers: one thread reads ahead, several verify and decode, the caller waits in
-order.
+"""Layer by layer from a backend into buffers: several threads read, verify and decode, the caller waits in order.
 
-    reader thread:  layer 0 of chunk 0, 1, ..., layer 1 of chunk 0, 1, ...      (at most `slots` jobs ahead)
-    workers:        checksum -> decode_into the chunk's slice of the buffers
-    caller:         wait for layer 0, on_layer(0), wait for layer 1, ...
+    thread:  next job -> read it -> for each segment: checksum -> decode_into the chunk's slice of the buffers
+    jobs:    first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
+    caller:  wait for layer 0, on_layer(0), wait for layer 1, ...
 
-Memory beyond the buffers: `slots` = 4 per worker reused buffers of one encoded job, and the scratch of the workers.
+A job stays with one thread, so that its bytes are still in that core's cache when they are verified and decoded. There
+is one thread more than workers: a core decodes while another job waits for the disk. Memory beyond the buffers: one
+reused buffer of an encoded job a thread, and the scratch of the codecs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from itertools import count
 
 from cag_store.backends import Backend
 from cag_store.chunk_files import OpenChunk, check_segment
 from cag_store.dtypes import Array
 
 Buffers = Sequence[tuple[Array, Array]]
+
+_JOB_BYTES = 1 << 20  # encoded layers of a chunk read at once: fewer calls, but still in a core's cache
 
 
 @dataclass
@@ -36,6 +38,20 @@ class LoadTimings:
     wall_s: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Keys and values of layers [first, last) of one chunk: neighbours in its file."""
+
+    chunk: OpenChunk
+    first: int
+    last: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Encoded bytes."""
+        return self.chunk.offsets[2 * self.last] - self.chunk.offsets[2 * self.first]
+
+
 class Pipeline:
     """One pass over all layers of `chunks`."""
 
@@ -43,17 +59,13 @@ class Pipeline:
         self, backend: Backend, chunks: Sequence[OpenChunk], buffers: Buffers, workers: int, timings: LoadTimings
     ) -> None:
         self._backend = backend
-        self._chunks = chunks
         self._buffers = buffers
-        self._workers = workers
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
-        self._slots = SimpleQueue[bytearray | None]()
-        largest = max(
-            chunk.offsets[i + 2] - chunk.offsets[i] for chunk in chunks for i in range(0, 2 * len(buffers), 2)
-        )
-        for _ in range(min(4 * workers, len(chunks) * len(buffers))):
-            self._slots.put(bytearray(largest))
+        spans = list(_layer_spans(chunks, len(buffers)))
+        self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
+        self._next_job = count()
+        self._num_threads = min(workers + 1, len(self._jobs))
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._stopped = False
@@ -62,17 +74,21 @@ class Pipeline:
         """Fill the buffers; `on_layer(i)` as soon as layer i is whole.
         Raises what reading, verifying or decoding raised."""
         started = time.perf_counter()
-        with ThreadPoolExecutor(self._workers, "cag-decode") as pool:
-            reader = threading.Thread(target=self._read, args=(pool,), name="cag-read", daemon=True)
-            reader.start()
-            try:
-                for layer in range(len(self._buffers)):
-                    self._wait_for(layer)
-                    if on_layer is not None:
-                        on_layer(layer)
-            finally:
-                self._stop(None)
-                reader.join()
+        threads = [
+            threading.Thread(target=self._work, name=f"cag-load-{index}", daemon=True)
+            for index in range(self._num_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for layer in range(len(self._buffers)):
+                self._wait_for(layer)
+                if on_layer is not None:
+                    on_layer(layer)
+        finally:
+            self._stop(None)
+            for thread in threads:
+                thread.join()
         self._timings.wall_s += time.perf_counter() - started
 
     def _wait_for(self, layer: int) -> None:
@@ -86,55 +102,59 @@ class Pipeline:
             self._stopped = True
             self._error = self._error or error
             self._changed.notify_all()
-        self._slots.put(None)
 
-    def _read(self, pool: ThreadPoolExecutor) -> None:
-        """The reader thread."""
+    def _work(self) -> None:
+        """A thread: job after job until none is left."""
         try:
-            for layer in range(len(self._buffers)):
-                for chunk in self._chunks:
-                    slot = self._slots.get()
-                    if slot is None or self._stopped:
-                        return
-                    pool.submit(self._decode, chunk, layer, slot, self._fetch(chunk, layer, slot))
+            buffer = memoryview(bytearray(max(job.num_bytes for job in self._jobs)))
+            while not self._stopped:
+                index = next(self._next_job)
+                if index >= len(self._jobs):
+                    return
+                self._do(self._jobs[index], buffer)
         except BaseException as error:
             self._stop(error)
 
-    def _fetch(self, chunk: OpenChunk, layer: int, slot: bytearray) -> memoryview:
+    def _do(self, job: Job, buffer: memoryview) -> None:
+        timings = LoadTimings(bytes_read=job.num_bytes)
         started = time.perf_counter()
-        offset, end = chunk.offsets[2 * layer], chunk.offsets[2 * layer + 2]
-        data = memoryview(slot)[: end - offset]
-        self._backend.get_range_into(chunk.path, offset, data)
-        self._timings.read_s += time.perf_counter() - started
-        self._timings.bytes_read += len(data)
-        return data
+        data = buffer[: job.num_bytes]
+        self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
+        timings.read_s = time.perf_counter() - started
+        for layer in range(job.first, job.last):
+            data = self._decode_layer(job.chunk, layer, data, timings)
+            with self._changed:
+                self._missing[layer] -= 1
+                if not self._missing[layer]:
+                    self._changed.notify_all()
+        with self._changed:
+            self._timings.bytes_read += timings.bytes_read
+            self._timings.read_s += timings.read_s
+            self._timings.verify_s += timings.verify_s
+            self._timings.decode_s += timings.decode_s
 
-    def _decode(self, chunk: OpenChunk, layer: int, slot: bytearray, data: memoryview) -> None:
-        """A job of a worker: keys and values of one layer of one chunk."""
-        try:
-            if not self._stopped:
-                self._decode_sides(chunk, layer, data)
-        except BaseException as error:
-            self._stop(error)
-        else:
-            self._slots.put(slot)
-
-    def _decode_sides(self, chunk: OpenChunk, layer: int, data: memoryview) -> None:
+    def _decode_layer(self, chunk: OpenChunk, layer: int, data: memoryview, timings: LoadTimings) -> memoryview:
+        """Verify and decode both sides of a layer, with which `data` begins. Returns what stands behind them."""
         first, last = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
-        verify_s = decode_s = 0.0
-        for side in (0, 1):
+        for side, buffer in enumerate(self._buffers[layer]):
             position = 2 * layer + side
             segment = chunk.index.segments[position]
             encoded, data = data[: segment.encoded_bytes], data[segment.encoded_bytes :]
             started = time.perf_counter()
             check_segment(encoded, segment, chunk, position)
             verified = time.perf_counter()
-            chunk.codec.decode_into(encoded, self._buffers[layer][side][:, first:last])
-            verify_s += verified - started
-            decode_s += time.perf_counter() - verified
-        with self._changed:
-            self._timings.verify_s += verify_s
-            self._timings.decode_s += decode_s
-            self._missing[layer] -= 1
-            if not self._missing[layer]:
-                self._changed.notify_all()
+            chunk.codec.decode_into(encoded, buffer[:, first:last])
+            timings.verify_s += verified - started
+            timings.decode_s += time.perf_counter() - verified
+        return data
+
+
+def _layer_spans(chunks: Sequence[OpenChunk], num_layers: int) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring layers of at most `_JOB_BYTES` in every chunk. Layer 0 has one of its own, as the caller
+    waits for it first."""
+    first = 0
+    for layer in range(1, num_layers + 1):
+        whole = layer == num_layers or first == 0
+        if whole or any(Job(chunk, first, layer + 1).num_bytes > _JOB_BYTES for chunk in chunks):
+            yield first, layer
+            first = layer

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from cag_store.codecs.base import Codec, Config, Configured, Packer, Side, Transform
 from cag_store.codecs.int8 import Int8
+from cag_store.codecs.loops import warm_up
 from cag_store.codecs.lossless import Lossless
 from cag_store.codecs.packers import Zstd
 from cag_store.codecs.transforms import Rotate
@@ -28,6 +29,7 @@ __all__ = [
     "codec_ids",
     "packer_from_config",
     "transform_from_config",
+    "warm_up",
 ]
 
 ENTRY_POINT_GROUP = "cag.codecs"

@@ -10,6 +10,7 @@ first tokens exact as in KVQuant (arXiv:2401.18079).
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cag_store.codecs import loops
 from cag_store.codecs.base import (
     Codec,
     Config,
@@ -99,20 +101,32 @@ class Int8(Codec):
 
     def decode_into(self, data: bytes | memoryview, out: Array) -> None:
         """See `Codec`."""
-        side, groups, exact = self._parse(memoryview(data), out)
+        side, codes, parameters, exact = self._parse(memoryview(data), out)
+        fast = None if out.dtype == np.float16 else loops.compiled_for(out)
+        if fast is None:
+            self._dequantize(side, codes, parameters, out)
+        elif side == "keys":
+            fast.dequantize_keys(codes, parameters, self.group_tokens, out)
+        else:
+            fast.dequantize_values(codes, parameters, out)
+        if exact.size:
+            out[:, : exact.shape[1]] = exact
+
+    def _dequantize(self, side: Side, codes: NDArray[np.int8], parameters: NDArray[np.uint16], out: Array) -> None:
+        """The reference for `Loops.dequantize_keys` and `dequantize_values`, for any storage dtype."""
+        scales, offsets = widen(parameters, "bfloat16")
         for first, last in self._blocks(out.shape[1], _BLOCK_TOKENS // self.group_tokens):
-            values = groups.codes[:, first:last].astype(np.float32)
+            values = codes[:, first:last].astype(np.float32)
             if side == "keys":
                 by_group = self._by_group(values)
                 group = first // self.group_tokens
                 near = slice(group, group + by_group.shape[1])
-                by_group *= groups.scales[:, near, None]
-                by_group += groups.offsets[:, near, None]
+                by_group *= scales[:, near, None]
+                by_group += offsets[:, near, None]
             else:
-                values *= groups.scales[:, first:last, None]
-                values += groups.offsets[:, first:last, None]
+                values *= scales[:, first:last, None]
+                values += offsets[:, first:last, None]
             narrow_into(values, out[:, first:last])
-        out[:, : exact.shape[1]] = exact
 
     def _blocks(self, num_tokens: int, num_groups: int) -> list[tuple[int, int]]:
         """Spans of `num_groups` (at least one) whole groups; the tokens of the last, partial group have a span of
@@ -144,7 +158,8 @@ class Int8(Codec):
                 codes[:, first:last], scales[:, group], offsets[:, group] = found
         return QuantizedGroups(codes, scales, offsets)
 
-    def _parse(self, view: memoryview, out: Array) -> tuple[Side, QuantizedGroups, Array]:
+    def _parse(self, view: memoryview, out: Array) -> tuple[Side, NDArray[np.int8], NDArray[np.uint16], Array]:
+        """Side, codes, scales and offsets as bit patterns `[2, ...]`, and the exact tokens."""
         num_heads, num_tokens, head_dim = out.shape
         if len(view) < _HEAD.size:
             raise corrupt_segment("length", f"at least {_HEAD.size}", len(view))
@@ -153,18 +168,15 @@ class Int8(Codec):
             raise corrupt_segment(
                 "head", "side, flag and number of exact tokens in range", (side, packed, zero, num_exact)
             )
-        num_groups = -(-num_tokens // self.group_tokens)
-        shape = (num_heads, num_tokens) if side else (num_heads, num_groups, head_dim)
-        count, num_exact_values = int(np.prod(shape)), num_heads * num_exact * head_dim
-        sizes = (_HEAD.size, 2 * count, 2 * count, num_exact_values * out.dtype.itemsize, stored)
-        ends = np.cumsum(sizes)
-        if int(ends[-1]) != len(view):
-            raise corrupt_segment("length", int(ends[-1]), len(view))
-        parts = [view[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
-        scales, offsets = (_from_bfloat16(part).reshape(shape) for part in parts[1:3])
-        exact = np.frombuffer(parts[3], dtype=out.dtype).reshape(num_heads, num_exact, head_dim)
-        codes = self._codes(parts[4], bool(packed), out.size).reshape(out.shape)
-        return _SIDES[side], QuantizedGroups(codes, scales, offsets), exact
+        shape = (num_tokens,) if side else (-(-num_tokens // self.group_tokens), head_dim)
+        exact_at = _HEAD.size + 4 * num_heads * math.prod(shape)
+        codes_at = exact_at + num_heads * num_exact * head_dim * out.itemsize
+        if codes_at + stored != len(view):
+            raise corrupt_segment("length", codes_at + stored, len(view))
+        parameters = _checked_bfloat16(view[_HEAD.size : exact_at]).reshape(2, num_heads, *shape)
+        exact = np.frombuffer(view[exact_at:codes_at], dtype=out.dtype).reshape(num_heads, num_exact, head_dim)
+        codes = self._codes(view[codes_at:], bool(packed), out.size).reshape(out.shape)
+        return _SIDES[side], codes, parameters, exact
 
     def _codes(self, data: memoryview, packed: bool, size: int) -> NDArray[np.int8]:
         if packed and self.packer is None:
@@ -181,9 +193,9 @@ def _quantize_axis(values: NDArray[np.float32], axis: int) -> tuple[NDArray[np.i
         empty = np.zeros(np.delete(values.shape, axis), dtype=np.float32)
         return np.zeros(values.shape, dtype=np.int8), empty, empty
     high, low = values.max(axis=axis, keepdims=True), values.min(axis=axis, keepdims=True)
-    offsets = _from_bfloat16(_to_bfloat16(high * np.float32(0.5) + low * np.float32(0.5)))
+    offsets = widen(_to_bfloat16(high * np.float32(0.5) + low * np.float32(0.5)), "bfloat16")
     reach = np.maximum(high - offsets, offsets - low) / _LEVELS
-    scales = _from_bfloat16(_to_bfloat16(reach, up=True))
+    scales = widen(_to_bfloat16(reach, up=True), "bfloat16")
     steps = np.where(scales > 0, scales, np.float32(1))
     codes = np.rint((values - offsets) / steps)
     return codes.clip(-127, 127).astype(np.int8), scales.squeeze(axis), offsets.squeeze(axis)
@@ -195,9 +207,10 @@ def _to_bfloat16(values: NDArray[np.float32], up: bool = False) -> NDArray[np.ui
     return (bits >> np.uint32(16)).astype("<u2")
 
 
-def _from_bfloat16(bits: NDArray[np.uint16] | memoryview) -> NDArray[np.float32]:
-    """Float32 of bfloat16 bit patterns. Raises: CorruptEntry when one is not finite."""
-    patterns = np.frombuffer(bits, dtype="<u2") if isinstance(bits, memoryview) else bits
-    if np.any((patterns & np.uint16(0x7F80)) == 0x7F80):
+def _checked_bfloat16(data: memoryview) -> NDArray[np.uint16]:
+    """A copy of bfloat16 bit patterns, aligned as they need not be in a file. Raises: CorruptEntry when one is not
+    finite."""
+    patterns = np.frombuffer(data, dtype="<u2").astype(np.uint16)
+    if (patterns & np.uint16(0x7F80)).max() == 0x7F80:
         raise corrupt_segment("scales and offsets", "finite", "NaN or infinity")
-    return widen(patterns, "bfloat16")
+    return patterns

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cag_store.codecs import loops
 from cag_store.codecs.base import (
     Codec,
     Config,
@@ -45,6 +46,7 @@ class Lossless(Codec):
     def __init__(self, transform: Transform | None = None, packers: Sequence[Packer] = DEFAULT_PACKERS) -> None:
         self.transform = transform or Rotate(1)
         self.packers = tuple(packers)
+        self._compilable = self.transform == Rotate(1)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -78,11 +80,19 @@ class Lossless(Codec):
         """See `Codec`."""
         target = bit_patterns(out)
         planes = self._planes(memoryview(data), target)
+        fast = loops.compiled_for(target) if self._compilable else None
+        if fast is None:
+            self._join_planes(planes, target)
+        else:
+            fast.join_planes(planes, target)
+
+    def _join_planes(self, planes: list[NDArray[np.uint8]], target: Array) -> None:
+        """The reference for `Loops.join_planes`, for any transform."""
         bits = planes[0].astype(native_scratch((0,), target.dtype.itemsize).dtype)
         for plane in planes[1:]:
             bits <<= bits.dtype.type(8)
             bits |= plane
-        self.transform.inverse_into(bits, target)
+        self.transform.inverse_into(bits.reshape(target.shape), target)
 
     def _packed(self, plane: bytes) -> tuple[int, bytes]:
         best = (0, plane)
@@ -94,7 +104,7 @@ class Lossless(Codec):
         return best
 
     def _planes(self, view: memoryview, target: Array) -> list[NDArray[np.uint8]]:
-        """The unpacked planes, the most significant first, each of `target`'s shape."""
+        """The unpacked planes, the most significant first, each flat."""
         itemsize, size = target.dtype.itemsize, target.size
         offset = 1 + itemsize * _PLANE.size
         if len(view) < offset or view[0] != itemsize:
@@ -104,7 +114,7 @@ class Lossless(Codec):
             raise corrupt_segment("length", offset + sum(length for _, length in table), len(view))
         planes = []
         for kind, length in table:
-            planes.append(self._plane(kind, view[offset : offset + length], size).reshape(target.shape))
+            planes.append(self._plane(kind, view[offset : offset + length], size))
             offset += length
         return planes
 

@@ -1,0 +1,181 @@
+"""Segment attention compiled for this processor: a few float32 rows of query over a long segment held in bfloat16.
+
+The code is made by LLVM (llvmlite) when a head dimension is first needed and runs on torch's own OpenMP threads, which
+are awake from the layer's products. The number of threads does not show in the result's bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cag_kernels.cpu_panel import Blocking
+
+HEAD_DIM_MULTIPLE = 16  # one vector of the widest registers
+MAX_HEAD_DIM = 512  # the scratch of a thread stays far below the smallest of usual stacks
+MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
+
+_lock = threading.Lock()
+
+
+class _Scratch(threading.local):
+    """Memory of the calling thread for sums under way; fresh memory at each call would cost more than short calls."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take(self, count: int) -> Tensor:
+        """`count` float32 of any content."""
+        if self._memory.numel() < count:
+            self._memory = torch.empty(count)
+        return self._memory[:count]
+
+
+_scratch = _Scratch()
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether llvmlite works on this machine; loading it takes some 50 ms, once."""
+    try:
+        import llvmlite.binding  # type: ignore[import-untyped]  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
+    """Whether `cpu_attention` takes these tensors; what each query sees is not looked at."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and keys.dtype == torch.bfloat16
+        and keys.shape[1] > 0
+        and query.shape[1] > 0
+        and query.shape[2] % HEAD_DIM_MULTIPLE == 0
+        and query.shape[2] <= MAX_HEAD_DIM
+        and keys.stride()[1:] == (keys.shape[2], 1)
+        and not query.requires_grad  # the compiled code knows no gradients
+        and has_compiler()
+    )
+
+
+def cpu_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    offset: int,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.segment_attention_reference`, for queries that stand behind the whole segment.
+
+    Takes what `cpu_attention_serves` accepts, with `offset >= num_keys - 1`, no window and no cap. Accumulates in
+    float32. Safe to call from several Python threads.
+    """
+    assert window is None and softcap is None and offset >= keys.shape[1] - 1, "every query sees every key"
+    num_q_heads, num_queries, head_dim = query.shape
+    num_kv_heads, num_keys, _ = keys.shape
+    num_rows = num_q_heads // num_kv_heads * num_queries
+    kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None)
+    num_lanes = -(-num_rows // kernel.blocking.lanes) * kernel.blocking.lanes
+    num_ranges = -(-num_keys // kernel.blocking.range_tokens)
+    query = query.contiguous()
+    values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
+    out = torch.empty_like(query)
+    num_tasks = num_kv_heads * num_ranges
+    counts = [num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim]
+    parts = torch.split_with_sizes(_scratch.take(sum(counts) * num_lanes).view(-1, num_lanes), counts)
+    tensors = (query, keys, values, *parts, out)
+    sizes = (num_kv_heads, num_keys, num_rows, num_lanes, num_ranges, keys.stride(0), values.stride(0))
+    kernel.run((0, *(tensor.data_ptr() for tensor in tensors), *sizes, _float_bits(scale)), num_tasks)
+    maximum, denominator = (part[::num_ranges, :num_rows] for part in parts[1:3])
+    return out, denominator.log().add_(maximum).view(num_q_heads, num_queries)
+
+
+def warm_up(head_dims: Iterable[int], group_sizes: Iterable[int] = ()) -> None:
+    """Compile what calls with these head dimensions need; nothing without a compiler.
+
+    Each of `group_sizes` query heads a key/value head has code of its own for a single query.
+    """
+    sizes = list(group_sizes)
+    for head_dim in head_dims:
+        if has_compiler() and head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM:
+            for group_size in (None, *sizes):
+                compiled_kernel(head_dim, group_size)
+
+
+class CompiledKernel:
+    """Machine code for one head dimension, for any or for exactly `few_rows` rows, run on several threads."""
+
+    def __init__(self, head_dim: int, blocking: Blocking, few_rows: int | None) -> None:
+        from cag_kernels.cpu_emit import Program
+        from cag_kernels.cpu_loops import attention_module
+
+        self.blocking = blocking
+        self._program = Program(attention_module(head_dim, blocking, few_rows))
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        self._attend_address = self._program.address("attend")
+        self._prepare, self._attend, self._finish = (
+            function(self._program.address(name)) for name in ("prepare", "attend", "finish")
+        )
+
+    def run(self, fields: tuple[int, ...], num_tasks: int) -> None:
+        """Serve one call; `fields` are `cpu_loops.Field` in order."""
+        call = (ctypes.c_int64 * len(fields))(*fields)
+        num_threads = torch.get_num_threads()
+        self._prepare(call)
+        if num_threads == 1 or num_tasks == 1:
+            self._attend(call)
+        elif (parallel := _openmp_parallel()) is not None:
+            # all of torch's threads even for fewer tasks: another size would rebuild the team
+            parallel(self._attend_address, ctypes.addressof(call), num_threads, 0)
+        else:
+            list(_pool(num_threads).map(lambda _: self._attend(call), range(num_threads)))
+        self._finish(call)
+
+
+def compiled_kernel(head_dim: int, single_query_rows: int | None = None) -> CompiledKernel:
+    """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number."""
+    few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS
+    with _lock:
+        return _compile(head_dim, single_query_rows if few else None)
+
+
+@cache
+def _compile(head_dim: int, few_rows: int | None) -> CompiledKernel:
+    from cag_kernels.cpu_panel import host_blocking
+
+    return CompiledKernel(head_dim, host_blocking(), few_rows)
+
+
+@cache
+def _openmp_parallel() -> ctypes._NamedFuncPointer | None:
+    """The entry of the OpenMP library that torch has loaded, or None where it is not GNU's."""
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
+@cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="attention")
+
+
+def _float_bits(value: float) -> int:
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])

@@ -1,0 +1,206 @@
+"""Emitting vector code: a thin layer over llvmlite's builder with loops, widening loads and an exponential.
+
+Knows LLVM and the width of this processor's registers, not what is computed with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+from llvmlite import ir
+
+Value = Any  # llvmlite's values carry no types for a checker
+POINTER = ir.PointerType()
+FLOAT = ir.FloatType()
+INT16 = ir.IntType(16)
+INT32 = ir.IntType(32)
+INT64 = ir.IntType(64)
+UNSEEN = -3.0e38  # below every score of finite inputs: the running maximum before the first key
+_LEAST_EXPONENT = -126.0
+_TAYLOR_TERMS = 8  # of 2**f for |f| <= 1/2: the rest is below 2**-27, an eighth of float32's spacing
+
+
+class Loop:
+    """One loop under construction: its counter, the values carried into an iteration and those that leave it."""
+
+    def __init__(self, index: Value, values: list[Value]) -> None:
+        self.index = index
+        self.values = values
+        self.following: Sequence[Value] = values
+
+
+class Emitter:
+    """Instructions of one function on vectors of `lanes` float32.
+
+    Every loop runs at least once; callers see to it that no range is empty.
+    """
+
+    def __init__(self, function: ir.Function, lanes: int) -> None:
+        self.function = function
+        self.lanes = lanes
+        self.vector = ir.VectorType(FLOAT, lanes)
+        self.integers = ir.VectorType(INT32, lanes)
+        self.builder = ir.IRBuilder(function.append_basic_block("entry"))
+
+    @contextmanager
+    def loop(self, start: Value, stop: Value, step: int, carried: Sequence[Value] = ()) -> Iterator[Loop]:
+        """Loop from `start` up to `stop`; set `following` inside, read it behind the loop."""
+        builder = self.builder
+        before = builder.block
+        body, behind = function_blocks(self.function, "body", "behind")
+        builder.branch(body)
+        builder.position_at_end(body)
+        index = builder.phi(INT64)
+        values = [builder.phi(value.type) for value in carried]
+        loop = Loop(index, values)
+        yield loop
+        advanced = builder.add(index, self.integer(step))
+        builder.cbranch(builder.icmp_signed("<", advanced, stop), body, behind)
+        for phi, first, then in zip([index, *values], [start, *carried], [advanced, *loop.following], strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, body if builder.block is body else builder.block)
+        builder.position_at_end(behind)
+
+    def integer(self, value: int) -> Value:
+        """An index."""
+        return ir.Constant(INT64, value)
+
+    def minimum(self, left: Value, right: Value) -> Value:
+        """The smaller of two indices."""
+        return self.builder.select(self.builder.icmp_signed("<", left, right), left, right)
+
+    def scratch(self, count: int) -> Value:
+        """`count` float32 on the stack."""
+        memory = self.builder.alloca(FLOAT, size=count)
+        memory.align = 64
+        memory.type = POINTER  # llvmlite still gives it a typed pointer
+        return memory
+
+    def at(self, pointer: Value, index: Value | int, element: Any = FLOAT) -> Value:
+        """Address of an element."""
+        index = self.integer(index) if isinstance(index, int) else index
+        return self.builder.gep(pointer, [index], source_etype=element)
+
+    def constant(self, value: float) -> Value:
+        """A vector of one number."""
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def load(self, pointer: Value) -> Value:
+        """A vector from anywhere in memory."""
+        return self.builder.load(pointer, typ=self.vector, align=4)
+
+    def store(self, value: Value, pointer: Value) -> None:
+        """A vector to anywhere in memory."""
+        self.builder.store(value, pointer, align=4)
+
+    def load_bfloat16(self, pointer: Value) -> Value:
+        """A vector of bfloat16, widened: its bits are the upper half of a float32's."""
+        halves = self.builder.load(pointer, typ=ir.VectorType(INT16, self.lanes), align=2)
+        wide = self.builder.zext(halves, self.integers)
+        return self.builder.bitcast(self.builder.shl(wide, self._integers(16)), self.vector)
+
+    def prefetch(self, pointer: Value) -> None:
+        """Ask for the cache line at an address that is soon read; harmless where there is none."""
+        kind = ir.FunctionType(ir.VoidType(), [POINTER, INT32, INT32, INT32])
+        function = self.function.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+        read, near, data = 0, 3, 1
+        self.builder.call(function, [pointer, *(ir.Constant(INT32, option) for option in (read, near, data))])
+
+    def spread(self, pointer: Value) -> Value:
+        """One number from memory in every lane."""
+        number = self.builder.load(pointer, typ=FLOAT, align=4)
+        return self._spread_number(number, self.vector)
+
+    def multiply_add(self, left: Value, right: Value, addend: Value) -> Value:
+        """`left * right + addend`, fused where the processor has it."""
+        return self._intrinsic("llvm.fmuladd", left, right, addend)
+
+    def larger(self, left: Value, right: Value) -> Value:
+        """Lane by lane; `right` where one is no number."""
+        return self.builder.select(self.builder.fcmp_ordered(">", left, right), left, right)
+
+    def across(self, value: Value, join: Callable[[Value, Value], Value]) -> Value:
+        """The lanes joined by `join`, the result in every lane."""
+        distance = self.lanes // 2
+        while distance:
+            value = join(value, self._shuffle(value, value, [lane ^ distance for lane in range(self.lanes)]))
+            distance //= 2
+        return value
+
+    def sums_of(self, vectors: Sequence[Value]) -> Value:
+        """Lane `i` is the sum over the lanes of vector `i`; as many vectors as lanes."""
+        even, odd = range(0, 2 * self.lanes, 2), range(1, 2 * self.lanes, 2)
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self.builder.fadd(self._shuffle(*pair, even), self._shuffle(*pair, odd)) for pair in pairs]
+        return vectors[0]
+
+    def first_lane(self, value: Value) -> Value:
+        """The number in lane 0."""
+        return self.builder.extract_element(value, ir.Constant(INT32, 0))
+
+    def first_lanes(self, value: Value, count: Value) -> Value:
+        """`value` with zeros in the lanes from `count` on."""
+        counts = self._spread_number(self.builder.trunc(count, INT32), self.integers)
+        inside = self.builder.icmp_signed("<", ir.Constant(self.integers, list(range(self.lanes))), counts)
+        return self.builder.select(inside, value, self.constant(0.0))
+
+    def _spread_number(self, number: Value, kind: Any) -> Value:
+        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(INT32, 0))
+        return self._shuffle(first, first, [0] * self.lanes)
+
+    def _shuffle(self, left: Value, right: Value, lanes: Sequence[int]) -> Value:
+        return self.builder.shuffle_vector(left, right, ir.Constant(self.integers, list(lanes)))
+
+    def exponential(self, value: Value) -> Value:
+        """`exp(value)` for values up to 0, to about 1e-7; below -87 a number of 1e-38 instead of 0. NaN stays NaN."""
+        builder = self.builder
+        exponent = builder.fmul(value, self.constant(1 / math.log(2)))
+        low = builder.fcmp_ordered("<", exponent, self.constant(_LEAST_EXPONENT))
+        exponent = builder.select(low, self.constant(_LEAST_EXPONENT), exponent)
+        whole = self._intrinsic("llvm.rint", exponent)
+        fraction = builder.fsub(exponent, whole)
+        coefficients = [math.log(2) ** power / math.factorial(power) for power in range(_TAYLOR_TERMS)]
+        result = self.constant(coefficients[-1])
+        for coefficient in reversed(coefficients[:-1]):
+            result = self.multiply_add(result, fraction, self.constant(coefficient))
+        power = builder.shl(builder.fptosi(whole, self.integers), self._integers(23))
+        return builder.bitcast(builder.add(builder.bitcast(result, self.integers), power), self.vector)
+
+    def _integers(self, value: int) -> Value:
+        return ir.Constant(self.integers, [value] * self.lanes)
+
+    def _intrinsic(self, name: str, *arguments: Value) -> Value:
+        function = self.function.module.declare_intrinsic(
+            f"{name}.v{self.lanes}f32", fnty=ir.FunctionType(self.vector, [self.vector] * len(arguments))
+        )
+        return self.builder.call(function, arguments)
+
+
+def function_blocks(function: ir.Function, *names: str) -> list[ir.Block]:
+    """New basic blocks at the end of `function`."""
+    return [function.append_basic_block(name) for name in names]
+
+
+class Program:
+    """Machine code of one module, alive as long as this object."""
+
+    def __init__(self, module: ir.Module) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_default_triple()
+        self._machine = target.create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        )
+        parsed = llvm.parse_assembly(str(module))
+        parsed.verify()
+        self._engine = llvm.create_mcjit_compiler(parsed, self._machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Where a function of the module starts."""
+        return int(self._engine.get_function_address(name))

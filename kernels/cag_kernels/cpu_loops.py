@@ -1,0 +1,229 @@
+"""The compiled functions of one call: `prepare` the query, `attend` task by task, `finish` by merging the ranges.
+
+A task is one range of keys of one key/value head. Threads take tasks from a shared counter, so they are busy alike; the
+ranges have a fixed number of keys and are merged in order, so the threads do not show in the result.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
+from cag_kernels.cpu_few import FewRows
+from cag_kernels.cpu_panel import MAX_WIDTH, Blocking, Panel
+
+
+class Field(IntEnum):
+    """Places in the array of int64 that describes a call to the compiled code; `QUERY` to `OUT` are addresses."""
+
+    NEXT_TASK = 0
+    QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32
+    KEYS = 2
+    VALUES = 3
+    SCALED = 4  # [num_kv_heads, head_dim, num_lanes] float32: the query transposed, scaled and padded with zeros
+    MAXIMUM = 5  # [num_kv_heads, num_ranges, num_lanes] float32; range 0 of a head holds the result in the end
+    DENOMINATOR = 6  # as MAXIMUM
+    WEIGHTED = 7  # [num_kv_heads, num_ranges, head_dim, num_lanes] float32
+    OUT = 8  # as QUERY
+    NUM_KV_HEADS = 9
+    NUM_KEYS = 10
+    NUM_ROWS = 11
+    NUM_LANES = 12  # rows rounded up to whole vectors
+    NUM_RANGES = 13
+    KEYS_STRIDE = 14  # elements from one head to the next
+    VALUES_STRIDE = 15
+    SCALE = 16  # the bits of a float32
+
+
+def attention_module(head_dim: int, blocking: Blocking, few_rows: int | None = None) -> ir.Module:
+    """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
+
+    For any number of rows, or for exactly `few_rows`.
+    """
+    module = ir.Module(name=f"attention_{head_dim}")
+    if few_rows is None:
+        panels = [Panel(module, head_dim, width, blocking).function for width in range(1, MAX_WIDTH + 1)]
+    else:
+        panels = [FewRows(module, head_dim, few_rows, blocking).function]
+    _emit_prepare(_Call(module, "prepare", head_dim, blocking))
+    _emit_attend(_Call(module, "attend", head_dim, blocking), panels)
+    _emit_finish(_Call(module, "finish", head_dim, blocking))
+    return module
+
+
+class _Call:
+    """A function under construction and the fields of the call that it serves."""
+
+    def __init__(self, module: ir.Module, name: str, head_dim: int, blocking: Blocking) -> None:
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
+        self.emit = Emitter(self.function, blocking.lanes)
+        self.head_dim = head_dim
+        self.blocking = blocking
+        self._fields: dict[Field, Value] = {field: self._read(field) for field in list(Field)[1:]}
+
+    def _read(self, field: Field) -> Value:
+        value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
+        is_address = Field.QUERY <= field <= Field.OUT
+        return self.emit.builder.inttoptr(value, POINTER) if is_address else value
+
+    def place(self, field: Field) -> Value:
+        """Address of a field."""
+        return self.emit.at(self.function.args[0], int(field), INT64)
+
+    def __getitem__(self, field: Field) -> Value:
+        return self._fields[field]
+
+    def index(self, first: Value, *pairs: tuple[Value | int, Value | int]) -> Value:
+        """`((first * size + offset) * size + offset) ...` over `(size, offset)` pairs."""
+        builder = self.emit.builder
+        for size, offset in pairs:
+            size, offset = (self.emit.integer(part) if isinstance(part, int) else part for part in (size, offset))
+            first = builder.add(builder.mul(first, size), offset)
+        return first
+
+
+def _emit_prepare(call: _Call) -> None:
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    scale = builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT)
+    last = builder.sub(call[Field.NUM_ROWS], emit.integer(1))
+    with (
+        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
+        emit.loop(zero, call[Field.NUM_LANES], 1) as row,
+        emit.loop(zero, emit.integer(call.head_dim), 1) as channel,
+    ):
+        source = call.index(
+            head.index,
+            (call[Field.NUM_ROWS], emit.minimum(row.index, last)),
+            (call.head_dim, channel.index),
+        )
+        number = builder.load(emit.at(call[Field.QUERY], source), typ=FLOAT, align=4)
+        is_padding = builder.icmp_signed(">", row.index, last)
+        scaled = builder.select(is_padding, ir.Constant(FLOAT, 0.0), builder.fmul(number, scale))
+        target = call.index(head.index, (call.head_dim, channel.index), (call[Field.NUM_LANES], row.index))
+        builder.store(scaled, emit.at(call[Field.SCALED], target), align=4)
+    builder.ret_void()
+
+
+def _emit_attend(call: _Call, panels: list[ir.Function]) -> None:
+    emit, builder = call.emit, call.emit.builder
+    num_ranges = call[Field.NUM_RANGES]
+    num_tasks = builder.mul(num_ranges, call[Field.NUM_KV_HEADS])
+    take, work, done = function_blocks(call.function, "take", "work", "done")
+    builder.branch(take)
+    builder.position_at_end(take)
+    task = builder.atomic_rmw("add", call.place(Field.NEXT_TASK), emit.integer(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", task, num_tasks), work, done)
+    builder.position_at_end(work)
+    _emit_task(call, panels, task)
+    builder.branch(take)
+    builder.position_at_end(done)
+    builder.ret_void()
+
+
+def _emit_task(call: _Call, panels: list[ir.Function], task: Value) -> None:
+    emit, builder = call.emit, call.emit.builder
+    head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
+    first = builder.mul(part, emit.integer(call.blocking.range_tokens))
+    count = emit.minimum(builder.sub(call[Field.NUM_KEYS], first), emit.integer(call.blocking.range_tokens))
+    channels, lanes = emit.integer(call.head_dim), call[Field.NUM_LANES]
+    skipped = builder.mul(first, channels)
+    floats = [
+        emit.at(call[field], builder.mul(index, lanes))
+        for field, index in (
+            (Field.SCALED, builder.mul(head, channels)),
+            (Field.MAXIMUM, task),
+            (Field.DENOMINATOR, task),
+            (Field.WEIGHTED, builder.mul(task, channels)),
+        )
+    ]
+    tokens = [
+        emit.at(call[field], call.index(head, (call[stride], skipped)), INT16)
+        for field, stride in ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))
+    ]
+    _emit_panels(emit, panels, [floats[0], *tokens, *floats[1:]], count, lanes)
+
+
+def _emit_panels(emit: Emitter, panels: list[ir.Function], pointers: list[Value], count: Value, rows: Value) -> None:
+    """Serve all rows with panels as wide as they come: three vectors, at four vectors two and two."""
+    builder = emit.builder
+    total = builder.sdiv(rows, emit.integer(emit.lanes))
+    test, behind = function_blocks(emit.function, "panels", "served")
+    before = builder.block
+    builder.branch(test)
+    builder.position_at_end(test)
+    column = builder.phi(INT64)
+    column.add_incoming(emit.integer(0), before)
+    left = builder.sub(total, column)
+    widest = builder.select(
+        builder.icmp_signed("==", left, emit.integer(4)), emit.integer(2), emit.integer(len(panels))
+    )
+    width = emit.minimum(left, widest)
+    shift = builder.mul(column, emit.integer(emit.lanes))
+    query, keys, values, *sums = pointers
+    shifted = [emit.at(query, shift), keys, values, *(emit.at(pointer, shift) for pointer in sums)]
+    following = builder.add(column, width)
+    joined = emit.function.append_basic_block("joined")
+    switch = builder.switch(width, joined)
+    for index, panel in enumerate(panels):
+        block = emit.function.append_basic_block(f"width_{index + 1}")
+        switch.add_case(emit.integer(index + 1), block)
+        builder.position_at_end(block)
+        builder.call(panel, [*shifted, count, rows])
+        builder.branch(joined)
+    builder.position_at_end(joined)
+    column.add_incoming(following, joined)
+    builder.cbranch(builder.icmp_signed("<", following, total), test, behind)
+    builder.position_at_end(behind)
+
+
+def _emit_finish(call: _Call) -> None:
+    """Join the ranges of every head into its range 0 and write the result, row by row."""
+    emit, zero = call.emit, call.emit.integer(0)
+    with emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head:
+        with emit.loop(zero, call[Field.NUM_LANES], emit.lanes) as row:
+            _emit_merge(call, head.index, row.index)
+        with (
+            emit.loop(zero, call[Field.NUM_ROWS], 1) as row,
+            emit.loop(zero, emit.integer(call.head_dim), 1) as channel,
+        ):
+            merged = _weighted_at(call, emit.builder.mul(head.index, call[Field.NUM_RANGES]), channel.index, row.index)
+            number = emit.builder.load(merged, typ=FLOAT, align=4)
+            target = call.index(head.index, (call[Field.NUM_ROWS], row.index), (call.head_dim, channel.index))
+            emit.builder.store(number, emit.at(call[Field.OUT], target), align=4)
+    emit.builder.ret_void()
+
+
+def _weighted_at(call: _Call, task: Value, channel: Value, row: Value) -> Value:
+    index = call.index(task, (call.head_dim, channel), (call[Field.NUM_LANES], row))
+    return call.emit.at(call[Field.WEIGHTED], index)
+
+
+def _emit_merge(call: _Call, head: Value, row: Value) -> None:
+    """One vector of rows: maximum, denominator, and the weighted sum divided by the denominator."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    num_ranges, nothing = call[Field.NUM_RANGES], [emit.constant(0.0)]
+    base = builder.mul(head, num_ranges)
+
+    def place(field: Field, part: Value) -> Value:
+        return emit.at(call[field], call.index(builder.add(base, part), (call[Field.NUM_LANES], row)))
+
+    with emit.loop(zero, num_ranges, 1, [emit.constant(UNSEEN)]) as part:
+        part.following = [emit.larger(part.values[0], emit.load(place(Field.MAXIMUM, part.index)))]
+    largest = part.following[0]
+    with emit.loop(zero, num_ranges, 1, nothing) as part:
+        factor = emit.exponential(builder.fsub(emit.load(place(Field.MAXIMUM, part.index)), largest))
+        emit.store(factor, place(Field.MAXIMUM, part.index))
+        denominator = emit.load(place(Field.DENOMINATOR, part.index))
+        part.following = [emit.multiply_add(factor, denominator, part.values[0])]
+    total = part.following[0]
+    inverse = builder.fdiv(emit.constant(1.0), total)
+    with emit.loop(zero, emit.integer(call.head_dim), 1) as channel:
+        with emit.loop(zero, num_ranges, 1, nothing) as part:
+            factor = emit.load(place(Field.MAXIMUM, part.index))
+            weighted = emit.load(_weighted_at(call, builder.add(base, part.index), channel.index, row))
+            part.following = [emit.multiply_add(factor, weighted, part.values[0])]
+        emit.store(builder.fmul(part.following[0], inverse), _weighted_at(call, base, channel.index, row))
+    emit.store(largest, place(Field.MAXIMUM, zero))
+    emit.store(total, place(Field.DENOMINATOR, zero))

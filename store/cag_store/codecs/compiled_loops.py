@@ -1,0 +1,158 @@
+"""The loops of `cag_store.codecs.loops.Loops` in numba, compiled for this machine when the module is imported and
+kept in numba's cache.
+
+`out` may be strided across heads and tokens; its rows are addressed by pointer, because numba vectorizes stores only
+where the type says that they are contiguous: 34 instead of 0.9 GB/s. Rounding as docs/format.md 5.2 defines it: no
+fused multiply-add, no reassociation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cag_store.dtypes import Array, bit_patterns
+
+# untyped, and not installed everywhere
+numba = importlib.import_module("numba")
+types = numba.types
+_extending = importlib.import_module("numba.extending")
+
+
+def _row(typing_context: Any, out: Any, address: Any) -> Any:  # noqa: ARG001
+    """`address` as a pointer to elements of `out`."""
+    pointer = types.CPointer(out.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
+
+    return pointer(out, types.uintp), generate
+
+
+row_pointer = _extending.intrinsic(_row)
+
+
+def _compiled(function: Callable[..., Any], *signatures: Any) -> Any:
+    """`function` compiled ahead for `signatures`; without numba's cache where no folder for it can be written."""
+    try:
+        return numba.njit(list(signatures), nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(list(signatures), nogil=True)(function)
+
+
+def _widened(pattern: Any) -> Any:
+    """The float32 of a bfloat16 bit pattern."""
+    return np.uint32(np.uint32(pattern) << np.uint32(16)).view(np.float32)
+
+
+def _narrowing(out: Any) -> Any:
+    """What is added to the bits of a float32, and by how much they are shifted then, so that the storage dtype of
+    `out` stays: bfloat16 (2 bytes) or float32 (4 bytes)."""
+    return (np.uint32(0x8000), np.uint32(16)) if out.itemsize == 2 else (np.uint32(0), np.uint32(0))
+
+
+widened = numba.njit(inline="always")(_widened)
+narrowing = numba.njit(inline="always")(_narrowing)
+
+
+def _run(out: Any) -> Any:
+    """How many elements of `out` lie behind one another."""
+    row = out.shape[2]
+    return out.shape[1] * row if out.strides[1] == row * out.itemsize else row
+
+
+contiguous_run = numba.njit(inline="always")(_run)
+
+
+def _join_two(high: Any, low: Any, out: Any) -> None:
+    head_dim, run = out.shape[2], contiguous_run(out)
+    first = 0
+    for head in range(out.shape[0]):
+        for token in range(0, out.shape[1], run // head_dim):
+            target = numba.carray(row_pointer(out, out[head, token].ctypes.data), (run,))
+            upper, lower = high[first : first + run], low[first : first + run]
+            for i in range(run):
+                target[i] = (upper[i] << 7) | (lower[i] >> 1) | ((lower[i] & 1) << 15)
+            first += run
+
+
+def _join_four(plane_3: Any, plane_2: Any, plane_1: Any, plane_0: Any, out: Any) -> None:
+    head_dim, run = out.shape[2], contiguous_run(out)
+    first = 0
+    for head in range(out.shape[0]):
+        for token in range(0, out.shape[1], run // head_dim):
+            target = numba.carray(row_pointer(out, out[head, token].ctypes.data), (run,))
+            third, second = plane_3[first : first + run], plane_2[first : first + run]
+            upper, lower = plane_1[first : first + run], plane_0[first : first + run]
+            for i in range(run):
+                bits = (
+                    (np.uint32(third[i]) << 24) | (np.uint32(second[i]) << 16) | (np.uint32(upper[i]) << 8) | lower[i]
+                )
+                target[i] = (bits >> 1) | ((bits & 1) << 31)
+            first += run
+
+
+def _dequantize_keys(codes: Any, parameters: Any, group_tokens: Any, out: Any) -> None:
+    num_heads, num_tokens, head_dim = out.shape
+    half, shift = narrowing(out)
+    scales, offsets = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
+    for head in range(num_heads):
+        for first in range(0, num_tokens, group_tokens):
+            for i in range(head_dim):
+                scales[i] = widened(parameters[0, head, first // group_tokens, i])
+                offsets[i] = widened(parameters[1, head, first // group_tokens, i])
+            for token in range(first, min(first + group_tokens, num_tokens)):
+                target = numba.carray(row_pointer(out, out[head, token].ctypes.data), (head_dim,))
+                row = codes[head, token]
+                for i in range(head_dim):
+                    value = np.float32(np.float32(row[i]) * scales[i]) + offsets[i]
+                    target[i] = (np.float32(value).view(np.uint32) + half) >> shift
+
+
+def _dequantize_values(codes: Any, parameters: Any, out: Any) -> None:
+    num_heads, num_tokens, head_dim = out.shape
+    half, shift = narrowing(out)
+    for head in range(num_heads):
+        for token in range(num_tokens):
+            scale, offset = widened(parameters[0, head, token]), widened(parameters[1, head, token])
+            target = numba.carray(row_pointer(out, out[head, token].ctypes.data), (head_dim,))
+            row = codes[head, token]
+            for i in range(head_dim):
+                value = np.float32(np.float32(row[i]) * scale) + offset
+                target[i] = (np.float32(value).view(np.uint32) + half) >> shift
+
+
+_PLANE = types.Array(types.uint8, 1, "C", readonly=True)
+_CODES = types.Array(types.int8, 3, "C", readonly=True)
+_OUT = {2: types.Array(types.uint16, 3, "A"), 4: types.Array(types.uint32, 3, "A")}
+
+_join = {
+    2: _compiled(_join_two, types.void(_PLANE, _PLANE, _OUT[2])),
+    4: _compiled(_join_four, types.void(_PLANE, _PLANE, _PLANE, _PLANE, _OUT[4])),
+}
+_keys = _compiled(
+    _dequantize_keys,
+    *(types.void(_CODES, types.Array(types.uint16, 4, "C"), types.int64, out) for out in _OUT.values()),
+)
+_values = _compiled(
+    _dequantize_values, *(types.void(_CODES, types.Array(types.uint16, 3, "C"), out) for out in _OUT.values())
+)
+
+
+def join_planes(planes: list[NDArray[np.uint8]], out: Array) -> None:
+    """See `Loops`."""
+    _join[out.itemsize](*planes, out)
+
+
+def dequantize_keys(codes: NDArray[np.int8], parameters: NDArray[np.uint16], group_tokens: int, out: Array) -> None:
+    """See `Loops`."""
+    _keys(codes, parameters, group_tokens, bit_patterns(out))
+
+
+def dequantize_values(codes: NDArray[np.int8], parameters: NDArray[np.uint16], out: Array) -> None:
+    """See `Loops`."""
+    _values(codes, parameters, bit_patterns(out))
