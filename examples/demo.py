@@ -29,6 +29,8 @@ ARMS = "cag-hot,cag-disk,full-prefill,rag-bm25@3,rag-hybrid@3"
 ASKED = ("handbook-02", "handbook-03", "handbook-01")
 
 console = Console(soft_wrap=True, highlight=False)
+if not console.is_terminal:
+    console = Console(soft_wrap=True, highlight=False, width=140)  # room for the table in logs
 
 
 def step(text: str, command: str) -> None:
@@ -82,7 +84,7 @@ def ask(engine: cag.Engine) -> None:
 def bench(engine: cag.Engine, num_questions: int, out: Path) -> None:
     """First-token times, question by question, on the same model object."""
     step("First token", "cag bench ttft --corpus examples/handbook/docs --questions examples/handbook/questions.jsonl")
-    options = TtftOptions(parse_arms(ARMS), n=num_questions, full_n=1, max_tokens=16)
+    options = TtftOptions(parse_arms(ARMS), n=num_questions, full_n=1, max_tokens=8)
     with ConsoleProgress() as progress:
         result = run_ttft(engine, read_corpus([str(DOCS)]), load_questions(QUESTIONS), options, out, progress)
     console.print(terminal_table(result.summary))
