@@ -22,7 +22,7 @@ from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate, read_template
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.state import KvShape, SequenceState, Tail
-from cag_kernels import FEW_ROWS, few_rows_linear, warm_up
+from cag_kernels import FEW_ROWS, few_rows_linear, warm_up, warm_up_linear
 
 ATTENTION_NAME = "cag_segments"
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -59,7 +59,7 @@ def _segment_attention_forward(
 
 
 class _FewRowsLinear(torch.nn.Linear):
-    """A linear layer that takes the transposed product for a question's few rows."""
+    """A linear layer with a product of its own for a question's few rows."""
 
     def forward(self, block: Tensor) -> Tensor:
         if block.shape[-2] in FEW_ROWS:
@@ -115,7 +115,7 @@ class LanguageModel:
         self._forward_lock = threading.Lock()
         self.template: PromptTemplate = read_template(tokenizer)
         self.kv_shapes = self._probe_shapes()
-        self._compile_attention()
+        self._compile_kernels()
         self.stop_ids = _stop_ids(network, tokenizer, self.template)
 
     @classmethod
@@ -196,12 +196,13 @@ class LanguageModel:
         logits: Tensor = output.logits[0].float()
         return logits
 
-    def _compile_attention(self) -> None:
-        """Compile what a question's attention needs, so that no question waits for it."""
+    def _compile_kernels(self) -> None:
+        """Compile what a question needs, so that no question waits for it."""
         mixed = self.compute_dtype == torch.float32 and self.kv_dtype == torch.bfloat16
         if self.device.type == "cpu" and mixed:
             num_q_heads = self.network.config.get_text_config().num_attention_heads
             groups = {num_q_heads // shape.num_kv_heads for shape in self.kv_shapes}
+            warm_up_linear()
             warm_up(sorted({shape.head_dim for shape in self.kv_shapes}), sorted(groups))
 
     def _probe_shapes(self) -> list[KvShape]:

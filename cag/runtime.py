@@ -123,7 +123,7 @@ def _machine_key() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "torch": torch.__version__,
-        "version": 2,
+        "version": 3,
     }
 
 

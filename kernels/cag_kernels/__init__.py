@@ -6,7 +6,7 @@ written down in `reference.segment_attention_reference`, and `merge_segments` jo
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
 from cag_kernels.cpu import warm_up
-from cag_kernels.linear import FEW_ROWS, few_rows_linear
+from cag_kernels.linear import FEW_ROWS, few_rows_linear, warm_up_linear
 from cag_kernels.merge import merge_segments
 from cag_kernels.reference import segment_attention_reference
 
@@ -19,4 +19,5 @@ __all__ = [
     "segment_attention",
     "segment_attention_reference",
     "warm_up",
+    "warm_up_linear",
 ]

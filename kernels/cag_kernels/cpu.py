@@ -138,11 +138,11 @@ class CompiledKernel:
         self._prepare(call)
         if num_threads == 1 or num_tasks == 1:
             self._attend(call)
-        elif (parallel := _openmp_parallel()) is not None:
+        elif (parallel := openmp_parallel()) is not None:
             # all of torch's threads even for fewer tasks: another size would rebuild the team
             parallel(self._attend_address, ctypes.addressof(call), num_threads, 0)
         else:
-            list(_pool(num_threads).map(lambda _: self._attend(call), range(num_threads)))
+            list(thread_pool(num_threads).map(lambda _: self._attend(call), range(num_threads)))
         self._finish(call)
 
 
@@ -161,7 +161,7 @@ def _compile(head_dim: int, few_rows: int | None) -> CompiledKernel:
 
 
 @cache
-def _openmp_parallel() -> ctypes._NamedFuncPointer | None:
+def openmp_parallel() -> ctypes._NamedFuncPointer | None:
     """The entry of the OpenMP library that torch has loaded, or None where it is not GNU's."""
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
@@ -173,8 +173,9 @@ def _openmp_parallel() -> ctypes._NamedFuncPointer | None:
 
 
 @cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="attention")
+def thread_pool(num_threads: int) -> ThreadPoolExecutor:
+    """Python threads for where there is no OpenMP of GNU; kept for the life of the process."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="cag-kernel")
 
 
 def _float_bits(value: float) -> int:
