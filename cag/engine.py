@@ -21,6 +21,7 @@ from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.resident import ResidentPrefix
+from cag.runtime import usable_cores
 from cag_store import CacheReader, Manifest, Ref, Store
 from cag_store.codecs import warm_up
 from cag_store.errors import EntryNotFound
@@ -152,7 +153,8 @@ class Engine:
             _, manifest, reader = self.store.open_reader(name)
         try:
             check_fingerprints(name, manifest, self.model)
-            resident = ResidentPrefix.load(reader, self.model.kv_shapes, self.model.kv_dtype, self.model.device)
+            model, overlap = self.model, self._has_cores_to_overlap()
+            resident = ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device, overlap=overlap)
         except BaseException:
             reader.close()
             raise
@@ -168,6 +170,11 @@ class Engine:
         started_at = time.perf_counter()
         with self.open(name) as prefix:
             return prefix.ask(question, options, started_at=started_at, **sampling)
+
+    def _has_cores_to_overlap(self) -> bool:
+        """Whether loading and a question's forward can run beside each other without taking each other's cores."""
+        on_gpu = self.model.device.type != "cpu"
+        return on_gpu or usable_cores() >= self.model.plan.threads_small + self.store.workers
 
     def _handle(self, name: str, opened: _OpenCache) -> Prefix:
         """One more user of an open cache. The lock is held by the caller."""

@@ -6,6 +6,9 @@ forward runs through the first layers while later ones are read and decoded.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from cag.state import KvShape, Tail
     from cag_store import CacheReader
+
+
+HUGE_PAGE_BYTES = 2 << 20
 
 
 def storage_view(tensor: Tensor) -> NDArray[Any]:
@@ -50,6 +56,22 @@ class HostBuffers:
                 target.copy_(source, non_blocking=True)
 
 
+def _allocate(sizes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Uninitialized tensors; on a CPU in one mapping of huge pages where the system has them.
+
+    The first touch of fresh memory costs a fault a page, and a cache is touched once while it is decoded.
+    """
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    counts = [math.prod(size) for size in sizes]
+    memory = mmap.mmap(-1, sum(counts) * dtype.itemsize + HUGE_PAGE_BYTES)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping as long as any tensor lives
+    aligned = whole[-whole.data_ptr() % HUGE_PAGE_BYTES :][: sum(counts) * dtype.itemsize].view(dtype)
+    return [part.view(size) for part, size in zip(torch.split(aligned, counts), sizes, strict=True)]
+
+
 def _pinned_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
@@ -67,6 +89,7 @@ class ResidentPrefix:
         self._values = values
         self.token_ids = token_ids
         self.load_s = 0.0
+        self._overlap = True
         self._ready = [threading.Event() for _ in keys]
         self._error: BaseException | None = None
 
@@ -80,14 +103,25 @@ class ResidentPrefix:
 
     @classmethod
     def load(
-        cls, reader: CacheReader, shapes: list[KvShape], dtype: torch.dtype, device: torch.device
+        cls,
+        reader: CacheReader,
+        shapes: list[KvShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        overlap: bool = True,
     ) -> ResidentPrefix:
-        """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed."""
+        """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed.
+
+        With `overlap` a layer can be used as soon as it is there. Without it, all layers become usable together: where
+        loading needs the very cores that the forward runs on, one after the other is sooner.
+        """
         token_ids = reader.token_ids().astype(np.int64)
         num_tokens = len(token_ids)
-        keys = [torch.empty(s.num_kv_heads, num_tokens, s.head_dim, dtype=dtype, device=device) for s in shapes]
-        values = [torch.empty_like(tensor) for tensor in keys]
-        prefix = cls(keys, values, token_ids)
+        sizes = [(s.num_kv_heads, num_tokens, s.head_dim) for s in shapes]
+        tensors = _allocate([size for size in sizes for _ in range(2)], dtype, device)
+        prefix = cls(tensors[::2], tensors[1::2], token_ids)
+        prefix._overlap = overlap
         threading.Thread(target=prefix._load, args=(reader,), name="cag-load", daemon=True).start()
         return prefix
 
@@ -105,7 +139,7 @@ class ResidentPrefix:
 
     def _arrived(self, layer: int, host: HostBuffers) -> None:
         host.arrived(layer)
-        if layer < len(self._ready) - 1:  # the last layer is set with `load_s`
+        if self._overlap and layer < len(self._ready) - 1:  # the last layer is set with `load_s`
             self._ready[layer].set()
 
     @property
