@@ -18,10 +18,11 @@ import numpy as np
 from cag.errors import UnsupportedModel
 
 SYSTEM_TEXT = (
-    "Answer questions from the documents below. Answer in as few words as possible. "
-    "If the documents do not contain the answer, say: The documents do not say."
+    "You answer questions about the documents below, and about nothing else. "
+    "Give the answer in as few words as possible, copied from the documents: a name, a number with its unit, a short "
+    "phrase. If the documents do not contain the answer, say: The documents do not say."
 )
-CLOSING_TEXT = "Answer the question from the documents above, in as few words as possible."
+CLOSING_TEXT = "These were all documents. Answer the question from them, in as few words as possible."
 
 # transformers keeps `split_special_tokens` inside the tokenizer: two threads that encode at once would mix it up.
 _tokenizer_lock = threading.Lock()
