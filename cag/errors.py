@@ -149,6 +149,10 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     store_errors.StoreBusy: ErrorRow(56, 409, "store_busy"),
     store_errors.InvalidName: ErrorRow(57, 400, "invalid_name"),
     store_errors.UnencodableArray: ErrorRow(58, 422, "unencodable_array"),
+    store_errors.BackendUnavailable: ErrorRow(60, 503, "backend_unavailable"),
+    store_errors.UnsupportedBackend: ErrorRow(61, 400, "unsupported_backend"),
+    store_errors.EntryChanged: ErrorRow(62, 503, "entry_changed"),
+    store_errors.EntryConflict: ErrorRow(63, 409, "entry_conflict"),
 }
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cag_store.backends import Backend
+from cag_store.backends import Backend, ReadableBackend
 from cag_store.chunk import ChunkEntry, ChunkHeader, ChunkIndex, Segment, header_size, parse_index
 from cag_store.codecs import Codec, codec_from_config
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, InvalidName, UnencodableArray, UnsupportedFormat
 from cag_store.keys import TokenIds, chunk_key, token_bytes
 from cag_store.paths import chunk_path
+from cag_store.reading import reread
 
 LayerArrays = tuple[Array, Array]
 
@@ -58,12 +59,16 @@ def encode_chunk(
     return index.entry(head), [head, token_bytes(token_ids), *encoded]
 
 
-def open_chunk(backend: Backend, entry: ChunkEntry) -> OpenChunk:
+def open_chunk(backend: ReadableBackend, entry: ChunkEntry) -> OpenChunk:
     """Read and verify header and token ids against what `entry` pins. Raises:
     EntryNotFound, CorruptEntry, UnknownCodec."""
+    return reread(backend, chunk_path(entry.key), lambda: _open_chunk(backend, entry))
+
+
+def _open_chunk(backend: ReadableBackend, entry: ChunkEntry) -> OpenChunk:
     path = chunk_path(entry.key)
     where = f"{backend.url}/{path}"
-    found = backend.stat(path).size_bytes
+    data, found = backend.get_start(path, entry.header_bytes + 4 * entry.num_tokens)
     if found != entry.stored_bytes:
         raise CorruptEntry(
             f"{where}: expected {entry.stored_bytes} bytes, found {found}",
@@ -71,7 +76,6 @@ def open_chunk(backend: Backend, entry: ChunkEntry) -> OpenChunk:
             expected=entry.stored_bytes,
             found=found,
         )
-    data = backend.get_range(path, 0, min(entry.header_bytes + 4 * entry.num_tokens, found))
     header = data[: entry.header_bytes]
     checksum = hashlib.sha256(header).hexdigest()
     if checksum != entry.header_checksum:
@@ -106,7 +110,7 @@ def read_entry(backend: Backend, key: str) -> ChunkEntry:
     return entry
 
 
-def check_segments(backend: Backend, chunk: OpenChunk, decode: bool) -> int:
+def check_segments(backend: ReadableBackend, chunk: OpenChunk, decode: bool) -> int:
     """Read all segments of `chunk` and compare their checksums; with `decode`, decode them too. Returns the bytes read.
 
     Raises: CorruptEntry.

@@ -8,6 +8,10 @@ StoreError
 ├── UnencodableArray (ValueError)     values, shape or type that a codec cannot keep within its promise
 ├── StoreFull (OSError)               no space, quota or permission to write
 ├── StoreBusy (RuntimeError)          a lock that another process holds for too long
+├── EntryChanged (RuntimeError)       an object that was replaced while it was read
+├── EntryConflict (ValueError)        the same address with other bytes than the ones to be stored
+├── BackendUnavailable (OSError)      a server that cannot be reached, refuses, or keeps failing
+├── UnsupportedBackend (ValueError)   a URL nobody serves, or a server that cannot keep a store safe
 └── InvalidName (ValueError)          a name or key the store does not accept
 
 Every error says what was expected against what was found, where, and what to do.
@@ -54,6 +58,22 @@ class StoreFull(StoreError, OSError):
 
 class StoreBusy(StoreError, RuntimeError):
     """A lock that another process holds for too long."""
+
+
+class EntryChanged(StoreError, RuntimeError):
+    """An object that was replaced while it was read. Opening the cache again reads the new one."""
+
+
+class EntryConflict(StoreError, ValueError):
+    """The same address with other bytes than the ones to be stored: computed on another machine."""
+
+
+class BackendUnavailable(StoreError, OSError):
+    """A server that cannot be reached, refuses access, or keeps failing after retries."""
+
+
+class UnsupportedBackend(StoreError, ValueError):
+    """A URL that no backend serves, or a server that cannot keep a store safe."""
 
 
 class InvalidName(StoreError, ValueError):

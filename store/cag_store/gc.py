@@ -8,7 +8,6 @@ old temporary files.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from cag_store.backends import ObjectInfo
 from cag_store.errors import EntryNotFound, StoreError
 from cag_store.manifest import utc_now
 from cag_store.paths import BLOBS, CHUNKS, MANIFESTS, blob_path, chunk_path, manifest_path, ref_path
+from cag_store.reading import read_manifest
 
 if TYPE_CHECKING:
     from cag_store.store import Store
@@ -47,7 +47,7 @@ def collect(store: Store, grace_s: float, dry_run: bool) -> GcReport:
         loose = [
             info for folder in (MANIFESTS, CHUNKS, BLOBS) for info in backend.list(folder) if info.path not in reached
         ]
-        limit = float("-inf") if building else time.time() - grace_s
+        limit = float("-inf") if building else backend.now_s() - grace_s
         doomed = [info for info in loose if info.modified_s <= limit]
         if not dry_run:
             for path in (*(ref_path(ref.name) for ref in expired), *(info.path for info in doomed)):
@@ -70,7 +70,7 @@ def _reached(store: Store, kept: list[str], held: list[str]) -> set[str]:
     reached: set[str] = set()
     for digest in {*kept, *held}:
         try:
-            manifest = store.manifest(digest)
+            manifest = read_manifest(store.backend, digest)
         except EntryNotFound:
             continue
         except StoreError as error:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
-from cag_store.backends import Backend
+from cag_store.backends import ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment
 from cag_store.dtypes import Array
+from cag_store.errors import CorruptEntry
 
 Buffers = Sequence[tuple[Array, Array]]
 
@@ -29,13 +30,14 @@ _JOB_BYTES = 1 << 20  # encoded layers of a chunk read at once: fewer calls, but
 @dataclass
 class LoadTimings:
     """Where the time of `load` went. Reading, verifying and decoding are summed over threads and overlap;
-    `wall_s` is the clock."""
+    `wall_s` is the clock. `bytes_by_tier` says how many of the bytes came from where."""
 
     bytes_read: int = 0
     read_s: float = 0.0
     verify_s: float = 0.0
     decode_s: float = 0.0
     wall_s: float = 0.0
+    bytes_by_tier: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,12 @@ class Pipeline:
     """One pass over all layers of `chunks`."""
 
     def __init__(
-        self, backend: Backend, chunks: Sequence[OpenChunk], buffers: Buffers, workers: int, timings: LoadTimings
+        self,
+        backend: ReadableBackend,
+        chunks: Sequence[OpenChunk],
+        buffers: Buffers,
+        workers: int,
+        timings: LoadTimings,
     ) -> None:
         self._backend = backend
         self._buffers = buffers
@@ -65,7 +72,7 @@ class Pipeline:
         spans = list(_layer_spans(chunks, len(buffers)))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
-        self._num_threads = min(workers + 1, len(self._jobs))
+        self._num_threads = min(max(workers + 1, backend.parallel_reads), len(self._jobs))
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._stopped = False
@@ -119,10 +126,10 @@ class Pipeline:
         timings = LoadTimings(bytes_read=job.num_bytes)
         started = time.perf_counter()
         data = buffer[: job.num_bytes]
-        self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
+        tier = self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
         timings.read_s = time.perf_counter() - started
         for layer in range(job.first, job.last):
-            data = self._decode_layer(job.chunk, layer, data, timings)
+            data = self._decoded(job, layer, data, timings, nearby=tier != self._backend.tier)
             with self._changed:
                 self._missing[layer] -= 1
                 if not self._missing[layer]:
@@ -132,6 +139,18 @@ class Pipeline:
             self._timings.read_s += timings.read_s
             self._timings.verify_s += timings.verify_s
             self._timings.decode_s += timings.decode_s
+            by_tier = self._timings.bytes_by_tier
+            by_tier[tier] = by_tier.get(tier, 0) + job.num_bytes
+
+    def _decoded(self, job: Job, layer: int, data: memoryview, timings: LoadTimings, *, nearby: bool) -> memoryview:
+        """`_decode_layer`; once more from the backend itself when a copy kept nearby proved wrong."""
+        try:
+            return self._decode_layer(job.chunk, layer, data, timings)
+        except CorruptEntry:
+            if not (self._backend.forget(job.chunk.path) or nearby):
+                raise
+        self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * layer], data)
+        return self._decode_layer(job.chunk, layer, data, timings)
 
     def _decode_layer(self, chunk: OpenChunk, layer: int, data: memoryview, timings: LoadTimings) -> memoryview:
         """Verify and decode both sides of a layer, with which `data` begins. Returns what stands behind them."""

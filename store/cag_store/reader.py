@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cag_store.backends import Backend, Lease
+from cag_store.backends import Lease, ReadableBackend
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import OpenChunk, open_chunk
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray
 from cag_store.keys import ROOT, ChunkContext
 from cag_store.pipeline import Buffers, LoadTimings, Pipeline
+
+_TIERS = ("memory", "disk", "object-store")  # the slower the later
 
 
 class CacheReader:
@@ -23,14 +27,19 @@ class CacheReader:
     """
 
     def __init__(
-        self, backend: Backend, entries: Sequence[ChunkEntry], context: ChunkContext, lease: Lease | None, workers: int
+        self,
+        backend: ReadableBackend,
+        entries: Sequence[ChunkEntry],
+        context: ChunkContext,
+        lease: Lease | None,
+        workers: int,
     ) -> None:
         self.timings = LoadTimings()
         self._backend = backend
         self._lease = lease
         self._workers = workers
         try:
-            self._chunks = [open_chunk(backend, entry) for entry in entries]
+            self._chunks = _opened(backend, entries)
             check_chain(self._chunks, context)
         except BaseException:
             self.close()
@@ -45,6 +54,12 @@ class CacheReader:
     def num_tokens(self) -> int:
         """Tokens of all chunks."""
         return sum(chunk.entry.num_tokens for chunk in self._chunks)
+
+    @property
+    def tier(self) -> str:
+        """The slowest tier that `load` has read from, or would read from."""
+        found = self.timings.bytes_by_tier
+        return max(found, key=_TIERS.index, default=self._backend.tier)
 
     def token_ids(self) -> NDArray[np.int64]:
         """The token ids, verified by the chain of keys."""
@@ -86,6 +101,14 @@ class CacheReader:
                         expected=expected,
                         found=array.shape,
                     )
+
+
+def _opened(backend: ReadableBackend, entries: Sequence[ChunkEntry]) -> list[OpenChunk]:
+    """All chunks, as many at the same time as the backend is good for."""
+    if backend.parallel_reads == 1:
+        return [open_chunk(backend, entry) for entry in entries]
+    with ThreadPoolExecutor(backend.parallel_reads, "cag-open") as pool:
+        return list(pool.map(partial(open_chunk, backend), entries))
 
 
 def check_chain(chunks: Sequence[OpenChunk], context: ChunkContext) -> None:

@@ -16,8 +16,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cag_store.backends import Backend, Lease, LocalBackend, MemoryBackend
-from cag_store.blob import MAX_BLOB_BYTES, pack_blob, unpack_blob
+from cag_store.backends import Backend, Lease, MemoryBackend, ReadableBackend, is_url, open_backend
+from cag_store.backends.object_cache import CachedReads, PieceCache
+from cag_store.blob import MAX_BLOB_BYTES, pack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreFull
@@ -26,6 +27,7 @@ from cag_store.keys import ChunkContext, TokenIds
 from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest, utc_now
 from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, ref_path
 from cag_store.reader import CacheReader
+from cag_store.reading import read_blob, read_manifest, reread
 from cag_store.ref import MAX_REF_BYTES, Ref
 from cag_store.verify import VerifyReport, verify_cache
 
@@ -37,16 +39,27 @@ def default_workers() -> int:
 
 
 class Store:
-    """A store on a backend. Safe to use from several threads and processes."""
+    """A store on a backend. Safe to use from several threads and processes.
 
-    def __init__(self, backend: Backend, workers: int | None = None) -> None:
+    Attributes:
+        backend: where everything is written, looked up and verified.
+        nearby: what caches are read through: `backend`, or `backend` behind a cache of pieces on the local disk.
+    """
+
+    def __init__(self, backend: Backend, workers: int | None = None, pieces: PieceCache | None = None) -> None:
         self.backend = backend
+        self.nearby: ReadableBackend = CachedReads(backend, pieces) if pieces is not None else backend
         self.workers = workers or default_workers()
 
     @classmethod
-    def open(cls, path: str | Path, workers: int | None = None) -> Store:
-        """The store in directory `path`, made by the first write. Raises: UnsupportedFormat."""
-        return cls(LocalBackend(path), workers)
+    def open(cls, location: str | Path, workers: int | None = None, pieces: PieceCache | None = None) -> Store:
+        """The store in a directory or at a URL (`file://`, `s3://`, `gs://`, `az://`), made by the first write.
+
+        `pieces` keeps what is read from an object store. Raises: UnsupportedFormat; UnsupportedBackend and
+        BackendUnavailable for URLs.
+        """
+        remote = is_url(location) and not str(location).startswith("file:")
+        return cls(open_backend(location), workers, pieces if remote else None)
 
     @classmethod
     def in_memory(cls, workers: int | None = None) -> Store:
@@ -78,12 +91,14 @@ class Store:
         Raises: EntryNotFound; CorruptEntry after a damaged chunk was removed: compute it again.
         """
         try:
-            entry = read_entry(self.backend, key)
-            check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
-            self.backend.touch(chunk_path(key))
+            entry = self._checked(key)
         except CorruptEntry:
-            self.backend.delete(chunk_path(key))
-            raise
+            try:
+                entry = self._checked(key)  # not when the bytes were only damaged on their way
+            except CorruptEntry:
+                self.backend.delete(chunk_path(key))
+                raise
+        self.backend.touch(chunk_path(key))
         return entry
 
     def put_blob(self, data: bytes) -> str:
@@ -95,7 +110,7 @@ class Store:
         packed = pack_blob(data)
         if not self.backend.put_if_absent(path, [packed]):
             try:
-                self.get_blob(sha256)
+                read_blob(self.backend, sha256)
                 self.backend.touch(path)
             except CorruptEntry:
                 self.backend.replace(path, packed)
@@ -103,12 +118,7 @@ class Store:
 
     def get_blob(self, sha256: str) -> bytes:
         """The blob, verified. Raises: EntryNotFound, CorruptEntry."""
-        path = blob_path(sha256)
-        data = unpack_blob(self.backend.get(path, MAX_BLOB_BYTES), path)
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256:
-            raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=sha256, found=found)
-        return data
+        return reread(self.nearby, blob_path(sha256), lambda: read_blob(self.nearby, sha256))
 
     def blob_bytes(self, sha256s: Iterable[str]) -> int:
         """Size on the backend of these blobs, each counted once. Raises: EntryNotFound."""
@@ -169,12 +179,7 @@ class Store:
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest at `digest`, verified. Raises: EntryNotFound, CorruptEntry, UnsupportedFormat."""
-        path = manifest_path(digest)
-        data = self.backend.get(path, MAX_MANIFEST_BYTES)
-        found = hashlib.sha256(data).hexdigest()
-        if found != digest:
-            raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=digest, found=found)
-        return Manifest.from_bytes(data, path)
+        return reread(self.nearby, manifest_path(digest), lambda: read_manifest(self.nearby, digest))
 
     def pin(self, name: str) -> Ref:
         """Keep `name` from expiry until `unpin`. Raises: EntryNotFound."""
@@ -200,7 +205,7 @@ class Store:
     def reader(self, manifest: Manifest, workers: int | None = None) -> CacheReader:
         """A reader of the whole cache; close it. Raises: EntryNotFound, CorruptEntry, UnknownCodec."""
         lease = self._reader_lease([manifest.digest])
-        return CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers)
+        return CacheReader(self.nearby, manifest.chunks, manifest.context, lease, workers or self.workers)
 
     def open_reader(self, name: str, workers: int | None = None) -> tuple[Ref, Manifest, CacheReader]:
         """`resolve` and `reader` in one step, so that no `gc` comes between. Raises: as both."""
@@ -210,7 +215,7 @@ class Store:
         return (
             ref,
             manifest,
-            CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers),
+            CacheReader(self.nearby, manifest.chunks, manifest.context, lease, workers or self.workers),
         )
 
     def chunk_reader(
@@ -253,6 +258,12 @@ class Store:
         paths = [ref_path(name), manifest_path(ref.manifest), *object_paths(manifest)]
         dropped = [self.backend.drop_page_cache(path) for path in paths]
         return all(dropped)
+
+    def _checked(self, key: str) -> ChunkEntry:
+        """The entry of a chunk after every byte was verified."""
+        entry = read_entry(self.backend, key)
+        check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
+        return entry
 
     def _exists(self, path: str) -> bool:
         try:

@@ -12,6 +12,7 @@ from cag_store.errors import CorruptEntry, EntryNotFound, StoreError
 from cag_store.manifest import Manifest
 from cag_store.paths import blob_path, manifest_path, ref_path
 from cag_store.reader import check_chain
+from cag_store.reading import read_blob, read_manifest
 
 if TYPE_CHECKING:
     from cag_store.store import Store
@@ -47,7 +48,7 @@ def verify_cache(store: Store, name: str) -> VerifyReport:
     bytes_read = store.backend.stat(ref_path(name)).size_bytes if name in store.names() else 0
     try:
         digest = store.ref(name).manifest
-        manifest = store.manifest(digest)
+        manifest = read_manifest(store.backend, digest)
         bytes_read += store.backend.stat(manifest_path(digest)).size_bytes
     except StoreError as error:
         if digest is None and isinstance(error, EntryNotFound):
@@ -86,7 +87,7 @@ def _verify_blobs(store: Store, manifest: Manifest, problems: list[StoreError]) 
     bytes_read = 0
     for address in sorted(addresses):
         try:
-            store.get_blob(address)
+            read_blob(store.backend, address)
             bytes_read += store.backend.stat(blob_path(address)).size_bytes
         except StoreError as error:
             problems.append(error)

@@ -359,7 +359,7 @@ def test_a_store_that_may_not_be_written_can_be_read(tmp_path, small, monkeypatc
 
 def test_the_tree_of_errors():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, StoreError)]
-    assert len(classes) == 9
+    assert len(classes) == 13
     for cls in classes:
         assert cls.__name__ in errors.__doc__
         error = cls("what", where="here")

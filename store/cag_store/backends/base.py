@@ -9,6 +9,7 @@ or none, and a process killed while it writes leaves nothing under the object's 
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -42,11 +43,15 @@ class Lease(AbstractContextManager["Lease"], ABC):
         self.release()
 
 
-class Backend(ABC):
-    """Where objects lie. All methods may be called from several threads."""
+class ReadableBackend(ABC):
+    """Where objects are read. All methods may be called from several threads."""
 
     url: str
-    """Where, for messages."""
+    """Where, for messages; without secrets."""
+    tier: str
+    """What reading from it waits for: "memory", "disk" or "object-store"."""
+    parallel_reads: int = 1
+    """How many reads at the same time it takes to be read at its full speed."""
 
     @abstractmethod
     def get(self, path: str, max_bytes: int) -> bytes:
@@ -56,13 +61,26 @@ class Backend(ABC):
     def get_range(self, path: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset` on. Raises: EntryNotFound; CorruptEntry when the object ends before."""
 
-    def get_range_into(self, path: str, offset: int, out: memoryview) -> None:
-        """`get_range` of `len(out)` bytes into `out`, which spares the allocation."""
+    @abstractmethod
+    def get_start(self, path: str, length: int) -> tuple[bytes, int]:
+        """The first `length` bytes (all, when there are fewer) and the size of the object. Raises: EntryNotFound."""
+
+    def get_range_into(self, path: str, offset: int, out: memoryview) -> str:
+        """`get_range` of `len(out)` bytes into `out`, which spares the allocation; returns the tier they came from."""
         out[:] = self.get_range(path, offset, len(out))
+        return self.tier
 
     def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """`get_range` for each (offset, length), in their order."""
         return [self.get_range(path, offset, length) for offset, length in ranges]
+
+    def forget(self, path: str) -> bool:  # noqa: ARG002
+        """Drop copies of the object that are kept nearby, as they proved wrong; whether there was one."""
+        return False
+
+
+class Backend(ReadableBackend):
+    """Where objects lie."""
 
     @abstractmethod
     def put_if_absent(self, path: str, parts: Parts) -> bool:
@@ -82,7 +100,16 @@ class Backend(ABC):
 
     @abstractmethod
     def stat(self, path: str) -> ObjectInfo:
-        """Raises: EntryNotFound."""
+        """Size and time of the last write; only `list` has to know of `touch`. Raises: EntryNotFound."""
+
+    def get_start(self, path: str, length: int) -> tuple[bytes, int]:
+        """See `ReadableBackend`."""
+        size = self.stat(path).size_bytes
+        return self.get_range(path, 0, min(length, size)), size
+
+    def now_s(self) -> float:
+        """Seconds since 1970 by the clock that `modified_s` is told by."""
+        return time.time()
 
     @abstractmethod
     def touch(self, path: str) -> None:

@@ -31,6 +31,8 @@ class LocalBackend(Backend):
     """The directory `root`; made by the first write. Raises: UnsupportedFormat for a directory that holds something
     else."""
 
+    tier = "disk"
+
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.url = str(self.root)
@@ -55,10 +57,11 @@ class LocalBackend(Backend):
             self._fill(path, descriptor, offset, memoryview(data))
         return bytes(data)
 
-    def get_range_into(self, path: str, offset: int, out: memoryview) -> None:
+    def get_range_into(self, path: str, offset: int, out: memoryview) -> str:
         """See `Backend`."""
         with self._translated(path), self._descriptor(path) as descriptor:
             self._fill(path, descriptor, offset, out)
+        return self.tier
 
     def put_if_absent(self, path: str, parts: Parts) -> bool:
         """See `Backend`."""

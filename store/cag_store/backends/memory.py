@@ -15,6 +15,8 @@ from cag_store.errors import CorruptEntry, EntryNotFound, StoreBusy
 class MemoryBackend(Backend):
     """A dictionary of bytes."""
 
+    tier = "memory"
+
     def __init__(self) -> None:
         self.url = "memory:"
         self._objects: dict[str, tuple[bytes, float]] = {}

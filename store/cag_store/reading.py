@@ -1,0 +1,45 @@
+"""Verified reading of small objects, and a second try where a copy kept nearby proved wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TypeVar
+
+from cag_store.backends import ReadableBackend
+from cag_store.blob import MAX_BLOB_BYTES, unpack_blob
+from cag_store.errors import CorruptEntry
+from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest
+from cag_store.paths import blob_path, manifest_path
+
+T = TypeVar("T")
+
+
+def reread(backend: ReadableBackend, path: str, read: Callable[[], T]) -> T:
+    """`read()`; once more when it found damage while a copy of the object at `path` was kept nearby."""
+    try:
+        return read()
+    except CorruptEntry:
+        if not backend.forget(path):
+            raise
+        return read()
+
+
+def read_manifest(backend: ReadableBackend, digest: str) -> Manifest:
+    """The manifest at `digest`, verified. Raises: EntryNotFound, CorruptEntry, UnsupportedFormat."""
+    path = manifest_path(digest)
+    data = backend.get(path, MAX_MANIFEST_BYTES)
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=digest, found=found)
+    return Manifest.from_bytes(data, path)
+
+
+def read_blob(backend: ReadableBackend, sha256: str) -> bytes:
+    """The text of a blob, verified. Raises: EntryNotFound, CorruptEntry."""
+    path = blob_path(sha256)
+    data = unpack_blob(backend.get(path, MAX_BLOB_BYTES), path)
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=sha256, found=found)
+    return data
