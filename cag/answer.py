@@ -43,7 +43,8 @@ class Timings:
 
 @dataclass(frozen=True)
 class CacheOrigin:
-    """Which cache served the prefix, and from where: `device` (resident), `disk` (loaded for this request), `none`."""
+    """Which cache served the prefix, and from where: `device` (resident), or what it was loaded from for this request:
+    `memory`, `disk` or `object-store` (the slowest of them); `none`."""
 
     name: str
     digest: str

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,16 @@ import cag_store
 from cag.answer import Answer
 from cag.builder import BuildOptions, BuildProgress, BuildReport, build_cache
 from cag.corpus import CorpusReport, Document, load_corpus
-from cag.errors import CacheMismatch, CacheNotFound
+from cag.errors import CacheMismatch
 from cag.generate import SamplingOptions
-from cag.home import cag_home
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.resident import ResidentPrefix
 from cag.runtime import usable_cores
-from cag_store import CacheReader, Manifest, Ref, Store
+from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
+from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
 from cag_store.codecs import warm_up
-from cag_store.errors import EntryNotFound
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Engine:
 
         Args:
             model: a catalogue name, a hub id, or a local directory.
-            store: a store or its directory; `<cag home>/store` if None.
+            store: a store, its directory or its URL; `<cag home>/store` if None.
             adapter: directory of a LoRA adapter (peft).
             device: "auto", "cpu" or "cuda".
             dtype: what to compute in; "auto" takes what the machine computes best with.
@@ -132,6 +130,40 @@ class Engine:
         """
         return find_cache(self.store, name)
 
+    def export_cache(
+        self,
+        name: str,
+        destination: Store | str | Path,
+        *,
+        new_name: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> CopyReport:
+        """Copy a cache to another store: a directory or a URL. What is there already is not copied again.
+
+        Raises: CacheNotFound; as `cag_store.copy_cache`.
+        """
+        return export_cache(self.store, name, destination, new_name=new_name, on_progress=on_progress)
+
+    def import_cache(
+        self,
+        source: Store | str | Path,
+        name: str | None = None,
+        *,
+        cache: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> CopyReport:
+        """Copy a cache from another store, every byte of it verified, and call it `name`, or what it is called there.
+
+        Args:
+            source: a store, its directory or its URL.
+            name: what to call it here.
+            cache: which of several caches of the source; the only one if None.
+            on_progress: called with bytes done and bytes in all.
+
+        Raises: CacheNotFound; as `cag_store.copy_cache`. Then this store is as it was.
+        """
+        return import_cache(self.store, source, name, cache=cache, on_progress=on_progress)
+
     def open(self, name: str, *, share: bool = True) -> Prefix:
         """Open a cache; it loads in the background, and whoever asks first waits only for the layers it needs.
 
@@ -153,7 +185,8 @@ class Engine:
             _, manifest, reader = self.store.open_reader(name)
         try:
             check_fingerprints(name, manifest, self.model)
-            model, overlap = self.model, self._has_cores_to_overlap()
+            model = self.model
+            overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
             resident = ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device, overlap=overlap)
         except BaseException:
             reader.close()
@@ -202,28 +235,6 @@ class Engine:
             Document(entry.doc_id, entry.title, entry.path, self.store.get_blob(entry.sha256).decode(), entry.sha256)
             for entry in manifest.documents
         ]
-
-
-def open_store(store: Store | str | Path | None = None) -> Store:
-    """A store as it is, the store in a directory, or the user's own."""
-    if isinstance(store, Store):
-        return store
-    return Store.open(Path(store) if store is not None else cag_home() / "store")
-
-
-def find_cache(store: Store, name: str) -> tuple[Ref, Manifest]:
-    """Ref and manifest of a cache. Raises: CacheNotFound."""
-    with translated_lookup():
-        return store.resolve(name)
-
-
-@contextmanager
-def translated_lookup() -> Iterator[None]:
-    """The store's missing entry as the engine's missing cache. Raises: CacheNotFound."""
-    try:
-        yield
-    except EntryNotFound as error:
-        raise CacheNotFound(f"{error}.", hint="`cag ls` lists caches, `cag build` makes one.") from error
 
 
 def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> None:

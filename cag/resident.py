@@ -82,6 +82,7 @@ class ResidentPrefix:
     Attributes:
         token_ids: `[num_tokens]` int64.
         load_s: seconds from the start of loading until the last layer was there; 0 for a prefix that was computed here.
+        tier: the slowest place that the layers were loaded from: "memory", "disk" or "object-store".
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], token_ids: NDArray[np.int64]) -> None:
@@ -89,6 +90,7 @@ class ResidentPrefix:
         self._values = values
         self.token_ids = token_ids
         self.load_s = 0.0
+        self.tier = "memory"
         self._overlap = True
         self._ready = [threading.Event() for _ in keys]
         self._error: BaseException | None = None
@@ -130,7 +132,7 @@ class ResidentPrefix:
         try:
             host = HostBuffers(self._keys, self._values)
             reader.load(host.views(), lambda layer: self._arrived(layer, host))
-            self.load_s = time.perf_counter() - start
+            self.load_s, self.tier = time.perf_counter() - start, reader.tier
         except BaseException as error:  # handed to whoever waits for a layer
             self._error = error
         finally:

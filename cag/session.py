@@ -24,14 +24,19 @@ class AnswerStream:
     """Iterates over pieces of text; `answer` is there when the iteration has ended."""
 
     def __init__(
-        self, session: Session, history: Sequence[tuple[str, str]], question: str, generation: Generation, tier: str
+        self,
+        session: Session,
+        history: Sequence[tuple[str, str]],
+        question: str,
+        generation: Generation,
+        was_resident: bool,
     ) -> None:
         self._session = session
         self._history = history
         self._question = question
         self._generation = generation
         self._cached_tokens = session.num_cached_tokens
-        self._tier = tier
+        self._was_resident = was_resident
         self._answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +58,8 @@ class AnswerStream:
 
     def _compose(self) -> Answer:
         generation, prefix = self._generation, self._session.prefix
-        load_s = prefix.resident.load_s if self._tier == "disk" else 0.0
+        resident = prefix.resident
+        tier, load_s = ("device", 0.0) if self._was_resident else (resident.tier, resident.load_s)
         computed = len(generation.suffix_ids)
         timings = Timings(load_s, generation.prefill_s, generation.ttft_s, generation.tpot_s, generation.total_s)
         return Answer(
@@ -61,7 +67,7 @@ class AnswerStream:
             citations=prefix.cite(self._question, generation.text),
             usage=Usage(self._cached_tokens + computed, self._cached_tokens, computed, len(generation.token_ids)),
             timings=timings,
-            cache=CacheOrigin(prefix.name, prefix.digest, self._tier),
+            cache=CacheOrigin(prefix.name, prefix.digest, tier),
             model=prefix.model.model_id,
             finish_reason=generation.finish_reason,
             token_ids=tuple(generation.token_ids),
@@ -150,7 +156,7 @@ class Session:
         if history and self._answered:
             raise UsageError("this session has turns of its own.", hint="Replay a history in a new session.")
         self.prefix.check_open()
-        tier = "device" if started_at is None and self.prefix.resident.is_loaded else "disk"
+        was_resident = started_at is None and self.prefix.resident.is_loaded
         generation = Generation(
             self.prefix.model,
             self._state,
@@ -158,7 +164,7 @@ class Session:
             options or SamplingOptions(),
             started_at=begin,
         )
-        return AnswerStream(self, history, question, generation, tier)
+        return AnswerStream(self, history, question, generation, was_resident)
 
     def _suffix(self, question: str, history: Sequence[tuple[str, str]]) -> list[int]:
         tokenizer, template = self.prefix.model.tokenizer, self.prefix.template

@@ -1,12 +1,15 @@
 """What all tests share: one quiet thread, no network, a cache home of their own."""
 
 import os
+import uuid
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+from object_server import BUCKET, ENVIRONMENT, Proxy, s3_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -26,3 +29,32 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3_port():
+    """The port of a real S3 server that lives as long as the tests."""
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3_environment(s3_port, monkeypatch):
+    """What the environment says when the server is used directly."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_port}")
+
+
+@pytest.fixture
+def s3_url(s3_environment) -> str:
+    """A prefix of its own."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def proxy(s3_port, s3_environment, monkeypatch):
+    """The environment leads to a proxy before the server."""
+    with Proxy(s3_port).serving() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        yield proxy

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cag.cli import ask, bench, build, caches, doctor, models
+from cag.cli import ask, bench, build, caches, doctor, models, transfer
 from cag.cli.output import INTERRUPTED, report_error
 from cag.cli.serve import serve
 
@@ -60,6 +60,8 @@ app.command()(caches.rm)
 app.command()(caches.gc)
 app.command()(caches.pin)
 app.command()(caches.unpin)
+app.command()(transfer.export)
+app.command("import")(transfer.import_)
 app.command()(serve)
 app.command(context_settings=bench.PASS_ALL, add_help_option=False)(bench.bench)
 app.command()(doctor.doctor)

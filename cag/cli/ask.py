@@ -15,6 +15,7 @@ from cag.cli.opening import ModelChoice, load_engine_of, store_at
 from cag.cli.options import (
     AdapterOption,
     BuildersModelOption,
+    CacheBytesOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -55,11 +56,14 @@ def ask(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     store: StoreOption = None,
+    cache_bytes: CacheBytesOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Answer one question; then citations and timings."""
-    engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
+    engine = load_engine_of(
+        store_at(store, cache_bytes), name, ModelChoice(model, adapter, device, dtype), verbose=verbose
+    )
     options = _sampling(verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     started_at = time.perf_counter()
     with engine.open(name) as prefix:
@@ -79,6 +83,7 @@ def chat(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     store: StoreOption = None,
+    cache_bytes: CacheBytesOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -86,7 +91,9 @@ def chat(
 
     One question a line; /reset forgets the turns, /quit or the end of input leaves.
     """
-    engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
+    engine = load_engine_of(
+        store_at(store, cache_bytes), name, ModelChoice(model, adapter, device, dtype), verbose=verbose
+    )
     options = _sampling(verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with engine.open(name) as prefix:
         session = prefix.session()

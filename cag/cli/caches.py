@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cag.cli.opening import cache_in, missing_names_translated, store_at
-from cag.cli.options import JsonOption, NameArgument, StoreOption, given
+from cag.cli.options import CacheBytesOption, JsonOption, NameArgument, StoreOption, given
 from cag.cli.output import bytes_text, error_facts, note, one_line, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ LIST_COLUMNS = ("name", "tokens", "documents", "model", "codec", "stored", "rati
 LIST_NUMBERS = ("tokens", "documents", "stored", "ratio")
 
 
-def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
+def ls(store: StoreOption = None, cache_bytes: CacheBytesOption = None, as_json: JsonOption = False) -> None:
     """List caches; damaged and expired ones too."""
-    opened = store_at(store)
+    opened = store_at(store, cache_bytes)
     caches = [_listed(opened, name) for name in opened.names()]
     if as_json:
         print_json({"store": opened.backend.url, "caches": caches})
@@ -68,11 +68,13 @@ def _list_row(cache: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def show(name: NameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+def show(
+    name: NameArgument, store: StoreOption = None, cache_bytes: CacheBytesOption = None, as_json: JsonOption = False
+) -> None:
     """Show all about a cache, with its documents."""
     from cag.describe import describe_cache
 
-    cache = describe_cache(*cache_in(store_at(store), name))
+    cache = describe_cache(*cache_in(store_at(store, cache_bytes), name))
     if as_json:
         print_json(cache)
         return

@@ -93,14 +93,16 @@ def _memory_facts() -> dict[str, int]:
 def _store_facts(store: Store) -> dict[str, Any]:
     from cag.models.progress import folder_bytes
     from cag.models.resources import free_disk_bytes
+    from cag_store import is_url
 
-    directory = Path(store.backend.url)
-    return {
-        "path": str(directory),
-        "num_caches": len(store.names()),
-        "num_bytes": folder_bytes(directory),
-        "free_disk_bytes": free_disk_bytes(directory),
-    }
+    url = store.backend.url
+    facts: dict[str, Any] = {"path": url, "num_caches": len(store.names())}
+    if is_url(url):
+        held = sum(
+            info.size_bytes for folder in ("chunks", "blobs", "manifests") for info in store.backend.list(folder)
+        )
+        return facts | {"num_bytes": held, "free_disk_bytes": None}
+    return facts | {"num_bytes": folder_bytes(Path(url)), "free_disk_bytes": free_disk_bytes(Path(url))}
 
 
 def _pulled_models() -> list[dict[str, Any]]:
@@ -142,8 +144,8 @@ def print_report(found: dict[str, Any]) -> None:
     facts |= {f"measured {key}": f"{value:.2f} ms" for key, value in plan["measured_ms"].items()}
     facts |= {
         "memory": f"{bytes_text(memory['available_bytes'])} of {bytes_text(memory['total_bytes'])} available",
-        "store": f"{store['path']}: {store['num_caches']} caches, {bytes_text(store['num_bytes'])}; "
-        f"{bytes_text(store['free_disk_bytes'])} of disk free",
+        "store": f"{store['path']}: {store['num_caches']} caches, {bytes_text(store['num_bytes'])}"
+        + ("" if store["free_disk_bytes"] is None else f"; {bytes_text(store['free_disk_bytes'])} of disk free"),
         "models": "; ".join(f"{model['name']} ({bytes_text(model['num_bytes'])})" for model in found["models"])
         or "none pulled",
         "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,30 +26,25 @@ class ModelChoice:
     dtype: str | None = None
 
 
-def store_at(directory: Path | None) -> Store:
-    """The store in `directory`, or the user's own. Raises: UnsupportedFormat."""
-    from cag.home import cag_home
-    from cag_store import Store
+def store_at(location: str | None, cache_bytes: int | None = None) -> Store:
+    """`cag.stores.open_store`, imported when it is needed."""
+    from cag.stores import open_store
 
-    return Store.open(directory.expanduser().absolute() if directory is not None else cag_home() / "store")
+    return open_store(location, cache_bytes=cache_bytes)
 
 
-@contextmanager
-def missing_names_translated() -> Iterator[None]:
-    """Around calls of the store with a cache's name. Raises: CacheNotFound where the store raises EntryNotFound."""
-    from cag.errors import CacheNotFound
-    from cag_store.errors import EntryNotFound
+def missing_names_translated() -> AbstractContextManager[None]:
+    """`cag.stores.translated_lookup`, imported when it is needed."""
+    from cag.stores import translated_lookup
 
-    try:
-        yield
-    except EntryNotFound as error:
-        raise CacheNotFound(f"{error}.", hint="`cag ls` lists caches, `cag build` makes one.") from error
+    return translated_lookup()
 
 
 def cache_in(store: Store, name: str) -> tuple[Ref, Manifest]:
-    """What `name` means now. Raises: CacheNotFound, also for an expired one; CorruptEntry, InvalidName."""
-    with missing_names_translated():
-        return store.resolve(name)
+    """`cag.stores.find_cache`, imported when it is needed."""
+    from cag.stores import find_cache
+
+    return find_cache(store, name)
 
 
 def load_engine(store: Store, choice: ModelChoice, *, verbose: bool) -> Engine:

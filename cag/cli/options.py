@@ -15,7 +15,19 @@ PathsArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Print the effective configuration.")]
 StoreOption = Annotated[
-    Path | None, typer.Option("--store", help="Directory of the store.", show_default="$CAG_HOME/store")
+    str | None,
+    typer.Option(
+        "--store", help="Directory or URL (s3://, gs://, az://, file://) of the store.", show_default="$CAG_HOME/store"
+    ),
+]
+CacheBytesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-bytes",
+        help="Keep at most so much of what is read from a URL in $CAG_HOME/objects; 0 keeps nothing.",
+        show_default="10000000000",
+        min=0,
+    ),
 ]
 AdapterOption = Annotated[
     Path | None,

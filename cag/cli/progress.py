@@ -30,6 +30,7 @@ STAGES = {
     "assemble": "joining",
     "convert": "converting",
     "record": "checking",
+    "copy": "copying",
 }
 
 

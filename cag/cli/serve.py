@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cag.cli.opening import ModelChoice, cache_in, load_engine, load_engine_of, store_at
-from cag.cli.options import AdapterOption, DeviceOption, DtypeOption, JsonOption, StoreOption, VerboseOption, given
+from cag.cli.options import (
+    AdapterOption,
+    CacheBytesOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    StoreOption,
+    VerboseOption,
+    given,
+)
 from cag.cli.output import note, note_configuration, print_json
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from cag_store import Store
 
 SHUTDOWN_S = 30  # running answers may go on for so long after the signal to stop
 
@@ -32,6 +42,7 @@ def serve(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     store: StoreOption = None,
+    cache_bytes: CacheBytesOption = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option("--api-key", envvar="CAG_API_KEY", help="Key that clients must send; may be repeated."),
@@ -60,15 +71,16 @@ def serve(
     with listener:
         if not settings.api_keys and not _is_loopback(host):
             note(f"warning: {host} can be reached from other machines, and there is no API key; set CAG_API_KEY.")
-        engine = _load(store, settings.preload, ModelChoice(model, adapter, device, dtype), verbose=verbose)
+        engine = _load(
+            store_at(store, cache_bytes), settings.preload, ModelChoice(model, adapter, device, dtype), verbose=verbose
+        )
         note_configuration(verbose, **settings.model_dump(exclude={"api_keys"}), num_api_keys=len(settings.api_keys))
         facts = {"url": _url(listener), "model": engine.model.model_id, "preload": list(settings.preload)}
         _run(create_app(engine, settings=settings), listener, facts, json_output=json_output, verbose=verbose)
 
 
-def _load(directory: Path | None, preload: tuple[str, ...], choice: ModelChoice, *, verbose: bool) -> Any:
+def _load(store: Store, preload: tuple[str, ...], choice: ModelChoice, *, verbose: bool) -> Any:
     """The engine; every preloaded cache is looked up before a model is loaded. Raises: CacheNotFound."""
-    store = store_at(directory)
     for name in preload:
         cache_in(store, name)
     if preload:

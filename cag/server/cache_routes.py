@@ -117,4 +117,4 @@ def _ref(service: AnswerService, name: str) -> Ref:
     try:
         return service.engine.store.ref(name)
     except EntryNotFound as error:
-        raise CacheNotFound(f"{error}.") from error
+        raise CacheNotFound(f"{error}.", name=name) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -13,11 +14,16 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from cag.errors import CagError, QueueFull, UsageError, error_row
-from cag_store.errors import StoreError
+from cag.errors import CacheNotFound, CagError, QueueFull, UsageError, error_row
+from cag_store.errors import EntryNotFound, StoreError
 
 CLIENT_GONE = 499  # nobody reads this response; it tells the access log
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+# A path or URL up to the folders of a store (docs/format.md section 1).
+_PLACE = re.compile(
+    r"(?:[a-z][a-z0-9+.-]*:/)?/[^:;'\"\n]*?/(?=(?:chunks|blobs|manifests|refs|leases|locks|touched|tmp|format)\b)"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +59,20 @@ def error_facts(error: Exception) -> ErrorFacts:
         row = error_row(error)
         param = error.facts.get("param")
         wait = {"Retry-After": str(error.facts["retry_after_s"])} if isinstance(error, QueueFull) else None
-        return ErrorFacts(row.http_status, row.code, str(error), param if isinstance(param, str) else None, wait)
+        return ErrorFacts(
+            row.http_status, row.code, public_message(error), param if isinstance(param, str) else None, wait
+        )
     logger.error("unexpected error", exc_info=error)
     row = error_row(error)
     return ErrorFacts(row.http_status, row.code, "internal error; the server's log has the details.")
+
+
+def public_message(error: CagError | StoreError) -> str:
+    """What is said of `error` over HTTP: not where the store lies, nor what else is in it."""
+    if isinstance(error, CacheNotFound | EntryNotFound) and isinstance(name := error.facts.get("name"), str):
+        expires_at = error.facts.get("expires_at")
+        return f"cache {name!r} expired at {expires_at}." if expires_at else f"no cache is called {name!r}."
+    return _PLACE.sub("", str(error))
 
 
 def install_error_handlers(app: FastAPI) -> None:

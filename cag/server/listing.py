@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cag.server.errors import public_message
 from cag_store import Manifest, Ref, Store
 from cag_store.errors import EntryNotFound, StoreError
 
@@ -15,10 +16,10 @@ def readable_caches(store: Store) -> tuple[list[tuple[Ref, Manifest]], list[dict
         except EntryNotFound:  # removed since the names were read
             continue
         except StoreError as error:
-            damaged.append({"name": name, "error": str(error)})
+            damaged.append({"name": name, "error": public_message(error)})
             continue
         try:
             readable.append((ref, store.manifest(ref.manifest)))
         except StoreError as error:
-            damaged.append({"name": name, "error": str(error)})
+            damaged.append({"name": name, "error": public_message(error)})
     return readable, damaged

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from cag.engine import Engine
 from cag.errors import CagError
 from cag.server.caches import ResidentCaches
+from cag.server.errors import public_message
 from cag.server.metrics import ServerMetrics
 from cag.server.running import AnswerRun, Question, Workplace
 from cag.server.settings import ServerSettings
@@ -52,7 +53,7 @@ class AnswerService:
                 await asyncio.to_thread(self.caches.load, name)
             except (CagError, StoreError) as error:
                 logger.error("cannot preload %s: %s", name, error)
-                self.preload_errors[name] = str(error)
+                self.preload_errors[name] = public_message(error)
             self.preloading.remove(name)
 
     async def close(self) -> None:

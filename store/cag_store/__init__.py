@@ -1,6 +1,8 @@
 """A content-addressed store of compressed key/value caches: arrays <-> bytes on disk. Knows numpy;
 no model, no tensor library."""
 
+from cag_store.backends import is_url
+from cag_store.backends.object_cache import DEFAULT_CACHE_BYTES, PieceCache
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.codecs import Codec, codec_from_config, codec_ids
 from cag_store.dtypes import STORAGE_DTYPES, storage_dtype
@@ -11,9 +13,11 @@ from cag_store.pipeline import LoadTimings
 from cag_store.reader import CacheReader
 from cag_store.ref import Ref, checked_name
 from cag_store.store import Store
+from cag_store.transfer import CopyReport, copy_cache, only_name
 from cag_store.verify import VerifyReport
 
 __all__ = [
+    "DEFAULT_CACHE_BYTES",
     "FORMAT_VERSION",
     "ROOT",
     "STORAGE_DTYPES",
@@ -22,12 +26,14 @@ __all__ = [
     "ChunkEntry",
     "ChunkHeader",
     "Codec",
+    "CopyReport",
     "DocumentEntry",
     "GcReport",
     "KVGeometry",
     "LoadTimings",
     "Manifest",
     "ModelIdentity",
+    "PieceCache",
     "Ref",
     "Store",
     "VerifyReport",
@@ -35,6 +41,9 @@ __all__ = [
     "chunk_key",
     "codec_from_config",
     "codec_ids",
+    "copy_cache",
+    "is_url",
+    "only_name",
     "storage_dtype",
     "utc_now",
 ]

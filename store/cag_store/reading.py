@@ -38,8 +38,13 @@ def read_manifest(backend: ReadableBackend, digest: str) -> Manifest:
 def read_blob(backend: ReadableBackend, sha256: str) -> bytes:
     """The text of a blob, verified. Raises: EntryNotFound, CorruptEntry."""
     path = blob_path(sha256)
-    data = unpack_blob(backend.get(path, MAX_BLOB_BYTES), path)
+    return check_blob(backend.get(path, MAX_BLOB_BYTES), sha256, path)
+
+
+def check_blob(file: bytes, sha256: str, where: str) -> bytes:
+    """The text in the file of a blob. Raises: CorruptEntry unless it is the one with that address."""
+    data = unpack_blob(file, where)
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=sha256, found=found)
+        raise CorruptEntry(f"{where}: content has sha256 {found}", where=where, expected=sha256, found=found)
     return data

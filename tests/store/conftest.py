@@ -1,4 +1,3 @@
-import uuid
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from cag_store import (
     codec_from_config,
 )
 from cag_store.testing import sample_array
-from object_server import BUCKET, ENVIRONMENT, Proxy, s3_server
 
 HEADS, DIMS = (2, 1, 2), (8, 16, 4)
 
@@ -113,32 +111,3 @@ def small(small_class) -> type[SmallCache]:
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store.open(tmp_path / "store")
-
-
-@pytest.fixture(scope="session")
-def s3_port():
-    """The port of a real S3 server that lives as long as the tests."""
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture
-def s3_environment(s3_port, monkeypatch):
-    """What the environment says when the server is used directly."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_port}")
-
-
-@pytest.fixture
-def s3_url(s3_environment) -> str:
-    """A prefix of its own."""
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def proxy(s3_port, s3_environment, monkeypatch):
-    """The environment leads to a proxy before the server."""
-    with Proxy(s3_port).serving() as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        yield proxy

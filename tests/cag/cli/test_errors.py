@@ -132,7 +132,7 @@ def test_every_command_has_json_and_says_what_it_does():
     commands = get_command(app).commands
     assert set(commands) == {
         "pull", "build", "update", "ask", "chat", "ls", "show", "verify", "rm", "gc", "pin", "unpin", "serve", "bench",
-        "doctor",
+        "doctor", "export", "import",
     }  # fmt: skip
     for name, command in commands.items():
         assert command.get_short_help_str(60)

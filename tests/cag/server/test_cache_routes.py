@@ -5,6 +5,8 @@ import json
 import pytest
 
 from cag.describe import describe_cache
+from cag.server.errors import error_facts
+from cag_store.errors import CorruptEntry
 
 pytestmark = pytest.mark.anyio
 
@@ -131,3 +133,22 @@ async def test_a_cache_that_was_removed_elsewhere_is_closed_by_the_next_request(
         engine.store.remove("removed")
         response = await served.client.post("/v1/caches/removed/ask", json=request)
         assert (response.status_code, served.service.caches.num_resident) == (404, 0)
+
+
+async def test_errors_do_not_tell_where_the_store_lies(serving, engine, copy_of):
+    copy_of("handbook", "broken")
+    root = engine.store.backend.root
+    (root / "refs" / "broken.json").write_text("{}")
+    async with serving() as served:
+        missing = (await served.client.get("/v1/caches/nix")).json()["error"]
+        asked = (await served.client.post("/v1/caches/nix/ask", json={"question": "Who?"})).json()["error"]
+        damaged = (await served.client.get("/v1/caches")).json()["damaged"]
+    assert missing["message"] == asked["message"] == "no cache is called 'nix'."
+    assert [row["name"] for row in damaged] == ["broken"]
+    assert str(root) not in json.dumps([missing, damaged])
+
+
+@pytest.mark.parametrize("place", ["/srv/my caches/store", "s3://bucket/a/b", "/"])
+def test_places_are_left_out_of_messages(place):
+    error = CorruptEntry(f"{place.rstrip('/')}/chunks/ab/abc: the header is damaged; build the cache again")
+    assert error_facts(error).message == "chunks/ab/abc: the header is damaged; build the cache again"

@@ -1,0 +1,72 @@
+"""Which store is meant, and what lies in it: a directory or a URL, the cache of pieces before a URL, caches by name.
+Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cag.errors import CacheNotFound
+from cag.home import cag_home
+from cag_store import DEFAULT_CACHE_BYTES, CopyReport, Manifest, PieceCache, Ref, Store, copy_cache, is_url, only_name
+from cag_store.errors import EntryNotFound
+
+
+def open_store(store: Store | str | Path | None = None, *, cache_bytes: int | None = None) -> Store:
+    """A store as it is, the store in a directory or at a URL, or the user's own.
+
+    What is read from an object store is kept on the local disk in at most `cache_bytes`; 0 keeps nothing.
+    Raises: UnsupportedFormat, UnsupportedBackend, BackendUnavailable.
+    """
+    if isinstance(store, Store):
+        return store
+    if store is None:
+        return Store.open(cag_home() / "store")
+    if not is_url(store):
+        return Store.open(Path(store).expanduser().absolute())
+    bound = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
+    return Store.open(str(store), pieces=PieceCache(cag_home() / "objects", bound) if bound else None)
+
+
+def find_cache(store: Store, name: str) -> tuple[Ref, Manifest]:
+    """Ref and manifest of a cache. Raises: CacheNotFound."""
+    with translated_lookup():
+        return store.resolve(name)
+
+
+def export_cache(
+    store: Store,
+    name: str,
+    destination: Store | str | Path,
+    *,
+    new_name: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CopyReport:
+    """See `Engine.export_cache`."""
+    with translated_lookup():
+        return copy_cache(store, open_store(destination, cache_bytes=0), name, new_name, on_progress)
+
+
+def import_cache(
+    store: Store,
+    source: Store | str | Path,
+    name: str | None = None,
+    *,
+    cache: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CopyReport:
+    """See `Engine.import_cache`."""
+    opened = open_store(source, cache_bytes=0)
+    with translated_lookup():
+        return copy_cache(opened, store, cache or only_name(opened), name, on_progress)
+
+
+@contextmanager
+def translated_lookup() -> Iterator[None]:
+    """The store's missing entry as the engine's missing cache. Raises: CacheNotFound."""
+    try:
+        yield
+    except EntryNotFound as error:
+        hint = "`cag ls` lists caches, `cag build` makes one."
+        raise CacheNotFound(f"{error}.", hint=hint, **error.facts) from error

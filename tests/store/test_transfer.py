@@ -1,0 +1,208 @@
+"""Copies between stores: verified, resumable, all or nothing."""
+
+import os
+import signal
+import threading
+import traceback
+from dataclasses import replace
+
+import pytest
+
+from cag_store import Store, copy_cache, only_name
+from cag_store.backends.local import LocalBackend
+from cag_store.errors import (
+    CorruptEntry,
+    EntryConflict,
+    EntryNotFound,
+    InvalidName,
+    StoreError,
+    StoreFull,
+    UnsupportedFormat,
+)
+from cag_store.jsontext import canonical_bytes
+from cag_store.paths import blob_path, chunk_path, manifest_path, ref_path
+
+
+@pytest.fixture
+def source(tmp_path, small):
+    store = Store.open(tmp_path / "source")
+    small(num_tokens=40).build(store)
+    return store
+
+
+def loaded(store, cache, name="small"):
+    with store.open_reader(name)[2] as reader:
+        buffers = cache.buffers()
+        reader.load(buffers)
+    cache.check(buffers)
+
+
+def objects(store):
+    found = [info.path for folder in ("chunks", "blobs", "manifests", "refs") for info in store.backend.list(folder)]
+    return {path: store.backend.get(path, 1 << 30) for path in found}
+
+
+def test_a_copy_is_the_same_cache_under_any_name(source, tmp_path, small):
+    destination = Store.open((tmp_path / "there").as_uri())
+    told = []
+    report = copy_cache(source, destination, "small", "other", lambda done, total: told.append((done, total)))
+    manifest = source.resolve("small")[1]
+    assert destination.resolve("other")[1] == manifest
+    assert (report.name, report.digest) == ("other", manifest.digest)
+    assert (report.copied_bytes, report.reused_bytes) == (manifest.stored_bytes, 0)
+    assert told[0] == (0, manifest.stored_bytes)
+    assert told[-1] == (manifest.stored_bytes, manifest.stored_bytes)
+    assert told == sorted(told)
+    assert destination.verify("other").ok
+    loaded(destination, small(num_tokens=40), "other")
+    assert only_name(destination) == "other"
+
+
+def test_what_is_there_is_not_copied_again(source, tmp_path, small):
+    destination = Store.open(tmp_path / "there")
+    copy_cache(source, destination, "small")
+    again = copy_cache(source, destination, "small")
+    assert (again.copied_bytes, again.reused_bytes) == (0, again.reused_bytes)
+    (tmp_path / "there" / chunk_path(source.resolve("small")[1].chunks[2].key)).unlink()
+    assert copy_cache(source, destination, "small").copied_bytes == source.resolve("small")[1].chunks[2].stored_bytes
+    assert destination.verify("small").ok
+
+
+def test_a_copy_to_and_from_an_object_store(source, tmp_path, small, s3_url):
+    copy_cache(source, Store.open(s3_url), "small")
+    back = Store.open(tmp_path / "back")
+    report = copy_cache(Store.open(s3_url), back, only_name(Store.open(s3_url)), "again")
+    assert report.source == s3_url
+    assert back.resolve("again")[1] == source.resolve("small")[1]
+    assert back.verify("again").ok
+
+
+def every_object(store):
+    manifest = store.resolve("small")[1]
+    return [
+        *(chunk_path(chunk.key) for chunk in manifest.chunks),
+        *(blob_path(document.sha256) for document in manifest.documents),
+        manifest_path(manifest.digest),
+        ref_path("small"),
+    ]
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.999])
+@pytest.mark.parametrize("number", range(9))
+def test_a_flipped_bit_anywhere_stops_an_import(source, tmp_path, number, where):
+    path = tmp_path / "source" / (found := every_object(source))[number % len(found)]
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 4
+    path.write_bytes(data)
+    destination = Store.open(tmp_path / "there")
+    with pytest.raises(StoreError) as caught:
+        copy_cache(Store.open(tmp_path / "source"), destination, "small")
+    assert isinstance(caught.value, CorruptEntry | UnsupportedFormat)
+    assert destination.names() == []
+    assert list(destination.backend.list("manifests")) == []
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_missing_or_cut_object_stops_an_import(source, tmp_path, number):
+    path = tmp_path / "source" / (found := every_object(source))[number % len(found)]
+    whole = path.read_bytes()
+    for content, error in ((whole[:-1], CorruptEntry), (whole + b"0", CorruptEntry), (None, EntryNotFound)):
+        path.unlink() if content is None else path.write_bytes(content)
+        destination = Store.open(tmp_path / "there")
+        with pytest.raises(error):
+            copy_cache(Store.open(tmp_path / "source"), destination, "small")
+        assert destination.names() == []
+
+
+def test_a_swapped_chunk_and_a_foreign_version_are_refused(source, tmp_path):
+    manifest = source.resolve("small")[1]
+    first, second = (tmp_path / "source" / chunk_path(chunk.key) for chunk in manifest.chunks[:2])
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    destination = Store.open(tmp_path / "there")
+    with pytest.raises(CorruptEntry):
+        copy_cache(source, destination, "small")
+    first.write_bytes(kept)
+    newer = canonical_bytes({**manifest.to_json(), "schema": 2})
+    ref = replace(source.ref("small"), manifest=__import__("hashlib").sha256(newer).hexdigest())
+    source.backend.put_if_absent(manifest_path(ref.manifest), [newer])
+    source.backend.replace(ref_path("small"), ref.to_bytes())
+    with pytest.raises(UnsupportedFormat, match="schema 2"):
+        copy_cache(source, destination, "small")
+    assert destination.names() == []
+
+
+def test_other_bytes_under_the_same_key_are_a_conflict_and_damage_is_replaced(source, tmp_path, small):
+    destination = Store.open(tmp_path / "there")
+    other = small(num_tokens=40)
+    other.layers = [tuple(side[::-1].copy() for side in pair) for pair in other.layers]
+    other.build(destination, "mine")
+    before = objects(destination)
+    with pytest.raises(EntryConflict, match="computed elsewhere"):
+        copy_cache(source, destination, "small")
+    assert {path: data for path, data in objects(destination).items() if path in before} == before
+    damaged = Store.open(tmp_path / "damaged")
+    copy_cache(source, damaged, "small")
+    path = tmp_path / "damaged" / chunk_path(source.resolve("small")[1].chunks[0].key)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    copy_cache(source, damaged, "small")
+    assert damaged.verify("small").ok
+
+
+def test_names_are_checked_and_only_one_cache_needs_no_name(source, tmp_path, small):
+    with pytest.raises(InvalidName):
+        copy_cache(source, Store.open(tmp_path / "there"), "small", "../x")
+    with pytest.raises(EntryNotFound, match="holds no cache"):
+        only_name(Store.open(tmp_path / "there"))
+    small(seed=4).build(source, "second")
+    with pytest.raises(EntryNotFound, match="second, small"):
+        only_name(source)
+
+
+def test_a_full_destination_is_said_and_keeps_what_it_had(source, tmp_path, small, monkeypatch):
+    destination = Store.open(tmp_path / "there")
+    small(seed=7).build(destination)
+    before = objects(destination)
+
+    def full(path, parts):
+        raise StoreFull("no space left")
+
+    monkeypatch.setattr(destination.backend, "put_if_absent", full)
+    with pytest.raises(StoreFull):
+        copy_cache(source, destination, "small")
+    assert objects(destination) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("writes", range(0, 10, 2))
+def test_a_killed_import_leaves_the_names_and_is_resumed(source, tmp_path, small, writes, monkeypatch):
+    root = tmp_path / "there"
+    older = small(seed=7)
+    older.texts = [b"other", b"texts"]
+    old = older.build(Store.open(root))
+    child = os.fork()
+    if not child:
+        left, original = threading.Semaphore(writes), LocalBackend.put_if_absent
+
+        def put(self, path, parts):
+            if not left.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, path, parts)
+
+        LocalBackend.put_if_absent = put
+        try:
+            copy_cache(Store.open(tmp_path / "source"), Store.open(root), "small")
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    destination = Store.open(root)
+    whole = len(source.resolve("small")[1].chunks) + 3
+    assert (os.WTERMSIG(status) == signal.SIGKILL) == (writes < whole)
+    assert destination.resolve("small")[1] == (old if writes < whole else source.resolve("small")[1])
+    assert destination.verify("small").ok
+    report = copy_cache(source, destination, "small")
+    assert report.reused_bytes > 0 or writes <= 4  # what other threads were writing when they died is lost
+    assert destination.verify("small").ok
+    destination.gc(grace_s=0)
+    loaded(destination, small(num_tokens=40))
