@@ -69,7 +69,7 @@ class Pipeline:
         self._buffers = buffers
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
-        spans = list(_layer_spans(chunks, len(buffers)))
+        spans = list(_layer_spans(chunks, len(buffers), max(_JOB_BYTES, backend.read_bytes)))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
         self._num_threads = min(max(workers + 1, backend.parallel_reads), len(self._jobs))
@@ -168,12 +168,12 @@ class Pipeline:
         return data
 
 
-def _layer_spans(chunks: Sequence[OpenChunk], num_layers: int) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring layers of at most `_JOB_BYTES` in every chunk. Layer 0 has one of its own, as the caller
+def _layer_spans(chunks: Sequence[OpenChunk], num_layers: int, job_bytes: int) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring layers of at most `job_bytes` in every chunk. Layer 0 has one of its own, as the caller
     waits for it first."""
     first = 0
     for layer in range(1, num_layers + 1):
         whole = layer == num_layers or first == 0
-        if whole or any(Job(chunk, first, layer + 1).num_bytes > _JOB_BYTES for chunk in chunks):
+        if whole or any(Job(chunk, first, layer + 1).num_bytes > job_bytes for chunk in chunks):
             yield first, layer
             first = layer

@@ -97,6 +97,7 @@ def test_a_cache_on_a_server_is_read_as_it_was_written(s3_url, small):
     assert list(store.backend.list("chunks")) == []
 
 
+@pytest.mark.slow
 def test_what_was_touched_is_young(s3_url):
     backend = open_backend(s3_url)
     backend.put_if_absent("chunks/ab/x", [b"1"])
@@ -178,6 +179,7 @@ def dead_holder(url):
     return Locks(ObjectClient(url, QUICK), replace(QUICK, heartbeat_s=1e6))
 
 
+@pytest.mark.slow
 def test_what_the_dead_held_expires_by_the_servers_clock(s3_url, monkeypatch):
     backend, dead = open_backend(s3_url), dead_holder(s3_url)
     backend.put_if_absent("chunks/x", [b"1"])
@@ -232,6 +234,7 @@ def without_conditions(request, ask):
     return ask(request)
 
 
+@pytest.mark.slow
 def test_a_server_that_ignores_conditions_is_only_written_to_on_demand(proxy, s3_url, small):
     proxy.plan = without_conditions
     backend = ObjectBackend(s3_url, QUICK)

@@ -72,6 +72,9 @@ def flipped(request, ask):
     return replace(response, body=bytes(body))
 
 
+SLOW_STALL = pytest.param(stalled, marks=pytest.mark.slow)
+
+
 def is_chunk(request):
     return request.method in ("GET", "HEAD") and "/chunks/" in request.path
 
@@ -99,14 +102,14 @@ def built(s3_url, proxy, small):
     return cache
 
 
-@pytest.mark.parametrize("fault", [unavailable, broken, stalled, reset, cut, short])
+@pytest.mark.parametrize("fault", [unavailable, broken, SLOW_STALL, reset, cut, short])
 def test_a_fault_that_passes_does_not_show(s3_url, proxy, built, fault):
     proxy.plan = faults = Faults(fault, 2, is_chunk)
     built.check(load(opened(s3_url, patience(fault)), built))
     assert faults.met == 2
 
 
-@pytest.mark.parametrize("fault", [unavailable, broken, stalled, reset, cut, short, whole])
+@pytest.mark.parametrize("fault", [unavailable, broken, SLOW_STALL, reset, cut, short, whole])
 def test_a_fault_that_stays_is_a_typed_error_that_tells_no_secret(s3_url, proxy, built, fault):
     store = opened(s3_url, replace(patience(fault), max_retries=1))
     proxy.plan = faults = Faults(fault, 10**9, is_chunk)
@@ -159,6 +162,7 @@ def test_a_cache_that_is_replaced_while_it_is_read(s3_url, proxy, built, small):
         load(store, built)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [unavailable, reset, stalled])
 def test_a_write_that_fails_for_a_while_is_made_once(s3_url, proxy, small, fault):
     faults = Faults(fault, 1 if fault is stalled else 3, lambda request: request.method == "PUT")

@@ -52,6 +52,8 @@ class ReadableBackend(ABC):
     """What reading from it waits for: "memory", "disk" or "object-store"."""
     parallel_reads: int = 1
     """How many reads at the same time it takes to be read at its full speed."""
+    read_bytes: int = 0
+    """Reads of less than this are not much sooner than one of it."""
 
     @abstractmethod
     def get(self, path: str, max_bytes: int) -> bytes:

@@ -45,7 +45,7 @@ class ObjectBackend(Backend):
     def __init__(self, url: str, options: ObjectOptions | None = None, store: ObjectStore | None = None) -> None:
         self.url = url.rstrip("/")
         self.options = options or ObjectOptions.from_environment()
-        self.parallel_reads = self.options.parallel_reads
+        self.parallel_reads, self.read_bytes = self.options.parallel_reads, self.options.read_bytes
         self._client = ObjectClient(self.url, self.options, store)
         self._locks = Locks(self._client, self.options)
         self._versions: OrderedDict[str, Version] = OrderedDict()

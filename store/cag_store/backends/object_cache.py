@@ -161,7 +161,7 @@ class CachedReads(ReadableBackend):
     def __init__(self, remote: ReadableBackend, pieces: PieceCache) -> None:
         self.url = remote.url
         self.tier = remote.tier
-        self.parallel_reads = remote.parallel_reads
+        self.parallel_reads, self.read_bytes = remote.parallel_reads, remote.read_bytes
         self.remote = remote
         self.pieces = pieces
 

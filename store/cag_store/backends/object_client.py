@@ -31,7 +31,7 @@ _SHORT_BODIES = 3
 
 @dataclass(frozen=True)
 class ObjectOptions:
-    """How requests are made, and how long locks and leases last. All times in seconds.
+    """How requests are made, and how long locks and leases last.
 
     Attributes:
         connect_timeout_s: until a connection stands.
@@ -41,6 +41,7 @@ class ObjectOptions:
         backoff_s: before the first retry; doubled for each further one.
         retry_window_s: no retry begins later than this after the first try.
         parallel_reads: requests in flight while a cache is loaded.
+        read_bytes: of one such request, where that many neighbouring layers are wanted.
         heartbeat_s: between renewals of locks and leases.
         expiry_s: a lock or lease that was not renewed for so long is nobody's.
         fence_s: under a lock that could not be renewed for so long nothing is changed any more.
@@ -54,6 +55,7 @@ class ObjectOptions:
     backoff_s: float = 0.1
     retry_window_s: float = 60.0
     parallel_reads: int = 16
+    read_bytes: int = 4 << 20
     heartbeat_s: float = 15.0
     expiry_s: float = 180.0
     fence_s: float = 60.0
