@@ -79,5 +79,5 @@ def _reached(store: Store, kept: list[str], held: list[str]) -> set[str]:
             ) from error
         reached.add(manifest_path(digest))
         reached.update(chunk_path(chunk.key) for chunk in manifest.chunks)
-        reached.update(blob_path(document.sha256) for document in manifest.documents)
+        reached.update(blob_path(digest) for digest in manifest.blob_digests)
     return reached

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from cag_store.backends import Backend
-from cag_store.chunk_files import OpenChunk, check_segment
+from cag_store.chunk_files import OpenChunk, check_segment, side_of
 from cag_store.dtypes import Array
 
 Buffers = Sequence[tuple[Array, Array]]
@@ -40,7 +40,7 @@ class LoadTimings:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Keys and values of layers [first, last) of one chunk: neighbours in its file."""
+    """Keys and values of the groups of layers [first, last) of one chunk: neighbours in its file."""
 
     chunk: OpenChunk
     first: int
@@ -62,7 +62,8 @@ class Pipeline:
         self._buffers = buffers
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
-        spans = list(_layer_spans(chunks, len(buffers)))
+        self._groups = chunks[0].index.header.groups
+        spans = list(_group_spans(chunks, len(self._groups)))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
         self._num_threads = min(workers + 1, len(self._jobs))
@@ -121,40 +122,43 @@ class Pipeline:
         data = buffer[: job.num_bytes]
         self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
         timings.read_s = time.perf_counter() - started
-        for layer in range(job.first, job.last):
-            data = self._decode_layer(job.chunk, layer, data, timings)
+        for group in range(job.first, job.last):
+            data = self._decode_group(job.chunk, group, data, timings)
             with self._changed:
-                self._missing[layer] -= 1
-                if not self._missing[layer]:
-                    self._changed.notify_all()
+                for layer in range(*self._groups[group]):
+                    self._missing[layer] -= 1
+                    if not self._missing[layer]:
+                        self._changed.notify_all()
         with self._changed:
             self._timings.bytes_read += timings.bytes_read
             self._timings.read_s += timings.read_s
             self._timings.verify_s += timings.verify_s
             self._timings.decode_s += timings.decode_s
 
-    def _decode_layer(self, chunk: OpenChunk, layer: int, data: memoryview, timings: LoadTimings) -> memoryview:
-        """Verify and decode both sides of a layer, with which `data` begins. Returns what stands behind them."""
-        first, last = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
-        for side, buffer in enumerate(self._buffers[layer]):
-            position = 2 * layer + side
+    def _decode_group(self, chunk: OpenChunk, group: int, data: memoryview, timings: LoadTimings) -> memoryview:
+        """Verify and decode both sides of a group, with which `data` begins. Returns what stands behind them."""
+        start, end = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
+        first_layer, last_layer = self._groups[group]
+        for side, buffers in enumerate(zip(*self._buffers[first_layer:last_layer], strict=True)):
+            position = 2 * group + side
             segment = chunk.index.segments[position]
             encoded, data = data[: segment.encoded_bytes], data[segment.encoded_bytes :]
             started = time.perf_counter()
             check_segment(encoded, segment, chunk, position)
             verified = time.perf_counter()
-            chunk.codec.decode_into(encoded, buffer[:, first:last])
+            outs = [buffer[:, start:end] for buffer in buffers]
+            chunk.codec.decode_layers_into(encoded, outs, side_of(position), first_layer, start)
             timings.verify_s += verified - started
             timings.decode_s += time.perf_counter() - verified
         return data
 
 
-def _layer_spans(chunks: Sequence[OpenChunk], num_layers: int) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring layers of at most `_JOB_BYTES` in every chunk. Layer 0 has one of its own, as the caller
-    waits for it first."""
+def _group_spans(chunks: Sequence[OpenChunk], num_groups: int) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring groups of at most `_JOB_BYTES` in every chunk. The group of layer 0 has one of its own, as
+    the caller waits for it first."""
     first = 0
-    for layer in range(1, num_layers + 1):
-        whole = layer == num_layers or first == 0
-        if whole or any(Job(chunk, first, layer + 1).num_bytes > _JOB_BYTES for chunk in chunks):
-            yield first, layer
-            first = layer
+    for group in range(1, num_groups + 1):
+        whole = group == num_groups or first == 0
+        if whole or any(Job(chunk, first, group + 1).num_bytes > _JOB_BYTES for chunk in chunks):
+            yield first, group
+            first = group

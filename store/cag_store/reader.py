@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cag_store.backends import Backend, Lease
 from cag_store.chunk import ChunkEntry, ChunkHeader
-from cag_store.chunk_files import OpenChunk, open_chunk
+from cag_store.chunk_files import CodecSource, OpenChunk, open_chunk
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray
 from cag_store.keys import ROOT, ChunkContext
@@ -23,14 +23,20 @@ class CacheReader:
     """
 
     def __init__(
-        self, backend: Backend, entries: Sequence[ChunkEntry], context: ChunkContext, lease: Lease | None, workers: int
+        self,
+        backend: Backend,
+        entries: Sequence[ChunkEntry],
+        context: ChunkContext,
+        lease: Lease | None,
+        workers: int,
+        codecs: CodecSource,
     ) -> None:
         self.timings = LoadTimings()
         self._backend = backend
         self._lease = lease
         self._workers = workers
         try:
-            self._chunks = [open_chunk(backend, entry) for entry in entries]
+            self._chunks = [open_chunk(backend, entry, codecs) for entry in entries]
             check_chain(self._chunks, context)
         except BaseException:
             self.close()

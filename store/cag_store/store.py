@@ -10,24 +10,29 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cag_store.backends import Backend, Lease, LocalBackend, MemoryBackend
 from cag_store.blob import MAX_BLOB_BYTES, pack_blob, unpack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
+from cag_store.codecs import Codec, codec_from_config
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreFull
 from cag_store.gc import GcReport, collect
+from cag_store.jsontext import canonical_bytes
 from cag_store.keys import ChunkContext, TokenIds
 from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest, utc_now
 from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, ref_path
 from cag_store.reader import CacheReader
 from cag_store.ref import MAX_REF_BYTES, Ref
 from cag_store.verify import VerifyReport, verify_cache
+
+_KEPT_CODECS = 4  # a codec may hold a basis of megabytes
 
 
 def default_workers() -> int:
@@ -42,6 +47,7 @@ class Store:
     def __init__(self, backend: Backend, workers: int | None = None) -> None:
         self.backend = backend
         self.workers = workers or default_workers()
+        self._codecs: dict[bytes, Codec] = {}
 
     @classmethod
     def open(cls, path: str | Path, workers: int | None = None) -> Store:
@@ -67,7 +73,8 @@ class Store:
         with contextlib.suppress(EntryNotFound, CorruptEntry):
             return self._reused(header)
         with ThreadPoolExecutor(self.workers, "cag-encode") as pool:
-            entry, parts = encode_chunk(header, layers, token_ids, pool, 2 * self.workers)
+            codec = self.codec(header.context.codec)
+            entry, parts = encode_chunk(header, layers, token_ids, codec, pool, 2 * self.workers)
         if self.backend.put_if_absent(chunk_path(header.key), parts):
             return entry
         return self._reused(header)
@@ -113,6 +120,19 @@ class Store:
     def blob_bytes(self, sha256s: Iterable[str]) -> int:
         """Size on the backend of these blobs, each counted once. Raises: EntryNotFound."""
         return sum(self.backend.stat(blob_path(sha256)).size_bytes for sha256 in set(sha256s))
+
+    def codec(self, config: Mapping[str, Any]) -> Codec:
+        """The codec of a configuration, ready to work with the blobs that it names; the last few are kept.
+
+        Raises: UnknownCodec; EntryNotFound, CorruptEntry for a blob.
+        """
+        key = canonical_bytes(config)
+        codec = self._codecs.get(key)
+        if codec is None:
+            codec = codec_from_config(config, self.get_blob)
+            kept = list(self._codecs.items())[1 - _KEPT_CODECS :]
+            self._codecs = {**dict(kept), key: codec}
+        return codec
 
     def commit(self, name: str, manifest: Manifest, expires_at: str | None = None) -> str:
         """Store `manifest` and let `name` mean it; returns its digest. A pin stays, an old expiry does not.
@@ -200,7 +220,7 @@ class Store:
     def reader(self, manifest: Manifest, workers: int | None = None) -> CacheReader:
         """A reader of the whole cache; close it. Raises: EntryNotFound, CorruptEntry, UnknownCodec."""
         lease = self._reader_lease([manifest.digest])
-        return CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers)
+        return CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers, self.codec)
 
     def open_reader(self, name: str, workers: int | None = None) -> tuple[Ref, Manifest, CacheReader]:
         """`resolve` and `reader` in one step, so that no `gc` comes between. Raises: as both."""
@@ -210,7 +230,7 @@ class Store:
         return (
             ref,
             manifest,
-            CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers),
+            CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers, self.codec),
         )
 
     def chunk_reader(
@@ -218,7 +238,7 @@ class Store:
     ) -> CacheReader:
         """A reader of chunks from the root on that no manifest holds yet: call it inside a `build_lease`.
         At least one entry."""
-        return CacheReader(self.backend, entries, context, None, workers or self.workers)
+        return CacheReader(self.backend, entries, context, None, workers or self.workers, self.codec)
 
     def lease(self, *digests: str, kind: str = "reader") -> Lease:
         """Hold the manifests `digests` against `gc` until released, or until this process ends. Raises: StoreFull."""
@@ -277,7 +297,7 @@ class Store:
                 raise CorruptEntry(
                     f"chunk {chunk.key} has {found} bytes, the manifest says {chunk.stored_bytes}", where=chunk.key
                 )
-        found = self.blob_bytes(document.sha256 for document in manifest.documents)
+        found = self.blob_bytes(manifest.blob_digests)
         if found != manifest.blob_bytes:
             raise CorruptEntry(
                 f"the blobs have {found} bytes, the manifest says {manifest.blob_bytes}", where="manifest: blob_bytes"
@@ -311,4 +331,4 @@ class Store:
 def object_paths(manifest: Manifest) -> Iterator[str]:
     """Paths of the chunks and blobs of `manifest`, each once."""
     yield from (chunk_path(chunk.key) for chunk in manifest.chunks)
-    yield from (blob_path(sha256) for sha256 in dict.fromkeys(document.sha256 for document in manifest.documents))
+    yield from (blob_path(digest) for digest in manifest.blob_digests)
