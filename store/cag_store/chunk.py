@@ -19,6 +19,7 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_LAYERS = 999
 MAX_OVERHEAD_BYTES = 1 << 16
 MAX_HEADS = MAX_HEAD_DIM = 1 << 16
+MAX_SIDE_BYTES = 1 << 30
 
 _FORMAT = "cag-chunk"
 _OPENING = b'{"__metadata__":'
@@ -227,6 +228,8 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
     if not num_layers == header.num_layers == len(header.head_dim):
         raise fields.wrong("num_layers", num_layers, (header.num_layers, len(header.head_dim)))
+    if max(map(header.side_bytes, range(num_layers))) > MAX_SIDE_BYTES:
+        raise fields.wrong("num_kv_heads", f"at most {MAX_SIDE_BYTES} bytes a layer and side", header.num_kv_heads)
     rows = fields.list("segments")
     if len(rows) != 2 * num_layers:
         raise fields.wrong("segments", f"{2 * num_layers} rows", len(rows))

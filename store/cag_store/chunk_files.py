@@ -13,7 +13,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from cag_store.backends import Backend
-from cag_store.chunk import ChunkEntry, ChunkHeader, ChunkIndex, Segment, header_size, parse_index
+from cag_store.chunk import (
+    MAX_LAYERS,
+    MAX_SIDE_BYTES,
+    ChunkEntry,
+    ChunkHeader,
+    ChunkIndex,
+    Segment,
+    header_size,
+    parse_index,
+)
 from cag_store.codecs import Codec, codec_from_config
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, InvalidName, UnencodableArray, UnsupportedFormat
@@ -48,6 +57,7 @@ def encode_chunk(
     """
     codec = _codec_of(header)
     _check_key(header, token_ids)
+    _check_size(header)
     encoded = list(_encoded(codec, header, iter(layers), pool, ahead))
     segments = tuple(
         Segment(codec.codec_id, header.side_bytes(index // 2), len(data), xxhash.xxh3_128_hexdigest(data))
@@ -159,6 +169,17 @@ def _codec_of(header: ChunkHeader) -> Codec:
             expected=codec.config(),
         )
     return codec
+
+
+def _check_size(header: ChunkHeader) -> None:
+    largest = max(map(header.side_bytes, range(header.num_layers)), default=0)
+    if largest > MAX_SIDE_BYTES or not 1 <= header.num_layers <= MAX_LAYERS:
+        raise UnencodableArray(
+            f"a chunk has 1 to {MAX_LAYERS} layers of at most {MAX_SIDE_BYTES} bytes a side, found {header.num_layers} "
+            f"of up to {largest}: take fewer tokens a chunk",
+            expected=MAX_SIDE_BYTES,
+            found=largest,
+        )
 
 
 def _check_key(header: ChunkHeader, token_ids: TokenIds) -> None:

@@ -70,6 +70,8 @@ class Ref:
         fields.done()
         if ref.name != name:
             raise fields.wrong("name", name, ref.name)
+        if ref.to_bytes() != data:
+            raise fields.wrong("form", "canonical JSON", "another spelling of it")
         return ref
 
 
