@@ -190,7 +190,7 @@ def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
     version = metadata.text("version")
     if version != str(FORMAT_VERSION):
         raise UnsupportedFormat(
-            f"{where} has chunk format {version!r}, this program reads {FORMAT_VERSION}: use a newer one",
+            f"{where} has chunk format {version!r:.40}, this program reads {FORMAT_VERSION}: use a newer one",
             expected=str(FORMAT_VERSION),
             found=version,
         )

@@ -162,7 +162,7 @@ class Manifest:
         schema = fields.any("schema")
         if schema != SCHEMA or type(schema) is not int:
             raise UnsupportedFormat(
-                f"{where} has schema {schema!r}; this program reads {SCHEMA}: use a newer one, or build again",
+                f"{where} has schema {schema!r:.40}; this program reads {SCHEMA}: use a newer one, or build again",
                 expected=SCHEMA,
                 found=schema,
             )

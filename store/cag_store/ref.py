@@ -52,7 +52,10 @@ class Ref:
         value = parse_object(data, where)
         if value.get("schema") != SCHEMA:
             raise UnsupportedFormat(
-                f"{where} has schema {value.get('schema')!r}; this program reads {SCHEMA}", expected=SCHEMA
+                f"{where} has schema {value.get('schema')!r:.40}; this program reads {SCHEMA}: "
+                "use a newer one, or build again",
+                expected=SCHEMA,
+                found=value.get("schema"),
             )
         fields = Fields(value, where)
         check = fields.digest("check")
