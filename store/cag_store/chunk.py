@@ -20,6 +20,7 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_LAYERS = 999
 MAX_OVERHEAD_BYTES = 1 << 16
 MAX_HEADS = MAX_HEAD_DIM = 1 << 16
+MAX_SIDE_BYTES = 1 << 30
 
 _FORMAT = "cag-chunk"
 _OPENING = b'{"__metadata__":'
@@ -204,7 +205,7 @@ def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
     version = metadata.text("version")
     if version != str(FORMAT_VERSION):
         raise UnsupportedFormat(
-            f"{where} has chunk format {version!r}, this program reads {FORMAT_VERSION}: use a newer one",
+            f"{where} has chunk format {version!r:.40}, this program reads {FORMAT_VERSION}: use a newer one",
             expected=str(FORMAT_VERSION),
             found=version,
         )
@@ -243,6 +244,8 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
     if not num_layers == header.num_layers == len(header.head_dim):
         raise fields.wrong("num_layers", num_layers, (header.num_layers, len(header.head_dim)))
+    if max(map(header.side_bytes, range(num_layers))) > MAX_SIDE_BYTES:
+        raise fields.wrong("num_kv_heads", f"at most {MAX_SIDE_BYTES} bytes a layer and side", header.num_kv_heads)
     rows = fields.list("segments")
     sizes = [header.group_bytes(*group) for group in header.groups for _ in range(2)]
     if len(rows) != len(sizes):

@@ -14,7 +14,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from cag_store.backends import Backend
-from cag_store.chunk import ChunkEntry, ChunkHeader, ChunkIndex, Segment, header_size, parse_index
+from cag_store.chunk import (
+    MAX_LAYERS,
+    MAX_SIDE_BYTES,
+    ChunkEntry,
+    ChunkHeader,
+    ChunkIndex,
+    Segment,
+    header_size,
+    parse_index,
+)
 from cag_store.codecs import Codec, Side, codec_from_config
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, InvalidName, UnencodableArray, UnsupportedFormat
@@ -57,6 +66,7 @@ def encode_chunk(
     """
     _check_config(codec, header)
     _check_key(header, token_ids)
+    _check_size(header)
     encoded = list(_encoded(codec, header, iter(layers), pool, ahead))
     segments = tuple(
         Segment(
@@ -174,6 +184,17 @@ def _check_config(codec: Codec, header: ChunkHeader) -> None:
         raise InvalidName(
             f"the context must hold the full codec configuration {codec.config()}, found {dict(header.context.codec)}",
             expected=codec.config(),
+        )
+
+
+def _check_size(header: ChunkHeader) -> None:
+    largest = max(map(header.side_bytes, range(header.num_layers)), default=0)
+    if largest > MAX_SIDE_BYTES or not 1 <= header.num_layers <= MAX_LAYERS:
+        raise UnencodableArray(
+            f"a chunk has 1 to {MAX_LAYERS} layers of at most {MAX_SIDE_BYTES} bytes a side, found {header.num_layers} "
+            f"of up to {largest}: take fewer tokens a chunk",
+            expected=MAX_SIDE_BYTES,
+            found=largest,
         )
 
 

@@ -30,10 +30,12 @@ class CacheReader:
         lease: Lease | None,
         workers: int,
         codecs: CodecSource,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         self.timings = LoadTimings()
         self._backend = backend
         self._lease = lease
+        self._on_close = on_close
         self._workers = workers
         try:
             self._chunks = [open_chunk(backend, entry, codecs) for entry in entries]
@@ -68,7 +70,10 @@ class CacheReader:
         Pipeline(self._backend, self._chunks, buffers, self._workers, self.timings).run(on_layer)
 
     def close(self) -> None:
-        """Give up the lease. Idempotent."""
+        """Give up the lease, after `on_close` was called. Idempotent."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
         if self._lease is not None:
             self._lease.release()
 

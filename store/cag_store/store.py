@@ -10,15 +10,15 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cag_store.backends import Backend, Lease, LocalBackend, MemoryBackend
-from cag_store.blob import MAX_BLOB_BYTES, pack_blob, unpack_blob
+from cag_store.blob import MAX_BLOB_BYTES, MAX_BLOB_FILE_BYTES, pack_blob, unpack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
 from cag_store.codecs import Codec, codec_from_config
@@ -26,13 +26,15 @@ from cag_store.errors import CorruptEntry, EntryNotFound, StoreFull
 from cag_store.gc import GcReport, collect
 from cag_store.jsontext import canonical_bytes
 from cag_store.keys import ChunkContext, TokenIds
-from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest, utc_now
-from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, ref_path
+from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest, utc_after, utc_now
+from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, object_paths, ref_path
 from cag_store.reader import CacheReader
 from cag_store.ref import MAX_REF_BYTES, Ref
+from cag_store.usage import StoreUsage, measure, record_use
 from cag_store.verify import VerifyReport, verify_cache
 
 _KEPT_CODECS = 4  # a codec may hold a basis of megabytes
+_ADVICE = "the file is damaged; build the cache again, or remove it"
 
 
 def default_workers() -> int:
@@ -84,14 +86,14 @@ class Store:
 
         Raises: EntryNotFound; CorruptEntry after a damaged chunk was removed: compute it again.
         """
-        try:
-            entry = read_entry(self.backend, key)
-            check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
-            self.backend.touch(chunk_path(key))
-        except CorruptEntry:
-            self.backend.delete(chunk_path(key))
-            raise
-        return entry
+        with contextlib.suppress(CorruptEntry):
+            return self._whole_chunk(key)
+        with self.backend.locked("repair"):  # whoever held it may have put a whole one there
+            try:
+                return self._whole_chunk(key)
+            except CorruptEntry:
+                self.backend.delete(chunk_path(key))
+                raise
 
     def put_blob(self, data: bytes) -> str:
         """Store `data`; returns its sha256, its address. Raises: StoreFull, ValueError above `MAX_BLOB_BYTES`."""
@@ -111,7 +113,7 @@ class Store:
     def get_blob(self, sha256: str) -> bytes:
         """The blob, verified. Raises: EntryNotFound, CorruptEntry."""
         path = blob_path(sha256)
-        data = unpack_blob(self.backend.get(path, MAX_BLOB_BYTES), path)
+        data = unpack_blob(self.backend.get(path, MAX_BLOB_FILE_BYTES), path)
         found = hashlib.sha256(data).hexdigest()
         if found != sha256:
             raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=sha256, found=found)
@@ -146,7 +148,7 @@ class Store:
         with self.backend.locked("gc", shared=True):
             self._check_present(manifest)
             stored = manifest_path(manifest.digest)
-            if not self.backend.put_if_absent(stored, [data]) and self.backend.get(stored, MAX_MANIFEST_BYTES) != data:
+            if not self.backend.put_if_absent(stored, [data]) and not self._holds(stored, data):
                 self.backend.replace(stored, data)
             with self.backend.locked("refs"):
                 pinned = False
@@ -166,6 +168,8 @@ class Store:
         path = ref_path(name)
         try:
             return Ref.from_bytes(self.backend.get(path, MAX_REF_BYTES), name)
+        except CorruptEntry as error:
+            raise CorruptEntry(f"{error}: {_ADVICE}", **error.facts) from error
         except EntryNotFound:
             known = ", ".join(self.names()[:10]) or "none"
             raise EntryNotFound(
@@ -174,7 +178,11 @@ class Store:
 
     def refs(self) -> list[Ref]:
         """All refs, expired ones too. Raises: CorruptEntry when one is damaged."""
-        return [self.ref(name) for name in self.names()]
+        found = []
+        for name in self.names():
+            with contextlib.suppress(EntryNotFound):  # removed since the names were read
+                found.append(self.ref(name))
+        return found
 
     def resolve(self, name: str) -> tuple[Ref, Manifest]:
         """What `name` means now. Raises: EntryNotFound (also when it has expired), CorruptEntry, InvalidName."""
@@ -185,7 +193,12 @@ class Store:
                 name=name,
                 expires_at=ref.expires_at,
             )
-        return ref, self.manifest(ref.manifest)
+        try:
+            return ref, self.manifest(ref.manifest)
+        except EntryNotFound:
+            if self.ref(name).manifest == ref.manifest:
+                raise
+        return self.resolve(name)  # replaced since the ref was read, and the old manifest collected
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest at `digest`, verified. Raises: EntryNotFound, CorruptEntry, UnsupportedFormat."""
@@ -193,7 +206,9 @@ class Store:
         data = self.backend.get(path, MAX_MANIFEST_BYTES)
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
-            raise CorruptEntry(f"{path}: content has sha256 {found}", where=path, expected=digest, found=found)
+            raise CorruptEntry(
+                f"{path}: content has sha256 {found}: {_ADVICE}", where=path, expected=digest, found=found
+            )
         return Manifest.from_bytes(data, path)
 
     def pin(self, name: str) -> Ref:
@@ -205,10 +220,8 @@ class Store:
         return self._update(name, lambda ref: replace(ref, pinned=False))
 
     def set_ttl(self, name: str, ttl_s: float | None) -> Ref:
-        """Let `name` expire `ttl_s` seconds from now; None: never. Raises: EntryNotFound."""
-        expires_at = (
-            None if ttl_s is None else (datetime.now(UTC) + timedelta(seconds=ttl_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
-        )
+        """Let `name` expire `ttl_s` seconds from now; None: never. Raises: EntryNotFound, ValueError."""
+        expires_at = utc_after(ttl_s)
         return self._update(name, lambda ref: replace(ref, expires_at=expires_at))
 
     def remove(self, name: str) -> None:
@@ -219,19 +232,21 @@ class Store:
 
     def reader(self, manifest: Manifest, workers: int | None = None) -> CacheReader:
         """A reader of the whole cache; close it. Raises: EntryNotFound, CorruptEntry, UnknownCodec."""
-        lease = self._reader_lease([manifest.digest])
+        with self._gc_kept_out():
+            lease = self._reader_lease([manifest.digest])
         return CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers, self.codec)
 
     def open_reader(self, name: str, workers: int | None = None) -> tuple[Ref, Manifest, CacheReader]:
-        """`resolve` and `reader` in one step, so that no `gc` comes between. Raises: as both."""
+        """`resolve` and `reader` in one step, so that no `gc` comes between. Opening and closing it count as uses.
+        Raises: as both."""
         with self._gc_kept_out():
             ref, manifest = self.resolve(name)
             lease = self._reader_lease([manifest.digest])
-        return (
-            ref,
-            manifest,
-            CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers, self.codec),
-        )
+        used = partial(record_use, self.backend, name)
+        used()
+        workers = workers or self.workers
+        context = manifest.context
+        return ref, manifest, CacheReader(self.backend, manifest.chunks, context, lease, workers, self.codec, used)
 
     def chunk_reader(
         self, entries: Sequence[ChunkEntry], context: ChunkContext, workers: int | None = None
@@ -246,12 +261,14 @@ class Store:
             return self._new_lease(digests, kind)
 
     @contextlib.contextmanager
-    def held(self, digest: str) -> Iterator[None]:
-        """Hold the manifest `digest` against `gc`; without a lease on a store that may only be read."""
+    def held_ref(self, name: str) -> Iterator[Ref]:
+        """The ref `name`, expired or not, while what it means is held against `gc`; without a lease on a store that may
+        only be read. Raises: as `ref`."""
         with self._gc_kept_out():
-            lease = self._reader_lease([digest])
+            ref = self.ref(name)
+            lease = self._reader_lease([ref.manifest])
         with lease or contextlib.nullcontext():
-            yield
+            yield ref
 
     def build_lease(self) -> Lease:
         """Hold all chunks and blobs, referenced or not, against `gc` while a build runs. Raises: StoreFull."""
@@ -262,10 +279,24 @@ class Store:
         EntryNotFound for the name."""
         return verify_cache(self, name)
 
-    def gc(self, grace_s: float = 3600.0, dry_run: bool = False) -> GcReport:
-        """Remove what no ref and no live lease reaches; see `cag_store.gc`. Raises:
-        CorruptEntry before anything is removed."""
-        return collect(self, grace_s, dry_run)
+    def gc(
+        self,
+        grace_s: float = 3600.0,
+        dry_run: bool = False,
+        max_bytes: int | None = None,
+        keep: Collection[str] = (),
+    ) -> GcReport:
+        """Remove what no ref and no live lease reaches, and is older than `grace_s`; see `cag_store.gc`.
+
+        With `max_bytes` for all chunks, blobs and manifests: then also what is younger, then caches, those of least
+        worth first (`cag_store.quota`); never pinned ones, those that are being read, or `keep`. While a build runs,
+        nothing is evicted. Raises: CorruptEntry before anything is removed.
+        """
+        return collect(self, grace_s, dry_run, max_bytes, keep)
+
+    def usage(self) -> StoreUsage:
+        """Own and shared bytes and last use of each readable cache, and the sums over the store."""
+        return measure(self)
 
     def drop_page_cache(self, name: str) -> bool:
         """Make the next reading of this cache come from the device; False where that cannot be done."""
@@ -273,6 +304,18 @@ class Store:
         paths = [ref_path(name), manifest_path(ref.manifest), *object_paths(manifest)]
         dropped = [self.backend.drop_page_cache(path) for path in paths]
         return all(dropped)
+
+    def _whole_chunk(self, key: str) -> ChunkEntry:
+        entry = read_entry(self.backend, key)
+        check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
+        self.backend.touch(chunk_path(key))
+        return entry
+
+    def _holds(self, path: str, data: bytes) -> bool:
+        try:
+            return self.backend.get(path, len(data)) == data
+        except CorruptEntry:
+            return False
 
     def _exists(self, path: str) -> bool:
         try:
@@ -326,9 +369,3 @@ class Store:
         with contextlib.suppress(StoreFull):
             return self._new_lease(digests, "reader")
         return None
-
-
-def object_paths(manifest: Manifest) -> Iterator[str]:
-    """Paths of the chunks and blobs of `manifest`, each once."""
-    yield from (chunk_path(chunk.key) for chunk in manifest.chunks)
-    yield from (blob_path(digest) for digest in manifest.blob_digests)

@@ -3,6 +3,7 @@ blobs."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,17 +46,17 @@ def verify_cache(store: Store, name: str) -> VerifyReport:
     started = time.perf_counter()
     digest, manifest, problems = None, None, list[StoreError]()
     bytes_read = store.backend.stat(ref_path(name)).size_bytes if name in store.names() else 0
-    try:
-        digest = store.ref(name).manifest
-        manifest = store.manifest(digest)
-        bytes_read += store.backend.stat(manifest_path(digest)).size_bytes
-    except StoreError as error:
-        if digest is None and isinstance(error, EntryNotFound):
-            raise
-        problems.append(error)
     num_chunks = num_blobs = 0
-    if manifest is not None:
-        with store.held(manifest.digest):
+    with contextlib.ExitStack() as held:
+        try:
+            digest = held.enter_context(store.held_ref(name)).manifest
+            manifest = store.manifest(digest)
+            bytes_read += store.backend.stat(manifest_path(digest)).size_bytes
+        except StoreError as error:
+            if digest is None and isinstance(error, EntryNotFound):
+                raise
+            problems.append(error)
+        if manifest is not None:
             num_chunks, read = _verify_chunks(store, manifest, problems)
             num_blobs, more = _verify_blobs(store, manifest, problems)
             bytes_read += read + more
