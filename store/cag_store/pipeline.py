@@ -4,9 +4,10 @@
     jobs:    first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
     caller:  wait for layer 0, on_layer(0), wait for layer 1, ...
 
-A job stays with one thread, so that its bytes are still in that core's cache when they are verified and decoded. There
-is one thread more than workers: a core decodes while another job waits for the disk. Memory beyond the buffers: one
-reused buffer of an encoded job a thread, and the scratch of the codecs.
+A job stays with one thread, which reads, verifies and decodes it in three long steps: between them it needs the
+interpreter's lock, for which threads wait. There is one thread more than workers: a core decodes while another job
+waits for the disk. Memory beyond the buffers: one reused buffer of an encoded job a thread, and the scratch of the
+codecs.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from itertools import count
 
 from cag_store.backends import Backend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
+from cag_store.codecs import EncodedSegment
 from cag_store.dtypes import Array
 
 Buffers = Sequence[tuple[Array, Array]]
 
-_JOB_BYTES = 1 << 20  # encoded layers of a chunk read at once: fewer calls, but still in a core's cache
+_JOB_BYTES = 4 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 
 
 @dataclass
@@ -117,40 +119,36 @@ class Pipeline:
             self._stop(error)
 
     def _do(self, job: Job, buffer: memoryview) -> None:
-        timings = LoadTimings(bytes_read=job.num_bytes)
         started = time.perf_counter()
         data = buffer[: job.num_bytes]
         self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
-        timings.read_s = time.perf_counter() - started
-        for group in range(job.first, job.last):
-            data = self._decode_group(job.chunk, group, data, timings)
-            with self._changed:
-                for layer in range(*self._groups[group]):
-                    self._missing[layer] -= 1
-                    if not self._missing[layer]:
-                        self._changed.notify_all()
+        read = time.perf_counter()
+        segments = list(self._verified(job, data))
+        verified = time.perf_counter()
+        job.chunk.codec.decode_segments(segments)
+        decoded = time.perf_counter()
         with self._changed:
-            self._timings.bytes_read += timings.bytes_read
-            self._timings.read_s += timings.read_s
-            self._timings.verify_s += timings.verify_s
-            self._timings.decode_s += timings.decode_s
+            self._timings.bytes_read += job.num_bytes
+            self._timings.read_s += read - started
+            self._timings.verify_s += verified - read
+            self._timings.decode_s += decoded - verified
+            first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
+            for layer in range(first, last):
+                self._missing[layer] -= 1
+            if not self._missing[first]:  # the layers of a job become whole together
+                self._changed.notify_all()
 
-    def _decode_group(self, chunk: OpenChunk, group: int, data: memoryview, timings: LoadTimings) -> memoryview:
-        """Verify and decode both sides of a group, with which `data` begins. Returns what stands behind them."""
+    def _verified(self, job: Job, data: memoryview) -> Iterator[EncodedSegment]:
+        """The segments of a job, each after its checksum was compared, with the slices of the buffers to fill."""
+        chunk = job.chunk
         start, end = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
-        first_layer, last_layer = self._groups[group]
-        for side, buffers in enumerate(zip(*self._buffers[first_layer:last_layer], strict=True)):
-            position = 2 * group + side
+        for position in range(2 * job.first, 2 * job.last):
             segment = chunk.index.segments[position]
             encoded, data = data[: segment.encoded_bytes], data[segment.encoded_bytes :]
-            started = time.perf_counter()
             check_segment(encoded, segment, chunk, position)
-            verified = time.perf_counter()
-            outs = [buffer[:, start:end] for buffer in buffers]
-            chunk.codec.decode_layers_into(encoded, outs, side_of(position), first_layer, start)
-            timings.verify_s += verified - started
-            timings.decode_s += time.perf_counter() - verified
-        return data
+            first, last = self._groups[position // 2]
+            outs = tuple(sides[position % 2][:, start:end] for sides in self._buffers[first:last])
+            yield EncodedSegment(encoded, outs, side_of(position), first, start)
 
 
 def _group_spans(chunks: Sequence[OpenChunk], num_groups: int) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ from cag_store.codecs.base import (
     Codec,
     Config,
     Configured,
+    EncodedSegment,
     Packer,
     Resources,
     Side,
@@ -29,6 +30,7 @@ from cag_store.errors import UnknownCodec
 __all__ = [
     "Codec",
     "Config",
+    "EncodedSegment",
     "Int8",
     "Lossless",
     "Packer",
