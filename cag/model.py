@@ -100,6 +100,7 @@ class LanguageModel:
         self.adapter = adapter
         self.compute_dtype = compute_dtype
         self._forward_lock = threading.Lock()
+        self.most_read_tokens = 0  # of one sequence, by this process
         self.template: PromptTemplate = read_template(tokenizer)
         probe = self._probe_layers()
         self.kv_shapes = [shape for shape, _ in probe]
@@ -185,6 +186,7 @@ class LanguageModel:
             else:
                 logits = self._network_forward(ids, positions, state, num_logits)
         state.finish(num_tokens)
+        self.most_read_tokens = max(self.most_read_tokens, state.num_tail)
         return logits
 
     def _network_forward(self, ids: Tensor, positions: Tensor, state: SequenceState, num_logits: int) -> Tensor:
