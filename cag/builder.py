@@ -186,8 +186,9 @@ def build_cache(
     documents: Sequence[Document],
     options: BuildOptions,
     on_progress: Callable[[BuildProgress], None] | None = None,
+    ttl_s: float | None = None,
 ) -> BuildReport:
-    """Build a cache over `documents` in their order, and let `name` refer to it.
+    """Build a cache over `documents` in their order, and let `name` refer to it, for `ttl_s` seconds or for good.
 
     Raises:
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
@@ -218,7 +219,7 @@ def build_cache(
             fidelity = build.measure_fidelity(codec.lossless)
             build.report("commit")
             manifest = _manifest(build, documents, codec.config(), fidelity)
-            digest = store.commit(name, manifest)
+            digest = store.commit(name, manifest, cag_store.utc_after(ttl_s))
         except KeyboardInterrupt as interrupt:
             raise BuildInterrupted(
                 f"build of {name!r} was interrupted; the store is as it was.",
@@ -308,7 +309,7 @@ def _manifest(build: Build, documents: Sequence[Document], codec: dict[str, Any]
             for d, span in zip(documents, spans, strict=True)
         ),
         layout=build.layout.to_json(),
-        blob_bytes=build.store.blob_bytes(blobs),
+        blob_bytes=build.store.blob_bytes([*blobs, *cag_store.config_resources(codec)]),
         fidelity=fidelity.to_json(),
         versions=_versions(),
         machine={"processor": processor_name(), "cores": usable_cores(), "device": str(model.device)},

@@ -88,17 +88,18 @@ class Engine:
         system_text: str | None = None,
         skip_errors: bool = False,
         on_progress: Callable[[BuildProgress], None] | None = None,
+        ttl_s: float | None = None,
     ) -> BuildReport:
         """Read documents (or take those of a corpus that was read already) and build a cache called `name`.
 
-        Raises as `load_corpus` and `build_cache`.
+        With `ttl_s` it expires that many seconds after it was built. Raises as `load_corpus` and `build_cache`.
         """
         cag_store.checked_name(name)
         options = BuildOptions(codec=codec)
         if system_text is not None:
             options = replace(options, system_text=system_text)
         corpus = _read(paths, skip_errors)
-        report = build_cache(self.model, self.store, name, corpus.documents, options, on_progress)
+        report = build_cache(self.model, self.store, name, corpus.documents, options, on_progress, ttl_s)
         return _with_corpus(report, corpus)
 
     def update(
@@ -108,10 +109,12 @@ class Engine:
         *,
         skip_errors: bool = False,
         on_progress: Callable[[BuildProgress], None] | None = None,
+        ttl_s: float | None = None,
     ) -> BuildReport:
         """Build `name` again over `paths`: known documents keep their order, new ones come last.
 
-        So everything before the first changed document is taken from the store. Codec and texts are the old ones.
+        So everything before the first changed document is taken from the store. Codec and texts are the old ones;
+        the old expiry ends, `ttl_s` sets a new one.
         """
         manifest = self.find(name)[1]
         corpus = _read(paths, skip_errors)
@@ -119,7 +122,7 @@ class Engine:
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
         layout = manifest.layout
         options = BuildOptions(dict(manifest.codec), layout["system_text"], layout["closing_text"])
-        report = build_cache(self.model, self.store, name, documents, options, on_progress)
+        report = build_cache(self.model, self.store, name, documents, options, on_progress, ttl_s)
         return _with_corpus(report, corpus)
 
     def find(self, name: str) -> tuple[Ref, Manifest]:

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cag.cli import ask, bench, build, caches, doctor, models, transfer
+from cag.cli import ask, bench, build, caches, doctor, housekeeping, models, transfer
 from cag.cli.output import INTERRUPTED, report_error
 from cag.cli.serve import serve
 
@@ -53,11 +53,11 @@ app.command()(build.build)
 app.command()(build.update)
 app.command()(ask.ask)
 app.command()(ask.chat)
-app.command()(caches.ls)
+app.command()(housekeeping.ls)
 app.command()(caches.show)
 app.command()(caches.verify)
 app.command()(caches.rm)
-app.command()(caches.gc)
+app.command()(housekeeping.gc)
 app.command()(caches.pin)
 app.command()(caches.unpin)
 app.command()(transfer.export)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cag.cli.housekeeping import keep_below
 from cag.cli.opening import ModelChoice, load_engine, load_engine_of, store_at
 from cag.cli.options import (
     AdapterOption,
@@ -13,10 +14,12 @@ from cag.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxBytesOption,
     NameArgument,
     PathsArgument,
     SkipErrorsOption,
     StoreOption,
+    TtlOption,
     VerboseOption,
     given,
 )
@@ -47,6 +50,8 @@ def build(
     adapter: AdapterOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    ttl: TtlOption = None,
+    max_bytes: MaxBytesOption = None,
     skip_errors: SkipErrorsOption = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -61,7 +66,7 @@ def build(
         _check_codec(codec)
     corpus = load_corpus(paths, skip_errors=skip_errors)
     engine = load_engine(store_at(store), ModelChoice(model, adapter, device, dtype), verbose=verbose)
-    options = given(codec=codec, system_text=system)
+    options = given(codec=codec, system_text=system, ttl_s=ttl)
     note_configuration(verbose, skip_errors=skip_errors, **options)
     with shown_progress("tokens") as report:
         built = engine.build(
@@ -70,6 +75,7 @@ def build(
             on_progress=lambda progress: _tell(report, progress),
             **options,
         )
+    keep_below(engine.store, max_bytes, name)
     _print_report(built, as_json=as_json)
 
 
@@ -80,6 +86,8 @@ def update(
     adapter: AdapterOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    ttl: TtlOption = None,
+    max_bytes: MaxBytesOption = None,
     skip_errors: SkipErrorsOption = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -91,7 +99,8 @@ def update(
     corpus = load_corpus(paths, skip_errors=skip_errors)
     engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
     with shown_progress("tokens") as report:
-        built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress))
+        built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress), **given(ttl_s=ttl))
+    keep_below(engine.store, max_bytes, name)
     _print_report(built, as_json=as_json)
 
 

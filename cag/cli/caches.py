@@ -1,4 +1,4 @@
-"""`cag ls`, `show`, `verify`, `rm`, `gc`, `pin`, `unpin`: what is in a store. No model is loaded here."""
+"""`cag show`, `verify`, `rm`, `pin`, `unpin`: one cache of a store. No model is loaded here."""
 
 from __future__ import annotations
 
@@ -10,62 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cag.cli.opening import cache_in, missing_names_translated, store_at
-from cag.cli.options import CacheBytesOption, JsonOption, NameArgument, StoreOption, given
+from cag.cli.options import CacheBytesOption, JsonOption, NameArgument, StoreOption
 from cag.cli.output import bytes_text, error_facts, note, one_line, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from cag_store import Ref, Store, VerifyReport
-
-LIST_COLUMNS = ("name", "tokens", "documents", "model", "codec", "stored", "ratio", "created", "pinned", "expires")
-LIST_NUMBERS = ("tokens", "documents", "stored", "ratio")
-
-
-def ls(store: StoreOption = None, cache_bytes: CacheBytesOption = None, as_json: JsonOption = False) -> None:
-    """List caches; damaged and expired ones too."""
-    opened = store_at(store, cache_bytes)
-    caches = [_listed(opened, name) for name in opened.names()]
-    if as_json:
-        print_json({"store": opened.backend.url, "caches": caches})
-    elif caches:
-        print_table(LIST_COLUMNS, [_list_row(cache) for cache in caches], right=LIST_NUMBERS)
-    else:
-        note(f"no caches in {opened.backend.url}; `cag build` makes one")
-    for cache in caches:
-        if "error" in cache and not as_json:
-            note(f"{cache['name']}: {one_line(cache['error']['message'])}")
-
-
-def _listed(store: Store, name: str) -> dict[str, Any]:
-    """One cache of the list; one that cannot be read has `error` in place of its facts."""
-    from cag.describe import summarize_cache
-    from cag_store import utc_now
-    from cag_store.errors import StoreError
-
-    try:
-        ref = store.ref(name)
-        manifest = store.manifest(ref.manifest)
-    except StoreError as error:
-        return {"name": name, "damaged": True, "error": error_facts(error)}
-    row = summarize_cache(ref, manifest)
-    return row | {"model": manifest.model.id, "expired": ref.expired(utc_now()), "damaged": False}
-
-
-def _list_row(cache: dict[str, Any]) -> tuple[str, ...]:
-    if cache["damaged"]:
-        return (cache["name"], "damaged", *[""] * (len(LIST_COLUMNS) - 2))
-    expires = cache["expires_at"] or ""
-    return (
-        cache["name"],
-        f"{cache['num_tokens']:,}",
-        f"{cache['num_documents']:,}",
-        cache["model"],
-        cache["codec"],
-        bytes_text(cache["stored_bytes"]),
-        f"{cache['raw_over_stored']:.2f}",
-        cache["created_at"],
-        "yes" if cache["pinned"] else "",
-        f"{expires} (expired)" if cache["expired"] else expires,
-    )
 
 
 def show(
@@ -176,30 +125,6 @@ def _freeable_bytes(store: Store, name: str) -> int | None:
         return chunk_bytes + store.blob_bytes({document.sha256 for document in own.documents} - held_texts)
     except (StoreError, KeyError):
         return None
-
-
-def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    grace_seconds: Annotated[
-        float | None,
-        typer.Option("--grace-seconds", help="Keep what is younger than this.", show_default="3600", min=0.0),
-    ] = None,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Free what no cache, pin or open reader holds."""
-    report = store_at(store).gc(dry_run=dry_run, **given(grace_s=grace_seconds))
-    if as_json:
-        print_json(asdict(report))
-        return
-    for name in report.expired:
-        print(f"expired {name}")
-    for path in report.removed:
-        print(path)
-    print(f"{'would free' if dry_run else 'freed'} {bytes_text(report.removed_bytes)} in {len(report.removed)} files")
-    if report.kept_unreferenced:
-        why = "a build is running" if report.build_running else "younger than the grace time"
-        print(f"kept {report.kept_unreferenced} unreferenced files: {why}")
 
 
 def pin(name: NameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cag.cli.quantities import duration_s, size_bytes
+
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the cache.")]
 PathsArgument = Annotated[
     list[str], typer.Argument(metavar="PATH", help="Files, folders, quoted globs, or JSONL files of documents.")
@@ -66,6 +68,27 @@ TopPOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.", show_default=False)]
+TtlOption = Annotated[
+    float | None,
+    typer.Option(
+        "--ttl",
+        help="Let the cache expire after this long: 90s, 30m, 12h, 7d, 2w.",
+        metavar="DURATION",
+        parser=duration_s,
+        show_default="never",
+    ),
+]
+MaxBytesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-bytes",
+        help="Keep the store below this size: evict caches, least worth first. Like 20GB or 512MiB.",
+        metavar="SIZE",
+        parser=size_bytes,
+        envvar="CAG_MAX_BYTES",
+        show_default="no limit",
+    ),
+]
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import zstandard
 from cag_store.errors import CorruptEntry
 
 MAX_BLOB_BYTES = 256 << 20
+MAX_BLOB_FILE_BYTES = MAX_BLOB_BYTES + (MAX_BLOB_BYTES >> 7)
 _LEVEL = 9
 _CHECKSUM_BYTES = 16
+_MAX_WINDOW_BYTES = 8 << 20
 _STEP = 1 << 20
 
 
@@ -28,7 +30,7 @@ def unpack_blob(file: bytes, where: str) -> bytes:
         )
     content = bytearray()
     try:
-        with zstandard.ZstdDecompressor().stream_reader(frame) as stream:
+        with zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_reader(frame) as stream:
             while part := stream.read(_STEP):
                 content += part
                 if len(content) > MAX_BLOB_BYTES:

@@ -6,12 +6,13 @@ In: the facts of a chunk and its segment table. Out: header bytes, and back. Kno
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cag_store.codecs import config_joint_layers, config_resources, layer_groups
 from cag_store.dtypes import STORAGE_DTYPES
-from cag_store.errors import CorruptEntry, UnsupportedFormat
+from cag_store.errors import CorruptEntry, UnknownCodec, UnsupportedFormat
 from cag_store.jsontext import Fields, canonical_bytes, parse_first_object, parse_object
 from cag_store.keys import FORMAT_VERSION, MAX_CHUNK_TOKENS, ChunkContext
 
@@ -19,6 +20,7 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_LAYERS = 999
 MAX_OVERHEAD_BYTES = 1 << 16
 MAX_HEADS = MAX_HEAD_DIM = 1 << 16
+MAX_SIDE_BYTES = 1 << 30
 
 _FORMAT = "cag-chunk"
 _OPENING = b'{"__metadata__":'
@@ -61,6 +63,15 @@ class ChunkHeader:
         itemsize = STORAGE_DTYPES[self.context.dtype].itemsize
         return self.num_kv_heads[layer] * self.num_tokens * self.head_dim[layer] * itemsize
 
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """Spans [first, last) of the layers that share a segment, as the codec's configuration says."""
+        return layer_groups(self.num_layers, config_joint_layers(self.context.codec))
+
+    def group_bytes(self, first: int, last: int) -> int:
+        """Size of the keys (or the values) of layers [first, last) in the storage dtype."""
+        return sum(self.side_bytes(layer) for layer in range(first, last))
+
     def side_shape(self, layer: int) -> tuple[int, int, int]:
         """`[num_kv_heads, num_tokens, head_dim]` of one layer."""
         return self.num_kv_heads[layer], self.num_tokens, self.head_dim[layer]
@@ -97,7 +108,7 @@ class ChunkEntry:
 
 @dataclass(frozen=True)
 class ChunkIndex:
-    """A whole chunk header: `segments` are keys then values, layer by layer."""
+    """A whole chunk header: `segments` are keys then values, group of layers by group of layers."""
 
     header: ChunkHeader
     segments: tuple[Segment, ...]
@@ -160,11 +171,16 @@ class ChunkIndex:
     def _tensors(self) -> Iterator[str]:
         """Canonical JSON of the tensor table, item by item; names in their sorted order, in which the ids come last."""
         ids_bytes = end = self.ids_bytes
-        for index, segment in enumerate(self.segments):
+        for name, segment in zip(self._names(), self.segments, strict=True):
             start, end = end, end + segment.encoded_bytes
-            name = f"layers.{index // 2:03d}.{'values' if index % 2 else 'keys'}"
             yield f'"{name}":{{"data_offsets":[{start},{end}],"dtype":"U8","shape":[{segment.encoded_bytes}]}}'
         yield f'"token_ids":{{"data_offsets":[0,{ids_bytes}],"dtype":"U32","shape":[{self.header.num_tokens}]}}'
+
+    def _names(self) -> Iterator[str]:
+        joint = config_joint_layers(self.header.context.codec) > 1
+        for first, last in self.header.groups:
+            layers = f"{first:03d}-{last - 1:03d}" if joint else f"{first:03d}"
+            yield from (f"layers.{layers}.{side}" for side in ("keys", "values"))
 
 
 def header_size(prefix: bytes, stored_bytes: int, where: str) -> int:
@@ -189,7 +205,7 @@ def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
     version = metadata.text("version")
     if version != str(FORMAT_VERSION):
         raise UnsupportedFormat(
-            f"{where} has chunk format {version!r}, this program reads {FORMAT_VERSION}: use a newer one",
+            f"{where} has chunk format {version!r:.40}, this program reads {FORMAT_VERSION}: use a newer one",
             expected=str(FORMAT_VERSION),
             found=version,
         )
@@ -215,6 +231,7 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     context = ChunkContext.from_json(fields.any("context"), f"{where}: context")
     if context.dtype not in STORAGE_DTYPES:
         raise fields.wrong("dtype", " or ".join(STORAGE_DTYPES), context.dtype)
+    check_codec_config(context.codec, fields)
     header = ChunkHeader(
         key=fields.digest("key"),
         parent=fields.digest("parent", empty=True),
@@ -227,13 +244,25 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
     if not num_layers == header.num_layers == len(header.head_dim):
         raise fields.wrong("num_layers", num_layers, (header.num_layers, len(header.head_dim)))
+    if max(map(header.side_bytes, range(num_layers))) > MAX_SIDE_BYTES:
+        raise fields.wrong("num_kv_heads", f"at most {MAX_SIDE_BYTES} bytes a layer and side", header.num_kv_heads)
     rows = fields.list("segments")
-    if len(rows) != 2 * num_layers:
-        raise fields.wrong("segments", f"{2 * num_layers} rows", len(rows))
+    sizes = [header.group_bytes(*group) for group in header.groups for _ in range(2)]
+    if len(rows) != len(sizes):
+        raise fields.wrong("segments", f"{len(sizes)} rows", len(rows))
     codec_id = context.codec.get("id")
-    segments = tuple(_segment(row, header.side_bytes(index // 2), codec_id, fields) for index, row in enumerate(rows))
+    segments = tuple(_segment(row, size, codec_id, fields) for row, size in zip(rows, sizes, strict=True))
     fields.done()
     return ChunkIndex(header, segments)
+
+
+def check_codec_config(config: Mapping[str, Any], fields: Fields) -> None:
+    """Raises: CorruptEntry for what every codec's configuration means alike, and this one has wrong."""
+    try:
+        config_joint_layers(config)
+        config_resources(config)
+    except UnknownCodec as error:
+        raise fields.wrong("codec", "a configuration", str(error)) from error
 
 
 def _segment(row: object, raw_bytes: int, codec_id: object, fields: Fields) -> Segment:

@@ -14,7 +14,8 @@ from typing import Any
 from cag_store.errors import CorruptEntry
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+MAX_DEPTH = 64
 
 
 def canonical_bytes(value: object) -> bytes:
@@ -36,6 +37,8 @@ def parse_first_object(data: bytes, offset: int, where: str) -> dict[str, Any]:
 def _parsed(data: bytes, where: str, decode: Callable[[str], Any]) -> dict[str, Any]:
     try:
         value = decode(data.decode("utf-8"))
+        if isinstance(value, (dict, list)):
+            _check_depth(value)
         if b"\\ud" in data.lower():  # perhaps half of a surrogate pair, which no canonical text holds
             canonical_bytes(value)
     except (ValueError, RecursionError) as error:
@@ -43,6 +46,21 @@ def _parsed(data: bytes, where: str, decode: Callable[[str], Any]) -> dict[str, 
     if not isinstance(value, dict):
         raise CorruptEntry(f"{where}: expected an object, found {type(value).__name__}", where=where)
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises: ValueError for what is nested so deeply that code which walks it would run out of stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"more than {MAX_DEPTH} objects and lists within each other")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

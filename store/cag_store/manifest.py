@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from cag_store.chunk import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ChunkEntry
+from cag_store.chunk import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ChunkEntry, check_codec_config
+from cag_store.codecs import config_resources
 from cag_store.dtypes import STORAGE_DTYPES
-from cag_store.errors import UnsupportedFormat
+from cag_store.errors import CorruptEntry, UnsupportedFormat
 from cag_store.jsontext import Fields, canonical_bytes, parse_object
 from cag_store.keys import MAX_CHUNK_TOKENS, ChunkContext
 
@@ -19,9 +21,24 @@ SCHEMA = 1
 MAX_MANIFEST_BYTES = 64 << 20
 
 
+def utc_text(seconds: float) -> str:
+    """A time, given in seconds since 1970, as manifests and refs write it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def utc_now() -> str:
     """Now, as manifests and refs write it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return utc_text(time.time())
+
+
+def utc_after(ttl_s: float | None) -> str | None:
+    """`ttl_s` seconds from now, as refs write it; None stays None. Raises: ValueError beyond the year 9999."""
+    if ttl_s is None:
+        return None
+    try:
+        return (datetime.now(UTC) + timedelta(seconds=ttl_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except OverflowError as error:
+        raise ValueError(f"{ttl_s} seconds from now is beyond the year 9999: leave the expiry out") from error
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,12 @@ class Manifest:
         return self.blob_bytes + sum(chunk.stored_bytes for chunk in self.chunks)
 
     @property
+    def blob_digests(self) -> tuple[str, ...]:
+        """Addresses of all blobs, each once: texts of documents, and what the codec needs."""
+        texts = (document.sha256 for document in self.documents)
+        return tuple(dict.fromkeys([*texts, *config_resources(self.codec)]))
+
+    @property
     def context(self) -> ChunkContext:
         """What the keys of the chunks depend on, besides their tokens."""
         return ChunkContext(
@@ -138,7 +161,12 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "manifest") -> Manifest:
         """Raises: CorruptEntry, UnsupportedFormat."""
-        return cls.from_json(parse_object(data, where), where)
+        value = parse_object(data, where)
+        manifest = cls.from_json(value, where)
+        if canonical_bytes(value) != data:
+            raise CorruptEntry(f"{where} is not in canonical form", where=where, expected="canonical JSON")
+        vars(manifest)["digest"] = hashlib.sha256(data).hexdigest()  # of the same bytes, without writing them again
+        return manifest
 
     @classmethod
     def from_json(cls, value: object, where: str = "manifest") -> Manifest:
@@ -147,7 +175,7 @@ class Manifest:
         schema = fields.any("schema")
         if schema != SCHEMA or type(schema) is not int:
             raise UnsupportedFormat(
-                f"{where} has schema {schema!r}; this program reads {SCHEMA}: use a newer one, or build again",
+                f"{where} has schema {schema!r:.40}; this program reads {SCHEMA}: use a newer one, or build again",
                 expected=SCHEMA,
                 found=schema,
             )
@@ -171,6 +199,7 @@ class Manifest:
         )
         _check_sums(manifest, fields)
         fields.done()
+        check_codec_config(manifest.codec, fields)
         _check_chunks(manifest, fields)
         _check_documents(manifest.documents, manifest.num_tokens, fields)
         return manifest

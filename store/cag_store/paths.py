@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from cag_store.errors import InvalidName
 from cag_store.jsontext import is_digest
 from cag_store.ref import checked_name
+
+if TYPE_CHECKING:
+    from cag_store.manifest import Manifest
 
 CHUNKS, BLOBS, MANIFESTS, REFS = "chunks", "blobs", "manifests", "refs"
 
@@ -27,6 +33,18 @@ def manifest_path(digest: str) -> str:
 def ref_path(name: str) -> str:
     """Raises: InvalidName."""
     return f"{REFS}/{checked_name(name)}.json"
+
+
+def ref_name(path: str) -> str | None:
+    """The name of the ref at `path`; None for another object."""
+    name = path.removeprefix(f"{REFS}/").removesuffix(".json")
+    return name if path == f"{REFS}/{name}.json" else None
+
+
+def object_paths(manifest: Manifest) -> Iterator[str]:
+    """Paths of the chunks and blobs of `manifest`, each once."""
+    yield from (chunk_path(chunk.key) for chunk in manifest.chunks)
+    yield from (blob_path(digest) for digest in manifest.blob_digests)
 
 
 def _checked(digest: str) -> str:

@@ -4,9 +4,10 @@
     jobs:    first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
     caller:  wait for layer 0, on_layer(0), wait for layer 1, ...
 
-A job stays with one thread, so that its bytes are still in that core's cache when they are verified and decoded. There
-is one thread more than workers: a core decodes while another job waits for the disk. Memory beyond the buffers: one
-reused buffer of an encoded job a thread, and the scratch of the codecs.
+A job stays with one thread, which reads, verifies and decodes it in three long steps: between them it needs the
+interpreter's lock, for which threads wait. There is one thread more than workers: a core decodes while another job
+waits for the disk. A backend that wants many reads at the same time gets as many threads, of which no more than
+workers decode. Memory beyond the buffers: one reused buffer of an encoded job a thread, and the scratch of the codecs.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from cag_store.backends import ReadableBackend
-from cag_store.chunk_files import OpenChunk, check_segment
+from cag_store.chunk_files import OpenChunk, check_segment, side_of
+from cag_store.codecs import EncodedSegment
 from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry
 
 Buffers = Sequence[tuple[Array, Array]]
 
-_JOB_BYTES = 1 << 20  # encoded layers of a chunk read at once: fewer calls, but still in a core's cache
+_JOB_BYTES = 4 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 
 
 @dataclass
@@ -39,10 +41,19 @@ class LoadTimings:
     wall_s: float = 0.0
     bytes_by_tier: dict[str, int] = field(default_factory=dict)
 
+    def add(self, other: LoadTimings) -> None:
+        """Add what `other` holds, but for the clock."""
+        self.bytes_read += other.bytes_read
+        self.read_s += other.read_s
+        self.verify_s += other.verify_s
+        self.decode_s += other.decode_s
+        for tier, num_bytes in other.bytes_by_tier.items():
+            self.bytes_by_tier[tier] = self.bytes_by_tier.get(tier, 0) + num_bytes
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Keys and values of layers [first, last) of one chunk: neighbours in its file."""
+    """Keys and values of the groups of layers [first, last) of one chunk: neighbours in its file."""
 
     chunk: OpenChunk
     first: int
@@ -69,10 +80,13 @@ class Pipeline:
         self._buffers = buffers
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
-        spans = list(_layer_spans(chunks, len(buffers), max(_JOB_BYTES, backend.read_bytes)))
+        self._groups = chunks[0].index.header.groups
+        spans = list(_group_spans(chunks, len(self._groups), max(_JOB_BYTES, backend.read_bytes)))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
         self._num_threads = min(max(workers + 1, backend.parallel_reads), len(self._jobs))
+        many_readers = backend.parallel_reads > workers + 1
+        self._decoding = threading.Semaphore(workers if many_readers else self._num_threads)
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._stopped = False
@@ -123,57 +137,59 @@ class Pipeline:
             self._stop(error)
 
     def _do(self, job: Job, buffer: memoryview) -> None:
-        timings = LoadTimings(bytes_read=job.num_bytes)
-        started = time.perf_counter()
+        """Load a job; once more from the backend itself when a copy kept nearby proved wrong."""
         data = buffer[: job.num_bytes]
-        tier = self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
-        timings.read_s = time.perf_counter() - started
-        for layer in range(job.first, job.last):
-            data = self._decoded(job, layer, data, timings, nearby=tier != self._backend.tier)
-            with self._changed:
-                self._missing[layer] -= 1
-                if not self._missing[layer]:
-                    self._changed.notify_all()
-        with self._changed:
-            self._timings.bytes_read += timings.bytes_read
-            self._timings.read_s += timings.read_s
-            self._timings.verify_s += timings.verify_s
-            self._timings.decode_s += timings.decode_s
-            by_tier = self._timings.bytes_by_tier
-            by_tier[tier] = by_tier.get(tier, 0) + job.num_bytes
-
-    def _decoded(self, job: Job, layer: int, data: memoryview, timings: LoadTimings, *, nearby: bool) -> memoryview:
-        """`_decode_layer`; once more from the backend itself when a copy kept nearby proved wrong."""
+        taken = LoadTimings()
         try:
-            return self._decode_layer(job.chunk, layer, data, timings)
+            self._load(job, data, taken)
         except CorruptEntry:
+            nearby = taken.bytes_by_tier.keys() - {self._backend.tier}
             if not (self._backend.forget(job.chunk.path) or nearby):
                 raise
-        self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * layer], data)
-        return self._decode_layer(job.chunk, layer, data, timings)
+            self._load(job, data, taken)
+        with self._changed:
+            self._timings.add(taken)
+            first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
+            for layer in range(first, last):
+                self._missing[layer] -= 1
+            if not self._missing[first]:  # the layers of a job become whole together
+                self._changed.notify_all()
 
-    def _decode_layer(self, chunk: OpenChunk, layer: int, data: memoryview, timings: LoadTimings) -> memoryview:
-        """Verify and decode both sides of a layer, with which `data` begins. Returns what stands behind them."""
-        first, last = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
-        for side, buffer in enumerate(self._buffers[layer]):
-            position = 2 * layer + side
+    def _load(self, job: Job, data: memoryview, taken: LoadTimings) -> None:
+        """Read, verify and decode a job; adds to `taken` where the bytes came from, and the time. Raises:
+        CorruptEntry."""
+        started = time.perf_counter()
+        tier = self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
+        taken.bytes_read += job.num_bytes
+        taken.bytes_by_tier[tier] = taken.bytes_by_tier.get(tier, 0) + job.num_bytes
+        taken.read_s += time.perf_counter() - started
+        with self._decoding:
+            read = time.perf_counter()
+            segments = list(self._verified(job, data))
+            verified = time.perf_counter()
+            taken.verify_s += verified - read
+            job.chunk.codec.decode_segments(segments)
+            taken.decode_s += time.perf_counter() - verified
+
+    def _verified(self, job: Job, data: memoryview) -> Iterator[EncodedSegment]:
+        """The segments of a job, each after its checksum was compared, with the slices of the buffers to fill."""
+        chunk = job.chunk
+        start, end = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
+        for position in range(2 * job.first, 2 * job.last):
             segment = chunk.index.segments[position]
             encoded, data = data[: segment.encoded_bytes], data[segment.encoded_bytes :]
-            started = time.perf_counter()
             check_segment(encoded, segment, chunk, position)
-            verified = time.perf_counter()
-            chunk.codec.decode_into(encoded, buffer[:, first:last])
-            timings.verify_s += verified - started
-            timings.decode_s += time.perf_counter() - verified
-        return data
+            first, last = self._groups[position // 2]
+            outs = tuple(sides[position % 2][:, start:end] for sides in self._buffers[first:last])
+            yield EncodedSegment(encoded, outs, side_of(position), first, start)
 
 
-def _layer_spans(chunks: Sequence[OpenChunk], num_layers: int, job_bytes: int) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring layers of at most `job_bytes` in every chunk. Layer 0 has one of its own, as the caller
-    waits for it first."""
+def _group_spans(chunks: Sequence[OpenChunk], num_groups: int, job_bytes: int) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring groups of at most `job_bytes` in every chunk. The group of layer 0 has one of its own, as
+    the caller waits for it first."""
     first = 0
-    for layer in range(1, num_layers + 1):
-        whole = layer == num_layers or first == 0
-        if whole or any(Job(chunk, first, layer + 1).num_bytes > job_bytes for chunk in chunks):
-            yield first, layer
-            first = layer
+    for group in range(1, num_groups + 1):
+        whole = group == num_groups or first == 0
+        if whole or any(Job(chunk, first, group + 1).num_bytes > job_bytes for chunk in chunks):
+            yield first, group
+            first = group

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.backends import Lease, ReadableBackend
 from cag_store.chunk import ChunkEntry, ChunkHeader
-from cag_store.chunk_files import OpenChunk, open_chunk
+from cag_store.chunk_files import CodecSource, OpenChunk, open_chunk
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray
 from cag_store.keys import ROOT, ChunkContext
@@ -33,13 +32,16 @@ class CacheReader:
         context: ChunkContext,
         lease: Lease | None,
         workers: int,
+        codecs: CodecSource,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         self.timings = LoadTimings()
         self._backend = backend
         self._lease = lease
+        self._on_close = on_close
         self._workers = workers
         try:
-            self._chunks = _opened(backend, entries)
+            self._chunks = _opened(backend, entries, codecs)
             check_chain(self._chunks, context)
         except BaseException:
             self.close()
@@ -77,7 +79,10 @@ class CacheReader:
         Pipeline(self._backend, self._chunks, buffers, self._workers, self.timings).run(on_layer)
 
     def close(self) -> None:
-        """Give up the lease. Idempotent."""
+        """Give up the lease, after `on_close` was called. Idempotent."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
         if self._lease is not None:
             self._lease.release()
 
@@ -103,12 +108,12 @@ class CacheReader:
                     )
 
 
-def _opened(backend: ReadableBackend, entries: Sequence[ChunkEntry]) -> list[OpenChunk]:
+def _opened(backend: ReadableBackend, entries: Sequence[ChunkEntry], codecs: CodecSource) -> list[OpenChunk]:
     """All chunks, as many at the same time as the backend is good for."""
     if backend.parallel_reads == 1:
-        return [open_chunk(backend, entry) for entry in entries]
+        return [open_chunk(backend, entry, codecs) for entry in entries]
     with ThreadPoolExecutor(backend.parallel_reads, "cag-open") as pool:
-        return list(pool.map(partial(open_chunk, backend), entries))
+        return list(pool.map(lambda entry: open_chunk(backend, entry, codecs), entries))
 
 
 def check_chain(chunks: Sequence[OpenChunk], context: ChunkContext) -> None:

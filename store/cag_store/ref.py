@@ -52,7 +52,10 @@ class Ref:
         value = parse_object(data, where)
         if value.get("schema") != SCHEMA:
             raise UnsupportedFormat(
-                f"{where} has schema {value.get('schema')!r}; this program reads {SCHEMA}", expected=SCHEMA
+                f"{where} has schema {value.get('schema')!r:.40}; this program reads {SCHEMA}: "
+                "use a newer one, or build again",
+                expected=SCHEMA,
+                found=value.get("schema"),
             )
         fields = Fields(value, where)
         check = fields.digest("check")
@@ -70,6 +73,8 @@ class Ref:
         fields.done()
         if ref.name != name:
             raise fields.wrong("name", name, ref.name)
+        if ref.to_bytes() != data:
+            raise fields.wrong("form", "canonical JSON", "another spelling of it")
         return ref
 
 

@@ -10,26 +10,33 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cag_store.backends import Backend, Lease, MemoryBackend, ReadableBackend, is_url, open_backend
 from cag_store.backends.object_cache import CachedReads, PieceCache
 from cag_store.blob import MAX_BLOB_BYTES, pack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
+from cag_store.codecs import Codec, codec_from_config
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreFull
 from cag_store.gc import GcReport, collect
+from cag_store.jsontext import canonical_bytes
 from cag_store.keys import ChunkContext, TokenIds
-from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest, utc_now
-from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, ref_path
+from cag_store.manifest import Manifest, utc_after, utc_now
+from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, object_paths, ref_name, ref_path
 from cag_store.reader import CacheReader
-from cag_store.reading import read_blob, read_manifest, reread
+from cag_store.reading import ADVICE, read_blob, read_manifest, reread
 from cag_store.ref import MAX_REF_BYTES, Ref
+from cag_store.usage import StoreUsage, measure, record_use
 from cag_store.verify import VerifyReport, verify_cache
+
+_KEPT_CODECS = 4  # a codec may hold a basis of megabytes
 
 
 def default_workers() -> int:
@@ -50,6 +57,8 @@ class Store:
         self.backend = backend
         self.nearby: ReadableBackend = CachedReads(backend, pieces) if pieces is not None else backend
         self.workers = workers or default_workers()
+        self._codecs: dict[bytes, Codec] = {}
+        self._codecs_guard = threading.Lock()
 
     @classmethod
     def open(cls, location: str | Path, workers: int | None = None, pieces: PieceCache | None = None) -> Store:
@@ -80,7 +89,8 @@ class Store:
         with contextlib.suppress(EntryNotFound, CorruptEntry):
             return self._reused(header)
         with ThreadPoolExecutor(self.workers, "cag-encode") as pool:
-            entry, parts = encode_chunk(header, layers, token_ids, pool, 2 * self.workers)
+            codec = self.codec(header.context.codec)
+            entry, parts = encode_chunk(header, layers, token_ids, codec, pool, 2 * self.workers)
         if self.backend.put_if_absent(chunk_path(header.key), parts):
             return entry
         return self._reused(header)
@@ -90,16 +100,14 @@ class Store:
 
         Raises: EntryNotFound; CorruptEntry after a damaged chunk was removed: compute it again.
         """
-        try:
-            entry = self._checked(key)
-        except CorruptEntry:
+        with contextlib.suppress(CorruptEntry):
+            return self._whole_chunk(key)
+        with self.backend.locked("repair"):  # whoever held it may have put a whole one there
             try:
-                entry = self._checked(key)  # not when the bytes were only damaged on their way
+                return self._whole_chunk(key)
             except CorruptEntry:
                 self.backend.delete(chunk_path(key))
                 raise
-        self.backend.touch(chunk_path(key))
-        return entry
 
     def put_blob(self, data: bytes) -> str:
         """Store `data`; returns its sha256, its address. Raises: StoreFull, ValueError above `MAX_BLOB_BYTES`."""
@@ -124,6 +132,20 @@ class Store:
         """Size on the backend of these blobs, each counted once. Raises: EntryNotFound."""
         return sum(self.backend.stat(blob_path(sha256)).size_bytes for sha256 in set(sha256s))
 
+    def codec(self, config: Mapping[str, Any]) -> Codec:
+        """The codec of a configuration, ready to work with the blobs that it names; the last few are kept.
+
+        Raises: UnknownCodec; EntryNotFound, CorruptEntry for a blob.
+        """
+        key = canonical_bytes(config)
+        with self._codecs_guard:  # not to fetch a blob once for each thread
+            codec = self._codecs.get(key)
+            if codec is None:
+                codec = codec_from_config(config, self.get_blob)
+                kept = list(self._codecs.items())[1 - _KEPT_CODECS :]
+                self._codecs = {**dict(kept), key: codec}
+        return codec
+
     def commit(self, name: str, manifest: Manifest, expires_at: str | None = None, *, copied: bool = False) -> str:
         """Store `manifest` and let `name` mean it; returns its digest. A pin stays, an old expiry does not.
 
@@ -137,7 +159,7 @@ class Store:
         with self.backend.locked("gc", shared=True):
             self._check_present(manifest, copied)
             stored = manifest_path(manifest.digest)
-            if not self.backend.put_if_absent(stored, [data]) and self.backend.get(stored, MAX_MANIFEST_BYTES) != data:
+            if not self.backend.put_if_absent(stored, [data]) and not self._holds(stored, data):
                 self.backend.replace(stored, data)
             with self.backend.locked("refs"):
                 pinned = False
@@ -149,14 +171,16 @@ class Store:
 
     def names(self) -> list[str]:
         """The names of all refs, readable or not, in order."""
-        found = (info.path.removeprefix(f"{REFS}/") for info in self.backend.list(REFS))
-        return sorted(path.removesuffix(".json") for path in found if path.endswith(".json"))
+        found = (ref_name(info.path) for info in self.backend.list(REFS))
+        return sorted(name for name in found if name is not None)
 
     def ref(self, name: str) -> Ref:
         """The ref `name`, expired or not. Raises: EntryNotFound, CorruptEntry, InvalidName."""
         path = ref_path(name)
         try:
             return Ref.from_bytes(self.backend.get(path, MAX_REF_BYTES), name)
+        except CorruptEntry as error:
+            raise CorruptEntry(f"{error}: {ADVICE}", **error.facts) from error
         except EntryNotFound:
             known = ", ".join(self.names()[:10]) or "none"
             raise EntryNotFound(
@@ -165,7 +189,11 @@ class Store:
 
     def refs(self) -> list[Ref]:
         """All refs, expired ones too. Raises: CorruptEntry when one is damaged."""
-        return [self.ref(name) for name in self.names()]
+        found = []
+        for name in self.names():
+            with contextlib.suppress(EntryNotFound):  # removed since the names were read
+                found.append(self.ref(name))
+        return found
 
     def resolve(self, name: str) -> tuple[Ref, Manifest]:
         """What `name` means now. Raises: EntryNotFound (also when it has expired), CorruptEntry, InvalidName."""
@@ -176,7 +204,12 @@ class Store:
                 name=name,
                 expires_at=ref.expires_at,
             )
-        return ref, self.manifest(ref.manifest)
+        try:
+            return ref, self.manifest(ref.manifest)
+        except EntryNotFound:
+            if self.ref(name).manifest == ref.manifest:
+                raise
+        return self.resolve(name)  # replaced since the ref was read, and the old manifest collected
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest at `digest`, verified. Raises: EntryNotFound, CorruptEntry, UnsupportedFormat."""
@@ -191,10 +224,8 @@ class Store:
         return self._update(name, lambda ref: replace(ref, pinned=False))
 
     def set_ttl(self, name: str, ttl_s: float | None) -> Ref:
-        """Let `name` expire `ttl_s` seconds from now; None: never. Raises: EntryNotFound."""
-        expires_at = (
-            None if ttl_s is None else (datetime.now(UTC) + timedelta(seconds=ttl_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
-        )
+        """Let `name` expire `ttl_s` seconds from now; None: never. Raises: EntryNotFound, ValueError."""
+        expires_at = utc_after(ttl_s)
         return self._update(name, lambda ref: replace(ref, expires_at=expires_at))
 
     def remove(self, name: str) -> None:
@@ -205,26 +236,28 @@ class Store:
 
     def reader(self, manifest: Manifest, workers: int | None = None) -> CacheReader:
         """A reader of the whole cache; close it. Raises: EntryNotFound, CorruptEntry, UnknownCodec."""
-        lease = self._reader_lease([manifest.digest])
-        return CacheReader(self.nearby, manifest.chunks, manifest.context, lease, workers or self.workers)
+        with self._gc_kept_out():
+            lease = self._reader_lease([manifest.digest])
+        return CacheReader(self.nearby, manifest.chunks, manifest.context, lease, workers or self.workers, self.codec)
 
     def open_reader(self, name: str, workers: int | None = None) -> tuple[Ref, Manifest, CacheReader]:
-        """`resolve` and `reader` in one step, so that no `gc` comes between. Raises: as both."""
+        """`resolve` and `reader` in one step, so that no `gc` comes between. Opening and closing it count as uses.
+        Raises: as both."""
         with self._gc_kept_out():
             ref, manifest = self.resolve(name)
             lease = self._reader_lease([manifest.digest])
-        return (
-            ref,
-            manifest,
-            CacheReader(self.nearby, manifest.chunks, manifest.context, lease, workers or self.workers),
-        )
+        used = partial(record_use, self.backend, name)
+        used()
+        workers = workers or self.workers
+        context = manifest.context
+        return ref, manifest, CacheReader(self.nearby, manifest.chunks, context, lease, workers, self.codec, used)
 
     def chunk_reader(
         self, entries: Sequence[ChunkEntry], context: ChunkContext, workers: int | None = None
     ) -> CacheReader:
         """A reader of chunks from the root on that no manifest holds yet: call it inside a `build_lease`.
         At least one entry."""
-        return CacheReader(self.backend, entries, context, None, workers or self.workers)
+        return CacheReader(self.backend, entries, context, None, workers or self.workers, self.codec)
 
     def lease(self, *digests: str, kind: str = "reader") -> Lease:
         """Hold the manifests `digests` against `gc` until released, or until this process ends. Raises: StoreFull."""
@@ -232,12 +265,14 @@ class Store:
             return self._new_lease(digests, kind)
 
     @contextlib.contextmanager
-    def held(self, digest: str) -> Iterator[None]:
-        """Hold the manifest `digest` against `gc`; without a lease on a store that may only be read."""
+    def held_ref(self, name: str) -> Iterator[Ref]:
+        """The ref `name`, expired or not, while what it means is held against `gc`; without a lease on a store that may
+        only be read. Raises: as `ref`."""
         with self._gc_kept_out():
-            lease = self._reader_lease([digest])
+            ref = self.ref(name)
+            lease = self._reader_lease([ref.manifest])
         with lease or contextlib.nullcontext():
-            yield
+            yield ref
 
     def build_lease(self) -> Lease:
         """Hold all chunks and blobs, referenced or not, against `gc` while a build runs. Raises: StoreFull."""
@@ -248,10 +283,24 @@ class Store:
         EntryNotFound for the name."""
         return verify_cache(self, name)
 
-    def gc(self, grace_s: float = 3600.0, dry_run: bool = False) -> GcReport:
-        """Remove what no ref and no live lease reaches; see `cag_store.gc`. Raises:
-        CorruptEntry before anything is removed."""
-        return collect(self, grace_s, dry_run)
+    def gc(
+        self,
+        grace_s: float = 3600.0,
+        dry_run: bool = False,
+        max_bytes: int | None = None,
+        keep: Collection[str] = (),
+    ) -> GcReport:
+        """Remove what no ref and no live lease reaches, and is older than `grace_s`; see `cag_store.gc`.
+
+        With `max_bytes` for all chunks, blobs and manifests: then also what is younger, then caches, those of least
+        worth first (`cag_store.quota`); never pinned ones, those that are being read, or `keep`. While a build runs,
+        nothing is evicted. Raises: CorruptEntry before anything is removed.
+        """
+        return collect(self, grace_s, dry_run, max_bytes, keep)
+
+    def usage(self) -> StoreUsage:
+        """Own and shared bytes and last use of each readable cache, and the sums over the store."""
+        return measure(self)
 
     def drop_page_cache(self, name: str) -> bool:
         """Make the next reading of this cache come from the device; False where that cannot be done."""
@@ -260,11 +309,17 @@ class Store:
         dropped = [self.backend.drop_page_cache(path) for path in paths]
         return all(dropped)
 
-    def _checked(self, key: str) -> ChunkEntry:
-        """The entry of a chunk after every byte was verified."""
+    def _whole_chunk(self, key: str) -> ChunkEntry:
         entry = read_entry(self.backend, key)
         check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
+        self.backend.touch(chunk_path(key))
         return entry
+
+    def _holds(self, path: str, data: bytes) -> bool:
+        try:
+            return self.backend.get(path, len(data)) == data
+        except CorruptEntry:
+            return False
 
     def _exists(self, path: str) -> bool:
         try:
@@ -289,7 +344,7 @@ class Store:
                 raise CorruptEntry(
                     f"chunk {chunk.key} has {found} bytes, the manifest says {chunk.stored_bytes}", where=chunk.key
                 )
-        found = self.blob_bytes(document.sha256 for document in manifest.documents)
+        found = self.blob_bytes(manifest.blob_digests)
         if found != manifest.blob_bytes and not copied:
             raise CorruptEntry(
                 f"the blobs have {found} bytes, the manifest says {manifest.blob_bytes}", where="manifest: blob_bytes"
@@ -318,9 +373,3 @@ class Store:
         with contextlib.suppress(StoreFull):
             return self._new_lease(digests, "reader")
         return None
-
-
-def object_paths(manifest: Manifest) -> Iterator[str]:
-    """Paths of the chunks and blobs of `manifest`, each once."""
-    yield from (chunk_path(chunk.key) for chunk in manifest.chunks)
-    yield from (blob_path(sha256) for sha256 in dict.fromkeys(document.sha256 for document in manifest.documents))

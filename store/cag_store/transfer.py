@@ -1,4 +1,4 @@
-"""Copying a cache from one store to another: texts and chunks, then manifest and ref. Nothing of the source is trusted.
+"""Copying a cache from one store to another: blobs and chunks, then manifest and ref. Nothing of the source is trusted.
 
 Each chunk is read once, checked as a reader checks it (size, header against the manifest, ids against the key, every
 segment's checksum), and then written; what the destination has already is checked by its header and left alone. So a
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cag_store.blob import MAX_BLOB_BYTES
+from cag_store.blob import MAX_BLOB_FILE_BYTES
 from cag_store.chunk import ChunkEntry
 from cag_store.chunk_files import OpenChunk, check_segment, open_chunk, read_entry
 from cag_store.errors import CorruptEntry, EntryConflict, EntryNotFound
@@ -38,7 +38,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CopyReport:
-    """What a copy did. Bytes are those of chunks and texts; `reused_bytes` were at the destination already."""
+    """What a copy did. Bytes are those of chunks and blobs; `reused_bytes` were at the destination already."""
 
     name: str
     digest: str
@@ -64,9 +64,9 @@ def copy_cache(
     """
     started = time.perf_counter()
     target = checked_name(new_name or name)
-    digest = source.resolve(name)[0].manifest
-    with source.held(digest), destination.build_lease():
-        manifest = read_manifest(source.backend, digest)
+    source.resolve(name)  # not one that has expired
+    with source.held_ref(name) as ref, destination.build_lease():
+        manifest = read_manifest(source.backend, digest := ref.manifest)
         copied = _copy_objects(source, destination, manifest, on_progress or _tell_nobody)
         destination.commit(target, manifest, copied=True)
     return CopyReport(
@@ -97,8 +97,7 @@ def _copy_objects(source: Store, destination: Store, manifest: Manifest, on_prog
     on_progress(0, total)
     chunks: list[OpenChunk] = []
     with ThreadPoolExecutor(_PARALLEL_COPIES, "cag-copy") as pool:
-        texts = {document.sha256 for document in manifest.documents}
-        works = [pool.submit(_copy_blob, source, destination, sha256) for sha256 in sorted(texts)]
+        works = [pool.submit(_copy_blob, source, destination, sha256) for sha256 in manifest.blob_digests]
         works += [pool.submit(_copy_chunk, source, destination, entry) for entry in manifest.chunks]
         try:
             for work in as_completed(works):
@@ -120,13 +119,13 @@ def _tell_nobody(_done: int, _total: int) -> None:
 
 
 def _copy_blob(source: Store, destination: Store, sha256: str) -> tuple[int, bool, OpenChunk | None]:
-    """Bytes of a text's file, and whether it was written."""
+    """Bytes of a blob's file, and whether it was written."""
     path = blob_path(sha256)
     with contextlib.suppress(EntryNotFound, CorruptEntry):
         read_blob(destination.backend, sha256)
         destination.backend.touch(path)
         return destination.backend.stat(path).size_bytes, False, None
-    file = source.backend.get(path, MAX_BLOB_BYTES)
+    file = source.backend.get(path, MAX_BLOB_FILE_BYTES)
     check_blob(file, sha256, f"{source.backend.url}/{path}")
     if not destination.backend.put_if_absent(path, [file]):
         destination.backend.replace(path, file)  # it was damaged
@@ -151,17 +150,24 @@ def _copy_chunk(source: Store, destination: Store, entry: ChunkEntry) -> tuple[i
 
 def _chunk_at(destination: Store, entry: ChunkEntry) -> OpenChunk | None:
     """The chunk at the destination, protected from `gc`; None when it is missing or was damaged, and is gone now."""
-    path = chunk_path(entry.key)
-    try:
+    with contextlib.suppress(CorruptEntry):
+        return _protected(destination, entry)
+    with destination.backend.locked("repair"):  # whoever held it may have put a whole one there
+        try:
+            return _protected(destination, entry)
+        except CorruptEntry:
+            _check_same_bytes(destination, entry)
+            destination.backend.delete(chunk_path(entry.key))
+            return None
+
+
+def _protected(destination: Store, entry: ChunkEntry) -> OpenChunk | None:
+    """The chunk, touched; None when it is missing. Raises: CorruptEntry."""
+    with contextlib.suppress(EntryNotFound):
         chunk = open_chunk(destination.backend, entry)
-        destination.backend.touch(path)
-    except EntryNotFound:
-        return None
-    except CorruptEntry:
-        _check_same_bytes(destination, entry)
-        destination.backend.delete(path)
-        return None
-    return chunk
+        destination.backend.touch(chunk.path)
+        return chunk
+    return None
 
 
 def _check_same_bytes(destination: Store, entry: ChunkEntry) -> None:

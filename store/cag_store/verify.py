@@ -3,6 +3,7 @@ blobs."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,17 +47,17 @@ def verify_cache(store: Store, name: str) -> VerifyReport:
     started = time.perf_counter()
     digest, manifest, problems = None, None, list[StoreError]()
     bytes_read = store.backend.stat(ref_path(name)).size_bytes if name in store.names() else 0
-    try:
-        digest = store.ref(name).manifest
-        manifest = read_manifest(store.backend, digest)
-        bytes_read += store.backend.stat(manifest_path(digest)).size_bytes
-    except StoreError as error:
-        if digest is None and isinstance(error, EntryNotFound):
-            raise
-        problems.append(error)
     num_chunks = num_blobs = 0
-    if manifest is not None:
-        with store.held(manifest.digest):
+    with contextlib.ExitStack() as held:
+        try:
+            digest = held.enter_context(store.held_ref(name)).manifest
+            manifest = read_manifest(store.backend, digest)
+            bytes_read += store.backend.stat(manifest_path(digest)).size_bytes
+        except StoreError as error:
+            if digest is None and isinstance(error, EntryNotFound):
+                raise
+            problems.append(error)
+        if manifest is not None:
             num_chunks, read = _verify_chunks(store, manifest, problems)
             num_blobs, more = _verify_blobs(store, manifest, problems)
             bytes_read += read + more
@@ -68,7 +69,7 @@ def _verify_chunks(store: Store, manifest: Manifest, problems: list[StoreError])
     bytes_read = 0
     for entry in manifest.chunks:
         try:
-            chunk = open_chunk(store.backend, entry)
+            chunk = open_chunk(store.backend, entry, store.codec)
             chunks.append(chunk)
             bytes_read += check_segments(store.backend, chunk, decode=True)
         except StoreError as error:
@@ -83,15 +84,14 @@ def _verify_chunks(store: Store, manifest: Manifest, problems: list[StoreError])
 
 
 def _verify_blobs(store: Store, manifest: Manifest, problems: list[StoreError]) -> tuple[int, int]:
-    addresses = {document.sha256 for document in manifest.documents}
     bytes_read = 0
-    for address in sorted(addresses):
+    for address in sorted(manifest.blob_digests):
         try:
             read_blob(store.backend, address)
             bytes_read += store.backend.stat(blob_path(address)).size_bytes
         except StoreError as error:
             problems.append(error)
-    return len(addresses), bytes_read
+    return len(manifest.blob_digests), bytes_read
 
 
 def check_geometry(chunks: list[OpenChunk], manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from cag.prefix import Prefix
 from cag.prompt import question_ids
 from cag_bench.arms.base import ArmAnswer, BenchArm
 from cag_bench.errors import PrefixRecomputed
-from cag_store.store import object_paths
+from cag_store import object_paths
 
 
 class HotArm(BenchArm):

@@ -117,6 +117,10 @@ class Backend(ReadableBackend):
     def touch(self, path: str) -> None:
         """Set the object's time to now, so that `gc` takes it for new. Raises: EntryNotFound."""
 
+    def record_use(self, path: str) -> None:
+        """Set the time of an object that may be replaced at any moment, as `touch`, but never at the price of bringing
+        an older version back. Nothing where that cannot be done cheaply. Raises: EntryNotFound."""
+
     @abstractmethod
     def locked(self, name: str, shared: bool = False, timeout_s: float = 60.0) -> AbstractContextManager[None]:
         """Hold the lock `name` across processes. Raises: StoreBusy after `timeout_s`."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cag_store.backends.base import Lease
-from cag_store.errors import StoreBusy
+from cag_store.errors import CorruptEntry, StoreBusy
+from cag_store.jsontext import parse_object
 
 _POLL_S = 0.01
 _MAX_LEASE_BYTES = 1 << 20
@@ -118,10 +119,9 @@ def live_leases(directory: Path) -> list[dict[str, Any]]:
 
 def _content(data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(data)
-    except ValueError:
-        content = None
-    return content if isinstance(content, dict) else {"kind": "build"}
+        return parse_object(data, "lease")
+    except CorruptEntry:
+        return {"kind": "build"}
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

@@ -74,9 +74,14 @@ class MemoryBackend(Backend):
 
     def touch(self, path: str) -> None:
         """See `Backend`."""
-        data, _ = self._found(path)
         with self._guard:
-            self._objects[path] = (data, time.time())
+            if checked_path(path) not in self._objects:
+                raise self._missing(path)
+            self._objects[path] = (self._objects[path][0], time.time())
+
+    def record_use(self, path: str) -> None:
+        """See `Backend`."""
+        self.touch(path)
 
     @contextmanager
     def locked(self, name: str, shared: bool = False, timeout_s: float = 60.0) -> Iterator[None]:  # noqa: ARG002
@@ -104,8 +109,11 @@ class MemoryBackend(Backend):
         with self._guard:
             found = self._objects.get(checked_path(path))
         if found is None:
-            raise EntryNotFound(f"there is no {path} in {self.url}", path=path)
+            raise self._missing(path)
         return found
+
+    def _missing(self, path: str) -> EntryNotFound:
+        return EntryNotFound(f"there is no {path} in {self.url}", path=path)
 
 
 class _MemoryLease(Lease):

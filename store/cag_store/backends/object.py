@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 
 _FORMAT = "format"
 _TOUCHED = "touched"
-_TOUCHABLE = ("chunks", "blobs", "manifests")
+_TOUCHABLE = ("chunks", "blobs", "manifests", "refs")
 _NEVER = Version('"never"', "0")
 _MAX_VERSIONS = 1 << 16
+_USE_INTERVAL_S = 60.0
 
 
 class ObjectBackend(Backend):
@@ -49,6 +51,7 @@ class ObjectBackend(Backend):
         self._client = ObjectClient(self.url, self.options, store)
         self._locks = Locks(self._client, self.options)
         self._versions: OrderedDict[str, Version] = OrderedDict()
+        self._uses: dict[str, float] = {}  # when they were last recorded, by a clock of this process
         self._guard = threading.Lock()
         self._scopes = _Scopes()
         self._conditional: bool | None = None  # not known before the first write
@@ -142,6 +145,15 @@ class ObjectBackend(Backend):
         """See `Backend`: a small object beside it carries the time, as its own can only be changed by writing it."""
         self._facts(path)
         self._client.write(f"{_TOUCHED}/{path}", [b"touched"])
+
+    def record_use(self, path: str) -> None:
+        """See `Backend`: beside the object, as `touch`, at most once a minute; not whether the object is there."""
+        now = time.monotonic()
+        with self._guard:
+            if now - self._uses.get(path, float("-inf")) < _USE_INTERVAL_S:
+                return
+            self._uses[path] = now
+        self._client.write(f"{_TOUCHED}/{checked_path(path)}", [b"touched"])
 
     @contextmanager
     def locked(self, name: str, shared: bool = False, timeout_s: float = 60.0) -> Iterator[None]:

@@ -114,6 +114,12 @@ class Int8(Codec):
 
     def _dequantize(self, side: Side, codes: NDArray[np.int8], parameters: NDArray[np.uint16], out: Array) -> None:
         """The reference for `Loops.dequantize_keys` and `dequantize_values`, for any storage dtype."""
+        with np.errstate(over="ignore"):  # a forged scale may: infinity, as the arithmetic of the format says
+            self._dequantize_blocks(side, codes, parameters, out)
+
+    def _dequantize_blocks(
+        self, side: Side, codes: NDArray[np.int8], parameters: NDArray[np.uint16], out: Array
+    ) -> None:
         scales, offsets = widen(parameters, "bfloat16")
         for first, last in self._blocks(out.shape[1], _BLOCK_TOKENS // self.group_tokens):
             values = codes[:, first:last].astype(np.float32)

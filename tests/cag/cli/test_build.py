@@ -114,3 +114,25 @@ def test_bad_options_are_refused_before_a_model_is_loaded(cag, corpus, tmp_path,
 def test_a_missing_path_is_refused_before_a_model_is_loaded(cag, tmp_path):
     refused = cag("build", tmp_path / "nix", "--name", "book", "--model", "no/such", "--json")
     assert (refused.exit_code, refused.error["code"]) == (22, "unreadable_document")
+
+
+def test_a_cache_can_be_built_for_a_while(build, cag, tmp_path, corpus, tiny_model_dir):
+    build("--ttl", "2h")
+    assert Store.open(tmp_path / "s").ref("book").expires_at is not None
+    cag("update", "book", corpus, "--store", tmp_path / "s")
+    assert Store.open(tmp_path / "s").ref("book").expires_at is None
+    assert build("--ttl", "soon").exit_code == 2
+
+
+def test_a_build_can_keep_the_store_below_a_size(build, cag, tmp_path, corpus, monkeypatch):
+    build()
+    store = Store.open(tmp_path / "s")
+    store.commit("older", store.resolve("book")[1])
+    (corpus / "alpha.md").write_text("Another text altogether, so that nothing is shared with the caches before.")
+    monkeypatch.setenv("CAG_MAX_BYTES", "1kB")
+    built = build("--json")
+    assert built.exit_code == 0
+    assert "evicted older" in built.stderr
+    assert "more than 1.0 kB" in built.stderr
+    assert store.names() == ["book"]
+    assert store.verify("book").ok

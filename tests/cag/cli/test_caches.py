@@ -22,12 +22,18 @@ def test_ls_lists_each_cache_with_its_facts(cag, book, tiny_model_dir):
     assert cache["codec"] == "lossless"
     assert cache["raw_over_stored"] == cache["raw_bytes"] / cache["stored_bytes"]
     assert (cache["pinned"], cache["expires_at"], cache["expired"], cache["damaged"]) == (False, None, False, False)
+    assert (cache["own_bytes"], cache["machine"]["device"]) == (0, "cpu")
+    assert cache["shared_bytes"] > cache["stored_bytes"]
+    assert cache["last_used_at"] >= cache["created_at"]
+    totals = listed["totals"]
+    assert totals == {"num_caches": 2, "held_bytes": cache["shared_bytes"], "total_bytes": cache["shared_bytes"]}
 
 
 def test_ls_prints_a_row_a_cache(cag, book):
     header, row = cag("ls", "--store", book).stdout.splitlines()
     assert header.split() == [
-        "name", "tokens", "documents", "model", "codec", "stored", "ratio", "created", "pinned", "expires",
+        "name", "tokens", "documents", "model", "codec", "stored", "own", "ratio", "created", "machine", "used",
+        "pinned", "expires",
     ]  # fmt: skip
     assert row.split()[0] == "book"
 
@@ -149,6 +155,25 @@ def test_gc_removes_expired_caches_and_says_so(cag, book):
     printed = cag("gc", "--grace-seconds", 0, "--store", book).stdout
     assert "expired book" in printed
     assert "freed" in printed
+
+
+def test_gc_evicts_down_to_a_size_and_explains_itself(cag, book):
+    store = Store.open(book)
+    store.commit("again", store.resolve("book")[1])
+    store.pin("book")
+    kept = cag("gc", "--max-bytes", "1kB", "--store", book, "--json").json
+    assert (kept["evicted"], kept["over_bytes"] > 0) == ([], True)
+    assert "pinned" in cag("gc", "--max-bytes", "1kB", "--store", book).stderr
+    store.unpin("book")
+    planned = cag("gc", "--max-bytes", "1kB", "--dry-run", "--store", book, "--json").json
+    assert [eviction["name"] for eviction in planned["evicted"]] == ["again", "book"]
+    assert planned["kept_bytes"] == 0
+    assert set(planned["evicted"][0]) == {"name", "freed_bytes", "total_bytes", "idle_s", "rebuild_s", "worth"}
+    assert store.names() == ["again", "book"]
+    printed = cag("gc", "--max-bytes", "1kB", "--store", book).stdout
+    assert printed.count("evicted ") == 2
+    assert "to rebuild" in printed
+    assert store.names() == []
 
 
 def test_the_store_of_the_cache_home_is_the_default(cag, book, cag_home):

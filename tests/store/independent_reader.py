@@ -1,0 +1,303 @@
+"""A reader of stores written from docs/format.md alone: stdlib, numpy, zstandard and xxhash; nothing of the store.
+
+`read_cache` resolves a name, walks ref -> manifest -> chunks -> segments, verifies all of it and decodes to arrays.
+Slow and plain on purpose: it is the document, executed. `objects` is anything with `[path]` (a `Folder`, a dictionary).
+"""
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+import zstandard
+
+ITEM = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4"}
+MANIFEST_FIELDS = {
+    "schema", "created_at", "model", "kv", "codec", "chunks", "documents", "layout", "num_tokens", "raw_bytes",
+    "blob_bytes", "stored_bytes", "fidelity", "versions", "machine", "build",
+}  # fmt: skip
+MODEL_FIELDS = {"id", "fingerprint", "tokenizer_fingerprint", "template_fingerprint", "adapter_fingerprint"}
+KV_FIELDS = {"num_layers", "num_kv_heads", "head_dim", "dtype", "compute_dtype", "rope", "chunk_tokens"}
+CHUNK_FIELDS = {
+    "key", "start", "num_tokens", "stored_bytes", "raw_bytes", "header_bytes", "header_checksum",
+}  # fmt: skip
+DOCUMENT_FIELDS = {"doc_id", "title", "path", "sha256", "start", "end"}
+CONTEXT_FIELDS = {
+    "adapter_fingerprint", "chunk_tokens", "codec", "compute_dtype", "dtype", "model_fingerprint", "rope",
+}  # fmt: skip
+HEADER_FIELDS = {
+    "context", "head_dim", "key", "num_kv_heads", "num_layers", "num_tokens", "parent", "segments", "start",
+}  # fmt: skip
+REF_FIELDS = {"schema", "name", "manifest", "pinned", "expires_at", "updated_at", "check"}
+
+
+class FormatError(Exception):
+    """The bytes are not what docs/format.md says."""
+
+
+class Folder:
+    """The files below a directory, by their relative path."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+
+    def __getitem__(self, path):
+        return (self.root / path).read_bytes()
+
+
+@dataclass
+class Cache:
+    """`arrays[layer] = (keys, values)`, each [num_kv_heads, num_tokens, head_dim] as the store's dtype carries them."""
+
+    ref: dict
+    manifest: dict
+    token_ids: np.ndarray
+    arrays: list
+    texts: list
+
+
+def need(condition, what):
+    if not condition:
+        raise FormatError(what)
+
+
+def read_cache(objects, name):
+    need(objects["format"] == b"cag-store 1\n", "format")
+    ref = read_ref(objects, name)
+    manifest = read_manifest(objects, ref["manifest"])
+    parent, start, ids, layers = "", 0, [], []
+    for entry in manifest["chunks"]:
+        need(entry["start"] == start, "chunks follow each other")
+        chunk_ids, arrays = read_chunk(objects, manifest, entry, parent)
+        parent, start = entry["key"], start + entry["num_tokens"]
+        ids.append(chunk_ids)
+        layers.append(arrays)
+    whole = [np.concatenate(parts, axis=1) for parts in zip(*layers, strict=True)]
+    texts = read_blobs(objects, manifest)
+    return Cache(ref, manifest, np.concatenate(ids), list(zip(whole[::2], whole[1::2], strict=True)), texts)
+
+
+def canonical(value):
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def parse(data):
+    value = json.loads(data)
+    need(isinstance(value, dict) and canonical(value) == data, "canonical JSON")
+    return value
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_digest(text):
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def read_ref(objects, name):
+    need(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name), "name")
+    ref = parse(objects[f"refs/{name}.json"])
+    need(ref.get("schema") == 1, "schema of the ref")
+    need(set(ref) == REF_FIELDS and ref["name"] == name, "fields of the ref")
+    need(ref["check"] == sha256(canonical({key: ref[key] for key in REF_FIELDS - {"check"}})), "check")
+    need(isinstance(ref["pinned"], bool) and is_digest(ref["manifest"]), "fields of the ref")
+    for time in (ref["expires_at"] or "2000-01-01T00:00:00Z", ref["updated_at"]):
+        need(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", time), "times")
+    return ref
+
+
+def read_manifest(objects, digest):
+    data = objects[f"manifests/{digest[:2]}/{digest}.json"]
+    need(len(data) <= 64 << 20 and sha256(data) == digest, "digest of the manifest")
+    manifest = parse(data)
+    need(manifest.get("schema") == 1, "schema of the manifest")
+    kv = manifest["kv"]
+    need(set(manifest) == MANIFEST_FIELDS and set(manifest["model"]) == MODEL_FIELDS and set(kv) == KV_FIELDS, "fields")
+    need(all(set(chunk) == CHUNK_FIELDS for chunk in manifest["chunks"]), "fields of chunks")
+    need(all(set(document) == DOCUMENT_FIELDS for document in manifest["documents"]), "fields of documents")
+    need(kv["num_layers"] == len(kv["num_kv_heads"]) == len(kv["head_dim"]) and kv["dtype"] in ITEM, "geometry")
+    chunks = manifest["chunks"]
+    for field in ("num_tokens", "raw_bytes"):
+        need(manifest[field] == sum(chunk[field] for chunk in chunks), field)
+    need(manifest["stored_bytes"] == sum(chunk["stored_bytes"] for chunk in chunks) + manifest["blob_bytes"], "stored")
+    need(len({chunk["key"] for chunk in chunks}) == len(chunks), "chunks occur once")
+    need(all(1 <= chunk["num_tokens"] <= kv["chunk_tokens"] for chunk in chunks), "tokens of chunks")
+    position = 0
+    for document in manifest["documents"]:
+        need(position <= document["start"] <= document["end"] <= manifest["num_tokens"], "spans of documents")
+        position = document["end"]
+    need(len({document["doc_id"] for document in manifest["documents"]}) == len(manifest["documents"]), "doc_id")
+    return manifest
+
+
+def read_blobs(objects, manifest):
+    texts, sizes = [], {}
+    for document in manifest["documents"]:
+        digest = document["sha256"]
+        need(is_digest(digest), "address of a blob")
+        data = objects[f"blobs/{digest[:2]}/{digest}"]
+        sizes[digest] = len(data)
+        need(xxhash.xxh3_128_digest(data[16:]) == data[:16], "checksum of a blob")
+        text = unpack(data[16:], max_bytes=256 << 20)
+        need(sha256(text) == digest, "content of a blob")
+        texts.append(text)
+    need(sum(sizes.values()) == manifest["blob_bytes"], "blob_bytes")
+    return texts
+
+
+def read_chunk(objects, manifest, entry, parent):
+    """Token ids, and keys and values layer by layer in one list."""
+    key = entry["key"]
+    need(is_digest(key), "key")
+    data = objects[f"chunks/{key[:2]}/{key}"]
+    need(len(data) == entry["stored_bytes"] and entry["header_bytes"] <= min(len(data), 8 << 20), "sizes of a chunk")
+    end = 8 + int.from_bytes(data[:8], "little")
+    need(end == entry["header_bytes"] and end % 8 == 0, "length of the header")
+    need(sha256(data[:end]) == entry["header_checksum"], "checksum of the header")
+    facts = parse_header(data[8:end])
+    check_facts(facts, manifest, entry, parent)
+    ids = data[end : end + 4 * facts["num_tokens"]]
+    need(chunk_key(parent, facts["context"], ids) == key, "key of the token ids")
+    end += len(ids)
+    arrays = []
+    for index, (codec, raw_bytes, encoded_bytes, xxh3) in enumerate(facts["segments"]):
+        shape = facts["num_kv_heads"][index // 2], facts["num_tokens"], facts["head_dim"][index // 2]
+        dtype, config = facts["context"]["dtype"], facts["context"]["codec"]
+        need(codec == config["id"] and 1 <= encoded_bytes <= 2 * raw_bytes + 65536, "row of the segment table")
+        need(raw_bytes == np.dtype(ITEM[dtype]).itemsize * shape[0] * shape[1] * shape[2] <= 1 << 30, "raw_bytes")
+        segment = data[end : end + encoded_bytes]
+        need(xxhash.xxh3_128_hexdigest(segment) == xxh3, "checksum of a segment")
+        arrays.append(decode(segment, shape, config, dtype, index % 2, facts["start"]))
+        end += encoded_bytes
+    need(end == len(data), "the file ends with the last segment")
+    return np.frombuffer(ids, "<u4"), arrays
+
+
+def parse_header(text):
+    """The object in `chunk`, after the whole header was rebuilt from it and compared."""
+    metadata = json.loads(text)["__metadata__"]
+    need(metadata["format"] == "cag-chunk" and metadata["version"] == "1", "version of the chunk")
+    need(metadata["sha256"] == sha256(metadata["chunk"].encode("utf-8")), "checksum in the header")
+    facts = parse(metadata["chunk"].encode("utf-8"))
+    end = 4 * facts["num_tokens"]
+    tensors = {"token_ids": {"data_offsets": [0, end], "dtype": "U32", "shape": [facts["num_tokens"]]}}
+    for index, (_, _, encoded_bytes, _) in enumerate(facts["segments"]):
+        name = f"layers.{index // 2:03d}.{'values' if index % 2 else 'keys'}"
+        tensors[name] = {"data_offsets": [end, end + encoded_bytes], "dtype": "U8", "shape": [encoded_bytes]}
+        end += encoded_bytes
+    rebuilt = canonical({"__metadata__": metadata, **tensors})
+    need(set(metadata) == {"chunk", "format", "sha256", "version"}, "fields of __metadata__")
+    need(text == rebuilt + b" " * (-len(rebuilt) % 8), "the header is what its segment table says")
+    return facts
+
+
+def check_facts(facts, manifest, entry, parent):
+    kv = manifest["kv"]
+    context = {
+        "adapter_fingerprint": manifest["model"]["adapter_fingerprint"],
+        "chunk_tokens": kv["chunk_tokens"],
+        "codec": manifest["codec"],
+        "compute_dtype": kv["compute_dtype"],
+        "dtype": kv["dtype"],
+        "model_fingerprint": manifest["model"]["fingerprint"],
+        "rope": kv["rope"],
+    }
+    need(set(facts) == HEADER_FIELDS and set(context) == CONTEXT_FIELDS, "fields of a chunk")
+    need(facts["context"] == context, "context")
+    need((facts["key"], facts["parent"]) == (entry["key"], parent), "chain of keys")
+    for field in ("start", "num_tokens"):
+        need(facts[field] == entry[field], field)
+    for field in ("num_layers", "num_kv_heads", "head_dim"):
+        need(facts[field] == kv[field], field)
+    need(len(facts["segments"]) == 2 * facts["num_layers"] <= 2 * 999, "number of segments")
+    need(sum(row[1] for row in facts["segments"]) == entry["raw_bytes"], "raw_bytes of the chunk")
+
+
+def chunk_key(parent, context, ids):
+    digest = hashlib.sha256(b"cag.chunk.v1\0")
+    for part in (parent.encode("ascii"), canonical(context), ids):
+        digest.update(struct.pack("<Q", len(part)) + part)
+    return digest.hexdigest()
+
+
+def decode(segment, shape, config, dtype, side, start):
+    """One layer and side of one chunk. side: 0 keys, 1 values; start: position of its first token in the prefix."""
+    need(config["id"] in DECODERS, "codec")
+    return DECODERS[config["id"]](segment, shape, config, dtype, side, start)
+
+
+def unpack(frame, *, size=None, max_bytes=None):
+    """One zstd frame with nothing behind it; its content has `size`, or at most `max_bytes` bytes."""
+    stated = zstandard.get_frame_parameters(frame).content_size
+    need(stated == size if size is not None else stated <= max_bytes, "content size of a zstd frame")
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    content = decompressor.decompress(frame)
+    need(decompressor.eof and not decompressor.unused_data and len(content) == stated, "one zstd frame")
+    return content
+
+
+def lossless(segment, shape, config, dtype, side, start):
+    itemsize, count = np.dtype(ITEM[dtype]).itemsize, shape[0] * shape[1] * shape[2]
+    need(segment[0] == itemsize, "number of planes")
+    planes, offset = [], 1 + 5 * itemsize
+    for index in range(itemsize):
+        packer, length = struct.unpack_from("<BI", segment, 1 + 5 * index)
+        plane = segment[offset : offset + length]
+        offset += length
+        need(packer <= len(config["packers"]), "packer of a plane")
+        planes.append(unpack(plane, size=count) if packer else plane)
+        need(len(planes[-1]) == count, "length of a plane")
+    need(offset == len(segment), "nothing follows the planes")
+    bits = np.zeros(count, dtype=f"<u{itemsize}")
+    for plane in planes:
+        bits = (bits << bits.dtype.type(8)) | np.frombuffer(plane, np.uint8).astype(bits.dtype)
+    transform = config["transform"]
+    need(transform["id"] == "rotate", "transform")
+    right, left = transform["bits"], (8 * itemsize - transform["bits"]) % (8 * itemsize)
+    restored = (bits >> bits.dtype.type(right)) | (bits << bits.dtype.type(left))
+    return restored.view(ITEM[dtype]).reshape(shape)
+
+
+def int8(segment, shape, config, dtype, side, start):
+    heads, tokens, dim = shape
+    stated_side, packed, zero, num_exact, stored = struct.unpack_from("<BBHII", segment)
+    need((stated_side, zero) == (side, 0) and packed in (0, 1), "head of a segment")
+    need(num_exact == min(max(config["exact_tokens"] - start, 0), tokens), "number of exact tokens")
+    group = config["group_tokens"]
+    parameter_shape = (heads, tokens) if side else (heads, -(-tokens // group), dim)
+    count = int(np.prod(parameter_shape))
+    offset = 12
+    scales, offsets = (
+        (np.frombuffer(segment, "<u2", count, offset + 2 * count * i).astype("<u4") << 16).view("<f4") for i in (0, 1)
+    )
+    need(np.isfinite(scales).all() and np.isfinite(offsets).all() and (scales >= 0).all(), "scales and offsets")
+    offset += 4 * count
+    exact = np.frombuffer(segment, ITEM[dtype], heads * num_exact * dim, offset).reshape(heads, num_exact, dim)
+    codes = segment[offset + exact.nbytes :]
+    need(len(codes) == stored, "nothing follows the codes")
+    codes = unpack(codes, size=heads * tokens * dim) if packed else codes
+    codes = np.frombuffer(codes, np.int8).reshape(shape).astype(np.float32)
+    if side:
+        values = codes * scales.reshape(heads, tokens, 1) + offsets.reshape(heads, tokens, 1)
+    else:
+        by_token = [np.repeat(pair.reshape(parameter_shape), group, axis=1)[:, :tokens] for pair in (scales, offsets)]
+        values = codes * by_token[0] + by_token[1]
+    out = narrow(values, dtype)
+    out[:, :num_exact] = exact
+    return out
+
+
+def narrow(values, dtype):
+    """float32 to the storage dtype, as section 5.2 defines it."""
+    if dtype == "bfloat16":
+        return ((values.view("<u4") + np.uint32(0x8000)) >> 16).astype("<u2")
+    return values.clip(-65504, 65504).astype("<f2") if dtype == "float16" else values
+
+
+DECODERS = {"lossless": lossless, "int8": int8}
