@@ -74,7 +74,7 @@ class SmallCache:
         )
         fields = {
             "layout": {"marker": 1},
-            "blob_bytes": store.blob_bytes(shas),
+            "blob_bytes": store.blob_bytes([*shas, *self.codec.resource_digests()]),
             "created_at": "2026-01-02T03:04:05Z",
             **changes,
         }

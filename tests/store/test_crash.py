@@ -6,10 +6,11 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 
-from cag_store import Store
+from cag_store import Store, copy_cache, transfer
 from cag_store.codecs import warm_up
 from cag_store.errors import EntryNotFound
 from torture import (
@@ -68,6 +69,13 @@ def rename(store, caches):
     store.set_ttl("name", 1000)
 
 
+def import_(store, caches):
+    """One chunk or text at a time, so that the order of operations is always the same."""
+    source = open_store(store.backend.root.parent / "source")
+    with mock.patch.object(transfer, "_PARALLEL_COPIES", 1):
+        copy_cache(source, store, "there", "name")
+
+
 # operation: what `name` may mean when it was killed, None: nothing; and what it means once it was run to its end
 OPERATIONS = {
     build: ({"old", "new"}, "new"),
@@ -75,6 +83,7 @@ OPERATIONS = {
     gc: ({"old"}, "old"),
     evict: ({"old", None}, None),
     rename: ({"old"}, "old"),
+    import_: ({"old", "new"}, "new"),
 }
 
 
@@ -92,6 +101,7 @@ def scene(small_class, tmp_path_factory):
     for name in ("other", "pinned"):
         caches[name].build(store, name)
     caches["old"].build(store, "name")
+    caches["new"].build(open_store(template.parent / "source"), "there")
     caches["loose"].build(store, "expired")
     store.set_ttl("expired", -5)
     caches["loose"].build(store, "gone")
@@ -228,6 +238,7 @@ def test_operations_killed_at_two_hundred_points_each_leave_the_store_whole(scen
     assert sum(points.values()) >= 400, points
     seen = {name: {found for operation, found in scene.outcomes if operation == name} for name in points}
     assert seen["build"] == {"old", "new"}
+    assert seen["import_"] == {"old", "new"}
     assert seen["update"] == {"old", "updated"}
     assert seen["evict"] == {"old", None}
 

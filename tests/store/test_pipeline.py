@@ -1,11 +1,13 @@
 """How a load is cut into jobs, and what it promises while it runs."""
 
 import threading
+import time
 
 import pytest
 
 from cag_store import pipeline
 from cag_store.chunk_files import open_chunk
+from cag_store.codecs import Lossless
 from cag_store.errors import EntryNotFound
 
 
@@ -43,6 +45,60 @@ def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, 
     assert arrived == [0, 1, 2]
     if codec == "lossless":
         cache.check(buffers)
+
+
+@pytest.mark.parametrize(("parallel_reads", "num_threads", "decoding"), [(1, 3, 3), (8, 8, 2)])
+def test_many_threads_read_but_only_the_workers_decode(
+    store, small, monkeypatch, parallel_reads, num_threads, decoding
+):
+    monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
+    cache = small(num_tokens=80)
+    manifest = cache.build(store)
+    monkeypatch.setattr(store.backend, "parallel_reads", parallel_reads)
+    guard, all_there = threading.Lock(), threading.Barrier(num_threads)
+    inside, most, readers, original = 0, 0, set(), Lossless.decode_segments
+    get_range_into = store.backend.get_range_into
+
+    def get(*arguments):
+        if threading.current_thread() not in readers:
+            readers.add(threading.current_thread())
+            all_there.wait(60)  # as many as that read at the same time
+        return get_range_into(*arguments)
+
+    def decode(self, segments):
+        nonlocal inside, most
+        with guard:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.01)
+        original(self, segments)
+        with guard:
+            inside -= 1
+
+    monkeypatch.setattr(store.backend, "get_range_into", get)
+    monkeypatch.setattr(Lossless, "decode_segments", decode)
+    with store.reader(manifest, workers=2) as reader:
+        buffers = cache.buffers()
+        reader.load(buffers)
+    cache.check(buffers)
+    assert len(readers) == num_threads
+    assert most <= decoding
+
+
+def test_a_job_is_as_large_as_the_backend_wants(store, small, monkeypatch):
+    manifest = small().build(store)
+    monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
+    monkeypatch.setattr(store.backend, "read_bytes", 1 << 20)
+    lengths, get_range_into = [], store.backend.get_range_into
+
+    def get(path, offset, out):
+        lengths.append(len(out))
+        return get_range_into(path, offset, out)
+
+    monkeypatch.setattr(store.backend, "get_range_into", get)
+    with store.reader(manifest) as reader:
+        reader.load(small().buffers())
+    assert len(lengths) == 2 * len(manifest.chunks)
 
 
 def test_no_thread_outlives_a_load_that_fails(store, small, monkeypatch):

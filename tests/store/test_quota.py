@@ -9,21 +9,48 @@ import pytest
 
 from cag_store import Store
 from cag_store.backends import ObjectInfo
+from cag_store.backends.object import ObjectBackend
 from cag_store.paths import ref_path
 from cag_store.quota import Tenant, plan_evictions, rebuild_seconds
 
 HOUR = 3600.0
 
 
-@pytest.fixture(params=["local", "memory"])
+class AgedObjects(ObjectBackend):
+    """Objects in memory, whose times can be set."""
+
+    def __init__(self):
+        super().__init__("memory://")
+        self.times, listed, written = {}, self._client.list, self._client.write
+
+        def aged(prefix):
+            for path, facts in listed(prefix):
+                yield path, replace(facts, modified_s=self.times.get(path, facts.modified_s))
+
+        def write(path, *arguments):
+            self.times.pop(path, None)
+            return written(path, *arguments)
+
+        self._client.list, self._client.write = aged, write
+
+    def age(self, path, then):
+        self._uses.clear()
+        self.times |= {path: then, f"touched/{path}": then}
+
+
+@pytest.fixture(params=["local", "memory", "object store"])
 def store(request, tmp_path):
+    if request.param == "object store":
+        return Store(AgedObjects())
     return Store.open(tmp_path / "store") if request.param == "local" else Store.in_memory()
 
 
 def age(store, name, seconds):
     """Let the last use of a cache be `seconds` ago."""
     then, path = time.time() - seconds, ref_path(name)
-    if store.backend.url == "memory:":
+    if isinstance(store.backend, AgedObjects):
+        store.backend.age(path, then)
+    elif store.backend.url == "memory:":
         store.backend._objects[path] = (store.backend._objects[path][0], then)
     else:
         os.utime(store.backend.root / path, (then, then))
@@ -222,3 +249,31 @@ def test_plans_free_enough_and_nothing_in_vain():
         for name in gone:
             assert freed(gone - {name}) < min(excess, possible)
         assert [e.worth for e in plan] == sorted(e.worth for e in plan)
+
+
+def test_a_use_is_recorded_beside_the_ref_once_a_minute():
+    backend = AgedObjects()
+    backend.replace("refs/a.json", b"{}")
+    backend.age("refs/a.json", 5.0)
+    backend.record_use("refs/a.json")
+    (first,) = [info.modified_s for info in backend.list("refs")]
+    assert abs(first - backend.now_s()) < HOUR
+    backend.times["touched/refs/a.json"] = 7.0
+    backend.record_use("refs/a.json")
+    assert [info.modified_s for info in backend.list("refs")] == [7.0]
+    assert backend.get("refs/a.json", 10) == b"{}"
+    assert backend.delete("refs/a.json")
+    assert list(backend.list("touched")) == []
+
+
+def test_what_expires_and_is_unused_is_told_by_the_clock_of_the_store(small, monkeypatch):
+    store = Store(AgedObjects())
+    built(store, small, "a", 1)
+    built(store, small, "b", 2)
+    store.set_ttl("a", 600)
+    later = store.backend.now_s() + HOUR
+    monkeypatch.setattr(store.backend, "now_s", lambda: later)
+    report = store.gc(max_bytes=0, dry_run=True)
+    assert report.expired == ("a",)
+    assert [eviction.name for eviction in report.evicted] == ["b"]
+    assert report.evicted[0].idle_s == pytest.approx(HOUR, abs=60)

@@ -6,9 +6,10 @@ import threading
 import traceback
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from cag_store import Store, copy_cache, only_name
+from cag_store import Codec, PieceCache, Store, codecs, copy_cache, only_name
 from cag_store.backends.local import LocalBackend
 from cag_store.errors import (
     CorruptEntry,
@@ -77,11 +78,81 @@ def test_a_copy_to_and_from_an_object_store(source, tmp_path, small, s3_url):
     assert back.verify("again").ok
 
 
+class Masked(Codec):
+    """Two layers a segment, their bytes xored with those of a basis."""
+
+    codec_id, lossless = "masked", True
+
+    def __init__(self, basis, content=None):
+        self.basis, self.content = basis, content
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config["basis"])
+
+    def config(self):
+        return {"id": self.codec_id, "basis": self.basis, "joint_layers": 2}
+
+    def with_resources(self, resources):
+        return type(self)(self.basis, np.frombuffer(resources(self.basis), "u1"))
+
+    def encode_layers(self, arrays, dtype, side, first_layer, start=0):
+        return self._masked(b"".join(array.tobytes() for array in arrays))
+
+    def decode_layers_into(self, data, outs, side, first_layer, start=0):
+        data = self._masked(data)
+        for out in outs:
+            out[:] = np.frombuffer(data[: out.nbytes], out.dtype).reshape(out.shape)
+            data = data[out.nbytes :]
+
+    def encode(self, array, dtype, side="keys", start=0):
+        return self.encode_layers([array], dtype, side, 0, start)
+
+    def decode_into(self, data, out):
+        self.decode_layers_into(data, [out], "keys", 0)
+
+    def _masked(self, data):
+        data = np.frombuffer(data, "u1")
+        return (data ^ np.resize(self.content, data.size)).tobytes()
+
+
+@pytest.mark.parametrize("on_a_server", [False, True])
+def test_the_blob_that_a_codec_needs_is_copied_and_read_nearby(tmp_path, small, monkeypatch, on_a_server, request):
+    monkeypatch.setitem(codecs._CODECS, "masked", Masked)
+    source = Store.open(tmp_path / "source")
+    basis = source.put_blob(bytes(range(1, 200)))
+    cache = small({"id": "masked", "basis": basis})
+    manifest = cache.build(source)
+    assert basis in manifest.blob_digests
+    where = request.getfixturevalue("s3_url") if on_a_server else tmp_path / "there"
+    report = copy_cache(source, Store.open(where), "small")
+    assert report.copied_bytes == manifest.stored_bytes
+    pieces = PieceCache(tmp_path / "pieces")
+    for _ in range(2):  # the second time from the pieces
+        loaded(Store.open(where, pieces=pieces), cache)
+    destination = Store.open(where)
+    assert destination.verify("small").ok
+    destination.gc(grace_s=-10)
+    assert destination.verify("small").num_blobs == 3
+    back = Store.open(tmp_path / "back")
+    copy_cache(destination, back, "small")
+    loaded(back, cache)
+    destination.backend.replace(blob_path(basis), b"damaged")
+    with pytest.raises(CorruptEntry):
+        copy_cache(destination, Store.open(tmp_path / "nowhere"), "small")
+    assert not destination.verify("small").ok
+    if on_a_server:
+        for piece in (tmp_path / "pieces").glob("??/*/*"):
+            piece.write_bytes(b"damaged too")
+    with pytest.raises(CorruptEntry):
+        loaded(Store.open(where, pieces=pieces), cache)
+
+
 def every_object(store):
     manifest = store.resolve("small")[1]
     return [
         *(chunk_path(chunk.key) for chunk in manifest.chunks),
-        *(blob_path(document.sha256) for document in manifest.documents),
+        *(blob_path(digest) for digest in manifest.blob_digests),
         manifest_path(manifest.digest),
         ref_path("small"),
     ]

@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import sys
+import threading
 import traceback
 
 import numpy as np
@@ -51,11 +52,13 @@ class Countdown:
 
     def __init__(self, last=0):
         self.last, self.count = last, 0
+        self._guard = threading.Lock()
 
     def step(self):
-        self.count += 1
-        if self.count == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._guard:
+            self.count += 1
+            if self.count == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def count_file_events(countdown):

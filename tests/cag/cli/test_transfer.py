@@ -42,6 +42,20 @@ def test_what_cannot_be_copied_is_said(cag, book, tmp_path):
     assert chosen["name"] == "other"
 
 
+def test_a_cache_is_asked_and_listed_where_it_lies(cag, book, exported, proxy):
+    question = ("When does the alpha gate open?", "--max-tokens", 1, "--json")
+    first = cag("ask", "book", *question, "--store", exported).json
+    proxy.requests.clear()
+    again = cag("ask", "book", *question, "--store", exported).json
+    assert (first["cache"]["tier"], again["cache"]["tier"]) == ("object-store", "disk")
+    assert again["answer"] == first["answer"]
+    assert not [request for request in proxy.requests if "/chunks/" in request.path]
+    (listed,) = cag("ls", "--store", exported, "--json").json["caches"]
+    assert (listed["name"], listed["digest"]) == ("book", first["cache"]["digest"])
+    assert listed["last_used_at"] >= listed["created_at"]
+
+
+@pytest.mark.slow
 def test_every_command_works_from_a_url(cag, book, exported, proxy, shared_home):
     question = ("When does the alpha gate open?", "--max-tokens", 4, "--json")
     local = cag("ask", "book", *question, "--store", book).json
