@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -26,6 +27,7 @@ from cag_store.chunk import (
 from cag_store.codecs import Codec, codec_from_config
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, InvalidName, UnencodableArray, UnsupportedFormat
+from cag_store.jsontext import canonical_bytes, parse_object
 from cag_store.keys import TokenIds, chunk_key, token_bytes
 from cag_store.paths import chunk_path
 
@@ -92,9 +94,10 @@ def open_chunk(backend: Backend, entry: ChunkEntry) -> OpenChunk:
             found=checksum,
         )
     index = parse_index(header, entry.stored_bytes, where)
-    if index.entry(header) != entry:
+    pinned = index.entry(header, checksum)
+    if pinned != entry:
         raise CorruptEntry(
-            f"{where}: the header does not match the manifest", where=where, expected=entry, found=index.entry(header)
+            f"{where}: the header does not match the manifest", where=where, expected=entry, found=pinned
         )
     return _opened(entry, index, data[entry.header_bytes :], where)
 
@@ -156,9 +159,14 @@ def _opened(entry: ChunkEntry, index: ChunkIndex, ids: bytes, where: str) -> Ope
     key = chunk_key(header.parent, token_ids, header.context)
     if key != entry.key:
         raise CorruptEntry(f"{where}: the token ids give key {key}", where=where, expected=entry.key, found=key)
-    return OpenChunk(
-        entry, index, codec_from_config(header.context.codec), index.offsets(entry.header_bytes), token_ids
-    )
+    codec = _codec_of_text(canonical_bytes(header.context.codec))
+    return OpenChunk(entry, index, codec, index.offsets(entry.header_bytes), token_ids)
+
+
+@lru_cache(maxsize=64)
+def _codec_of_text(config: bytes) -> Codec:
+    """Codecs are immutable, so the chunks of a cache share one."""
+    return codec_from_config(parse_object(config, "codec"))
 
 
 def _codec_of(header: ChunkHeader) -> Codec:
