@@ -309,7 +309,7 @@ def _manifest(build: Build, documents: Sequence[Document], codec: dict[str, Any]
             for d, span in zip(documents, spans, strict=True)
         ),
         layout=build.layout.to_json(),
-        blob_bytes=build.store.blob_bytes(blobs),
+        blob_bytes=build.store.blob_bytes([*blobs, *cag_store.config_resources(codec)]),
         fidelity=fidelity.to_json(),
         versions=_versions(),
         machine={"processor": processor_name(), "cores": usable_cores(), "device": str(model.device)},

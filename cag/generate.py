@@ -17,7 +17,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from cag.errors import RequestTooLong, UsageError
 from cag.model import LanguageModel
-from cag.prefill import prefill
+from cag.prefill import PROMPT_BLOCK_TOKENS, prefill
 from cag.state import SequenceState
 
 DEFAULT_MAX_TOKENS = 128
@@ -143,7 +143,7 @@ class Generation:
 
     def _tokens(self) -> Iterator[int]:
         begin = time.perf_counter()
-        logits = prefill(self.model, self.state, self.suffix_ids)
+        logits = prefill(self.model, self.state, self.suffix_ids, block_tokens=PROMPT_BLOCK_TOKENS)
         token = self.sampler(logits)
         first_at = time.perf_counter()
         self.prefill_s, self.ttft_s = first_at - begin, first_at - self.started_at

@@ -17,15 +17,18 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cag.decoder import FewRowsDecoder, agrees, recognize
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate, read_template
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
-from cag.state import KvShape, SequenceState, Tail
-from cag_kernels import FEW_ROWS, few_rows_linear, warm_up, warm_up_linear
+from cag.state import AttentionRule, KvShape, SequenceState, Tail
+from cag.weights import loses_in_bfloat16, pack_network, use_transposed_products
+from cag_kernels import warm_up, warm_up_linear
 
 ATTENTION_NAME = "cag_segments"
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+NUM_PROBES = 6  # tokens on which the quick forward is compared with the network's own
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
 
@@ -58,21 +61,6 @@ def _segment_attention_forward(
     return out.transpose(0, 1)[None], None
 
 
-class _FewRowsLinear(torch.nn.Linear):
-    """A linear layer with a product of its own for a question's few rows."""
-
-    def forward(self, block: Tensor) -> Tensor:
-        if block.shape[-2] in FEW_ROWS:
-            return few_rows_linear(block, self.weight, self.bias)
-        return super().forward(block)
-
-
-def _use_few_rows_linear(network: torch.nn.Module) -> None:
-    for module in network.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = _FewRowsLinear
-
-
 AttentionInterface.register(ATTENTION_NAME, _segment_attention_forward)
 
 
@@ -97,13 +85,12 @@ class LanguageModel:
         fingerprints: ModelFingerprints,
         plan: RuntimePlan,
         kv_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
         adapter: Path | None = None,
     ) -> None:
         _refuse_unsupported(network.config)
         self.network = network.eval().requires_grad_(False)
         self.network.set_attn_implementation(ATTENTION_NAME)
-        if plan.few_rows_linear:
-            _use_few_rows_linear(self.network)
         self.tokenizer = tokenizer
         self.model_id = model_id
         self.fingerprints = fingerprints
@@ -111,11 +98,15 @@ class LanguageModel:
         self.kv_dtype = kv_dtype
         self.device = next(network.parameters()).device
         self.adapter = adapter
-        self.compute_dtype = next(network.parameters()).dtype
+        self.compute_dtype = compute_dtype
         self._forward_lock = threading.Lock()
+        self.most_read_tokens = 0  # of one sequence, by this process
         self.template: PromptTemplate = read_template(tokenizer)
-        self.kv_shapes = self._probe_shapes()
+        probe = self._probe_layers()
+        self.kv_shapes = [shape for shape, _ in probe]
+        self._rules = [rule for _, rule in probe]
         self._compile_kernels()
+        self.decoder = self._checked_decoder()
         self.stop_ids = _stop_ids(network, tokenizer, self.template)
 
     @classmethod
@@ -132,22 +123,27 @@ class LanguageModel:
         plan = plan_runtime(device)
         stored = _stored_dtype(directory)
         compute = _compute_dtype(options.compute_dtype, plan, stored)
-        _check_memory(directory, stored, compute, device)
+        packs = plan.product == "packed" and (stored, compute) == (torch.bfloat16, torch.float32)
+        packs = packs and options.adapter is None  # merged weights are no bfloat16 any more
+        _check_memory(directory, stored, stored if packs else compute, device)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=compute, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot load the model in {directory}: {error}") from error
+        network = _read_network(directory, stored if packs else compute)
+        if packs and loses_in_bfloat16(network):
+            packs, network = False, _read_network(directory, compute)
         if options.adapter is not None:
             network = _with_adapter(network, options.adapter)
+        if packs:
+            pack_network(network)
+        elif plan.product == "transposed":
+            use_transposed_products(network)
         return cls(
             network.to(device),
-            tokenizer,
+            _read_tokenizer(directory),
             model_id=model_id,
             fingerprints=model_fingerprint(directory, options.adapter),
             plan=plan,
             kv_dtype=stored,
+            compute_dtype=compute,
             adapter=options.adapter,
         )
 
@@ -185,16 +181,44 @@ class LanguageModel:
         state.begin(num_tokens)
         positions = torch.arange(state.num_tokens, state.num_tokens + num_tokens, device=self.device)
         with self._forward_lock, self.plan.threads(num_tokens):
-            output = self.network(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=num_logits,
-                cag_state=state,
-            )
+            if self.decoder is not None and self.decoder.serves(num_tokens, state):
+                logits = self.decoder.forward(ids, positions, state, num_logits)
+            else:
+                logits = self._network_forward(ids, positions, state, num_logits)
         state.finish(num_tokens)
+        self.most_read_tokens = max(self.most_read_tokens, state.num_tail)
+        return logits
+
+    def _network_forward(self, ids: Tensor, positions: Tensor, state: SequenceState, num_logits: int) -> Tensor:
+        output = self.network(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=num_logits,
+            cag_state=state,
+        )
         logits: Tensor = output.logits[0].float()
         return logits
+
+    @torch.inference_mode()
+    def _checked_decoder(self) -> FewRowsDecoder | None:
+        """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
+        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
+            return None
+        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self._rules)
+        if decoder is None:
+            return None
+        vocab_size = self.network.config.get_text_config().vocab_size
+        ids = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES)
+        expected_state, state = self.new_state(), self.new_state()
+        expected_state.begin(NUM_PROBES)
+        state.begin(NUM_PROBES)
+        expected = self._network_forward(ids, torch.arange(NUM_PROBES), expected_state, 0)
+        found = []
+        for span in (slice(0, NUM_PROBES - 1), slice(NUM_PROBES - 1, NUM_PROBES)):
+            found.append(decoder.forward(ids[span], torch.arange(NUM_PROBES)[span], state, 0))
+            state.finish(len(ids[span]))
+        return decoder if agrees(expected, torch.cat(found)) else None
 
     def _compile_kernels(self) -> None:
         """Compile what a question needs, so that no question waits for it."""
@@ -202,34 +226,34 @@ class LanguageModel:
         if self.device.type == "cpu" and mixed:
             num_q_heads = self.network.config.get_text_config().num_attention_heads
             groups = {num_q_heads // shape.num_kv_heads for shape in self.kv_shapes}
-            warm_up_linear()
+            warm_up_linear(torch.bfloat16)
             warm_up(sorted({shape.head_dim for shape in self.kv_shapes}), sorted(groups))
 
-    def _probe_shapes(self) -> list[KvShape]:
-        """Shapes of keys and values in each layer, seen in a forward of one token."""
-        probe = _ShapeProbe()
+    def _probe_layers(self) -> list[tuple[KvShape, AttentionRule]]:
+        """Shapes of keys and values in each layer and how it attends, seen in a forward of one token."""
+        probe = _LayerProbe()
         with torch.inference_mode():
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             self.network(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, cag_state=probe)
         num_layers = self.network.config.get_text_config().num_hidden_layers
-        if sorted(probe.shapes) != list(range(num_layers)):
+        if sorted(probe.layers) != list(range(num_layers)):
             raise UnsupportedModel(
-                f"of {num_layers} layers only {sorted(probe.shapes)} use standard attention; "
+                f"of {num_layers} layers only {sorted(probe.layers)} use standard attention; "
                 "layers that share or replace keys and values are not supported."
             )
-        return [probe.shapes[index] for index in range(num_layers)]
+        return [probe.layers[index] for index in range(num_layers)]
 
 
-class _ShapeProbe:
-    """Stands in for a sequence in one forward and notes the shapes of what it is given."""
+class _LayerProbe:
+    """Stands in for a sequence in one forward and notes what it is given."""
 
     def __init__(self) -> None:
-        self.shapes: dict[int, KvShape] = {}
+        self.layers: dict[int, tuple[KvShape, AttentionRule]] = {}
 
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **_: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor:
         if keys.shape != values.shape or keys.shape[-1] != query.shape[-1]:
             raise UnsupportedModel(f"layer {layer} has keys {tuple(keys.shape)} and values {tuple(values.shape)}.")
-        self.shapes[layer] = KvShape(keys.shape[0], keys.shape[2])
+        self.layers[layer] = KvShape(keys.shape[0], keys.shape[2]), AttentionRule(**rule)
         return query
 
 
@@ -260,6 +284,20 @@ def _stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozens
     if between and between[0] in special:
         found.add(between[0])
     return frozenset(found)
+
+
+def _read_network(directory: Path, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the model in {directory}: {error}") from error
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
 
 
 def _stored_dtype(directory: Path) -> torch.dtype:

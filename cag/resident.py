@@ -11,6 +11,8 @@ import math
 import mmap
 import threading
 import time
+import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,18 +58,40 @@ class HostBuffers:
                 target.copy_(source, non_blocking=True)
 
 
-def _allocate(sizes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Uninitialized tensors; on a CPU in one mapping of huge pages where the system has them.
+class _Memory:
+    """Mappings of huge pages for caches on a CPU; the last one that came free is kept for the next cache.
 
-    The first touch of fresh memory costs a fault a page, and a cache is touched once while it is decoded.
+    The first touch of fresh memory costs a fault a page, and on a virtual machine more than decoding into it.
     """
+
+    def __init__(self) -> None:
+        self._free: deque[mmap.mmap] = deque(maxlen=1)  # no lock: memory may come free in the midst of `take`
+
+    def take(self, num_bytes: int) -> Tensor:
+        """At least `num_bytes` of any content, uint8; the memory comes back when no tensor uses it any more."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = None
+        if memory is None or not num_bytes <= len(memory) <= 2 * num_bytes:
+            # private: shared memory gets huge pages only where the system's administrator allows them
+            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        holder = np.frombuffer(memory, dtype=np.uint8)
+        weakref.finalize(holder, self._free.append, memory)
+        return torch.from_numpy(holder)
+
+
+_memory = _Memory()
+
+
+def _allocate(sizes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Uninitialized tensors; on a CPU in one mapping of huge pages where the system has them."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return [torch.empty(size, dtype=dtype, device=device) for size in sizes]
     counts = [math.prod(size) for size in sizes]
-    memory = mmap.mmap(-1, sum(counts) * dtype.itemsize + HUGE_PAGE_BYTES)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping as long as any tensor lives
+    whole = _memory.take(sum(counts) * dtype.itemsize + HUGE_PAGE_BYTES)
     aligned = whole[-whole.data_ptr() % HUGE_PAGE_BYTES :][: sum(counts) * dtype.itemsize].view(dtype)
     return [part.view(size) for part, size in zip(torch.split(aligned, counts), sizes, strict=True)]
 

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cag.errors import UsageError
 from cag.home import cag_home
-from cag_kernels import few_rows_linear
+from cag_kernels import has_compiler, linear_without_packing, pack_weight, packed_linear
 
 SMALL_ROWS = 15  # a question
 LARGE_ROWS = 256  # a block of prefill
@@ -33,16 +34,17 @@ _NUM_MATRICES = 6  # 75 MB in float32, so that weights come from memory as they 
 class RuntimePlan:
     """How forwards run on one device.
 
-    `threads_small` serves up to `LARGE_ROWS / 2` tokens a forward, `threads_large` more. `few_rows_linear`: whether a
-    question's products go through `cag_kernels.few_rows_linear`. `measured_ms` holds, for "product/dtype/threads/rows",
-    the milliseconds that led to the choice; empty where nothing had to be measured.
+    `threads_small` serves up to `LARGE_ROWS / 2` tokens a forward, `threads_large` more. `product` says how a
+    question's rows meet a weight: "plain", "transposed" (`cag_kernels.linear_without_packing`) or "packed"
+    (`cag_kernels.packed_linear`, for weights stored in bfloat16). `measured_ms` holds, for
+    "product/dtype/threads/rows", the milliseconds that led to the choice; empty where nothing had to be measured.
     """
 
     device: str
     compute_dtype: str
     threads_small: int
     threads_large: int
-    few_rows_linear: bool
+    product: str
     measured_ms: dict[str, float]
     reason: str
 
@@ -77,7 +79,8 @@ def choose_device(device: str = "auto") -> torch.device:
 def plan_runtime(device: torch.device, *, measure_again: bool = False) -> RuntimePlan:
     """The plan for `device`, measured once a machine."""
     if device.type == "cuda":
-        return RuntimePlan("cuda", "bfloat16", 1, 1, False, {}, "a CUDA device computes in the model's own 16-bit type")
+        reason = "a CUDA device computes in the model's own 16-bit type"
+        return RuntimePlan("cuda", "bfloat16", 1, 1, "plain", {}, reason)
     path = cag_home() / "runtime.json"
     machine = _machine_key()
     plan = None if measure_again else _read_plan(path, machine)
@@ -123,7 +126,7 @@ def _machine_key() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "torch": torch.__version__,
-        "version": 3,
+        "version": 4,
     }
 
 
@@ -137,25 +140,32 @@ def _measure_cpu() -> RuntimePlan:
     measured: dict[str, float] = {}
     for dtype in ("float32", "bfloat16"):
         matrices = [torch.ones(_MATRIX, dtype=getattr(torch, dtype)) for _ in range(_NUM_MATRICES)]
+        block = {rows: torch.ones(rows, _MATRIX[1], dtype=matrices[0].dtype) for rows in (SMALL_ROWS, LARGE_ROWS)}
         for threads in _thread_candidates():
             torch.set_num_threads(threads)
-            for kind, rows in (("linear", SMALL_ROWS), ("few_rows", SMALL_ROWS), ("linear", LARGE_ROWS)):
-                measured[f"{kind}/{dtype}/{threads}/{rows}"] = _time_products(kind, matrices, rows)
+            for rows, product in ((SMALL_ROWS, "plain"), (SMALL_ROWS, "transposed"), (LARGE_ROWS, "plain")):
+                multiply = linear_without_packing if product == "transposed" else torch.nn.functional.linear
+                key = f"{product}/{dtype}/{threads}/{rows}"
+                measured[key] = _time_products(multiply, block[rows], matrices)
+    if has_compiler():
+        packed = [pack_weight(matrix) for matrix in matrices]
+        for threads in _thread_candidates():
+            torch.set_num_threads(threads)
+            key = f"packed/float32/{threads}/{SMALL_ROWS}"
+            measured[key] = _time_products(packed_linear, block[SMALL_ROWS].float(), packed)
     torch.set_num_threads(before)
     return _plan_from(measured)
 
 
-def _time_products(kind: str, matrices: list[torch.Tensor], rows: int) -> float:
-    """Milliseconds of the best of a few rounds of products with all matrices."""
-    block = torch.ones(rows, _MATRIX[1], dtype=matrices[0].dtype)
-    product = few_rows_linear if kind == "few_rows" else torch.nn.functional.linear
+def _time_products(product: Callable[[torch.Tensor, Any], Any], block: torch.Tensor, weights: list[Any]) -> float:
+    """Milliseconds of the best of a few rounds of products with all of `weights`."""
 
     def products() -> None:
-        for matrix in matrices:
-            product(block, matrix)
+        for weight in weights:
+            product(block, weight)
 
     with torch.inference_mode():
-        return min(_seconds(products) for _ in range(5 if rows == SMALL_ROWS else 2)) * 1e3
+        return min(_seconds(products) for _ in range(5 if block.shape[0] == SMALL_ROWS else 2)) * 1e3
 
 
 def _seconds(work: Callable[[], None]) -> float:
@@ -168,11 +178,12 @@ def _plan_from(measured: dict[str, float]) -> RuntimePlan:
     """The quicker dtype over both sizes, and for each size its quickest number of threads and product."""
 
     def best(dtype: str, rows: int) -> tuple[float, int, str]:
-        kinds = ("linear", "few_rows") if rows == SMALL_ROWS else ("linear",)
+        """Milliseconds, threads and product."""
         return min(
-            (measured[f"{kind}/{dtype}/{threads}/{rows}"], threads, kind)
-            for threads in _thread_candidates()
-            for kind in kinds
+            (milliseconds, int(threads), product)
+            for key, milliseconds in measured.items()
+            for product, of, threads, num_rows in [key.split("/")]
+            if of == dtype and int(num_rows) == rows
         )
 
     def cost(dtype: str) -> float:
@@ -180,13 +191,13 @@ def _plan_from(measured: dict[str, float]) -> RuntimePlan:
 
     dtype = min(("float32", "bfloat16"), key=cost)
     ratio = (cost("bfloat16") / cost("float32")) ** 0.5
-    _, threads_small, kind = best(dtype, SMALL_ROWS)
+    _, threads_small, product = best(dtype, SMALL_ROWS)
     return RuntimePlan(
         device="cpu",
         compute_dtype=dtype,
         threads_small=threads_small,
         threads_large=best(dtype, LARGE_ROWS)[1],
-        few_rows_linear=kind == "few_rows",
+        product=product,
         measured_ms={key: round(value, 3) for key, value in measured.items()},
         reason=f"measured: bfloat16 takes {ratio:.2f} times as long as float32",
     )

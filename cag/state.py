@@ -26,6 +26,15 @@ class KvShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class AttentionRule:
+    """How a layer attends: factor of the scores, sliding window and cap of the scores (None where it has none)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 class PrefixLayers(Protocol):
     """What a sequence needs of the prefix it stands behind."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -86,7 +87,9 @@ def bench(engine: cag.Engine, num_questions: int, out: Path) -> None:
     step("First token", "cag bench ttft --corpus examples/handbook/docs --questions examples/handbook/questions.jsonl")
     options = TtftOptions(parse_arms(ARMS), n=num_questions, full_n=1, max_tokens=8)
     with ConsoleProgress() as progress:
-        result = run_ttft(engine, read_corpus([str(DOCS)]), load_questions(QUESTIONS), options, out, progress)
+        result = run_ttft(
+            engine, read_corpus([os.path.relpath(DOCS)]), load_questions(QUESTIONS), options, out, progress
+        )
     console.print(terminal_table(result.summary))
     for line in [*origin_lines(result.summary), *result.summary["notes"], f"Samples, table and plot: {out}"]:
         console.print(line, markup=False)

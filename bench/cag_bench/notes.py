@@ -42,7 +42,7 @@ def run_notes(
 def _warm_up(names: Sequence[str], plan: MeasurePlan) -> str:
     text = f"Warm-up, not counted: one question each of {', '.join(names)}." if names else "No warm-up was needed."
     warm = sorted(plan.warmed_up)
-    return f"{text} {', '.join(warm)}: the build before was the same prefill." if warm else text
+    return f"{text} {', '.join(warm)}: a build in this process was the same prefill." if warm else text
 
 
 def _build(cache: BenchCache) -> str:

@@ -160,7 +160,7 @@ def _prepare(
     layout = lay_out(engine.model.tokenizer, engine.model.template, corpus.documents)
     cache = _cache(engine, corpus, layout, options, progress)
     retrievers, index_s = _retrievers(engine, corpus, options, progress)
-    plan = _plan(options, cache)
+    plan = _plan(options, engine, layout)
     return _PreparedRun(engine, corpus, options, asked, spare, layout, cache, retrievers, index_s, plan)
 
 
@@ -210,10 +210,11 @@ def _retrievers(
     return retrievers, time.perf_counter() - begin
 
 
-def _plan(options: TtftOptions, cache: BenchCache | None) -> MeasurePlan:
+def _plan(options: TtftOptions, engine: Engine, layout: PrefixLayout) -> MeasurePlan:
+    """Reading the corpus whole is warm already when this process has read as much, as a build before does."""
     names = {spec.name for spec in options.arms}
-    was_built = cache is not None and cache.build_s is not None
-    warmed_up = frozenset({FULL_PREFILL} & names) if was_built else frozenset()
+    was_read = engine.model.most_read_tokens >= len(layout.token_ids)
+    warmed_up = frozenset({FULL_PREFILL} & names) if was_read else frozenset()
     return MeasurePlan(options.sampling(), options.seed, options.full_n, warmed_up)
 
 

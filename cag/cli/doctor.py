@@ -75,8 +75,8 @@ def _attention_facts(device: torch.device, plan: RuntimePlan) -> dict[str, str]:
     paths = available_paths(device)
     served = {}
     for kind, num_tokens in PROBES.items():
-        query = torch.empty(PROBE_HEADS, num_tokens, PROBE_DIM, dtype=getattr(torch, plan.compute_dtype), device="meta")
-        keys = torch.empty(PROBE_KV_HEADS, PROBE_PREFIX_TOKENS, PROBE_DIM, dtype=torch.bfloat16, device="meta")
+        query = torch.empty(PROBE_HEADS, num_tokens, PROBE_DIM, dtype=getattr(torch, plan.compute_dtype), device=device)
+        keys = torch.empty(PROBE_KV_HEADS, PROBE_PREFIX_TOKENS, PROBE_DIM, dtype=torch.bfloat16, device=device)
         path = choose_path(query, keys, window=None, softcap=None, offset=PROBE_PREFIX_TOKENS)
         served[kind] = f"{path}: {paths[path]}"
     return served
@@ -135,6 +135,7 @@ def print_report(found: dict[str, Any]) -> None:
         "Triton": "installed" if device["triton"] else "not installed",
         "compute": f"{plan['compute_dtype']} ({plan['reason']})",
         "threads": f"{plan['threads_small']} for a question, {plan['threads_large']} for prefill",
+        "products": f"{plan['product']} for a question's rows",
     }
     facts |= {f"attention, {kind}": served for kind, served in found["attention"].items()}
     if plan["measured_ms"]:

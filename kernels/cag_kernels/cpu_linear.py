@@ -1,9 +1,9 @@
-"""A linear layer over a few rows, compiled for this processor: the weight is read once, in its own order.
+"""A linear layer over a few rows, compiled for this processor, over a weight that was packed for it once.
 
-A weight far larger than the caches costs what reading it costs, so nothing of it is packed or transposed. Eight rows of
-the weight at a time meet a few rows of the block; vectors of partial sums over the input features stay in registers,
-and the next rows of the weight are asked for meanwhile. Chunks of the output are shared out among torch's threads; no
-number depends on which thread computes it.
+A panel of the packed weight holds 16 output features, for each input feature side by side. So the weight streams
+through once in the order in which it lies, each number of it meets every row of the block in registers, and nothing is
+added up across lanes. A bfloat16 weight is half as much to read and is widened on the way. Panels are shared out among
+torch's threads; no number depends on which thread computes it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels.cpu import openmp_parallel, thread_pool
-from cag_kernels.cpu_emit import INT32, INT64, POINTER, Emitter, Program, Value, function_blocks
+from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Program, Value, function_blocks
 from cag_kernels.cpu_panel import host_blocking
+from cag_kernels.packed import PANEL
 
-GROUP = 8  # rows of the weight that share a pass over rows of the block
-CHUNK = 32  # rows of the weight that a thread takes at a time
-TILE = 768  # input features after which sums go to memory: a group and rows of the block fit the first cache
+MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
+SUMS = 16  # sums under way at least, so that no addition waits for the one before
+TILE = 128  # input features of one sum, a multiple of 16
+TASK = 2  # panels that a thread takes at a time
+AHEAD = 16  # input features ahead of which the weight is asked for
 
 _lock = threading.Lock()
 
@@ -31,34 +34,22 @@ _lock = threading.Lock()
 class Field(IntEnum):
     """Places in the array of int64 that describes a call to the compiled code; all but counts are addresses."""
 
-    NEXT_CHUNK = 0
+    NEXT_TASK = 0
     BLOCK = 1  # [num_rows, in_features] float32
-    WEIGHT = 2  # [out_features, in_features] float32
+    WEIGHT = 2  # [num_panels, in_features, PANEL] float32 or bfloat16
     BIAS = 3  # [out_features] float32, anything where HAS_BIAS is 0
     OUT = 4  # [num_rows, out_features] float32
     NUM_ROWS = 5
-    IN_FEATURES = 6  # a multiple of the lanes
+    IN_FEATURES = 6  # a multiple of 16
     OUT_FEATURES = 7
     HAS_BIAS = 8  # 0 or 1
 
 
-def compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`rows @ weight.T + bias` of contiguous float32 tensors, in_features a multiple of 16; nothing may be empty."""
-    num_rows, in_features = rows.shape
-    out_features = weight.shape[0]
-    out = rows.new_empty(num_rows, out_features)
-    start = 0 if bias is None else bias.data_ptr()
-    pointers = (rows.data_ptr(), weight.data_ptr(), start, out.data_ptr())
-    compiled_kernel().run((0, *pointers, num_rows, in_features, out_features, int(bias is not None)))
-    return out
-
-
 class LinearKernel:
-    """Machine code for every shape, run on several threads."""
+    """Machine code for every shape and one type of weight, run on several threads."""
 
-    def __init__(self) -> None:
-        lanes = host_blocking().lanes
-        self._program = Program(linear_module(lanes, max_rows=3 if lanes == 16 else 1))
+    def __init__(self, is_bfloat16: bool) -> None:
+        self._program = Program(linear_module(host_blocking().lanes, is_bfloat16))
         self._address = self._program.address("linear")
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
 
@@ -66,7 +57,7 @@ class LinearKernel:
         """Serve one call; `fields` are `Field` in order."""
         call = (ctypes.c_int64 * len(Field))(*fields)
         num_threads = torch.get_num_threads()
-        if num_threads == 1 or fields[Field.OUT_FEATURES] <= CHUNK:
+        if num_threads == 1 or fields[Field.OUT_FEATURES] <= PANEL * TASK:
             self._function(call)
         elif (parallel := openmp_parallel()) is not None:
             parallel(self._address, ctypes.addressof(call), num_threads, 0)
@@ -74,65 +65,108 @@ class LinearKernel:
             list(thread_pool(num_threads).map(lambda _: self._function(call), range(num_threads)))
 
 
-def compiled_kernel() -> LinearKernel:
-    """The kernel, compiled once a process."""
+def compiled_linear(rows: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """`rows [num_rows, in_features] @ weight.T + bias`, all contiguous, rows and bias float32, nothing empty."""
+    num_rows, in_features = rows.shape
+    out = rows.new_empty(num_rows, out_features)
+    start = 0 if bias is None else bias.data_ptr()
+    pointers = (rows.data_ptr(), panels.data_ptr(), start, out.data_ptr())
+    kernel = compiled_kernel(panels.dtype == torch.bfloat16)
+    kernel.run((0, *pointers, num_rows, in_features, out_features, int(bias is not None)))
+    return out
+
+
+def compiled_kernel(is_bfloat16: bool) -> LinearKernel:
+    """The kernel for a type of weight, compiled once a process."""
     with _lock:
-        return _compile()
+        return _compile(is_bfloat16)
 
 
 @cache
-def _compile() -> LinearKernel:
-    return LinearKernel()
+def _compile(is_bfloat16: bool) -> LinearKernel:
+    return LinearKernel(is_bfloat16)
 
 
-def linear_module(lanes: int, max_rows: int) -> ir.Module:
-    """Module with `linear`, of one pointer to the fields of a call; up to `max_rows` rows meet a group at once."""
+def linear_module(lanes: int, is_bfloat16: bool) -> ir.Module:
+    """Module with `linear`, of one pointer to the fields of a call."""
     module = ir.Module(name="linear")
-    passes = [_emit_pass(module, lanes, rows) for rows in range(1, max_rows + 1)]
-    _Linear(module, lanes, passes)
+    passes = [_Pass(module, lanes, rows, is_bfloat16).function for rows in range(1, MAX_ROWS[lanes] + 1)]
+    _Linear(module, lanes, passes, is_bfloat16)
     return module
 
 
-def _emit_pass(module: ir.Module, lanes: int, rows: int) -> ir.Function:
-    """`rows` rows of the block by a group of the weight over one tile.
+class _Pass:
+    """`rows` rows of the block by one panel.
 
-    Arguments: the group's rows of the weight, two rows to ask for, the first row of the block, start values, and out;
-    then features from a row of the block to the next, the same of start values and of out, the tile's features, how
-    many start values there are, and the group's rows that exist.
+    Arguments: the panel, the first row of the block, the panel's first bias and its first number out; then features
+    from a row of the block to the next, those of out, how many biases there are, and how many features of the panel.
     """
-    function = ir.Function(
-        module, ir.FunctionType(ir.VoidType(), [POINTER] * (GROUP + 5) + [INT64] * 6), name=f"rows_{rows}"
-    )
-    function.linkage = "internal"
-    emit = Emitter(function, lanes)
-    weights, ahead = function.args[:GROUP], function.args[GROUP : GROUP + 2]
-    block, start, out, stride, start_stride, out_stride, count, num_start, num_out = function.args[GROUP + 2 :]
-    builder = emit.builder
-    places = [emit.at(block, builder.mul(stride, emit.integer(row))) for row in range(rows)]
-    with emit.loop(emit.integer(0), count, lanes, [emit.constant(0.0)] * (rows * GROUP)) as feature:
-        for place in ahead:
-            _ask_for(emit, emit.at(place, feature.index))
-        group = [emit.load(emit.at(weight, feature.index)) for weight in weights]
-        vectors = [emit.load(emit.at(place, feature.index)) for place in places]
-        products = [(vector, weight) for vector in vectors for weight in group]
-        feature.following = [
-            emit.multiply_add(*product, total) for product, total in zip(products, feature.values, strict=True)
-        ]
-    for row in range(rows):
-        sums = emit.sums_of(list(feature.following[row * GROUP : (row + 1) * GROUP]) * (lanes // GROUP))
-        index = emit.integer(row)
-        first = _load_some(emit, emit.at(start, builder.mul(start_stride, index)), num_start)
-        _store_some(emit, builder.fadd(sums, first), emit.at(out, builder.mul(out_stride, index)), num_out)
-    builder.ret_void()
-    return function
 
+    def __init__(self, module: ir.Module, lanes: int, rows: int, is_bfloat16: bool) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 4)
+        self.function = ir.Function(module, kind, name=f"rows_{rows}")
+        self.function.linkage = "internal"
+        self.emit = Emitter(self.function, lanes)
+        self.rows = range(rows)
+        self.vectors = range(PANEL // lanes)
+        self.is_bfloat16 = is_bfloat16
+        self.panel, self.block, self.bias, self.out = self.function.args[:4]
+        self.stride, self.out_stride, self.num_bias, self.num_out = self.function.args[4:]
+        self._emit_features()
 
-def _ask_for(emit: Emitter, pointer: Value) -> None:
-    """Bring a cache line into the second cache; the first has no room beside the block."""
-    kind = ir.FunctionType(ir.VoidType(), [POINTER, INT32, INT32, INT32])
-    function = emit.function.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
-    read, second_cache, data = 0, 2, 1
-    emit.builder.call(function, [pointer, *(ir.Constant(INT32, option) for option in (read, second_cache, data))])
+    def _emit_features(self) -> None:
+        """Sum tile by tile: one long sum would round each addition against all before it."""
+        emit, builder = self.emit, self.emit.builder
+        num_sums = len(self.rows) * len(self.vectors)
+        totals = [emit.scratch(emit.lanes) for _ in range(num_sums)]
+        for total in totals:
+            emit.store(emit.constant(0.0), total)
+        with emit.loop(emit.integer(0), self.stride, TILE) as tile:
+            stop = emit.minimum(builder.add(tile.index, emit.integer(TILE)), self.stride)
+            for total, value in zip(totals, self._emit_tile(tile.index, stop, num_sums), strict=True):
+                emit.store(builder.fadd(emit.load(total), value), total)
+        self._emit_end([emit.load(total) for total in totals])
+
+    def _emit_tile(self, start: Value, stop: Value, num_sums: int) -> list[Value]:
+        """Sums stay in registers: `unroll` sets of them, so that enough additions are under way."""
+        emit, builder = self.emit, self.emit.builder
+        unroll = min(PANEL, 1 << max(0, (SUMS // num_sums).bit_length() - 1))
+        places = [emit.at(self.block, builder.mul(self.stride, emit.integer(row))) for row in self.rows]
+        with emit.loop(start, stop, unroll, [emit.constant(0.0)] * (num_sums * unroll)) as feature:
+            sums: list[Value] = []
+            for step in range(unroll):
+                index = builder.add(feature.index, emit.integer(step))
+                weights = self._weights(index)
+                numbers = [emit.spread(emit.at(place, index)) for place in places]
+                products = [(number, weight) for number in numbers for weight in weights]
+                before = feature.values[step * num_sums : (step + 1) * num_sums]
+                sums += [emit.multiply_add(*product, total) for product, total in zip(products, before, strict=True)]
+            feature.following = sums
+        return [self._sum(list(feature.following[index::num_sums])) for index in range(num_sums)]
+
+    def _sum(self, values: list[Value]) -> Value:
+        while len(values) > 1:
+            values = [self.emit.builder.fadd(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
+
+    def _weights(self, feature: Value) -> list[Value]:
+        """A panel's numbers for one input feature; those some way ahead are asked for."""
+        emit, element = self.emit, INT16 if self.is_bfloat16 else FLOAT
+        place = emit.at(self.panel, emit.builder.mul(feature, emit.integer(PANEL)), element)
+        emit.prefetch(emit.at(place, AHEAD * PANEL, element))
+        load = emit.load_bfloat16 if self.is_bfloat16 else emit.load
+        return [load(emit.at(place, vector * emit.lanes, element)) for vector in self.vectors]
+
+    def _emit_end(self, sums: list[Value]) -> None:
+        emit, builder = self.emit, self.emit.builder
+        for vector in self.vectors:
+            first = emit.integer(vector * emit.lanes)
+            num_bias, num_out = (builder.sub(count, first) for count in (self.num_bias, self.num_out))
+            bias = _load_some(emit, emit.at(self.bias, first), num_bias)
+            for row in self.rows:
+                place = emit.at(self.out, builder.add(builder.mul(self.out_stride, emit.integer(row)), first))
+                _store_some(emit, builder.fadd(sums[row * len(self.vectors) + vector], bias), place, num_out)
+        builder.ret_void()
 
 
 def _inside(emit: Emitter, count: Value) -> Value:
@@ -162,57 +196,46 @@ def _store_some(emit: Emitter, value: Value, pointer: Value, count: Value) -> No
 
 
 class _Linear:
-    """The function that threads run: chunk by chunk, tile by tile, group by group, pass by pass."""
+    """The function that threads run: task by task, panel by panel, pass by pass."""
 
-    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function]) -> None:
+    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], is_bfloat16: bool) -> None:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name="linear")
         self.emit = Emitter(self.function, lanes)
         self.passes = passes
+        self.element = INT16 if is_bfloat16 else FLOAT
         fields = {field: self._read(field) for field in list(Field)[1:]}
         self.block, self.weight, self.bias, self.out = (fields[field] for field in list(Field)[1:5])
         self.num_rows, self.in_features, self.out_features, self.has_bias = (fields[field] for field in list(Field)[5:])
-        self._emit_chunks()
+        self._emit_tasks()
 
     def _read(self, field: Field) -> Value:
         value = self.emit.builder.load(self.emit.at(self.function.args[0], int(field), INT64), typ=INT64, align=8)
         return self.emit.builder.inttoptr(value, POINTER) if Field.BLOCK <= field <= Field.OUT else value
 
-    def _emit_chunks(self) -> None:
+    def _emit_tasks(self) -> None:
         emit, builder = self.emit, self.emit.builder
         take, work, done = function_blocks(self.function, "take", "work", "done")
         builder.branch(take)
         builder.position_at_end(take)
-        counter = emit.at(self.function.args[0], int(Field.NEXT_CHUNK), INT64)
-        chunk = builder.atomic_rmw("add", counter, emit.integer(1), "monotonic")
-        first = builder.mul(chunk, emit.integer(CHUNK))
+        counter = emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)
+        task = builder.atomic_rmw("add", counter, emit.integer(1), "monotonic")
+        first = builder.mul(task, emit.integer(TASK * PANEL))
         builder.cbranch(builder.icmp_signed("<", first, self.out_features), work, done)
         builder.position_at_end(work)
-        stop = emit.minimum(builder.add(first, emit.integer(CHUNK)), self.out_features)
-        with (
-            emit.loop(emit.integer(0), self.in_features, TILE) as tile,
-            emit.loop(first, stop, GROUP) as group,
-        ):
-            self._emit_group(tile.index, group.index)
+        stop = emit.minimum(builder.add(first, emit.integer(TASK * PANEL)), self.out_features)
+        with emit.loop(first, stop, PANEL) as feature:
+            self._emit_panel(feature.index)
         builder.branch(take)
         builder.position_at_end(done)
         builder.ret_void()
 
-    def _weight_row(self, row: Value, feature: Value) -> Value:
-        """Address in the weight; rows behind the last are the last."""
-        builder = self.emit.builder
-        row = self.emit.minimum(row, builder.sub(self.out_features, self.emit.integer(1)))
-        return self.emit.at(self.weight, builder.add(builder.mul(row, self.in_features), feature))
-
-    def _emit_group(self, feature: Value, first: Value) -> None:
-        """All rows of the block by a group of the weight over one tile, in passes of about equal numbers of rows."""
+    def _emit_panel(self, first: Value) -> None:
+        """All rows of the block by one panel, in passes of about equal numbers of rows."""
         emit, builder, one = self.emit, self.emit.builder, self.emit.integer(1)
         most = emit.integer(len(self.passes))
-        count = emit.minimum(builder.sub(self.in_features, feature), emit.integer(TILE))
-        num_out = emit.minimum(builder.sub(self.out_features, first), emit.integer(GROUP))
-        weights = [self._weight_row(builder.add(first, emit.integer(row)), feature) for row in range(GROUP)]
-        is_first = builder.icmp_signed("==", feature, emit.integer(0))
-        num_start = builder.select(is_first, builder.mul(self.has_bias, num_out), num_out)
-        start_stride = builder.select(is_first, emit.integer(0), self.out_features)
+        num_out = emit.minimum(builder.sub(self.out_features, first), emit.integer(PANEL))
+        panel = emit.at(self.weight, builder.mul(first, self.in_features), self.element)
+        bias, num_bias = emit.at(self.bias, first), builder.mul(self.has_bias, num_out)
         num_passes = builder.sdiv(builder.add(self.num_rows, builder.sub(most, one)), most)
         test, behind = function_blocks(self.function, "passes", "served")
         before = builder.block
@@ -220,14 +243,9 @@ class _Linear:
         builder.position_at_end(test)
         row, left = builder.phi(INT64), builder.phi(INT64)
         rows = builder.sdiv(builder.add(builder.sub(self.num_rows, row), builder.sub(left, one)), left)
-        asked = builder.and_(builder.mul(builder.sub(num_passes, left), emit.integer(2)), emit.integer(GROUP - 1))
-        asked = builder.add(builder.add(first, emit.integer(GROUP)), asked)
-        ahead = [self._weight_row(builder.add(asked, emit.integer(index)), feature) for index in range(2)]
+        block = emit.at(self.block, builder.mul(row, self.in_features))
         out = emit.at(self.out, builder.add(builder.mul(row, self.out_features), first))
-        start = builder.select(is_first, emit.at(self.bias, first), out)
-        block = emit.at(self.block, builder.add(builder.mul(row, self.in_features), feature))
-        sizes = [self.in_features, start_stride, self.out_features, count, num_start, num_out]
-        self._emit_switch(rows, [*weights, *ahead, block, start, out, *sizes])
+        self._emit_switch(rows, [panel, block, bias, out, self.in_features, self.out_features, num_bias, num_out])
         following, remaining = builder.add(row, rows), builder.sub(left, one)
         row.add_incoming(emit.integer(0), before)
         row.add_incoming(following, builder.block)

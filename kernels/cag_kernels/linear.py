@@ -1,8 +1,7 @@
-"""Linear layers over a few rows.
+"""Linear layers over a question's rows.
 
 A matrix product library packs the larger operand before it multiplies; for a question's dozen of rows that packing can
-cost more than the product. Compiled code reads the weight as it lies; where that does not serve, the transposed product
-avoids the packing too.
+cost more than the product. A weight that was packed once serves few rows by compiled code, and many rows unpacked.
 """
 
 from __future__ import annotations
@@ -11,53 +10,68 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu import has_compiler
+from cag_kernels.packed import PackedWeight
 
-FEW_ROWS = range(2, 49)
-FEATURES_MULTIPLE = 16  # one vector of the widest registers
+FEW_ROWS = 128  # up to which reading the packed weight is quicker than unpacking it; see docs/log.md
 
 
-def few_rows_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`block @ weight.T + bias`, returned contiguous; safe to call from several Python threads.
+def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`block @ weight.T + bias`, contiguous; safe to call from several Python threads.
 
     Args:
-        block: `[..., num_rows, in_features]`.
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]` or None.
+        block: `[..., num_rows, in_features]`, float32 on the CPU.
+        packed: the weight.
+        bias: `[out_features]` float32, or None.
+
+    Raises:
+        ValueError: operands that do not fit together.
     """
     rows = block.reshape(-1, block.shape[-1])
-    if compiled_linear_serves(rows, weight, bias):
+    _check(rows, packed, bias)
+    if 0 < rows.shape[0] <= FEW_ROWS and has_compiler() and not _wants_gradient(rows, bias):
         from cag_kernels.cpu_linear import compiled_linear
 
-        product = compiled_linear(rows, weight, bias)
+        product = compiled_linear(rows.contiguous(), packed.panels, bias, packed.out_features)
     else:
-        transposed = torch.mm(weight, rows.t()) if bias is None else torch.addmm(bias[:, None], weight, rows.t())
-        product = transposed.t().contiguous()
-    return product.view(*block.shape[:-1], weight.shape[0])
+        product = torch.mm(rows, packed.transposed())
+        product = product if bias is None else product.add_(bias)
+    return product.view(*block.shape[:-1], packed.out_features)
 
 
-def compiled_linear_serves(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `cpu_linear.compiled_linear` takes these tensors."""
-    tensors = (rows, weight) if bias is None else (rows, weight, bias)
-    return (
-        0 < rows.shape[0] < FEW_ROWS.stop
-        and weight.shape[0] > 0
-        and weight.shape[1] == rows.shape[1] > 0
-        and weight.shape[1] % FEATURES_MULTIPLE == 0
-        and (bias is None or bias.shape == weight.shape[:1])
-        and all(_is_plain(tensor) for tensor in tensors)
-        # the compiled code knows no gradients
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and has_compiler()
-    )
+def packed_linear_reference(block: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """What `packed_linear` computes, in the block's dtype and by torch alone."""
+    return torch.nn.functional.linear(block, packed.unpacked().to(block.dtype), bias)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+def linear_without_packing(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`block @ weight.T + bias`, contiguous, for few rows and any weight: the transposed product packs less."""
+    rows = block.reshape(-1, block.shape[-1])
+    transposed = torch.mm(weight, rows.t()) if bias is None else torch.addmm(bias[:, None], weight, rows.t())
+    return transposed.t().contiguous().view(*block.shape[:-1], weight.shape[0])
 
 
-def warm_up_linear() -> None:
-    """Compile what `few_rows_linear` runs, once a process; nothing without a compiler."""
+def warm_up_linear(dtype: torch.dtype) -> None:
+    """Compile what `packed_linear` runs for weights of `dtype`, once a process; nothing without a compiler."""
     if has_compiler():
         from cag_kernels.cpu_linear import compiled_kernel
 
-        compiled_kernel()
+        compiled_kernel(dtype == torch.bfloat16)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    """The compiled code knows no gradients."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _check(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
+    fits = rows.shape[1] == packed.in_features and (bias is None or bias.shape == (packed.out_features,))
+    plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in (rows, *_present(bias)))
+    if not fits or not plain or not (bias is None or bias.is_contiguous()):
+        raise ValueError(
+            f"a float32 block {tuple(rows.shape)} and a bias do not fit a packed weight of "
+            f"{packed.out_features} x {packed.in_features}"
+        )
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]

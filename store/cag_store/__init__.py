@@ -2,7 +2,7 @@
 no model, no tensor library."""
 
 from cag_store.chunk import ChunkEntry, ChunkHeader
-from cag_store.codecs import Codec, codec_from_config, codec_ids
+from cag_store.codecs import Codec, codec_from_config, codec_ids, config_resources
 from cag_store.dtypes import STORAGE_DTYPES, storage_dtype
 from cag_store.gc import GcReport
 from cag_store.keys import FORMAT_VERSION, ROOT, ChunkContext, chunk_key
@@ -41,6 +41,7 @@ __all__ = [
     "chunk_key",
     "codec_from_config",
     "codec_ids",
+    "config_resources",
     "object_paths",
     "storage_dtype",
     "utc_after",

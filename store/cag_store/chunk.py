@@ -6,13 +6,15 @@ In: the facts of a chunk and its segment table. Out: header bytes, and back. Kno
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
+from cag_store.codecs import config_joint_layers, config_resources, layer_groups
 from cag_store.dtypes import STORAGE_DTYPES
-from cag_store.errors import CorruptEntry, UnsupportedFormat
+from cag_store.errors import CorruptEntry, UnknownCodec, UnsupportedFormat
 from cag_store.jsontext import Fields, canonical_bytes, parse_first_object, parse_object, parse_shallow_object
 from cag_store.keys import FORMAT_VERSION, MAX_CHUNK_TOKENS, ChunkContext
 
@@ -65,6 +67,15 @@ class ChunkHeader:
         itemsize = STORAGE_DTYPES[self.context.dtype].itemsize
         return self.num_kv_heads[layer] * self.num_tokens * self.head_dim[layer] * itemsize
 
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """Spans [first, last) of the layers that share a segment, as the codec's configuration says."""
+        return layer_groups(self.num_layers, config_joint_layers(self.context.codec))
+
+    def group_bytes(self, first: int, last: int) -> int:
+        """Size of the keys (or the values) of layers [first, last) in the storage dtype."""
+        return sum(self.side_bytes(layer) for layer in range(first, last))
+
     def side_shape(self, layer: int) -> tuple[int, int, int]:
         """`[num_kv_heads, num_tokens, head_dim]` of one layer."""
         return self.num_kv_heads[layer], self.num_tokens, self.head_dim[layer]
@@ -101,7 +112,7 @@ class ChunkEntry:
 
 @dataclass(frozen=True)
 class ChunkIndex:
-    """A whole chunk header: `segments` are keys then values, layer by layer."""
+    """A whole chunk header: `segments` are keys then values, group of layers by group of layers."""
 
     header: ChunkHeader
     segments: tuple[Segment, ...]
@@ -163,13 +174,15 @@ class ChunkIndex:
         sizes = [segment.encoded_bytes for segment in self.segments]
         bounds = list(accumulate(sizes, initial=self.ids_bytes))
         numbers = chain.from_iterable(zip(bounds, bounds[1:], sizes, strict=False))
-        return _table_template(len(sizes)) % (*numbers, self.ids_bytes, self.header.num_tokens)
+        template = _table_template(config_joint_layers(self.header.context.codec) > 1, *self.header.groups)
+        return template % (*numbers, self.ids_bytes, self.header.num_tokens)
 
 
 @lru_cache(maxsize=16)
-def _table_template(num_segments: int) -> str:
+def _table_template(joint: bool, *groups: tuple[int, int]) -> str:
     """The tensor table with `%d` for start, end and size of each segment, then for bytes and number of the ids."""
-    names = (f"layers.{index // 2:03d}.{'values' if index % 2 else 'keys'}" for index in range(num_segments))
+    layers = [f"{first:03d}-{last - 1:03d}" if joint else f"{first:03d}" for first, last in groups]
+    names = [f"layers.{name}.{side}" for name in layers for side in _SIDES]
     rows = (f'"{name}":{{"data_offsets":[%d,%d],"dtype":"U8","shape":[%d]}}' for name in names)
     return ",".join([*rows, '"token_ids":{"data_offsets":[0,%d],"dtype":"U32","shape":[%d]}'])
 
@@ -223,6 +236,7 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     context = _context(fields.any("context"), f"{where}: context")
     if context.dtype not in STORAGE_DTYPES:
         raise fields.wrong("dtype", " or ".join(STORAGE_DTYPES), context.dtype)
+    check_codec_config(context.codec, fields)
     header = ChunkHeader(
         key=fields.digest("key"),
         parent=fields.digest("parent", empty=True),
@@ -235,15 +249,15 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
     if not num_layers == header.num_layers == len(header.head_dim):
         raise fields.wrong("num_layers", num_layers, (header.num_layers, len(header.head_dim)))
-    side_bytes = [size for size in map(header.side_bytes, range(num_layers)) for _ in _SIDES]
-    if max(side_bytes) > MAX_SIDE_BYTES:
+    if max(map(header.side_bytes, range(num_layers))) > MAX_SIDE_BYTES:
         raise fields.wrong("num_kv_heads", f"at most {MAX_SIDE_BYTES} bytes a layer and side", header.num_kv_heads)
     rows = fields.list("segments")
-    if len(rows) != 2 * num_layers:
-        raise fields.wrong("segments", f"{2 * num_layers} rows", len(rows))
+    sizes = [header.group_bytes(*group) for group in header.groups for _ in range(2)]
+    if len(rows) != len(sizes):
+        raise fields.wrong("segments", f"{len(sizes)} rows", len(rows))
     codec_id = context.codec.get("id")
-    if not _are_segments(rows, side_bytes, codec_id):
-        for row, raw_bytes in zip(rows, side_bytes, strict=True):
+    if not _are_segments(rows, sizes, codec_id):
+        for row, raw_bytes in zip(rows, sizes, strict=True):
             _segment(row, raw_bytes, codec_id, fields)
     fields.done()
     return ChunkIndex(header, tuple(map(Segment._make, rows)))
@@ -270,12 +284,21 @@ def _are_segments(rows: list[Any], side_bytes: list[int], codec_id: object) -> b
     return (
         set(map(type, codecs)) == set(map(type, checksums)) == {str}
         and set(map(type, raw)) == set(map(type, encoded)) == {int}
-        and set(codecs) == {codec_id}
+        and codecs.count(codec_id) == len(codecs)
         and list(raw) == side_bytes
         and min(encoded) >= 1
         and all(size <= 2 * raw_bytes + MAX_OVERHEAD_BYTES for size, raw_bytes in zip(encoded, raw, strict=True))
         and set(map(len, checksums)) == {32}
     )
+
+
+def check_codec_config(config: Mapping[str, Any], fields: Fields) -> None:
+    """Raises: CorruptEntry for what every codec's configuration means alike, and this one has wrong."""
+    try:
+        config_joint_layers(config)
+        config_resources(config)
+    except UnknownCodec as error:
+        raise fields.wrong("codec", "a configuration", str(error)) from error
 
 
 def _segment(row: object, raw_bytes: int, codec_id: object, fields: Fields) -> None:

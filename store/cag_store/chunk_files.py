@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -24,14 +24,15 @@ from cag_store.chunk import (
     header_size,
     parse_index,
 )
-from cag_store.codecs import Codec, codec_from_config
+from cag_store.codecs import Codec, Side, codec_from_config
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, InvalidName, UnencodableArray, UnsupportedFormat
-from cag_store.jsontext import canonical_bytes, parse_object
 from cag_store.keys import TokenIds, chunk_key, token_bytes
 from cag_store.paths import chunk_path
 
 LayerArrays = tuple[Array, Array]
+CodecSource = Callable[[Mapping[str, Any]], Codec]
+"""The codec of a configuration, ready to work. Raises: UnknownCodec; EntryNotFound, CorruptEntry for its blobs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +52,26 @@ class OpenChunk:
 
 
 def encode_chunk(
-    header: ChunkHeader, layers: Iterable[LayerArrays], token_ids: TokenIds, pool: ThreadPoolExecutor, ahead: int
+    header: ChunkHeader,
+    layers: Iterable[LayerArrays],
+    token_ids: TokenIds,
+    codec: Codec,
+    pool: ThreadPoolExecutor,
+    ahead: int,
 ) -> tuple[ChunkEntry, list[bytes]]:
-    """The entry and the parts of the file. `layers` is consumed at most `ahead` layers before they are encoded.
+    """The entry and the parts of the file. `layers` is consumed at most `ahead` groups of layers before they are
+    encoded.
 
-    Raises: InvalidName when the key is not that of the tokens; UnencodableArray; UnknownCodec.
+    Raises: InvalidName when the key is not that of the tokens; UnencodableArray.
     """
-    codec = _codec_of(header)
+    _check_config(codec, header)
     _check_key(header, token_ids)
     _check_size(header)
     encoded = list(_encoded(codec, header, iter(layers), pool, ahead))
     segments = tuple(
-        Segment(codec.codec_id, header.side_bytes(index // 2), len(data), xxhash.xxh3_128_hexdigest(data))
+        Segment(
+            codec.codec_id, header.group_bytes(*header.groups[index // 2]), len(data), xxhash.xxh3_128_hexdigest(data)
+        )
         for index, data in enumerate(encoded)
     )
     index = ChunkIndex(header, segments)
@@ -70,9 +79,11 @@ def encode_chunk(
     return index.entry(head), [head, token_bytes(token_ids), *encoded]
 
 
-def open_chunk(backend: Backend, entry: ChunkEntry) -> OpenChunk:
-    """Read and verify header and token ids against what `entry` pins. Raises:
-    EntryNotFound, CorruptEntry, UnknownCodec."""
+def open_chunk(backend: Backend, entry: ChunkEntry, codecs: CodecSource = codec_from_config) -> OpenChunk:
+    """Read and verify header and token ids against what `entry` pins; `codecs` gives the codec to decode with.
+
+    Raises: EntryNotFound, CorruptEntry, UnknownCodec.
+    """
     path = chunk_path(entry.key)
     where = f"{backend.url}/{path}"
     found = backend.stat(path).size_bytes
@@ -99,7 +110,8 @@ def open_chunk(backend: Backend, entry: ChunkEntry) -> OpenChunk:
         raise CorruptEntry(
             f"{where}: the header does not match the manifest", where=where, expected=entry, found=pinned
         )
-    return _opened(entry, index, data[entry.header_bytes :], where)
+    token_ids = _checked_ids(index.header, data[entry.header_bytes :], where)
+    return OpenChunk(entry, index, codecs(index.header.context.codec), index.offsets(entry.header_bytes), token_ids)
 
 
 def read_entry(backend: Backend, key: str) -> ChunkEntry:
@@ -129,8 +141,9 @@ def check_segments(backend: Backend, chunk: OpenChunk, decode: bool) -> int:
         data = backend.get_range(chunk.path, chunk.offsets[position], segment.encoded_bytes)
         check_segment(data, segment, chunk, position)
         if decode:
-            out = np.empty(header.side_shape(position // 2), dtype=storage_of(header))
-            chunk.codec.decode_into(data, out)
+            first, last = header.groups[position // 2]
+            outs = [np.empty(header.side_shape(layer), dtype=storage_of(header)) for layer in range(first, last)]
+            chunk.codec.decode_layers_into(data, outs, side_of(position), first, header.start)
     return chunk.entry.stored_bytes
 
 
@@ -138,8 +151,9 @@ def check_segment(data: bytes | memoryview, segment: Segment, chunk: OpenChunk, 
     """Raises: CorruptEntry when `data` is not segment `position` of `chunk`."""
     found = xxhash.xxh3_128_hexdigest(data)
     if found != segment.xxh3:
-        side = "values" if position % 2 else "keys"
-        where = f"{chunk.path}: {side} of layer {position // 2}"
+        first, last = chunk.index.header.groups[position // 2]
+        layers = f"layer {first}" if last == first + 1 else f"layers {first} to {last - 1}"
+        where = f"{chunk.path}: {side_of(position)} of {layers}"
         raise CorruptEntry(
             f"{where}: checksum {found}, expected {segment.xxh3}: the file is damaged; build the cache again",
             where=where,
@@ -148,35 +162,30 @@ def check_segment(data: bytes | memoryview, segment: Segment, chunk: OpenChunk, 
         )
 
 
+def side_of(position: int) -> Side:
+    """The side of the segment at `position` of the table."""
+    return "values" if position % 2 else "keys"
+
+
 def storage_of(header: ChunkHeader) -> np.dtype[np.generic]:
     """The numpy dtype of the chunk's decoded arrays."""
     return storage_dtype(header.context.dtype)
 
 
-def _opened(entry: ChunkEntry, index: ChunkIndex, ids: bytes, where: str) -> OpenChunk:
+def _checked_ids(header: ChunkHeader, ids: bytes, where: str) -> NDArray[np.uint32]:
     token_ids = np.frombuffer(ids, dtype="<u4")
-    header = index.header
     key = chunk_key(header.parent, token_ids, header.context)
-    if key != entry.key:
-        raise CorruptEntry(f"{where}: the token ids give key {key}", where=where, expected=entry.key, found=key)
-    codec = _codec_of_text(canonical_bytes(header.context.codec))
-    return OpenChunk(entry, index, codec, index.offsets(entry.header_bytes), token_ids)
+    if key != header.key:
+        raise CorruptEntry(f"{where}: the token ids give key {key}", where=where, expected=header.key, found=key)
+    return token_ids
 
 
-@lru_cache(maxsize=64)
-def _codec_of_text(config: bytes) -> Codec:
-    """Codecs are immutable, so the chunks of a cache share one."""
-    return codec_from_config(parse_object(config, "codec"))
-
-
-def _codec_of(header: ChunkHeader) -> Codec:
-    codec = codec_from_config(header.context.codec)
+def _check_config(codec: Codec, header: ChunkHeader) -> None:
     if codec.config() != dict(header.context.codec):
         raise InvalidName(
             f"the context must hold the full codec configuration {codec.config()}, found {dict(header.context.codec)}",
             expected=codec.config(),
         )
-    return codec
 
 
 def _check_size(header: ChunkHeader) -> None:
@@ -203,28 +212,36 @@ def _check_key(header: ChunkHeader, token_ids: TokenIds) -> None:
 def _encoded(
     codec: Codec, header: ChunkHeader, layers: Iterator[LayerArrays], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[bytes]:
-    """Encoded segments in order; at most `ahead` layers are in work."""
+    """Encoded segments in order; at most `ahead` groups of layers are in work."""
 
-    def submitted(numbered: tuple[int, LayerArrays]) -> list[Future[bytes]]:
-        layer, (keys, values) = numbered
-        for array in (keys, values):
-            if layer >= header.num_layers or array.shape != header.side_shape(layer):
-                raise UnencodableArray(f"layer {layer}: {array.shape} does not fit the header", found=array.shape)
-        arguments = header.context.dtype, header.start
+    def submitted(group: tuple[int, list[LayerArrays]]) -> list[Future[bytes]]:
+        first, pairs = group
         return [
-            pool.submit(codec.encode, keys, arguments[0], "keys", arguments[1]),
-            pool.submit(codec.encode, values, arguments[0], "values", arguments[1]),
+            pool.submit(codec.encode_layers, arrays, header.context.dtype, side_of(side), first, header.start)
+            for side, arrays in enumerate(zip(*pairs, strict=True))
         ]
 
-    numbered = enumerate(layers)
-    waiting = [submitted(item) for item in islice(numbered, ahead)]
-    num_layers = 0
+    groups = _grouped(header, layers)
+    waiting = [submitted(group) for group in islice(groups, ahead)]
     while waiting:
         for future in waiting.pop(0):
             yield future.result()
-        num_layers += 1
-        waiting.extend(submitted(item) for item in islice(numbered, 1))
-    if num_layers != header.num_layers:
-        raise UnencodableArray(
-            f"expected {header.num_layers} layers, found {num_layers}", expected=header.num_layers, found=num_layers
-        )
+        waiting.extend(submitted(group) for group in islice(groups, 1))
+
+
+def _grouped(header: ChunkHeader, layers: Iterator[LayerArrays]) -> Iterator[tuple[int, list[LayerArrays]]]:
+    """First layer and arrays of each group. Raises: UnencodableArray for what does not fit the header."""
+    for first, last in header.groups:
+        pairs = list(islice(layers, last - first))
+        if len(pairs) != last - first:
+            found = first + len(pairs)
+            raise UnencodableArray(
+                f"expected {header.num_layers} layers, found {found}", expected=header.num_layers, found=found
+            )
+        for layer, pair in enumerate(pairs, start=first):
+            for array in pair:
+                if array.shape != header.side_shape(layer):
+                    raise UnencodableArray(f"layer {layer}: {array.shape} does not fit the header", found=array.shape)
+        yield first, pairs
+    if next(layers, None) is not None:
+        raise UnencodableArray(f"more than the {header.num_layers} layers of the header", expected=header.num_layers)

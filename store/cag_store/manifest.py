@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from cag_store.chunk import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ChunkEntry
+from cag_store.chunk import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ChunkEntry, check_codec_config
+from cag_store.codecs import config_resources
 from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.errors import CorruptEntry, UnsupportedFormat
 from cag_store.jsontext import Fields, canonical_bytes, parse_object
@@ -113,6 +114,12 @@ class Manifest:
         return self.blob_bytes + sum(chunk.stored_bytes for chunk in self.chunks)
 
     @property
+    def blob_digests(self) -> tuple[str, ...]:
+        """Addresses of all blobs, each once: texts of documents, and what the codec needs."""
+        texts = (document.sha256 for document in self.documents)
+        return tuple(dict.fromkeys([*texts, *config_resources(self.codec)]))
+
+    @property
     def context(self) -> ChunkContext:
         """What the keys of the chunks depend on, besides their tokens."""
         return ChunkContext(
@@ -186,6 +193,7 @@ class Manifest:
         )
         _check_sums(manifest, fields)
         fields.done()
+        check_codec_config(manifest.codec, fields)
         _check_chunks(manifest, fields)
         _check_documents(manifest.documents, manifest.num_tokens, fields)
         return manifest

@@ -38,7 +38,7 @@ def ref_path(name: str) -> str:
 def object_paths(manifest: Manifest) -> Iterator[str]:
     """Paths of the chunks and blobs of `manifest`, each once."""
     yield from (chunk_path(chunk.key) for chunk in manifest.chunks)
-    yield from (blob_path(sha256) for sha256 in dict.fromkeys(document.sha256 for document in manifest.documents))
+    yield from (blob_path(digest) for digest in manifest.blob_digests)
 
 
 def _checked(digest: str) -> str:

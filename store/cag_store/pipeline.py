@@ -4,9 +4,10 @@
     jobs:    first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
     caller:  wait for layer 0, on_layer(0), wait for layer 1, ...
 
-A job stays with one thread, so that its bytes are still in that core's cache when they are verified and decoded. There
-is one thread more than workers: a core decodes while another job waits for the disk. Memory beyond the buffers: one
-reused buffer of an encoded job a thread, and the scratch of the codecs.
+A job stays with one thread, which reads, verifies and decodes it in three long steps: between them it needs the
+interpreter's lock, for which threads wait. There is one thread more than workers: a core decodes while another job
+waits for the disk. Memory beyond the buffers: one reused buffer of an encoded job a thread, and the scratch of the
+codecs.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from dataclasses import dataclass
 from itertools import count
 
 from cag_store.backends import Backend
-from cag_store.chunk_files import OpenChunk, check_segment
+from cag_store.chunk_files import OpenChunk, check_segment, side_of
+from cag_store.codecs import EncodedSegment
 from cag_store.dtypes import Array
 
 Buffers = Sequence[tuple[Array, Array]]
 
-_JOB_BYTES = 1 << 20  # encoded layers of a chunk read at once: fewer calls, but still in a core's cache
+_JOB_BYTES = 4 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 
 
 @dataclass
@@ -40,7 +42,7 @@ class LoadTimings:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Keys and values of layers [first, last) of one chunk: neighbours in its file."""
+    """Keys and values of the groups of layers [first, last) of one chunk: neighbours in its file."""
 
     chunk: OpenChunk
     first: int
@@ -62,7 +64,8 @@ class Pipeline:
         self._buffers = buffers
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
-        spans = list(_layer_spans(chunks, len(buffers)))
+        self._groups = chunks[0].index.header.groups
+        spans = list(_group_spans(chunks, len(self._groups)))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
         self._num_threads = min(workers + 1, len(self._jobs))
@@ -116,45 +119,44 @@ class Pipeline:
             self._stop(error)
 
     def _do(self, job: Job, buffer: memoryview) -> None:
-        timings = LoadTimings(bytes_read=job.num_bytes)
         started = time.perf_counter()
         data = buffer[: job.num_bytes]
         self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
-        timings.read_s = time.perf_counter() - started
-        for layer in range(job.first, job.last):
-            data = self._decode_layer(job.chunk, layer, data, timings)
-            with self._changed:
-                self._missing[layer] -= 1
-                if not self._missing[layer]:
-                    self._changed.notify_all()
+        read = time.perf_counter()
+        segments = list(self._verified(job, data))
+        verified = time.perf_counter()
+        job.chunk.codec.decode_segments(segments)
+        decoded = time.perf_counter()
         with self._changed:
-            self._timings.bytes_read += timings.bytes_read
-            self._timings.read_s += timings.read_s
-            self._timings.verify_s += timings.verify_s
-            self._timings.decode_s += timings.decode_s
+            self._timings.bytes_read += job.num_bytes
+            self._timings.read_s += read - started
+            self._timings.verify_s += verified - read
+            self._timings.decode_s += decoded - verified
+            first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
+            for layer in range(first, last):
+                self._missing[layer] -= 1
+            if not self._missing[first]:  # the layers of a job become whole together
+                self._changed.notify_all()
 
-    def _decode_layer(self, chunk: OpenChunk, layer: int, data: memoryview, timings: LoadTimings) -> memoryview:
-        """Verify and decode both sides of a layer, with which `data` begins. Returns what stands behind them."""
-        first, last = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
-        for side, buffer in enumerate(self._buffers[layer]):
-            position = 2 * layer + side
+    def _verified(self, job: Job, data: memoryview) -> Iterator[EncodedSegment]:
+        """The segments of a job, each after its checksum was compared, with the slices of the buffers to fill."""
+        chunk = job.chunk
+        start, end = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
+        for position in range(2 * job.first, 2 * job.last):
             segment = chunk.index.segments[position]
             encoded, data = data[: segment.encoded_bytes], data[segment.encoded_bytes :]
-            started = time.perf_counter()
             check_segment(encoded, segment, chunk, position)
-            verified = time.perf_counter()
-            chunk.codec.decode_into(encoded, buffer[:, first:last])
-            timings.verify_s += verified - started
-            timings.decode_s += time.perf_counter() - verified
-        return data
+            first, last = self._groups[position // 2]
+            outs = tuple(sides[position % 2][:, start:end] for sides in self._buffers[first:last])
+            yield EncodedSegment(encoded, outs, side_of(position), first, start)
 
 
-def _layer_spans(chunks: Sequence[OpenChunk], num_layers: int) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring layers of at most `_JOB_BYTES` in every chunk. Layer 0 has one of its own, as the caller
-    waits for it first."""
+def _group_spans(chunks: Sequence[OpenChunk], num_groups: int) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring groups of at most `_JOB_BYTES` in every chunk. The group of layer 0 has one of its own, as
+    the caller waits for it first."""
     first = 0
-    for layer in range(1, num_layers + 1):
-        whole = layer == num_layers or first == 0
-        if whole or any(Job(chunk, first, layer + 1).num_bytes > _JOB_BYTES for chunk in chunks):
-            yield first, layer
-            first = layer
+    for group in range(1, num_groups + 1):
+        whole = group == num_groups or first == 0
+        if whole or any(Job(chunk, first, group + 1).num_bytes > _JOB_BYTES for chunk in chunks):
+            yield first, group
+            first = group

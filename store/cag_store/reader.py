@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cag_store.backends import Backend, Lease
 from cag_store.chunk import ChunkEntry, ChunkHeader
-from cag_store.chunk_files import OpenChunk, open_chunk
+from cag_store.chunk_files import CodecSource, OpenChunk, open_chunk
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray
 from cag_store.keys import ROOT, ChunkContext
@@ -29,6 +29,7 @@ class CacheReader:
         context: ChunkContext,
         lease: Lease | None,
         workers: int,
+        codecs: CodecSource,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self.timings = LoadTimings()
@@ -37,7 +38,7 @@ class CacheReader:
         self._on_close = on_close
         self._workers = workers
         try:
-            self._chunks = [open_chunk(backend, entry) for entry in entries]
+            self._chunks = [open_chunk(backend, entry, codecs) for entry in entries]
             check_chain(self._chunks, context)
         except BaseException:
             self.close()

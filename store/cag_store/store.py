@@ -10,18 +10,21 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cag_store.backends import Backend, Lease, LocalBackend, MemoryBackend
 from cag_store.blob import MAX_BLOB_BYTES, MAX_BLOB_FILE_BYTES, pack_blob, unpack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
+from cag_store.codecs import Codec, codec_from_config
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreFull
 from cag_store.gc import GcReport, collect
+from cag_store.jsontext import canonical_bytes
 from cag_store.keys import ChunkContext, TokenIds
 from cag_store.manifest import MAX_MANIFEST_BYTES, Manifest, utc_after, utc_now
 from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, object_paths, ref_path
@@ -30,6 +33,7 @@ from cag_store.ref import MAX_REF_BYTES, Ref
 from cag_store.usage import StoreUsage, measure, record_use
 from cag_store.verify import VerifyReport, verify_cache
 
+_KEPT_CODECS = 4  # a codec may hold a basis of megabytes
 _ADVICE = "the file is damaged; build the cache again, or remove it"
 
 
@@ -45,6 +49,7 @@ class Store:
     def __init__(self, backend: Backend, workers: int | None = None) -> None:
         self.backend = backend
         self.workers = workers or default_workers()
+        self._codecs: dict[bytes, Codec] = {}
 
     @classmethod
     def open(cls, path: str | Path, workers: int | None = None) -> Store:
@@ -70,7 +75,8 @@ class Store:
         with contextlib.suppress(EntryNotFound, CorruptEntry):
             return self._reused(header)
         with ThreadPoolExecutor(self.workers, "cag-encode") as pool:
-            entry, parts = encode_chunk(header, layers, token_ids, pool, 2 * self.workers)
+            codec = self.codec(header.context.codec)
+            entry, parts = encode_chunk(header, layers, token_ids, codec, pool, 2 * self.workers)
         if self.backend.put_if_absent(chunk_path(header.key), parts):
             return entry
         return self._reused(header)
@@ -116,6 +122,19 @@ class Store:
     def blob_bytes(self, sha256s: Iterable[str]) -> int:
         """Size on the backend of these blobs, each counted once. Raises: EntryNotFound."""
         return sum(self.backend.stat(blob_path(sha256)).size_bytes for sha256 in set(sha256s))
+
+    def codec(self, config: Mapping[str, Any]) -> Codec:
+        """The codec of a configuration, ready to work with the blobs that it names; the last few are kept.
+
+        Raises: UnknownCodec; EntryNotFound, CorruptEntry for a blob.
+        """
+        key = canonical_bytes(config)
+        codec = self._codecs.get(key)
+        if codec is None:
+            codec = codec_from_config(config, self.get_blob)
+            kept = list(self._codecs.items())[1 - _KEPT_CODECS :]
+            self._codecs = {**dict(kept), key: codec}
+        return codec
 
     def commit(self, name: str, manifest: Manifest, expires_at: str | None = None) -> str:
         """Store `manifest` and let `name` mean it; returns its digest. A pin stays, an old expiry does not.
@@ -215,7 +234,7 @@ class Store:
         """A reader of the whole cache; close it. Raises: EntryNotFound, CorruptEntry, UnknownCodec."""
         with self._gc_kept_out():
             lease = self._reader_lease([manifest.digest])
-        return CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers)
+        return CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers or self.workers, self.codec)
 
     def open_reader(self, name: str, workers: int | None = None) -> tuple[Ref, Manifest, CacheReader]:
         """`resolve` and `reader` in one step, so that no `gc` comes between. Opening and closing it count as uses.
@@ -226,14 +245,15 @@ class Store:
         used = partial(record_use, self.backend, name)
         used()
         workers = workers or self.workers
-        return ref, manifest, CacheReader(self.backend, manifest.chunks, manifest.context, lease, workers, used)
+        context = manifest.context
+        return ref, manifest, CacheReader(self.backend, manifest.chunks, context, lease, workers, self.codec, used)
 
     def chunk_reader(
         self, entries: Sequence[ChunkEntry], context: ChunkContext, workers: int | None = None
     ) -> CacheReader:
         """A reader of chunks from the root on that no manifest holds yet: call it inside a `build_lease`.
         At least one entry."""
-        return CacheReader(self.backend, entries, context, None, workers or self.workers)
+        return CacheReader(self.backend, entries, context, None, workers or self.workers, self.codec)
 
     def lease(self, *digests: str, kind: str = "reader") -> Lease:
         """Hold the manifests `digests` against `gc` until released, or until this process ends. Raises: StoreFull."""
@@ -320,7 +340,7 @@ class Store:
                 raise CorruptEntry(
                     f"chunk {chunk.key} has {found} bytes, the manifest says {chunk.stored_bytes}", where=chunk.key
                 )
-        found = self.blob_bytes(document.sha256 for document in manifest.documents)
+        found = self.blob_bytes(manifest.blob_digests)
         if found != manifest.blob_bytes:
             raise CorruptEntry(
                 f"the blobs have {found} bytes, the manifest says {manifest.blob_bytes}", where="manifest: blob_bytes"

@@ -68,7 +68,7 @@ def _verify_chunks(store: Store, manifest: Manifest, problems: list[StoreError])
     bytes_read = 0
     for entry in manifest.chunks:
         try:
-            chunk = open_chunk(store.backend, entry)
+            chunk = open_chunk(store.backend, entry, store.codec)
             chunks.append(chunk)
             bytes_read += check_segments(store.backend, chunk, decode=True)
         except StoreError as error:
@@ -83,15 +83,14 @@ def _verify_chunks(store: Store, manifest: Manifest, problems: list[StoreError])
 
 
 def _verify_blobs(store: Store, manifest: Manifest, problems: list[StoreError]) -> tuple[int, int]:
-    addresses = {document.sha256 for document in manifest.documents}
     bytes_read = 0
-    for address in sorted(addresses):
+    for address in sorted(manifest.blob_digests):
         try:
             store.get_blob(address)
             bytes_read += store.backend.stat(blob_path(address)).size_bytes
         except StoreError as error:
             problems.append(error)
-    return len(addresses), bytes_read
+    return len(manifest.blob_digests), bytes_read
 
 
 def check_geometry(chunks: list[OpenChunk], manifest: Manifest) -> None:

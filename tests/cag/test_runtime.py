@@ -17,9 +17,9 @@ def measured(small, few, large, bf16_factor):
     figures = {}
     for dtype, factor in (("float32", 1.0), ("bfloat16", bf16_factor)):
         for threads in (1, 2):
-            figures[f"linear/{dtype}/{threads}/{SMALL_ROWS}"] = small[threads - 1] * factor
-            figures[f"few_rows/{dtype}/{threads}/{SMALL_ROWS}"] = few[threads - 1] * factor
-            figures[f"linear/{dtype}/{threads}/{LARGE_ROWS}"] = large[threads - 1] * factor
+            figures[f"plain/{dtype}/{threads}/{SMALL_ROWS}"] = small[threads - 1] * factor
+            figures[f"transposed/{dtype}/{threads}/{SMALL_ROWS}"] = few[threads - 1] * factor
+            figures[f"plain/{dtype}/{threads}/{LARGE_ROWS}"] = large[threads - 1] * factor
     return figures
 
 
@@ -31,10 +31,13 @@ def two_cores(monkeypatch):
 def test_the_quickest_of_each_size_is_chosen(two_cores):
     plan = runtime._plan_from(measured(small=(9, 12), few=(5, 6), large=(100, 60), bf16_factor=2.5))
     assert (plan.compute_dtype, plan.threads_small, plan.threads_large) == ("float32", 1, 2)
-    assert plan.few_rows_linear
+    assert plan.product == "transposed"
     assert "2.50 times" in plan.reason
     plan = runtime._plan_from(measured(small=(9, 4), few=(9, 9), large=(100, 60), bf16_factor=0.5))
-    assert (plan.compute_dtype, plan.threads_small, plan.few_rows_linear) == ("bfloat16", 2, False)
+    assert (plan.compute_dtype, plan.threads_small, plan.product) == ("bfloat16", 2, "plain")
+    figures = measured(small=(9, 4), few=(9, 9), large=(100, 60), bf16_factor=0.9)
+    plan = runtime._plan_from(figures | {f"packed/float32/2/{SMALL_ROWS}": 2.0})
+    assert (plan.compute_dtype, plan.threads_small, plan.product) == ("float32", 2, "packed")
 
 
 def test_a_plan_is_measured_once_and_again_on_another_machine(cag_home, monkeypatch):

@@ -1,95 +1,145 @@
-"""The product over a few rows against the ordinary one."""
+"""Products over packed weights, and over plain ones, against the ordinary product."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from cag_kernels import few_rows_linear
-from cag_kernels.cpu import has_compiler
-from cag_kernels.linear import compiled_linear_serves, warm_up_linear
+from cag_kernels import (
+    FEW_ROWS,
+    PackedWeight,
+    can_pack,
+    has_compiler,
+    linear_without_packing,
+    pack_weight,
+    packed_linear,
+)
+from cag_kernels.linear import packed_linear_reference, warm_up_linear
 
 compiled = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
+KINDS = [torch.float32, torch.bfloat16]
 
 
-def operands(rows, out_features, in_features, bias=False):
-    """Normal numbers that depend on the shape alone."""
+def operands(rows, out_features, in_features, bias=False, dtype=torch.bfloat16):
+    """Normal numbers that depend on the shape alone; block and bias are float32."""
     generator = torch.Generator().manual_seed(rows * 10_007 + out_features * 101 + in_features)
     shapes = [(rows, in_features), (out_features, in_features), (out_features,)]
     block, weight, start = (torch.randn(shape, generator=generator) for shape in shapes)
-    return block, weight, start if bias else None
+    return block, weight.to(dtype), start if bias else None
 
 
 def assert_as_good_as_linear(block, weight, bias):
-    """At most twice plain linear's root mean square error, and nothing far off."""
+    """At most twice the root mean square error of plain linear in float32, and nothing far off."""
     expected = torch.nn.functional.linear(block.double(), weight.double(), None if bias is None else bias.double())
-    plain = torch.nn.functional.linear(block, weight, bias).double() - expected
-    error = few_rows_linear(block, weight, bias).double() - expected
+    plain = torch.nn.functional.linear(block, weight.float(), bias).double() - expected
+    error = packed_linear(block, pack_weight(weight), bias).double() - expected
     rounding = torch.finfo(torch.float32).eps * weight.shape[1] ** 0.5  # where the sample is too small to compare
     assert error.square().mean().sqrt() <= 2 * plain.square().mean().sqrt() + rounding
     assert error.abs().max() <= 2 * plain.abs().max() + 2 * rounding
 
 
-@pytest.mark.parametrize("rows", [1, 2, 15, 47])
+@pytest.mark.parametrize("rows", [2, 15, 47])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_linear(rows, bias, dtype):
+@pytest.mark.parametrize("dtype", KINDS)
+def test_without_packing_equals_linear(rows, bias, dtype):
     generator = torch.Generator().manual_seed(rows)
     block = torch.randn(1, rows, 33, generator=generator).to(dtype)
     layer = torch.nn.Linear(33, 70, bias=bias, dtype=dtype)
     expected = torch.nn.functional.linear(block.double(), layer.weight.double(), layer.bias.double() if bias else None)
     plain = (layer(block).double() - expected).abs().max()
-    out = few_rows_linear(block, layer.weight, layer.bias)
+    out = linear_without_packing(block, layer.weight, layer.bias)
     assert out.is_contiguous()
     assert out.shape == (1, rows, 70)
     assert (out.double() - expected).abs().max() <= 2 * plain + torch.finfo(torch.float32).eps
 
 
-@compiled
-@pytest.mark.parametrize("rows", range(1, 49))
-def test_compiled_takes_every_number_of_rows(rows):
-    block, weight, bias = operands(rows, 67, 80, bias=rows % 2 == 0)
-    assert compiled_linear_serves(block, weight, bias)
-    assert_as_good_as_linear(block, weight, bias)
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("out_features", [1, 15, 16, 17, 130])
+def test_packing_keeps_every_bit(out_features, dtype):
+    weight = operands(1, out_features, 48, dtype=dtype)[1]
+    packed = pack_weight(weight)
+    assert packed.panels.shape == (-(-out_features // 16), 48, 16)
+    assert torch.equal(packed.unpacked(), weight)
+    assert torch.equal(packed.transposed(), weight.float().T)
+    assert (packed.out_features, packed.in_features) == (out_features, 48)
+
+
+def test_weights_packed_together_stand_one_below_the_other():
+    parts = [operands(1, count, 32)[1] for count in (16, 48, 5)]
+    assert torch.equal(pack_weight(*parts).unpacked(), torch.cat(parts))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(3, 17), torch.ones(3, 16).double(), torch.ones(16), torch.ones(0, 16)])
+def test_what_cannot_be_packed_is_refused(weight):
+    assert not can_pack(weight)
+    with pytest.raises(ValueError, match="cannot pack"):
+        pack_weight(weight)
+
+
+def test_weights_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match="cannot pack"):
+        pack_weight(torch.ones(16, 16), torch.ones(16, 32))
+    with pytest.raises(ValueError, match="cannot pack"):
+        pack_weight(torch.ones(16, 16), torch.ones(16, 16, dtype=torch.bfloat16))
 
 
 @compiled
-@pytest.mark.parametrize("in_features", [16, 48, 576, 768, 784, 8960])
-@pytest.mark.parametrize("out_features", [1, 2, 3, 5, 31, 129])
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("rows", [*range(1, 51), FEW_ROWS - 1, FEW_ROWS, FEW_ROWS + 1])
+def test_every_number_of_rows(rows, dtype):
+    assert_as_good_as_linear(*operands(rows, 67, 80, bias=rows % 2 == 0, dtype=dtype))
+
+
+@compiled
+@pytest.mark.parametrize("in_features", [16, 48, 576, 784, 8960])
+@pytest.mark.parametrize("out_features", [1, 2, 15, 31, 32, 33, 129])
 @pytest.mark.parametrize("bias", [True, False])
-def test_compiled_takes_every_shape(in_features, out_features, bias):
-    block, weight, start = operands(7, out_features, in_features, bias)
-    assert compiled_linear_serves(block, weight, start)
-    assert_as_good_as_linear(block, weight, start)
+@pytest.mark.parametrize("dtype", KINDS)
+def test_every_shape(in_features, out_features, bias, dtype):
+    assert_as_good_as_linear(*operands(7, out_features, in_features, bias, dtype))
 
 
 @compiled
 def test_result_ends_where_it_should():
     block, weight, _ = operands(3, 5, 32)
-    few_rows_linear(block, weight)
-    whole = few_rows_linear(block[None, None], weight)
+    packed = pack_weight(weight)
+    whole = packed_linear(block[None, None], packed)
     assert whole.shape == (1, 1, 3, 5)
-    assert torch.equal(whole[0, 0], torch.cat([few_rows_linear(row[None], weight) for row in block]))
+    assert torch.equal(whole[0, 0], packed_linear(block, packed))
+    reference = packed_linear_reference(block.double(), packed)
+    torch.testing.assert_close(whole[0, 0].double(), reference, rtol=1e-5, atol=1e-5)
 
 
-@compiled
-@pytest.mark.parametrize("change", ["rows", "weight", "bias", "odd features", "double", "gradient", "many rows"])
-def test_what_compiled_code_does_not_take_is_served_all_the_same(change):
-    block, weight, bias = operands(64 if change == "many rows" else 6, 40, 40 if change == "odd features" else 48, True)
-    if change == "rows":
-        block = block.t().contiguous().t()
-    elif change == "weight":
-        weight = weight.t().contiguous().t()
+def test_numbers_behind_the_weight_do_not_count():
+    """A part of a longer panel tensor: neighbours must not leak into the last panel's padding."""
+    whole = pack_weight(operands(1, 64, 32)[1])
+    part = PackedWeight(whole.panels[1:3], 32)
+    block = operands(4, 1, 32)[0]
+    assert torch.equal(packed_linear(block, part), packed_linear(block, whole)[:, 16:48])
+
+
+@pytest.mark.parametrize("change", ["features", "bias", "double", "strided bias"])
+def test_operands_that_do_not_fit_are_refused(change):
+    block, weight, bias = operands(6, 40, 48, bias=True)
+    if change == "features":
+        block = block[:, :32]
     elif change == "bias":
-        bias = torch.stack([bias, bias], dim=1)[:, 0]
+        bias = bias[:-1]
     elif change == "double":
-        block, weight, bias = block.double(), weight.double(), bias.double()
-    elif change == "gradient":
-        weight.requires_grad_()
-    assert not compiled_linear_serves(block, weight, bias)
-    out = few_rows_linear(block, weight, bias)
-    torch.testing.assert_close(out, torch.nn.functional.linear(block, weight, bias))
-    assert out.requires_grad == (change == "gradient")
+        block = block.double()
+    else:
+        bias = torch.stack([bias, bias], dim=1)[:, 0]
+    with pytest.raises(ValueError, match="do not fit"):
+        packed_linear(block, pack_weight(weight), bias)
+
+
+def test_strided_blocks_and_gradients_are_served():
+    block, weight, bias = operands(6, 40, 48, bias=True)
+    packed = pack_weight(weight)
+    strided = block.t().contiguous().t()
+    assert torch.equal(packed_linear(strided, packed, bias), packed_linear(block, packed, bias))
+    block.requires_grad_()
+    assert packed_linear(block, packed, bias).requires_grad
 
 
 @compiled
@@ -100,7 +150,7 @@ def test_threads_do_not_show_in_the_bits():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(few_rows_linear(block, weight, bias))
+            results.append(packed_linear(block, pack_weight(weight), bias))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -109,17 +159,20 @@ def test_threads_do_not_show_in_the_bits():
 
 @compiled
 def test_python_threads_do_not_disturb_each_other():
-    cases = [operands(rows, 131, 576, bias=rows % 2 == 0) for rows in range(2, 18)]
-    alone = [few_rows_linear(*case) for case in cases]
+    """Unpacking threads too: the memory that a weight is unpacked to belongs to one thread."""
+    cases = [operands(rows, 131, 576, bias=rows % 2 == 0) for rows in (*range(2, 18), 130, 131, 132)]
+    cases = [(block, pack_weight(weight), bias) for block, weight, bias in cases]
+    alone = [packed_linear(*case) for case in cases]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda case: few_rows_linear(*case), cases * 4))
+        together = list(pool.map(lambda case: packed_linear(*case), cases * 4))
     assert all(torch.equal(out, expected) for out, expected in zip(together, alone * 4, strict=True))
 
 
 @compiled
-def test_warm_up_compiles():
+@pytest.mark.parametrize("dtype", KINDS)
+def test_warm_up_compiles(dtype):
     from cag_kernels.cpu_linear import _compile
 
     _compile.cache_clear()
-    warm_up_linear()
+    warm_up_linear(dtype)
     assert _compile.cache_info().currsize == 1

@@ -13,10 +13,12 @@ import zstandard
 
 from cag_store import KVGeometry, Manifest, Store, codec_from_config
 from cag_store.blob import unpack_blob
+from cag_store.chunk import ChunkIndex, Segment, parse_index
 from cag_store.errors import CorruptEntry, StoreError, UnencodableArray
 from cag_store.jsontext import MAX_DEPTH, canonical_bytes, parse_object
-from cag_store.paths import manifest_path, ref_path
+from cag_store.paths import chunk_path, manifest_path, ref_path
 from cag_store.ref import Ref
+from fuzzing import header_facts, rebuilt_header
 
 
 def nested(depth):
@@ -79,7 +81,6 @@ def test_times_have_ascii_digits():
 @pytest.mark.parametrize("tokens", [1 << 20, 4096])
 def test_a_forged_geometry_takes_no_memory(small, tokens):
     """`verify` decodes into arrays of its own, as large as header and manifest agree on."""
-    from cag_store.chunk import ChunkIndex, Segment, parse_index
     from cag_store.keys import chunk_key
 
     cache, store = small(), Store.in_memory(workers=1)
@@ -107,6 +108,17 @@ def test_a_forged_geometry_takes_no_memory(small, tokens):
     assert store.resolve("small")[1] == manifest
     (problem,) = store.verify("small").problems
     assert isinstance(problem, CorruptEntry)
+
+
+@pytest.mark.parametrize("codec_id", [[], {}, None, 3, "int8"])
+def test_a_codec_id_that_is_no_text_is_refused(small, codec_id):
+    """Found by the fuzzer: a list cannot be looked up in a set."""
+    store = Store.in_memory()
+    entry = small().put_chunks(store)[0]
+    facts = header_facts(store.backend.get(chunk_path(entry.key), 1 << 20))
+    facts["context"]["codec"]["id"] = codec_id
+    with pytest.raises(CorruptEntry, match="segments"):
+        parse_index(rebuilt_header(facts), entry.stored_bytes, "chunk")
 
 
 def test_a_chunk_that_no_reader_would_take_is_not_written(small):

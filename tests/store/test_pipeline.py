@@ -11,7 +11,7 @@ from cag_store.errors import EntryNotFound
 
 def spans_of(store, manifest):
     chunks = [open_chunk(store.backend, entry) for entry in manifest.chunks]
-    return list(pipeline._layer_spans(chunks, len(manifest.kv.head_dim)))
+    return list(pipeline._group_spans(chunks, len(manifest.kv.head_dim)))
 
 
 def test_layers_are_read_together_but_the_first_alone(store, small, monkeypatch):

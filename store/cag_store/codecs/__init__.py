@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, TypeVar
 
-from cag_store.codecs.base import Codec, Config, Configured, Packer, Side, Transform
+from cag_store.codecs.base import (
+    Codec,
+    Config,
+    Configured,
+    EncodedSegment,
+    Packer,
+    Resources,
+    Side,
+    Transform,
+    config_joint_layers,
+    config_resources,
+    layer_groups,
+)
 from cag_store.codecs.int8 import Int8
 from cag_store.codecs.loops import warm_up
 from cag_store.codecs.lossless import Lossless
@@ -18,15 +30,20 @@ from cag_store.errors import UnknownCodec
 __all__ = [
     "Codec",
     "Config",
+    "EncodedSegment",
     "Int8",
     "Lossless",
     "Packer",
+    "Resources",
     "Rotate",
     "Side",
     "Transform",
     "Zstd",
     "codec_from_config",
     "codec_ids",
+    "config_joint_layers",
+    "config_resources",
+    "layer_groups",
     "packer_from_config",
     "transform_from_config",
     "warm_up",
@@ -41,14 +58,19 @@ _TRANSFORMS: dict[str, type[Transform]] = {Rotate.codec_id: Rotate}
 _PACKERS: dict[str, type[Packer]] = {Zstd.codec_id: Zstd}
 
 
-def codec_from_config(config: Mapping[str, Any] | str) -> Codec:
-    """The codec of a configuration, or of a bare id with all defaults. Raises: UnknownCodec."""
+def codec_from_config(config: Mapping[str, Any] | str, resources: Resources | None = None) -> Codec:
+    """The codec of a configuration, or of a bare id with all defaults.
+
+    A codec that names blobs can encode and decode only with `resources`, which fetches them.
+    Raises: UnknownCodec; EntryNotFound and CorruptEntry for a blob.
+    """
     config = {"id": config} if isinstance(config, str) else config
     codec_id = _codec_id(config)
     found = _CODECS.get(codec_id) or _third_party(codec_id)
     if found is None:
         raise _unknown("codec", codec_id, _CODECS)
-    return _built(found, config)
+    codec = _built(found, config)
+    return codec if resources is None else codec.with_resources(resources)
 
 
 def transform_from_config(config: Mapping[str, Any]) -> Transform:

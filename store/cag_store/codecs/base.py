@@ -1,4 +1,4 @@
-"""The contract of codecs: one layer and side of one chunk <-> bytes.
+"""The contract of codecs: one side of one chunk, of one layer or of several neighbouring ones <-> bytes.
 
 A codec *is* its JSON configuration: `codec_from_config(codec.config())` gives an equal codec. Three kinds, so that an
 illegal chain cannot be written: `Transform` (array -> array), `Codec` (array -> bytes), `Packer` (bytes -> bytes).
@@ -8,9 +8,10 @@ and safe to call from several threads at once. Knows nothing of files, chunks or
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -19,6 +20,12 @@ from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
 
 Side = Literal["keys", "values"]
 Config = dict[str, Any]
+Resources = Callable[[str], bytes]
+"""Gives the verified content of the blob at a sha256. Raises: EntryNotFound, CorruptEntry."""
+
+MAX_JOINT_LAYERS = 64
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Configured(ABC):
@@ -70,10 +77,38 @@ class Packer(Configured):
         CorruptEntry when `data` states another size."""
 
 
+class EncodedSegment(NamedTuple):
+    """A verified segment and where it is decoded to: one writable view for each of its layers."""
+
+    data: memoryview
+    outs: tuple[Array, ...]
+    side: Side
+    first_layer: int
+    start: int
+
+
 class Codec(Configured):
-    """Array -> bytes: what a segment of a chunk is written with."""
+    """Arrays -> bytes: what a segment of a chunk is written with.
+
+    A codec of one layer a segment has `encode` and `decode_into`. One that is joint over several layers has
+    `joint_layers` in its configuration and `encode_layers` and `decode_layers_into` of its own. A codec that needs data
+    besides its configuration names it there as `basis`, and works once `with_resources` has fetched it.
+    """
 
     lossless: ClassVar[bool]
+
+    @property
+    def joint_layers(self) -> int:
+        """Neighbouring layers that one segment holds; the last group of a chunk may have fewer."""
+        return config_joint_layers(self.config())
+
+    def resource_digests(self) -> tuple[str, ...]:
+        """Addresses of the blobs without which nothing can be decoded."""
+        return config_resources(self.config())
+
+    def with_resources(self, resources: Resources) -> Codec:  # noqa: ARG002
+        """This codec, ready to work with the blobs it names. Raises: EntryNotFound, CorruptEntry."""
+        return self
 
     @abstractmethod
     def encode(self, array: Array, dtype: str, side: Side = "keys", start: int = 0) -> bytes:
@@ -90,6 +125,54 @@ class Codec(Configured):
         Every size in `data` is checked against `out` before memory is taken. Raises: CorruptEntry;
         `out` is then undefined.
         """
+
+    def encode_layers(
+        self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int = 0
+    ) -> bytes:  # a joint codec has its own
+        """Encode one side of `len(arrays)` neighbouring layers, of which the first is `first_layer`.
+
+        Raises: UnencodableArray.
+        """
+        (array,) = arrays
+        del first_layer
+        return self.encode(array, dtype, side, start)
+
+    def decode_layers_into(
+        self, data: bytes | memoryview, outs: Sequence[Array], side: Side, first_layer: int, start: int = 0
+    ) -> None:
+        """Decode into `outs`, each as in `decode_into`. Raises: CorruptEntry; `outs` are then undefined."""
+        (out,) = outs
+        del side, first_layer, start
+        self.decode_into(data, out)
+
+    def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
+        """Decode several segments of one chunk. A codec may do so in fewer steps; the bits are the same. Raises:
+        CorruptEntry; all outs are then undefined."""
+        for segment in segments:
+            self.decode_layers_into(*segment)
+
+
+def config_joint_layers(config: Mapping[str, Any]) -> int:
+    """How many layers a segment of the codec with this configuration holds; needs no codec. Raises: UnknownCodec."""
+    found = config.get("joint_layers", 1)
+    if type(found) is not int or not 1 <= found <= MAX_JOINT_LAYERS:
+        raise UnknownCodec(f"joint_layers must be an integer from 1 to {MAX_JOINT_LAYERS}, found {found!r}")
+    return found
+
+
+def config_resources(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Addresses of the blobs that a codec of this configuration needs; needs no codec. Raises: UnknownCodec."""
+    if "basis" not in config:
+        return ()
+    found = config["basis"]
+    if not isinstance(found, str) or not _DIGEST.fullmatch(found):
+        raise UnknownCodec(f"basis must be the sha256 of a blob, found {found!r}")
+    return (found,)
+
+
+def layer_groups(num_layers: int, joint_layers: int) -> list[tuple[int, int]]:
+    """Spans [first, last) of the layers that share a segment."""
+    return [(first, min(first + joint_layers, num_layers)) for first in range(0, num_layers, joint_layers)]
 
 
 def checked_array(array: Array, dtype: str) -> Array:

@@ -8,6 +8,7 @@ from cag.cli.doctor import print_report
 from cag.cli.options import MaxTokensOption, TemperatureOption, TopPOption
 from cag.models import CATALOGUE
 from cag.models.record import write_record
+from cag_kernels import has_compiler
 
 
 @pytest.fixture
@@ -30,6 +31,8 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     assert {"cuda", "flash_attn", "triton"} <= set(found["device"])
     assert set(found["attention"]) == {"prefill", "question", "answer"}
     assert found["attention"]["prefill"].startswith("fused: ")
+    if found["runtime"]["compute_dtype"] == "float32" and has_compiler():
+        assert found["attention"]["question"].startswith("compiled: ")
     assert found["runtime"]["measured_ms"]
     assert found["runtime"]["reason"] == "set by CAG_THREADS"
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]

@@ -1,0 +1,128 @@
+"""How a network's weights lie in memory on a CPU that computes in float32: as few bytes as were stored.
+
+A checkpoint in bfloat16 stays bfloat16: linear layers packed for a question's few rows (`cag_kernels.PackedWeight`),
+embeddings widened row by row. Widening is exact, so the numbers are those of a network in float32, which would take
+twice the memory and twice the reading for each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cag_kernels import PackedWeight, can_pack, linear_without_packing, pack_weight, packed_linear
+from cag_kernels.packed import PANEL
+
+FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # packed side by side: one product serves all
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed weight; computes in float32."""
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight `[out_features, in_features]`, unpacked anew at each access, in the dtype it is kept in."""
+        return self.packed.unpacked()
+
+    def forward(self, block: Tensor) -> Tensor:
+        """`[..., in_features]` float32 to `[..., out_features]`."""
+        return packed_linear(block, self.packed, self.bias)
+
+
+class WidenedEmbedding(nn.Module):
+    """An embedding kept in bfloat16 whose rows come out in float32."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.padding_idx = embedding.padding_idx
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """`[...]` to `[..., hidden_size]`."""
+        return nn.functional.embedding(token_ids, self.weight).float()
+
+
+class _TransposedLinear(nn.Linear):
+    """A linear layer with another order of the product for a question's few rows."""
+
+    def forward(self, block: Tensor) -> Tensor:
+        if block.shape[-2] in FEW_ROWS:
+            return linear_without_packing(block, self.weight, self.bias)
+        return super().forward(block)
+
+
+def use_transposed_products(network: nn.Module) -> None:
+    """Let linear layers use `linear_without_packing` for few rows."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _TransposedLinear
+
+
+def loses_in_bfloat16(network: nn.Module) -> bool:
+    """Whether a network that was loaded in bfloat16 has numbers besides its parameters that were rounded with it."""
+    return any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in network.buffers())
+
+
+def pack_network(network: nn.Module) -> None:
+    """Turn a network in bfloat16, in place, into one that computes in float32 over bfloat16 weights."""
+    for parent in list(network.modules()):
+        for names in _groups(parent):
+            layers = [getattr(parent, name) for name in names]
+            for name, packed in zip(names, _packed_together(layers), strict=True):
+                setattr(parent, name, packed)
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Embedding:
+                setattr(parent, name, WidenedEmbedding(child))
+    _widen_the_rest(network)
+
+
+def joined_weight(layers: Sequence[Any]) -> PackedWeight | None:
+    """One weight over layers that were packed side by side; None if they were not."""
+    if not all(isinstance(layer, PackedLinear) for layer in layers):
+        return None
+    panels = [layer.packed.panels for layer in layers]
+    for before, behind in pairwise(panels):
+        if before.data_ptr() + before.nbytes != behind.data_ptr():
+            return None
+    count = sum(part.shape[0] for part in panels)
+    first = panels[0]
+    whole = first.as_strided((count, *first.shape[1:]), first.stride(), first.storage_offset())
+    return PackedWeight(whole, sum(layer.out_features for layer in layers))
+
+
+def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Names of linear layers of `parent` that are packed in one piece."""
+    linear = {name for name, child in parent.named_children() if type(child) is nn.Linear and can_pack(child.weight)}
+    for names in TOGETHER:
+        layers = [getattr(parent, name) for name in names if name in linear]
+        if len(layers) == len(names) and all(layer.out_features % PANEL == 0 for layer in layers):
+            linear -= set(names)
+            yield names
+    yield from ((name,) for name in sorted(linear))
+
+
+def _packed_together(layers: list[nn.Linear]) -> Iterator[PackedLinear]:
+    whole = pack_weight(*(layer.weight for layer in layers))
+    first = 0
+    for layer in layers:
+        num_panels = -(-layer.out_features // PANEL)
+        yield PackedLinear(PackedWeight(whole.panels[first : first + num_panels], layer.out_features), layer.bias)
+        first += num_panels
+
+
+def _widen_the_rest(network: nn.Module) -> None:
+    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, WidenedEmbedding)}
+    for parameter in network.parameters():
+        if parameter.is_floating_point() and id(parameter) not in embeddings:
+            parameter.data = parameter.data.float()

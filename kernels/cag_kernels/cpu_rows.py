@@ -1,0 +1,197 @@
+"""The small steps between the products of a decoder layer, for few rows, compiled with numba.
+
+Each of them is a handful of torch operators on a few kilobytes, whose calls cost more than their work. One thread runs
+them; all arrays are C-contiguous and float32, the tail's keys and values bfloat16 bit patterns (uint16).
+`rows_reference` has the same functions in plain torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+numba = importlib.import_module("numba")  # untyped
+
+Array = NDArray[Any]
+_RELAXED = {"reassoc", "contract"}  # sums in any order: lanes of a vector; NaN and infinities keep their meaning
+_LOG2_E = np.float32(1.4426950408889634)
+_LEAST, _MOST = np.float32(-126.0), np.float32(126.0)
+_TAYLOR = tuple(np.float32(0.6931471805599453**n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """`function`, compiled at its first call; kept in numba's cache where a folder for it can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True, fastmath=_RELAXED, error_model="numpy")(function)
+    except RuntimeError:
+        return numba.njit(nogil=True, fastmath=_RELAXED, error_model="numpy")(function)
+
+
+def _exponential(value: Any) -> Any:
+    """`exp(value)` to about 1e-7, as operations that fill vectors; beyond +-87 the nearest power of two it knows."""
+    exponent = min(max(value * _LOG2_E, _LEAST), _MOST)
+    whole = np.floor(exponent + np.float32(0.5))
+    fraction = exponent - whole
+    result = _TAYLOR[7]
+    result = result * fraction + _TAYLOR[6]
+    result = result * fraction + _TAYLOR[5]
+    result = result * fraction + _TAYLOR[4]
+    result = result * fraction + _TAYLOR[3]
+    result = result * fraction + _TAYLOR[2]
+    result = result * fraction + _TAYLOR[1]
+    result = result * fraction + _TAYLOR[0]
+    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return result * power.view(np.float32)
+
+
+def _widened(pattern: Any) -> Any:
+    """The float32 of a bfloat16 bit pattern."""
+    return np.uint32(np.uint32(pattern) << np.uint32(16)).view(np.float32)
+
+
+def _narrowed(value: Any) -> Any:
+    """The bfloat16 bit pattern nearest to a finite float32, ties to even; NaN stays NaN."""
+    bits = np.float32(value).view(np.uint32)
+    if value != value:
+        return np.uint16(0x7FC0)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+exponential = numba.njit(inline="always", fastmath=_RELAXED)(_exponential)
+widened = numba.njit(inline="always")(_widened)
+narrowed = numba.njit(inline="always")(_narrowed)
+
+
+@_compiled
+def add_and_norm(hidden: Array, update: Array, weight: Array, epsilon: float, out: Array) -> None:
+    """`hidden += update`, then `out = hidden / sqrt(mean(hidden ** 2) + epsilon) * weight`; all `[num_rows, size]`."""
+    num_rows, size = hidden.shape
+    for row in range(num_rows):
+        squares = np.float32(0)
+        for index in range(size):
+            value = hidden[row, index] + update[row, index]
+            hidden[row, index] = value
+            squares += value * value
+        factor = np.float32(1 / np.sqrt(squares / np.float32(size) + np.float32(epsilon)))
+        for index in range(size):
+            out[row, index] = hidden[row, index] * factor * weight[index]
+
+
+@_compiled
+def head_norm(projected: Array, first: int, num_heads: int, weight: Array, epsilon: float) -> None:
+    """Normalize heads of `head_dim` features each, in place; the first begins at column `first` of `projected`."""
+    head_dim = weight.shape[0]
+    for row in range(projected.shape[0]):
+        for head in range(num_heads):
+            start = first + head * head_dim
+            squares = np.float32(0)
+            for index in range(head_dim):
+                squares += projected[row, start + index] * projected[row, start + index]
+            factor = np.float32(1 / np.sqrt(squares / np.float32(head_dim) + np.float32(epsilon)))
+            for index in range(head_dim):
+                projected[row, start + index] *= factor * weight[index]
+
+
+@_compiled
+def rotate_and_store(
+    projected: Array, cosines: Array, sines: Array, query: Array, keys: Array, values: Array, place: int
+) -> None:
+    """Queries, keys and values of new tokens, side by side in `projected`, to where attention wants them.
+
+    projected: `[num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim]`; cosines, sines: `[num_rows, head_dim]`, pairs
+    half a head apart; query (out): `[num_q_heads, num_rows, head_dim]`; keys, values (out): `[num_kv_heads, capacity,
+    head_dim]`, written from token `place` on.
+    """
+    num_q_heads, num_rows, head_dim = query.shape
+    num_kv_heads, half = keys.shape[0], head_dim // 2
+    for row in range(num_rows):
+        for head in range(num_q_heads + num_kv_heads):
+            start = head * head_dim
+            for index in range(half):
+                low, high = projected[row, start + index], projected[row, start + half + index]
+                turned_low = low * cosines[row, index] - high * sines[row, index]
+                turned_high = high * cosines[row, half + index] + low * sines[row, half + index]
+                if head < num_q_heads:
+                    query[head, row, index] = turned_low
+                    query[head, row, half + index] = turned_high
+                else:
+                    keys[head - num_q_heads, place + row, index] = narrowed(turned_low)
+                    keys[head - num_q_heads, place + row, half + index] = narrowed(turned_high)
+        for head in range(num_kv_heads):
+            start = (num_q_heads + num_kv_heads + head) * head_dim
+            for index in range(head_dim):
+                values[head, place + row, index] = narrowed(projected[row, start + index])
+
+
+@_compiled
+def attend_and_merge(
+    query: Array,
+    keys: Array,
+    values: Array,
+    first: int,
+    place: int,
+    scale: float,
+    parts: Array,
+    logsumexps: Array,
+    out: Array,
+) -> None:
+    """Causal attention over tokens `[first, place + num_rows)` of the tail, joined with what other segments gave.
+
+    query: `[num_q_heads, num_rows, head_dim]`, row `r` sees the tail up to token `place + r`; parts: `[num_parts,
+    num_q_heads, num_rows, head_dim]` with their logsumexps `[num_parts, num_q_heads, num_rows]`; out: `[num_rows,
+    num_q_heads * head_dim]`.
+    """
+    num_q_heads, num_rows, head_dim = query.shape
+    group = num_q_heads // keys.shape[0]
+    num_keys = place + num_rows - first
+    wide_keys = np.empty((num_keys, head_dim), np.float32)
+    wide_values = np.empty((num_keys, head_dim), np.float32)
+    scores = np.empty(num_keys, np.float32)
+    for head in range(num_q_heads):
+        if head % group == 0:
+            for key in range(num_keys):
+                for index in range(head_dim):
+                    wide_keys[key, index] = widened(keys[head // group, first + key, index])
+                    wide_values[key, index] = widened(values[head // group, first + key, index])
+        for row in range(num_rows):
+            seen = num_keys - num_rows + row + 1
+            maximum = np.float32(-np.inf)
+            for key in range(seen):
+                score = np.float32(0)
+                for index in range(head_dim):
+                    score += query[head, row, index] * wide_keys[key, index]
+                scores[key] = score * np.float32(scale)
+                maximum = max(maximum, scores[key])
+            for part in range(parts.shape[0]):
+                maximum = max(maximum, logsumexps[part, head, row])
+            total = np.float32(0)
+            for key in range(seen):
+                scores[key] = exponential(scores[key] - maximum)
+                total += scores[key]
+            target = out[row, head * head_dim : (head + 1) * head_dim]
+            for index in range(head_dim):
+                target[index] = np.float32(0)
+            for key in range(seen):
+                for index in range(head_dim):
+                    target[index] += scores[key] * wide_values[key, index]
+            for part in range(parts.shape[0]):
+                share = exponential(logsumexps[part, head, row] - maximum)
+                total += share
+                for index in range(head_dim):
+                    target[index] += share * parts[part, head, row, index]
+            for index in range(head_dim):
+                target[index] /= total
+
+
+@_compiled
+def gate(projected: Array, out: Array) -> None:
+    """`silu(left) * right` of the two halves of each row: `[num_rows, 2 * size]` to `[num_rows, size]`."""
+    num_rows, size = out.shape
+    for row in range(num_rows):
+        for index in range(size):
+            value = projected[row, index]
+            out[row, index] = value / (np.float32(1) + exponential(-value)) * projected[row, size + index]

@@ -1,0 +1,195 @@
+"""Packed weights and the quick forward for few rows against plain transformers in float32."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from cag import model as model_module
+from cag.decoder import OWN_PAIRS, recognize
+from cag.model import LanguageModel, ModelOptions
+from cag.runtime import RuntimePlan
+from cag.state import AttentionRule
+from cag.weights import PackedLinear, WidenedEmbedding, joined_weight, pack_network
+from cag_kernels import has_compiler, pack_weight
+from tiny import write_tiny_model
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
+
+SHARED = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 257, "eos_token_id": 257}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHARED, tie_word_embeddings=True),
+    "llama with biases": lambda: LlamaConfig(**SHARED, attention_bias=True, mlp_bias=True),
+    "llama3 rope": lambda: LlamaConfig(
+        **SHARED,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": lambda: MistralConfig(**SHARED, sliding_window=150),
+    "qwen2": lambda: Qwen2Config(**SHARED),
+    "qwen3": lambda: Qwen3Config(**SHARED),
+}
+OTHERS = {
+    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=40),
+    "phi3": lambda: Phi3Config(**{key: value for key, value in SHARED.items() if key != "head_dim"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def packed_plan(monkeypatch):
+    """Whatever this machine computes best with, these tests run packed weights."""
+    plan = RuntimePlan("cpu", "float32", 1, 1, "packed", {}, "for tests")
+    monkeypatch.setattr(model_module, "plan_runtime", lambda _device: plan)
+
+
+def bfloat16_model(directory, config):
+    """A random model saved in bfloat16, as the engine loads it."""
+    write_tiny_model(directory, config=config)
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    network.save_pretrained(directory)
+    return LanguageModel.load(directory, model_id="tiny")
+
+
+def plain_logits(directory, ids):
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        return plain(input_ids=ids[None]).logits[0]
+
+
+def random_ids(count, seed=0):
+    return torch.randint(0, 250, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(found, expected):
+    """Keys and values are kept in bfloat16, so a little is lost on the way."""
+    difference = (found.log_softmax(-1) - expected.log_softmax(-1)).abs()
+    assert difference.mean() < 0.02 * expected.std()
+    assert difference.max() < 0.2 * expected.std()
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, *OTHERS])
+def test_logits_are_those_of_plain_transformers(kind, tmp_path):
+    """One after the other: many tokens at once, a question, single tokens; and every token alone."""
+    model = bfloat16_model(tmp_path, (CONFIGS | OTHERS)[kind]())
+    assert (model.decoder is not None) == (kind in CONFIGS)
+    ids = random_ids(190)
+    expected = plain_logits(tmp_path, ids)
+    state = model.new_state()
+    parts = [ids[:140], ids[140:157], ids[157:158], ids[158:159], ids[159:]]
+    found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_quick_forward_gives_the_networks_own_logits(kind, tmp_path):
+    """The same weights, the same cached keys: only the order of sums differs."""
+    model = bfloat16_model(tmp_path, CONFIGS[kind]())
+    prefix, ids = random_ids(60, seed=1), random_ids(30, seed=2)
+    quick, own = model.new_state(), model.new_state()
+    for state in (quick, own):
+        model.forward(prefix, state)
+    decoder, model.decoder = model.decoder, None
+    expected = torch.cat([model.forward(part, own, num_logits=0) for part in (ids[:20], ids[20:21], ids[21:])])
+    model.decoder = decoder
+    found = torch.cat([model.forward(part, quick, num_logits=0) for part in (ids[:20], ids[20:21], ids[21:])])
+    assert_same(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) * 0.02)
+    assert quick.num_tokens == own.num_tokens == 90
+
+
+def test_a_long_tail_is_attended_in_two_parts(tmp_path):
+    """Above `OWN_PAIRS` the tail's earlier tokens are a segment of their own."""
+    model = bfloat16_model(tmp_path, CONFIGS["llama"]())
+    ids = random_ids(OWN_PAIRS // 8 + 40)
+    state = model.new_state()
+    parts = [ids[: OWN_PAIRS // 8], ids[OWN_PAIRS // 8 :]]
+    found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
+    assert_same(found, plain_logits(tmp_path, ids))
+
+
+def test_beyond_a_sliding_window_the_network_runs_itself(tmp_path):
+    model = bfloat16_model(tmp_path, CONFIGS["mistral"]())
+    state = model.new_state()
+    assert model.decoder.serves(20, state)
+    model.forward(random_ids(140), state)
+    assert not model.decoder.serves(20, state)
+    assert model.decoder.serves(10, state)
+
+
+def test_another_formula_is_noticed(tmp_path):
+    """A network that has Llama's parts but computes something else keeps its own forward."""
+    model = bfloat16_model(tmp_path, CONFIGS["llama"]())
+    assert model.decoder is not None
+    model.network.model.norm.register_forward_hook(lambda _module, _inputs, output: output * 1.5)
+    assert model._checked_decoder() is None
+
+
+def test_weights_take_the_bytes_that_were_stored(tmp_path):
+    model = bfloat16_model(tmp_path, CONFIGS["qwen2"]())
+    linear = [module for module in model.network.modules() if isinstance(module, PackedLinear)]
+    assert len(linear) == 7 * 3 + 1
+    assert all(module.packed.panels.dtype == torch.bfloat16 for module in linear)
+    assert isinstance(model.network.model.embed_tokens, WidenedEmbedding)
+    assert model.network.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.network.model.norm.weight.dtype == torch.float32
+    assert model.compute_dtype == torch.float32
+    attention = model.network.model.layers[0].self_attn
+    panels = {layer.packed.panels.untyped_storage().data_ptr() for layer in (attention.q_proj, attention.k_proj)}
+    assert len(panels) == 1  # side by side, not twice
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(attention.k_proj.weight, plain.model.layers[0].self_attn.k_proj.weight)
+
+
+def test_layers_that_are_not_neighbours_are_not_joined():
+    left, right = (PackedLinear(pack_weight(torch.ones(16, 16)), None) for _ in range(2))
+    assert joined_weight([left, right]) is None
+    assert joined_weight([left, torch.nn.Linear(16, 16)]) is None
+
+
+def test_a_model_stored_in_float32_stays_as_it_is(tmp_path):
+    model = LanguageModel.load(write_tiny_model(tmp_path), model_id="tiny")
+    assert model.decoder is None
+    assert not any(isinstance(module, PackedLinear) for module in model.network.modules())
+
+
+def test_another_compute_type_is_obeyed(tmp_path):
+    bfloat16_model(tmp_path, CONFIGS["llama"]())
+    model = LanguageModel.load(tmp_path, model_id="tiny", options=ModelOptions(compute_dtype="bfloat16"))
+    assert model.decoder is None
+    assert model.compute_dtype == torch.bfloat16
+
+
+def test_a_network_with_odd_sizes_is_packed_where_it_can_be(tmp_path):
+    settings = SHARED | {"intermediate_size": 90, "head_dim": 8}
+    model = bfloat16_model(tmp_path, LlamaConfig(**settings))
+    kinds = {type(module) for module in model.network.model.layers[0].mlp.children()}
+    assert torch.nn.Linear in kinds
+    assert PackedLinear in kinds
+    assert model.decoder is None
+    ids = random_ids(40)
+    assert_same(model.forward(ids, model.new_state(), num_logits=0), plain_logits(tmp_path, ids))
+
+
+def test_only_whole_networks_are_recognized(tmp_path):
+    network = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.bfloat16)
+    rules = [AttentionRule(32**-0.5)] * 3
+    assert recognize(network, 32, rules) is None
+    pack_network(network)
+    assert recognize(network, 32, rules) is not None
+    assert recognize(network, 32, [*rules[:2], AttentionRule(32**-0.5, softcap=30.0)]) is None
+    network.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    assert recognize(network, 32, rules) is None

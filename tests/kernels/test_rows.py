@@ -1,0 +1,119 @@
+"""The compiled steps of a decoder layer against plain torch in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cag_kernels import cpu_rows, rows_reference
+
+ROWS = [1, 2, 7, 16, 33]
+
+
+def normal(*shape, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape))) * scale
+
+
+def assert_close(found, expected, in_float32):
+    """At most twice the error of the same formula in float32, or float32's rounding of the largest number."""
+    rounding = 4 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    assert (found.double() - expected).abs().max() <= 2 * (in_float32.double() - expected).abs().max() + rounding
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("size", [1, 32, 577])
+def test_add_and_norm(num_rows, size):
+    hidden, update, weight = normal(num_rows, size), normal(num_rows, size, scale=3), normal(size)
+    expected = rows_reference.add_and_norm_reference(hidden.double(), update.double(), weight.double(), 1e-5)
+    plain = rows_reference.add_and_norm_reference(hidden, update, weight, 1e-5)
+    out = torch.full_like(hidden, math.nan)
+    cpu_rows.add_and_norm(hidden.numpy(), update.numpy(), weight.numpy(), 1e-5, out.numpy())
+    assert_close(hidden, expected[0], plain[0])
+    assert_close(out, expected[1], plain[1])
+
+
+def test_head_norm_touches_its_heads_only():
+    projected, weight = normal(5, 96), normal(16)
+    before = projected.clone()
+    cpu_rows.head_norm(projected.numpy(), 32, 2, weight.numpy(), 1e-6)
+    heads = before[:, 32:64].reshape(5, 2, 16)
+    expected = rows_reference.head_norm_reference(heads.double(), weight.double(), 1e-6)
+    in_float32 = rows_reference.head_norm_reference(heads, weight, 1e-6)
+    assert_close(projected[:, 32:64].reshape(5, 2, 16), expected, in_float32)
+    assert torch.equal(projected[:, :32], before[:, :32])
+    assert torch.equal(projected[:, 64:], before[:, 64:])
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (2, 1)])
+@pytest.mark.parametrize("head_dim", [2, 64, 96])
+def test_rotate_and_store(num_rows, heads, head_dim):
+    num_q_heads, num_kv_heads = heads
+    place, capacity = 5, num_rows + 9
+    projected = normal(num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim)
+    angles = normal(num_rows, head_dim // 2)
+    cosines, sines = torch.cat([angles.cos()] * 2, dim=1), torch.cat([angles.sin()] * 2, dim=1)
+    query = torch.full((num_q_heads, num_rows, head_dim), math.nan)
+    keys, values = torch.zeros(2, num_kv_heads, capacity, head_dim, dtype=torch.bfloat16).unbind()
+    arrays = (query.numpy(), keys.view(torch.uint16).numpy(), values.view(torch.uint16).numpy())
+    cpu_rows.rotate_and_store(projected.numpy(), cosines.numpy(), sines.numpy(), *arrays, place)
+    by_head = projected.view(num_rows, -1, head_dim).transpose(0, 1)
+    turned = rows_reference.rotate_reference(by_head, cosines, sines)
+    exact = rows_reference.rotate_reference(by_head.double(), cosines.double(), sines.double())
+    assert_close(query, exact[:num_q_heads], turned[:num_q_heads])
+    written = slice(place, place + num_rows)
+    expected = exact[num_q_heads : num_q_heads + num_kv_heads]
+    step = expected.abs().clamp_min(1e-30).log2().floor().exp2() * 2**-7  # distance of neighbours in bfloat16
+    assert ((keys[:, written].double() - expected).abs() <= 0.5 * step + 1e-6).all()
+    assert torch.equal(values[:, written], by_head[num_q_heads + num_kv_heads :].bfloat16())
+    for tensor in (keys, values):
+        assert not tensor[:, :place].any()
+        assert not tensor[:, place + num_rows :].any()
+
+
+def test_rounding_is_torchs_own():
+    patterns = np.arange(0, 1 << 32, 65521, dtype=np.uint64).astype(np.uint32)
+    numbers = torch.from_numpy(patterns.view(np.float32)[np.isfinite(patterns.view(np.float32))])
+    found = np.array([cpu_rows.narrowed(number) for number in numbers.numpy()], dtype=np.uint16)
+    assert torch.equal(torch.from_numpy(found).view(torch.bfloat16), numbers.bfloat16())
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("first, place", [(0, 0), (0, 3), (4, 4), (2, 40)])
+@pytest.mark.parametrize("num_parts", [0, 1, 2])
+def test_attend_and_merge(num_rows, first, place, num_parts):
+    num_q_heads, num_kv_heads, head_dim = 6, 2, 32
+    query = normal(num_q_heads, num_rows, head_dim, scale=2)
+    keys, values = normal(2, num_kv_heads, place + num_rows + 3, head_dim).bfloat16().unbind()
+    parts, logsumexps = normal(num_parts, num_q_heads, num_rows, head_dim), normal(num_parts, num_q_heads, num_rows) * 3
+    out = torch.full((num_rows, num_q_heads * head_dim), math.nan)
+    tail = keys.view(torch.uint16).numpy(), values.view(torch.uint16).numpy()
+    arrays = (parts.numpy(), logsumexps.numpy(), out.numpy())
+    cpu_rows.attend_and_merge(query.numpy(), *tail, first, place, 0.25, *arrays)
+
+    def reference(dtype):
+        seen = slice(first, place + num_rows)
+        others = [(part.to(dtype), lse.to(dtype)) for part, lse in zip(parts, logsumexps, strict=True)]
+        return rows_reference.attend_and_merge_reference(
+            query.to(dtype), keys[:, seen].to(dtype), values[:, seen].to(dtype), 0.25, others
+        )
+
+    assert_close(out, reference(torch.float64), reference(torch.float32))
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_gate(num_rows):
+    projected = normal(num_rows, 154, scale=20)
+    projected[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -88.0])
+    out = torch.full((num_rows, 77), math.nan)
+    cpu_rows.gate(projected.numpy(), out.numpy())
+    assert_close(out, rows_reference.gate_reference(projected.double()), rows_reference.gate_reference(projected))
+
+
+def test_exponential_is_as_good_as_float32():
+    numbers = np.linspace(-87, 87, 20_001, dtype=np.float32)
+    found = np.array([cpu_rows.exponential(number) for number in numbers])
+    expected = np.exp(numbers.astype(np.float64))
+    # half a unit of the last place, and what rounding the argument's product with log2(e) costs
+    assert np.max(np.abs(found / expected - 1) / (1 + np.abs(numbers))) < 2e-7
