@@ -6,14 +6,16 @@ In: the facts of a chunk and its segment table. Out: header bytes, and back. Kno
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from cag_store.codecs import config_joint_layers, config_resources, layer_groups
 from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.errors import CorruptEntry, UnknownCodec, UnsupportedFormat
-from cag_store.jsontext import Fields, canonical_bytes, parse_first_object, parse_object
+from cag_store.jsontext import Fields, canonical_bytes, parse_first_object, parse_object, parse_shallow_object
 from cag_store.keys import FORMAT_VERSION, MAX_CHUNK_TOKENS, ChunkContext
 
 MAX_HEADER_BYTES = 8 << 20
@@ -25,6 +27,7 @@ MAX_SIDE_BYTES = 1 << 30
 _FORMAT = "cag-chunk"
 _OPENING = b'{"__metadata__":'
 _ALIGNMENT = 8
+_SIDES = ("keys", "values")
 
 
 class Segment(NamedTuple):
@@ -56,7 +59,8 @@ class ChunkHeader:
     @property
     def raw_bytes(self) -> int:
         """Size of all keys and values in the storage dtype."""
-        return sum(2 * self.side_bytes(layer) for layer in range(self.num_layers))
+        per_token = sum(heads * dim for heads, dim in zip(self.num_kv_heads, self.head_dim, strict=True))
+        return 2 * per_token * self.num_tokens * STORAGE_DTYPES[self.context.dtype].itemsize
 
     def side_bytes(self, layer: int) -> int:
         """Size of the keys (or the values) of one layer in the storage dtype."""
@@ -118,13 +122,13 @@ class ChunkIndex:
         header = self.header
         chunk = {
             "context": header.context.to_json(),
-            "head_dim": list(header.head_dim),
+            "head_dim": header.head_dim,
             "key": header.key,
-            "num_kv_heads": list(header.num_kv_heads),
+            "num_kv_heads": header.num_kv_heads,
             "num_layers": header.num_layers,
             "num_tokens": header.num_tokens,
             "parent": header.parent,
-            "segments": [list(segment) for segment in self.segments],
+            "segments": self.segments,
             "start": header.start,
         }
         facts = canonical_bytes(chunk)
@@ -134,8 +138,7 @@ class ChunkIndex:
             "sha256": hashlib.sha256(facts).hexdigest(),
             "version": str(FORMAT_VERSION),
         }
-        tensors = ",".join(self._tensors())
-        text = b"".join([_OPENING, canonical_bytes(metadata), b",", tensors.encode("ascii"), b"}"])
+        text = b"".join([_OPENING, canonical_bytes(metadata), b",", self._tensors().encode("ascii"), b"}"])
         text += b" " * (-len(text) % _ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
 
@@ -151,13 +154,11 @@ class ChunkIndex:
 
     def offsets(self, header_bytes: int) -> list[int]:
         """Offset in the file of each segment, and of the end of the file."""
-        found = [header_bytes + self.ids_bytes]
-        for segment in self.segments:
-            found.append(found[-1] + segment.encoded_bytes)
-        return found
+        sizes = (segment.encoded_bytes for segment in self.segments)
+        return list(accumulate(sizes, initial=header_bytes + self.ids_bytes))
 
-    def entry(self, header: bytes) -> ChunkEntry:
-        """The pinned facts of a file with this index, whose header is `header`."""
+    def entry(self, header: bytes, checksum: str | None = None) -> ChunkEntry:
+        """The pinned facts of a file with this index, whose header is `header`, with sha256 `checksum`."""
         return ChunkEntry(
             key=self.header.key,
             start=self.header.start,
@@ -165,22 +166,25 @@ class ChunkIndex:
             stored_bytes=len(header) + self.data_bytes,
             raw_bytes=self.header.raw_bytes,
             header_bytes=len(header),
-            header_checksum=hashlib.sha256(header).hexdigest(),
+            header_checksum=checksum or hashlib.sha256(header).hexdigest(),
         )
 
-    def _tensors(self) -> Iterator[str]:
-        """Canonical JSON of the tensor table, item by item; names in their sorted order, in which the ids come last."""
-        ids_bytes = end = self.ids_bytes
-        for name, segment in zip(self._names(), self.segments, strict=True):
-            start, end = end, end + segment.encoded_bytes
-            yield f'"{name}":{{"data_offsets":[{start},{end}],"dtype":"U8","shape":[{segment.encoded_bytes}]}}'
-        yield f'"token_ids":{{"data_offsets":[0,{ids_bytes}],"dtype":"U32","shape":[{self.header.num_tokens}]}}'
+    def _tensors(self) -> str:
+        """Canonical JSON of the tensor table without its braces; names in their sorted order, the ids last."""
+        sizes = [segment.encoded_bytes for segment in self.segments]
+        bounds = list(accumulate(sizes, initial=self.ids_bytes))
+        numbers = chain.from_iterable(zip(bounds, bounds[1:], sizes, strict=False))
+        template = _table_template(config_joint_layers(self.header.context.codec) > 1, *self.header.groups)
+        return template % (*numbers, self.ids_bytes, self.header.num_tokens)
 
-    def _names(self) -> Iterator[str]:
-        joint = config_joint_layers(self.header.context.codec) > 1
-        for first, last in self.header.groups:
-            layers = f"{first:03d}-{last - 1:03d}" if joint else f"{first:03d}"
-            yield from (f"layers.{layers}.{side}" for side in ("keys", "values"))
+
+@lru_cache(maxsize=16)
+def _table_template(joint: bool, *groups: tuple[int, int]) -> str:
+    """The tensor table with `%d` for start, end and size of each segment, then for bytes and number of the ids."""
+    layers = [f"{first:03d}-{last - 1:03d}" if joint else f"{first:03d}" for first, last in groups]
+    names = [f"layers.{name}.{side}" for name in layers for side in _SIDES]
+    rows = (f'"{name}":{{"data_offsets":[%d,%d],"dtype":"U8","shape":[%d]}}' for name in names)
+    return ",".join([*rows, '"token_ids":{"data_offsets":[0,%d],"dtype":"U32","shape":[%d]}'])
 
 
 def header_size(prefix: bytes, stored_bytes: int, where: str) -> int:
@@ -210,11 +214,12 @@ def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
             found=version,
         )
     facts = metadata.text("chunk").encode("utf-8", "surrogatepass")
-    if hashlib.sha256(facts).hexdigest() != metadata.text("sha256"):
-        raise CorruptEntry(f"{where}: the header is damaged; build the cache again", where=where)
-    index = _index_from_json(parse_object(facts, where), where)
-    if index.to_bytes() != header:
-        raise CorruptEntry(f"{where}: the header is not what its own segment table says", where=where)
+    index = _index_from_json(parse_shallow_object(facts, where), where)
+    if index.to_bytes() != header:  # the checksum of the facts is in both
+        raise CorruptEntry(
+            f"{where}: the header is damaged, or not what its own segment table says; build the cache again",
+            where=where,
+        )
     if len(header) + index.data_bytes != stored_bytes:
         expected = len(header) + index.data_bytes
         raise CorruptEntry(
@@ -228,7 +233,7 @@ def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
 
 def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     fields = Fields(value, where)
-    context = ChunkContext.from_json(fields.any("context"), f"{where}: context")
+    context = _context(fields.any("context"), f"{where}: context")
     if context.dtype not in STORAGE_DTYPES:
         raise fields.wrong("dtype", " or ".join(STORAGE_DTYPES), context.dtype)
     check_codec_config(context.codec, fields)
@@ -251,9 +256,40 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     if len(rows) != len(sizes):
         raise fields.wrong("segments", f"{len(sizes)} rows", len(rows))
     codec_id = context.codec.get("id")
-    segments = tuple(_segment(row, size, codec_id, fields) for row, size in zip(rows, sizes, strict=True))
+    if not _are_segments(rows, sizes, codec_id):
+        for row, raw_bytes in zip(rows, sizes, strict=True):
+            _segment(row, raw_bytes, codec_id, fields)
     fields.done()
-    return ChunkIndex(header, segments)
+    return ChunkIndex(header, tuple(map(Segment._make, rows)))
+
+
+def _context(value: object, where: str) -> ChunkContext:
+    """The chunks of a cache have one context, which is validated once."""
+    try:
+        return _validated_context(canonical_bytes(value))
+    except (CorruptEntry, ValueError, RecursionError) as error:
+        raise CorruptEntry(f"{where}: {error}", where=where) from error
+
+
+@lru_cache(maxsize=64)
+def _validated_context(text: bytes) -> ChunkContext:
+    return ChunkContext.from_json(parse_object(text, "context"), "context")
+
+
+def _are_segments(rows: list[Any], side_bytes: list[int], codec_id: object) -> bool:
+    """What `_segment` checks row by row, column by column, which is ten times as fast."""
+    if set(map(type, rows)) != {list} or set(map(len, rows)) != {4}:
+        return False
+    codecs, raw, encoded, checksums = zip(*rows, strict=True)
+    return (
+        set(map(type, codecs)) == set(map(type, checksums)) == {str}
+        and set(map(type, raw)) == set(map(type, encoded)) == {int}
+        and codecs.count(codec_id) == len(codecs)
+        and list(raw) == side_bytes
+        and min(encoded) >= 1
+        and all(size <= 2 * raw_bytes + MAX_OVERHEAD_BYTES for size, raw_bytes in zip(encoded, raw, strict=True))
+        and set(map(len, checksums)) == {32}
+    )
 
 
 def check_codec_config(config: Mapping[str, Any], fields: Fields) -> None:
@@ -265,7 +301,8 @@ def check_codec_config(config: Mapping[str, Any], fields: Fields) -> None:
         raise fields.wrong("codec", "a configuration", str(error)) from error
 
 
-def _segment(row: object, raw_bytes: int, codec_id: object, fields: Fields) -> Segment:
+def _segment(row: object, raw_bytes: int, codec_id: object, fields: Fields) -> None:
+    """Raises: CorruptEntry that says what is wrong with one row."""
     if not isinstance(row, list) or len(row) != 4 or not (type(row[1]) is type(row[2]) is int):
         raise fields.wrong("segments", "rows [codec, raw_bytes, encoded_bytes, xxh3]", row)
     segment = Segment(*row)
@@ -274,4 +311,3 @@ def _segment(row: object, raw_bytes: int, codec_id: object, fields: Fields) -> S
         raise fields.wrong("segments", f"codec {codec_id}, {raw_bytes} raw bytes, at most twice as many encoded", row)
     if not isinstance(segment.xxh3, str) or len(segment.xxh3) != 32:
         raise fields.wrong("segments", "a checksum of 32 digits", row)
-    return segment

@@ -109,9 +109,10 @@ def _open_chunk(backend: ReadableBackend, entry: ChunkEntry, codecs: CodecSource
             found=checksum,
         )
     index = parse_index(header, entry.stored_bytes, where)
-    if index.entry(header) != entry:
+    pinned = index.entry(header, checksum)
+    if pinned != entry:
         raise CorruptEntry(
-            f"{where}: the header does not match the manifest", where=where, expected=entry, found=index.entry(header)
+            f"{where}: the header does not match the manifest", where=where, expected=entry, found=pinned
         )
     token_ids = _checked_ids(index.header, data[entry.header_bytes :], where)
     return OpenChunk(entry, index, codecs(index.header.context.codec), index.offsets(entry.header_bytes), token_ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,8 +21,7 @@ MAX_DEPTH = 64
 
 def canonical_bytes(value: object) -> bytes:
     """Canonical JSON (docs/format.md). Raises: ValueError or TypeError for what JSON cannot hold."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8")
+    return _ENCODER.encode(value).encode("utf-8")
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
@@ -30,14 +30,22 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_first_object(data: bytes, offset: int, where: str) -> dict[str, Any]:
-    """The JSON object that begins at `offset`; what follows it is not looked at. Raises: CorruptEntry."""
-    return _parsed(data[offset:], where, lambda text: _DECODER.raw_decode(text)[0])
+    """The JSON object that begins at `offset`; what follows it is not looked at. Raises: CorruptEntry.
+
+    How deep it is nested is not checked: only for objects whose values are then read one by one.
+    """
+    return _parsed(data[offset:], where, lambda text: _DECODER.raw_decode(text)[0], shallow=True)
 
 
-def _parsed(data: bytes, where: str, decode: Callable[[str], Any]) -> dict[str, Any]:
+def parse_shallow_object(data: bytes, where: str) -> dict[str, Any]:
+    """`parse_object` without the check of how deep it is nested; see `parse_first_object`. Raises: CorruptEntry."""
+    return _parsed(data, where, lambda text: _DECODER.decode(text), shallow=True)
+
+
+def _parsed(data: bytes, where: str, decode: Callable[[str], Any], shallow: bool = False) -> dict[str, Any]:
     try:
         value = decode(data.decode("utf-8"))
-        if isinstance(value, (dict, list)):
+        if not shallow and isinstance(value, (dict, list)):
             _check_depth(value)
         if b"\\ud" in data.lower():  # perhaps half of a surrogate pair, which no canonical text holds
             canonical_bytes(value)
@@ -81,7 +89,12 @@ def _finite(text: str) -> float:
     return value
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+
+
+_SHORT = reprlib.Repr()  # not as deep as what it shows
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 class Fields:
@@ -100,7 +113,7 @@ class Fields:
 
     def wrong(self, key: str, expected: object, found: object) -> CorruptEntry:
         """The error for one field."""
-        message = f"{self.where}: {key}: expected {expected}, found {str(found)[:200]}"
+        message = f"{self.where}: {key}: expected {expected}, found {_SHORT.repr(found)}"
         return CorruptEntry(message, where=self.where, expected=expected, found=found)
 
     def any(self, key: str) -> Any:

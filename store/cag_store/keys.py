@@ -21,6 +21,7 @@ MAX_CHUNK_TOKENS = 1 << 20
 TokenIds = Sequence[int] | NDArray[Any]
 
 _DOMAIN = b"cag.chunk.v1\0"
+_STORED = np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class ChunkContext:
 def token_bytes(token_ids: TokenIds) -> bytes:
     """Token ids as they are hashed and stored: uint32, little-endian. Raises: InvalidName for ids outside of it."""
     ids = np.asarray(token_ids)
+    if ids.dtype == _STORED and ids.ndim == 1:
+        return ids.tobytes()
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and (ids.min() < 0 or ids.max() > 0xFFFFFFFF)):
         raise InvalidName(f"token ids must be one row of integers from 0 to 2**32 - 1, found {ids.dtype} {ids.shape}")
-    return ids.astype("<u4").tobytes()
+    return ids.astype(_STORED).tobytes()
 
 
 def chunk_key(parent: str, token_ids: TokenIds, context: ChunkContext) -> str:

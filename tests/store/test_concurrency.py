@@ -6,6 +6,7 @@ Every byte that is read is compared with what was built; an error must be one th
 
 import os
 import random
+import signal
 import sys
 import time
 
@@ -185,9 +186,31 @@ def test_everybody_at_once(tmp_path, caches):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(LONG_S + 300)
+@pytest.mark.timeout(3 * LONG_S + 900)
 def test_everybody_at_once_for_minutes(tmp_path, caches):
     run_all(tmp_path / "store", caches, LONG_S)
+
+
+def test_gc_gets_its_turn_among_readers_that_never_pause(tmp_path, caches):
+    """Each of them shares the lock for a moment, and there always is one."""
+    root = tmp_path / "store"
+    backend = Store.open(root).backend
+    backend.put_if_absent("chunks/x", [b""])
+
+    def hold():
+        while True:
+            with backend.locked("gc", shared=True):
+                time.sleep(0.05)
+
+    children = [in_child(hold) for _ in range(8)]
+    try:
+        for _ in range(3):
+            with backend.locked("gc", timeout_s=3600.0):
+                pass
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        assert {outcome(child) for child in children} == {-signal.SIGKILL}
 
 
 def test_a_repaired_chunk_is_not_removed_by_whoever_saw_the_damage_too(tmp_path, caches, monkeypatch):

@@ -27,15 +27,26 @@ _MAX_LEASE_BYTES = 1 << 20
 
 @contextmanager
 def held(path: Path, shared: bool, timeout_s: float) -> Iterator[None]:
-    """Hold the lock file `path`, made when missing. Raises: StoreBusy, OSError."""
+    """Hold the lock file `path`, made when missing. Raises: StoreBusy, OSError.
+
+    Everybody waits behind `path.queue`, so that those who share the lock do not keep out for ever who wants it alone.
+    """
+    deadline = time.monotonic() + timeout_s
+    with contextlib.ExitStack() as stack:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        with _locked(path.with_name(f"{path.name}.queue"), kind, deadline):
+            stack.enter_context(_locked(path, kind, deadline))
+        yield
+
+
+@contextmanager
+def _locked(path: Path, kind: int, deadline: float) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        deadline = time.monotonic() + timeout_s
-        while not _try_lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+        while not _try_lock(descriptor, kind):
             if time.monotonic() > deadline:
                 raise StoreBusy(
-                    f"another process held the lock {path} for more than {timeout_s} s: try again when it is done",
-                    path=str(path),
+                    f"another process held the lock {path} for too long: try again when it is done", path=str(path)
                 )
             time.sleep(_POLL_S)
         yield

@@ -44,6 +44,13 @@ class BackendConformance:
         backend.replace("refs/a", b"2")
         assert backend.get("refs/a", 100) == b"2"
 
+    def test_recording_a_use_changes_nothing_but_the_time(self, backend: Backend) -> None:
+        backend.replace("refs/a", b"first")
+        before = backend.stat("refs/a")
+        backend.record_use("refs/a")
+        assert backend.get("refs/a", 100) == b"first"
+        assert backend.stat("refs/a").modified_s >= before.modified_s
+
     def test_missing_objects(self, backend: Backend) -> None:
         for call in (
             lambda: backend.get("chunks/x", 1),

@@ -150,6 +150,19 @@ def test_a_damaged_cache_can_be_removed(cag, book, damage, folder):
     assert cag("ls", "--store", book, "--json").json["caches"] == []
 
 
+@pytest.mark.parametrize("folder", ["refs", "manifests"])
+def test_a_flipped_bit_of_a_ref_or_manifest_is_refused_and_says_what_to_do(cag, book, folder):
+    (path,) = (file for file in (book / folder).rglob("*") if file.is_file())
+    content = path.read_bytes()
+    for position in range(0, len(content), max(1, len(content) // 150)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        refused = cag("show", "book", "--store", book, "--json")
+        assert refused.exit_code in (52, 53), position
+        assert "build" in refused.error["message"]
+
+
 def test_gc_removes_expired_caches_and_says_so(cag, book):
     Store.open(book).set_ttl("book", -1)
     printed = cag("gc", "--grace-seconds", 0, "--store", book).stdout
