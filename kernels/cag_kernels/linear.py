@@ -33,7 +33,7 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
 
         product = compiled_linear(rows.contiguous(), packed.panels, bias, packed.out_features)
     else:
-        product = torch.mm(rows, packed.transposed())
+        product = _piece_by_piece(rows, packed)
         product = product if bias is None else product.add_(bias)
     return product.view(*block.shape[:-1], packed.out_features)
 
@@ -56,6 +56,17 @@ def warm_up_linear(dtype: torch.dtype) -> None:
         from cag_kernels.cpu_linear import compiled_kernel
 
         compiled_kernel(dtype == torch.bfloat16)
+
+
+def _piece_by_piece(rows: Tensor, packed: PackedWeight) -> Tensor:
+    pieces = list(packed.pieces())
+    if len(pieces) == 1:
+        return torch.mm(rows, packed.transposed())
+    product, first = rows.new_empty(rows.shape[0], packed.out_features), 0
+    for piece in pieces:
+        product[:, first : first + piece.out_features] = torch.mm(rows, piece.transposed())
+        first += piece.out_features
+    return product
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ to read for each question and token.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 PANEL = 16  # output features side by side: one vector of the widest registers
 FEATURES_MULTIPLE = 16  # input features of a weight that can be packed
+MAX_UNPACKED = 1 << 24  # numbers: 64 MB in float32, whatever the size of a vocabulary
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -50,6 +52,13 @@ class PackedWeight:
         """The weight again, `[out_features, in_features]` in the dtype of the panels, as new memory."""
         rows = self.panels.transpose(1, 2).reshape(-1, self.in_features)
         return rows[: self.out_features].clone()
+
+    def pieces(self) -> Iterator[PackedWeight]:
+        """The weight cut after whole panels, so that each piece takes at most `MAX_UNPACKED` numbers unpacked."""
+        step = max(1, MAX_UNPACKED // (PANEL * self.in_features))
+        for first in range(0, self.panels.shape[0], step):
+            count = min(step * PANEL, self.out_features - first * PANEL)
+            yield PackedWeight(self.panels[first : first + step], count)
 
     def transposed(self) -> Tensor:
         """`[in_features, out_features]` float32, in memory of the calling thread that the next call overwrites."""

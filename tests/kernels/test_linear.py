@@ -64,6 +64,18 @@ def test_packing_keeps_every_bit(out_features, dtype):
     assert (packed.out_features, packed.in_features) == (out_features, 48)
 
 
+def test_large_weights_are_unpacked_piece_by_piece(monkeypatch):
+    from cag_kernels import packed as module
+
+    block, weight, bias = operands(FEW_ROWS + 2, 100, 48, bias=True)
+    packed = pack_weight(weight)
+    whole = packed_linear(block, packed, bias)
+    monkeypatch.setattr(module, "MAX_UNPACKED", 2 * 16 * 48)
+    assert [piece.out_features for piece in packed.pieces()] == [32, 32, 32, 4]
+    torch.testing.assert_close(packed_linear(block, packed, bias), whole)
+    assert torch.equal(torch.cat([piece.unpacked() for piece in packed.pieces()]), weight)
+
+
 def test_weights_packed_together_stand_one_below_the_other():
     parts = [operands(1, count, 32)[1] for count in (16, 48, 5)]
     assert torch.equal(pack_weight(*parts).unpacked(), torch.cat(parts))
