@@ -132,7 +132,7 @@ def test_a_text_that_cannot_be_compressed_can_be_read_back(monkeypatch):
     """Its file is larger than the text."""
     size = 1 << 17
     monkeypatch.setattr("cag_store.store.MAX_BLOB_BYTES", size)
-    monkeypatch.setattr("cag_store.store.MAX_BLOB_FILE_BYTES", size + (size >> 7))
+    monkeypatch.setattr("cag_store.reading.MAX_BLOB_FILE_BYTES", size + (size >> 7))
     store, text = Store.in_memory(), os.urandom(size)
     assert store.get_blob(store.put_blob(text)) == text
 
