@@ -23,8 +23,8 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
 WALK = [
     "home", "errors", "models", "corpus", "retrieval", "prompt", "runtime", "state", "model", "prefill", "resident",
-    "fidelity", "answer", "citations", "generate", "session", "prefix", "fresh", "builder", "engine", "describe",
-    "server", "cli",
+    "fidelity", "answer", "citations", "generate", "session", "prefix", "fresh", "calibration", "builder",
+    "engine", "describe", "server", "cli",
 ]  # fmt: skip
 
 
