@@ -20,7 +20,7 @@ from cag_store import Store
 
 __all__ = ["Calibration", "CalibrationOptions", "calibrate", "fit_basis", "observe", "own_texts"]
 
-MIN_WINDOW_TOKENS = 4 * SKIPPED_TOKENS
+MIN_WINDOW_TOKENS = 16 * SKIPPED_TOKENS
 
 
 @dataclass(frozen=True)
