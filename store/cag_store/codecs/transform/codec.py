@@ -72,6 +72,7 @@ class JointTransform(Codec):
         self.exact_tokens = exact_tokens
         self._joint_layers = joint_layers
         self._basis: Basis | None = None
+        self._tables: rans.Tables | None = None
         self._side = lru_cache(maxsize=None)(self._prepared)
         self._angles = lru_cache(maxsize=64)(self._computed_angles)
 
@@ -107,7 +108,7 @@ class JointTransform(Codec):
                 found=basis.joint_layers,
             )
         codec = JointTransform(self.basis_digest, self._joint_layers, self.step, self.exact_tokens)
-        codec._basis = basis
+        codec._basis, codec._tables = basis, rans.Tables.of(basis.frequencies)
         return codec
 
     def encode(self, array: Array, dtype: str, side: Side = "keys", start: int = 0) -> bytes:
@@ -154,9 +155,7 @@ class JointTransform(Codec):
         decoded = rans.decode_symbols(segment.states, segment.words, prepared.classes, prepared.tables, num_coded)
         codes = prepared.code_buffer(num_coded)
         symbols.join(decoded, prepared.shifts, segment.low, segment.escapes, codes[:num_coded, : decoded.shape[1]])
-        angles: list[Angles] = [
-            self._angles(layer, start, num_tokens) if side == "keys" else None for layer in prepared.layers
-        ]
+        angles = [self._turned(side, layer, start, num_tokens) for layer in prepared.layers]
         mean = prepared.centered_mean(segment.center)
         for first, last, token in _runs(segment.exact, num_tokens):
             tokens = slice(token, token + last - first)
@@ -165,19 +164,21 @@ class JointTransform(Codec):
         _place_exact(segment, outs)
 
     def _prepared(self, side: Side, first_layer: int) -> PreparedSide:
-        if self._basis is None:
+        if self._basis is None or self._tables is None:
             raise UnknownCodec(f"codec 'transform' works only with its basis {self.basis_digest}: give it resources")
         index = first_layer // self._joint_layers
         if first_layer % self._joint_layers or index >= len(self._basis.groups):
             raise UnencodableArray(f"no group of the basis begins at layer {first_layer}", found=first_layer)
-        return prepare_side(self._basis, index, _SIDES.index(side), self.step)
+        return prepare_side(self._basis, index, _SIDES.index(side), self.step, self._tables)
 
-    def _computed_angles(self, layer: int, start: int, num_tokens: int) -> Angles:
-        """Pairs, cosines and sines of a layer's rotation; None where it has none."""
+    def _turned(self, side: Side, layer: int, start: int, num_tokens: int) -> Angles:
+        """What is taken off and put back on a layer's keys; None for values, and for layers without rotation."""
         assert self._basis is not None
         index = self._basis.layer_rotation[layer]
-        if index < 0:
-            return None
+        return self._angles(index, start, num_tokens) if side == "keys" and index >= 0 else None
+
+    def _computed_angles(self, index: int, start: int, num_tokens: int) -> Angles:
+        assert self._basis is not None
         rotation = self._basis.rotations[index]
         return (rotation.pairs, *rotation.angles(start, num_tokens))
 
@@ -193,7 +194,7 @@ class JointTransform(Codec):
                     "codec 'transform' keeps finite values up to 1e38, found NaN, infinity or more: use 'lossless'",
                     codec=self.codec_id,
                 )
-            angles = self._angles(layer, start, array.shape[1]) if side == "keys" else None
+            angles = self._turned(side, layer, start, array.shape[1])
             if angles is not None:
                 values = rotated(values, angles[1], -angles[2], angles[0])
             parts.append(values.transpose(1, 0, 2).reshape(array.shape[1], -1))

@@ -124,7 +124,7 @@ class PreparedSide:
         return metric
 
 
-def prepare_side(basis: Basis, index: int, side: int, step: int) -> PreparedSide:
+def prepare_side(basis: Basis, index: int, side: int, step: int, tables: rans.Tables) -> PreparedSide:
     """Group `index` of a basis, keys (0) or values (1), at a step of `2 ** (step / 64)`."""
     group = basis.groups[index][side]
     first, last = basis.spans[index]
@@ -137,7 +137,7 @@ def prepare_side(basis: Basis, index: int, side: int, step: int) -> PreparedSide
         tuple(zip(basis.num_kv_heads[first:last], basis.head_dim[first:last], strict=True)),
         classes,
         shifts,
-        rans.Tables.of(basis.frequencies),
+        tables,
         group.mean.astype(np.float32),
         (group.unit * width).astype(np.float32),
         shrunk.astype(np.int16),
