@@ -21,7 +21,7 @@ from cag_store.codecs.transform.basis import FULL_SHRINK
 from cag_store.codecs.transform.rans import NUM_SYMBOLS, TOTAL
 
 NUM_CLASSES = 48
-_VALUE_WEIGHT = 8.0  # errors of the values of like tokens add up in attention, which curvature a token does not see
+_VALUE_WEIGHT = 4.0  # errors of the values of like tokens add up in attention, which curvature a token does not see
 _RIDGE = 0.05  # of a head's mean curvature, added to all of its directions
 _ROW_MAGNITUDE = 2047
 _ROW_ERROR = 0.15  # of a quantization error, at most, from rounding a row

@@ -262,12 +262,11 @@ def test_symbols_come_back_and_words_are_those_of_the_reference(shape):
     expected_states, expected_words = rans.encode_reference(given, classes, tables)
     assert np.array_equal(states, expected_states)
     assert np.array_equal(words, expected_words)
-    for decode in (rans.decode_symbols, rans.decode_reference):
-        assert np.array_equal(decode(states, words, classes, tables, shape[0]), given)
-        for torn in (words[:-1], np.append(words, np.uint16(1))):
-            if len(torn) != len(words):
-                with pytest.raises(CorruptEntry):
-                    decode(states, torn, classes, tables, shape[0])
+    assert np.array_equal(rans.decode_symbols(states, words, classes, tables, shape[0]), given)
+    for torn in (words[:-1], np.append(words, np.uint16(1))):
+        if len(torn) != len(words):
+            with pytest.raises(CorruptEntry):
+                rans.decode_symbols(states, torn, classes, tables, shape[0])
 
 
 def test_codes_of_every_size_come_back():
@@ -276,11 +275,9 @@ def test_codes_of_every_size_come_back():
         shifts = np.array(shifts, np.uint8)
         kinds, low, escapes = symbols.split(codes, shifts)
         assert len(low) == symbols.low_bytes(3, shifts)
-        found = np.zeros_like(codes)
-        symbols.join(kinds, shifts, memoryview(low), escapes, found)
-        assert np.array_equal(found, codes)
+        assert np.array_equal(symbols.join(kinds, shifts, memoryview(low), escapes), codes)
         with pytest.raises(CorruptEntry):
-            symbols.join(kinds, shifts, memoryview(low), np.append(escapes, np.int16(0)), found)
+            symbols.join(kinds, shifts, memoryview(low), np.append(escapes, np.int16(0)))
 
 
 class TestInAStore:

@@ -31,7 +31,7 @@ from cag_store.codecs.base import (
     corrupt_segment,
     refuse_unknown_keys,
 )
-from cag_store.codecs.transform import rans, symbols
+from cag_store.codecs.transform import loops, rans, symbols
 from cag_store.codecs.transform.basis import Basis
 from cag_store.codecs.transform.prepared import Angles, PreparedSide, prepare_side
 from cag_store.codecs.transform.product import rotated
@@ -152,9 +152,7 @@ class JointTransform(Codec):
         num_tokens = outs[0].shape[1]
         segment = self._parse(memoryview(data), prepared, outs, side)
         num_coded = num_tokens - len(segment.exact)
-        decoded = rans.decode_symbols(segment.states, segment.words, prepared.classes, prepared.tables, num_coded)
-        codes = prepared.code_buffer(num_coded)
-        symbols.join(decoded, prepared.shifts, segment.low, segment.escapes, codes[:num_coded, : decoded.shape[1]])
+        codes = _decoded(segment, prepared, num_coded)
         angles = [self._turned(side, layer, start, num_tokens) for layer in prepared.layers]
         mean = prepared.centered_mean(segment.center)
         for first, last, token in _runs(segment.exact, num_tokens):
@@ -255,6 +253,22 @@ class JointTransform(Codec):
             np.frombuffer(part, kind).copy() for part, kind in ((parts[3], "<i2"), (parts[5], "<u4"), (parts[6], "<u2"))
         )
         return _Segment(np.frombuffer(parts[0], "i1"), exact, rows, escapes, parts[4], states, words)
+
+
+def _decoded(segment: _Segment, prepared: PreparedSide, num_coded: int) -> NDArray[np.int16]:
+    """The codes, in a `code_buffer`. Raises: CorruptEntry."""
+    buffer = prepared.code_buffer(num_coded)
+    codes = buffer[:num_coded, : len(prepared.classes)]
+    fast = loops.compiled()
+    if fast is None:
+        found = rans.decode_symbols(segment.states, segment.words, prepared.classes, prepared.tables, num_coded)
+        codes[:] = symbols.join(found, prepared.shifts, segment.low, segment.escapes)
+        return buffer
+    low = np.frombuffer(bytes(segment.low) + symbols.PAD, np.uint8)
+    facts = prepared.classes, prepared.tables.slots, prepared.shifts
+    if not fast.decode_codes(segment.states, segment.words, *facts, low, segment.escapes, codes):
+        raise rans.torn(len(segment.words))
+    return buffer
 
 
 def _runs(exact: NDArray[np.uint32], num_tokens: int) -> list[tuple[int, int, int]]:

@@ -60,15 +60,15 @@ def _encode(symbols: Any, classes: Any, frequencies: Any, starts: Any, states: A
     return position
 
 
-def _decode(states: Any, words: Any, classes: Any, slots: Any, symbols: Any) -> Any:
-    num_tokens, num_components = symbols.shape
-    position, limit, lane = 0, len(words), 0
-    for token in range(num_tokens):
-        row = symbols[token]
+def _decode(states: Any, words: Any, classes: Any, slots: Any, shifts: Any, low: Any, escapes: Any, codes: Any) -> Any:
+    num_components = len(classes)
+    position, limit, lane, escape = 0, len(words), 0, 0
+    bit: Any = 0
+    for token in range(codes.shape[0]):
+        row = codes[token]
         for component in range(num_components):
             state = states[lane]
             slot = slots[classes[component], state & np.uint32(_SLOT_MASK)]
-            row[component] = slot >> np.uint32(24)
             frequency = slot >> np.uint32(PROBABILITY_BITS) & np.uint32(_SLOT_MASK)
             state = np.uint32(frequency * (state >> np.uint32(PROBABILITY_BITS)) + (slot & np.uint32(_SLOT_MASK)))
             if state < np.uint32(LOWEST_STATE):
@@ -78,19 +78,7 @@ def _decode(states: Any, words: Any, classes: Any, slots: Any, symbols: Any) -> 
                 position += 1
             states[lane] = state
             lane = (lane + 1) & (LANES - 1)
-    for state in states:
-        if state != np.uint32(LOWEST_STATE):
-            return False
-    return position == limit
-
-
-def _join(symbols: Any, shifts: Any, low: Any, escapes: Any, codes: Any) -> Any:
-    num_tokens, num_components = symbols.shape
-    bit: Any = 0
-    escape = 0
-    for token in range(num_tokens):
-        for component in range(num_components):
-            symbol: Any = np.int32(symbols[token, component])
+            symbol = np.int32(slot >> np.uint32(24))
             shift = np.int32(shifts[component])
             value: Any = (symbol - np.int32(_HALF_SYMBOLS)) << shift
             if shift > 0:
@@ -103,8 +91,11 @@ def _join(symbols: Any, shifts: Any, low: Any, escapes: Any, codes: Any) -> Any:
                     return False
                 value = np.int32(escapes[escape])
                 escape += 1
-            codes[token, component] = np.int16(value)
-    return escape == len(escapes)
+            row[component] = np.int16(value)
+    for state in states:
+        if state != np.uint32(LOWEST_STATE):
+            return False
+    return position == limit and escape == len(escapes)
 
 
 def _madd(builder: Any, sums: Any, left: Any, right: Any, lanes: int, features: Any) -> Any:
@@ -253,12 +244,11 @@ _encode_loop = _compiled(
 )
 _decode_loop = _compiled(
     _decode,
-    types.boolean(_array(_U32, 1), _array(_U16, 1), _array(_U8, 1), _array(_U32, 2), _array(_U8, 2)),
-)
-_join_loop = _compiled(
-    _join,
     types.boolean(
-        _array(_U8, 2),
+        _array(_U32, 1),
+        _array(_U16, 1),
+        _array(_U8, 1),
+        _array(_U32, 2),
         _array(_U8, 1),
         _array(_U8, 1, readonly=True),
         _array(types.int16, 1),
@@ -298,26 +288,18 @@ def encode_symbols(
     return states, words[first:]
 
 
-def decode_symbols(
+def decode_codes(
     states: NDArray[np.uint32],
     words: NDArray[np.uint16],
     classes: NDArray[np.uint8],
     slots: NDArray[np.uint32],
-    symbols: NDArray[np.uint8],
-) -> bool:
-    """See `Loops`."""
-    return bool(_decode_loop(states, words, classes, slots, symbols))
-
-
-def join_codes(
-    symbols: NDArray[np.uint8],
     shifts: NDArray[np.uint8],
     low: NDArray[np.uint8],
     escapes: NDArray[np.int16],
     codes: NDArray[np.int16],
 ) -> bool:
     """See `Loops`."""
-    return bool(_join_loop(symbols, shifts, low, escapes, codes))
+    return bool(_decode_loop(states, words, classes, slots, shifts, low, escapes, codes))
 
 
 def integer_product(codes: NDArray[np.int16], packed: NDArray[np.int16], sums: NDArray[np.int32]) -> None:

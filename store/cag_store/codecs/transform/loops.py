@@ -25,25 +25,19 @@ class Loops(Protocol):
     ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
         """As `rans.encode_reference`."""
 
-    def decode_symbols(
+    def decode_codes(
         self,
         states: NDArray[np.uint32],
         words: NDArray[np.uint16],
         classes: NDArray[np.uint8],
         slots: NDArray[np.uint32],
-        symbols: NDArray[np.uint8],
-    ) -> bool:
-        """As `rans.decode_reference`, into `symbols`; False for what that refuses. `states` is destroyed."""
-
-    def join_codes(
-        self,
-        symbols: NDArray[np.uint8],
         shifts: NDArray[np.uint8],
         low: NDArray[np.uint8],
         escapes: NDArray[np.int16],
         codes: NDArray[np.int16],
     ) -> bool:
-        """As `symbols.join_reference`, into `codes`; False for what that refuses."""
+        """As `rans.decode_symbols`, then `symbols.join`, in one pass into `codes`; `low` has `symbols.PAD` behind it.
+        False for what these refuse. `states` is destroyed."""
 
     def integer_product(self, codes: NDArray[np.int16], packed: NDArray[np.int16], sums: NDArray[np.int32]) -> None:
         """As `product.product_reference`, of rows packed by `product.pack_rows`."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cag_store.codecs.base import corrupt_segment
 from cag_store.codecs.transform import loops
+from cag_store.errors import CorruptEntry
 
 LANES = 32
 PROBABILITY_BITS = 12
@@ -66,21 +67,6 @@ def encode_symbols(
     return encode_reference(symbols, classes, tables)
 
 
-def decode_symbols(
-    states: NDArray[np.uint32], words: NDArray[np.uint16], classes: NDArray[np.uint8], tables: Tables, num_tokens: int
-) -> NDArray[np.uint8]:
-    """`[num_tokens, num_components]`. Raises: CorruptEntry when the words run out, are left over, or end in other
-    states than those
-    a writer begins with."""
-    fast = loops.compiled()
-    if fast is None:
-        return decode_reference(states, words, classes, tables, num_tokens)
-    symbols = np.empty((num_tokens, len(classes)), np.uint8)
-    if not fast.decode_symbols(states.copy(), words, classes, tables.slots, symbols):
-        raise _torn(len(words))
-    return symbols
-
-
 def encode_reference(
     symbols: NDArray[np.uint8], classes: NDArray[np.uint8], tables: Tables
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
@@ -100,10 +86,13 @@ def encode_reference(
     return states.astype(np.uint32), np.concatenate([np.empty(0, np.uint16), *reversed(words)])
 
 
-def decode_reference(
+def decode_symbols(
     states: NDArray[np.uint32], words: NDArray[np.uint16], classes: NDArray[np.uint8], tables: Tables, num_tokens: int
 ) -> NDArray[np.uint8]:
-    """See `decode_symbols`."""
+    """`[num_tokens, num_components]`: the reference of the compiled loop.
+
+    Raises: CorruptEntry when the words run out, are left over, or end in other states than those a writer begins with.
+    """
     kinds = np.tile(classes, num_tokens)
     symbols = np.empty(kinds.size, np.uint8)
     states, position = states.copy(), 0
@@ -116,14 +105,15 @@ def decode_reference(
         state = frequency * (state >> np.uint32(PROBABILITY_BITS)) + place
         low = np.flatnonzero(state < LOWEST_STATE)
         if position + low.size > len(words):
-            raise _torn(len(words))
+            raise torn(len(words))
         state[low] = state[low] << np.uint32(16) | words[position : position + low.size]
         states[: len(kind)] = state
         position += low.size
     if position != len(words) or np.any(states != LOWEST_STATE):
-        raise _torn(len(words))
+        raise torn(len(words))
     return symbols.reshape(num_tokens, len(classes))
 
 
-def _torn(num_words: int) -> Exception:
+def torn(num_words: int) -> CorruptEntry:
+    """The error for words that do not end where their symbols do."""
     return corrupt_segment("entropy-coded words", "a stream that ends where its last word does", f"{num_words} words")

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.codecs.base import corrupt_segment
-from cag_store.codecs.transform import loops
 from cag_store.codecs.transform.rans import NUM_SYMBOLS
 
 ESCAPE = 0
@@ -21,7 +20,7 @@ OCTAVES_BELOW = 2
 MAX_SHIFT = 9
 _WIDEST = 4  # log2 of the deviation, in symbols, from which on low bits are split off
 
-_PAD = b"\0\0"  # compiled loops look two bytes ahead
+PAD = b"\0\0"  # compiled loops look two bytes ahead of the low bits
 
 
 def class_shift(index: int) -> int:
@@ -57,31 +56,12 @@ def join(
     shifts: NDArray[np.uint8],
     low: memoryview,
     escapes: NDArray[np.int16],
-    codes: NDArray[np.int16],
-) -> None:
-    """Undo `split` into `codes`. Raises: CorruptEntry when there are more or fewer escapes than symbols for them."""
-    fast = loops.compiled()
-    padded = np.frombuffer(bytes(low) + _PAD, np.uint8)
-    good = (
-        join_reference(symbols, shifts, padded, escapes, codes)
-        if fast is None
-        else fast.join_codes(symbols, shifts, padded, escapes, codes)
-    )
-    if not good:
-        raise corrupt_segment("number of escaped codes", int(np.count_nonzero(symbols == ESCAPE)), len(escapes))
-
-
-def join_reference(
-    symbols: NDArray[np.uint8],
-    shifts: NDArray[np.uint8],
-    low: NDArray[np.uint8],
-    escapes: NDArray[np.int16],
-    codes: NDArray[np.int16],
-) -> bool:
-    """See `join`; `low` has two bytes more than its bits need."""
+) -> NDArray[np.int16]:
+    """Undo `split`: the reference of the compiled loop. Raises: CorruptEntry when there are more or fewer escapes than
+    symbols for them."""
     values = symbols.astype(np.int32) - MIDDLE << shifts
     num_bits = int(shifts.sum(dtype=np.int64))
-    bits = np.unpackbits(low, bitorder="little")[: len(symbols) * num_bits].astype(np.int32)
+    bits = np.unpackbits(np.frombuffer(low, np.uint8), bitorder="little")[: len(symbols) * num_bits].astype(np.int32)
     bits = bits.reshape(len(symbols), num_bits)
     first = 0
     for component in np.flatnonzero(shifts):
@@ -90,10 +70,9 @@ def join_reference(
         first += width
     escaped = symbols == ESCAPE
     if np.count_nonzero(escaped) != len(escapes):
-        return False
+        raise corrupt_segment("number of escaped codes", int(np.count_nonzero(escaped)), len(escapes))
     values[escaped] = escapes
-    codes[:] = values.astype(np.int16)
-    return True
+    return values.astype(np.int16)
 
 
 def _packed_low(codes: NDArray[np.int16], shifts: NDArray[np.uint8]) -> bytes:
