@@ -24,8 +24,7 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 WALK = [
     "home", "errors", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "weights", "decoder",
     "model", "prefill", "resident", "fidelity", "answer", "citations", "generate", "session", "prefix", "fresh",
-    "builder", "engine", "describe",
-    "server", "cli",
+    "calibration", "builder", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 
 

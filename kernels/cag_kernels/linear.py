@@ -28,7 +28,9 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
     """
     rows = block.reshape(-1, block.shape[-1])
     _check(rows, packed, bias)
-    if 0 < rows.shape[0] <= FEW_ROWS and has_compiler() and not _wants_gradient(rows, bias):
+    if _wants_gradient(rows, bias):  # compiled code knows none, and what is unpacked to is overwritten before they flow
+        product = packed_linear_reference(rows, packed, bias)
+    elif 0 < rows.shape[0] <= FEW_ROWS and has_compiler():
         from cag_kernels.cpu_linear import compiled_linear
 
         product = compiled_linear(rows.contiguous(), packed.panels, bias, packed.out_features)
@@ -70,7 +72,6 @@ def _piece_by_piece(rows: Tensor, packed: PackedWeight) -> Tensor:
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    """The compiled code knows no gradients."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

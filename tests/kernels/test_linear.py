@@ -150,8 +150,11 @@ def test_strided_blocks_and_gradients_are_served():
     packed = pack_weight(weight)
     strided = block.t().contiguous().t()
     assert torch.equal(packed_linear(strided, packed, bias), packed_linear(block, packed, bias))
-    block.requires_grad_()
-    assert packed_linear(block, packed, bias).requires_grad
+    for rows in (block, operands(FEW_ROWS + 1, 40, 48)[0]):
+        rows.requires_grad_()
+        products = [packed_linear(rows, packed, bias), packed_linear(rows, pack_weight(weight * 2), bias)]
+        sum(products).sum().backward()
+        torch.testing.assert_close(rows.grad, (3 * weight.float().sum(0)).expand_as(rows))
 
 
 @compiled

@@ -24,6 +24,7 @@ from cag_store.codecs.int8 import Int8
 from cag_store.codecs.loops import warm_up
 from cag_store.codecs.lossless import Lossless
 from cag_store.codecs.packers import Zstd
+from cag_store.codecs.transform import JointTransform
 from cag_store.codecs.transforms import Rotate
 from cag_store.errors import UnknownCodec
 
@@ -32,6 +33,7 @@ __all__ = [
     "Config",
     "EncodedSegment",
     "Int8",
+    "JointTransform",
     "Lossless",
     "Packer",
     "Resources",
@@ -53,7 +55,7 @@ ENTRY_POINT_GROUP = "cag.codecs"
 
 Kind = TypeVar("Kind", bound=Configured)
 
-_CODECS: dict[str, type[Codec]] = {codec.codec_id: codec for codec in (Lossless, Int8)}
+_CODECS: dict[str, type[Codec]] = {codec.codec_id: codec for codec in (Lossless, Int8, JointTransform)}
 _TRANSFORMS: dict[str, type[Transform]] = {Rotate.codec_id: Rotate}
 _PACKERS: dict[str, type[Packer]] = {Zstd.codec_id: Zstd}
 

@@ -1,0 +1,291 @@
+"""`transform`: several layers at once through a basis that was calibrated for the model; uniform steps; static rANS.
+Layout and arithmetic:
+docs/format.md 5.4, figures: docs/design/004-transform-codec.md.
+
+Keys are coded before rotary embedding. Decoding is exact integer arithmetic up to one scale and mean a value, so its
+bits depend neither on the order of sums nor on
+which loops run.
+Source: PCA over layers and heads as in KVTC (arXiv:2511.01815); first tokens exact as in KVQuant (arXiv:2401.18079).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cag_store.codecs.base import (
+    MAX_JOINT_LAYERS,
+    Codec,
+    Config,
+    Resources,
+    Side,
+    checked_array,
+    checked_int,
+    config_resources,
+    corrupt_segment,
+    refuse_unknown_keys,
+)
+from cag_store.codecs.transform import loops, rans, symbols
+from cag_store.codecs.transform.basis import Basis
+from cag_store.codecs.transform.prepared import Angles, PreparedSide, prepare_side
+from cag_store.codecs.transform.product import rotated
+from cag_store.dtypes import Array, widen
+from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
+
+MAX_STEP = 1 << 12
+_HEAD = struct.Struct("<BBHIII")
+_SIDES: tuple[Side, Side] = ("keys", "values")
+_LARGEST = np.float32(1e38)
+_STATES_BYTES = 4 * rans.LANES
+_LEAST_CENTERED = 64  # tokens from which on a segment's own center is worth a byte a channel
+
+
+class _Segment(NamedTuple):
+    """The parts of a segment: its center, positions and rows of exact tokens, escaped codes, low bits, states and
+    words."""
+
+    center: NDArray[np.int8]
+
+    exact: NDArray[np.uint32]
+    exact_rows: Array
+    escapes: NDArray[np.int16]
+    low: memoryview
+    states: NDArray[np.uint32]
+    words: NDArray[np.uint16]
+
+
+class JointTransform(Codec):
+    """Mean squared error in the basis' metric: at most a twelfth of the squared step a coded component."""
+
+    codec_id = "transform"
+    lossless = False
+
+    def __init__(self, basis: str, joint_layers: int, step: int, exact_tokens: int = 4) -> None:
+        self.basis_digest = basis
+        self.step = step
+        self.exact_tokens = exact_tokens
+        self._joint_layers = joint_layers
+        self._basis: Basis | None = None
+        self._tables: rans.Tables | None = None
+        self._side = lru_cache(maxsize=None)(self._prepared)
+        self._angles = lru_cache(maxsize=64)(self._computed_angles)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Keys: `basis` (sha256 of its blob), `joint_layers`, `step` (64ths of an octave), `exact_tokens` 0 to
+        65536."""
+        refuse_unknown_keys(cls.codec_id, config, ("basis", "joint_layers", "step", "exact_tokens"))
+        digests = config_resources(config)
+        if not digests:
+            raise UnknownCodec("codec 'transform' needs a basis: cag.calibration.calibrate makes one for a model")
+        return cls(
+            digests[0],
+            checked_int(cls.codec_id, config, "joint_layers", 1, 1, MAX_JOINT_LAYERS),
+            checked_int(cls.codec_id, config, "step", 0, -MAX_STEP, MAX_STEP),
+            checked_int(cls.codec_id, config, "exact_tokens", 4, 0, 1 << 16),
+        )
+
+    def config(self) -> Config:
+        """The full configuration."""
+        shape = {"joint_layers": self._joint_layers, "step": self.step, "exact_tokens": self.exact_tokens}
+        return {"id": self.codec_id, "basis": self.basis_digest, **shape}
+
+    def with_resources(self, resources: Resources) -> JointTransform:
+        """See `Codec`."""
+        where = f"basis {self.basis_digest}"
+        basis = Basis.from_bytes(resources(self.basis_digest), where)
+        if basis.joint_layers != self._joint_layers:
+            raise CorruptEntry(
+                f"{where} joins {basis.joint_layers} layers, the codec {self._joint_layers}",
+                where=where,
+                expected=self._joint_layers,
+                found=basis.joint_layers,
+            )
+        codec = JointTransform(self.basis_digest, self._joint_layers, self.step, self.exact_tokens)
+        codec._basis, codec._tables = basis, rans.Tables.of(basis.frequencies)
+        return codec
+
+    def encode(self, array: Array, dtype: str, side: Side = "keys", start: int = 0) -> bytes:
+        """One layer of a basis that has a single one. See `Codec`."""
+        return self.encode_layers([array], dtype, side, 0, start)
+
+    def decode_into(self, data: bytes | memoryview, out: Array) -> None:
+        """One layer from position 0 on; the side is in the data. See `Codec`."""
+        side = _SIDES[memoryview(data)[0] & 1] if len(data) else "keys"
+        self.decode_layers_into(data, [out], side, 0)
+
+    def encode_layers(self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int = 0) -> bytes:
+        """See `Codec`. Raises: UnencodableArray for NaN, infinities, magnitudes above 1e38, and shapes that are not
+        the basis'."""
+        prepared = self._side(side, first_layer)
+        for array in arrays:
+            checked_array(array, dtype)
+        if prepared.shapes != tuple((array.shape[0], array.shape[2]) for array in arrays):
+            raise UnencodableArray(
+                f"the basis is for heads {prepared.shapes} from layer {first_layer} on, "
+                f"found {[array.shape for array in arrays]}"
+            )
+        if len({array.shape[1] for array in arrays}) != 1:
+            raise UnencodableArray("layers of one segment have the same number of tokens")
+        values = self._flat(arrays, dtype, side, first_layer, start)
+        codes = np.rint((values - prepared.mean) @ prepared.forward)
+        far = np.any(~(np.abs(codes) <= symbols.MAX_CODE), axis=1)
+        far[: max(self.exact_tokens - start, 0)] = True
+        exact = np.flatnonzero(far).astype("<u4")
+        coded = codes[~far].astype(np.int16)
+        center = prepared.center_of(values[~far], coded) if len(coded) >= _LEAST_CENTERED else np.empty(0, np.int8)
+        return self._packed(coded, center, exact, arrays, prepared, side)
+
+    def decode_layers_into(
+        self, data: bytes | memoryview, outs: Sequence[Array], side: Side, first_layer: int, start: int = 0
+    ) -> None:
+        """See `Codec`."""
+        prepared = self._side(side, first_layer)
+        if prepared.shapes != tuple((out.shape[0], out.shape[2]) for out in outs):
+            raise corrupt_segment("heads of the basis", prepared.shapes, [out.shape for out in outs])
+        num_tokens = outs[0].shape[1]
+        segment = self._parse(memoryview(data), prepared, outs, side)
+        num_coded = num_tokens - len(segment.exact)
+        codes = _decoded(segment, prepared, num_coded)
+        angles = [self._turned(side, layer, start, num_tokens) for layer in prepared.layers]
+        mean = prepared.centered_mean(segment.center)
+        for first, last, token in _runs(segment.exact, num_tokens):
+            tokens = slice(token, token + last - first)
+            turned = [angle and (angle[0], angle[1][tokens], angle[2][tokens]) for angle in angles]
+            prepared.decode(codes, first, last, mean, [out[:, tokens] for out in outs], turned)
+        _place_exact(segment, outs)
+
+    def _prepared(self, side: Side, first_layer: int) -> PreparedSide:
+        if self._basis is None or self._tables is None:
+            raise UnknownCodec(f"codec 'transform' works only with its basis {self.basis_digest}: give it resources")
+        index = first_layer // self._joint_layers
+        if first_layer % self._joint_layers or index >= len(self._basis.groups):
+            raise UnencodableArray(f"no group of the basis begins at layer {first_layer}", found=first_layer)
+        return prepare_side(self._basis, index, _SIDES.index(side), self.step, self._tables)
+
+    def _turned(self, side: Side, layer: int, start: int, num_tokens: int) -> Angles:
+        """What is taken off and put back on a layer's keys; None for values, and for layers without rotation."""
+        assert self._basis is not None
+        index = self._basis.layer_rotation[layer]
+        return self._angles(index, start, num_tokens) if side == "keys" and index >= 0 else None
+
+    def _computed_angles(self, index: int, start: int, num_tokens: int) -> Angles:
+        assert self._basis is not None
+        rotation = self._basis.rotations[index]
+        return (rotation.pairs, *rotation.angles(start, num_tokens))
+
+    def _flat(
+        self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int
+    ) -> NDArray[np.float32]:
+        """`[num_tokens, num_channels]` of all layers, keys without their rotation. Raises: UnencodableArray."""
+        parts = []
+        for layer, array in enumerate(arrays, start=first_layer):
+            values = widen(array, dtype)
+            if not np.all(np.abs(values) <= _LARGEST):
+                raise UnencodableArray(
+                    "codec 'transform' keeps finite values up to 1e38, found NaN, infinity or more: use 'lossless'",
+                    codec=self.codec_id,
+                )
+            angles = self._turned(side, layer, start, array.shape[1])
+            if angles is not None:
+                values = rotated(values, angles[1], -angles[2], angles[0])
+            parts.append(values.transpose(1, 0, 2).reshape(array.shape[1], -1))
+        return np.concatenate(parts, axis=1)
+
+    def _packed(
+        self,
+        codes: NDArray[np.int16],
+        center: NDArray[np.int8],
+        exact: NDArray[np.uint32],
+        arrays: Sequence[Array],
+        prepared: PreparedSide,
+        side: Side,
+    ) -> bytes:
+        kinds, low, escapes = symbols.split(codes, prepared.shifts)
+        states, words = rans.encode_symbols(kinds, prepared.classes, prepared.tables)
+        head = _HEAD.pack(_SIDES.index(side), int(center.size > 0), 0, len(exact), len(escapes), len(words))
+        rows = [
+            np.ascontiguousarray(array[:, exact].transpose(1, 0, 2)).reshape(len(exact), heads * dim)
+            for array, (heads, dim) in zip(arrays, prepared.shapes, strict=True)
+        ]
+        parts: list[Array] = [center, exact, np.concatenate(rows, axis=1), escapes.astype("<i2")]
+        return b"".join(
+            [
+                head,
+                *(part.tobytes() for part in parts),
+                low,
+                states.astype("<u4").tobytes(),
+                words.astype("<u2").tobytes(),
+            ]
+        )
+
+    def _parse(self, view: memoryview, prepared: PreparedSide, outs: Sequence[Array], side: Side) -> _Segment:
+        if len(view) < _HEAD.size:
+            raise corrupt_segment("length", f"{_HEAD.size} bytes at least", len(view))
+        number, centered, zero, num_exact, num_escapes, num_words = _HEAD.unpack_from(view)
+        if (number, centered >> 1, zero) != (_SIDES.index(side), 0, 0) or num_exact > outs[0].shape[1]:
+            raise corrupt_segment("head", f"{side}, at most {outs[0].shape[1]} exact tokens", bytes(view[: _HEAD.size]))
+        num_coded, itemsize = outs[0].shape[1] - num_exact, outs[0].itemsize
+        sizes = [
+            centered * len(prepared.mean),
+            4 * num_exact,
+            num_exact * len(prepared.mean) * itemsize,
+            2 * num_escapes,
+            symbols.low_bytes(num_coded, prepared.shifts),
+            _STATES_BYTES,
+            2 * num_words,
+        ]
+        if len(view) != _HEAD.size + sum(sizes):
+            raise corrupt_segment("length", _HEAD.size + sum(sizes), len(view))
+        ends = np.cumsum([_HEAD.size, *sizes])
+        parts = [view[first:last] for first, last in pairwise(ends.tolist())]
+        exact = np.frombuffer(parts[1], "<u4")
+        if num_exact and (np.any(np.diff(exact.astype(np.int64)) <= 0) or exact[-1] >= outs[0].shape[1]):
+            raise corrupt_segment("exact tokens", f"ascending ones below {outs[0].shape[1]}", exact[-1])
+        rows = np.frombuffer(parts[2], outs[0].dtype).reshape(num_exact, len(prepared.mean))
+        escapes, states, words = (  # copies, as these bytes may lie at any address
+            np.frombuffer(part, kind).copy() for part, kind in ((parts[3], "<i2"), (parts[5], "<u4"), (parts[6], "<u2"))
+        )
+        return _Segment(np.frombuffer(parts[0], "i1"), exact, rows, escapes, parts[4], states, words)
+
+
+def _decoded(segment: _Segment, prepared: PreparedSide, num_coded: int) -> NDArray[np.int16]:
+    """The codes, in a `code_buffer`. Raises: CorruptEntry."""
+    buffer = prepared.code_buffer(num_coded)
+    codes = buffer[:num_coded, : len(prepared.classes)]
+    fast = loops.compiled()
+    if fast is None:
+        found = rans.decode_symbols(segment.states, segment.words, prepared.classes, prepared.tables, num_coded)
+        codes[:] = symbols.join(found, prepared.shifts, segment.low, segment.escapes)
+        return buffer
+    low = np.frombuffer(bytes(segment.low) + symbols.PAD, np.uint8)
+    facts = prepared.classes, prepared.tables.slots, prepared.shifts
+    if not fast.decode_codes(segment.states, segment.words, *facts, low, segment.escapes, codes):
+        raise rans.torn(len(segment.words))
+    return buffer
+
+
+def _runs(exact: NDArray[np.uint32], num_tokens: int) -> list[tuple[int, int, int]]:
+    """Runs of coded tokens between exact ones: rows [first, last) of the codes, and the token of the first."""
+    runs, first, token = [], 0, 0
+    for stop in [*exact.tolist(), num_tokens]:
+        if stop > token:
+            runs.append((first, first + stop - token, token))
+            first += stop - token
+        token = stop + 1
+    return runs
+
+
+def _place_exact(segment: _Segment, outs: Sequence[Array]) -> None:
+    channel = 0
+    for out in outs:
+        width = out.shape[0] * out.shape[2]
+        rows = segment.exact_rows[:, channel : channel + width].reshape(-1, out.shape[0], out.shape[2])
+        out[:, segment.exact] = rows.transpose(1, 0, 2)
+        channel += width

@@ -1,0 +1,67 @@
+"""From codes back to keys and values: an exact integer product, then one float32 scale and mean, rotation and rounding
+(docs/format.md 5.4).
+
+The product is defined modulo 2**32, so it has the same bits in whatever order it is summed. Here in numpy, as the
+reference of the compiled loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cag_store.dtypes import Array, narrow_into
+
+PANEL = 64
+ROWS = 6
+
+
+def product_reference(codes: NDArray[np.int16], rows: NDArray[np.int16]) -> NDArray[np.int32]:
+    """`codes @ rows` modulo 2**32: `[num_tokens, num_channels]`. float64 holds each sum exactly."""
+    sums = codes.astype(np.float64) @ rows.astype(np.float64)
+    return sums.astype(np.int64).astype(np.int32)
+
+
+def pack_rows(rows: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Rows as the compiled product reads them: `[panels of PANEL channels, pairs of components, PANEL, 2]`, padded
+    by zeros."""
+    num_components, num_channels = rows.shape
+    padded = np.zeros((-(-num_components // 2) * 2, -(-num_channels // PANEL) * PANEL), np.int16)
+    padded[:num_components, :num_channels] = rows
+    return np.ascontiguousarray(padded.reshape(len(padded) // 2, 2, -1, PANEL).transpose(2, 0, 3, 1))
+
+
+def finish_reference(
+    sums: NDArray[np.int32],
+    scale: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    cosines: NDArray[np.float32],
+    sines: NDArray[np.float32],
+    pairs: Sequence[tuple[int, int]] | NDArray[np.int64],
+    out: Array,
+) -> None:
+    """One layer of `sums`, `[num_tokens, num_kv_heads * head_dim]`, into `out` `[num_kv_heads, num_tokens, head_dim]`.
+
+    cosines, sines: `[num_tokens, len(pairs)]`; pairs: the two channels of a head that one angle turns, none for values.
+    """
+    values = sums.astype(np.float32)
+    values *= scale
+    values += mean
+    heads = values.reshape(len(values), out.shape[0], out.shape[2]).transpose(1, 0, 2)
+    if len(pairs):
+        heads = rotated(heads, cosines, sines, np.asarray(pairs))
+    narrow_into(np.ascontiguousarray(heads), out)
+
+
+def rotated(
+    heads: NDArray[np.float32], cosines: NDArray[np.float32], sines: NDArray[np.float32], pairs: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """`[num_kv_heads, num_tokens, head_dim]` with each pair of channels turned by its angle; two products and one
+    sum, each rounded."""
+    first, second = heads[..., pairs[:, 0]], heads[..., pairs[:, 1]]
+    turned = heads.copy()
+    turned[..., pairs[:, 0]] = first * cosines - second * sines
+    turned[..., pairs[:, 1]] = second * cosines + first * sines
+    return turned

@@ -1,0 +1,138 @@
+"""Calibration on tiny random models: rotations are found, the basis decodes, and the codec is worth its bits."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
+
+from cag.calibration import CalibrationOptions, calibrate, rotation
+from cag.calibration.observe import observe
+from cag.calibration.rotation import find_rotations
+from cag.calibration.texts import own_texts, token_windows
+from cag.errors import UsageError
+from cag.model import LanguageModel
+from cag.prefill import prefill
+from cag.resident import storage_view
+from cag_store import Store, codec_from_config
+from tiny import tiny_config, write_tiny_model
+
+SIZES = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 257,
+    "bos_token_id": 256,
+    "pad_token_id": 257,
+}
+CONFIGS = {
+    "llama": tiny_config(num_hidden_layers=3),
+    "llama3 scaling": LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    ),
+    "qwen2 with biases": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 64}),
+    "gemma3 with sliding windows": Gemma3TextConfig(
+        **SIZES, sliding_window=64, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+}
+OPTIONS = CalibrationOptions(joint_layers=2, num_windows=3, window_tokens=160, least_step=-1280, step=-1280)
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name.replace(" ", "-"))
+def model(request, tmp_path_factory) -> LanguageModel:
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    return LanguageModel.load(write_tiny_model(folder, config=CONFIGS[request.param]), model_id="tiny")
+
+
+def cache_of(model: LanguageModel, num_tokens: int = 200):
+    state = model.new_state(capacity=num_tokens)
+    text = own_texts()[0]
+    prefill(model, state, model.tokenizer(text)["input_ids"][:num_tokens])
+    return [
+        [storage_view(array[:, :num_tokens]).copy() for array in side] for side in (state.tail.keys, state.tail.values)
+    ]
+
+
+def test_every_layer_has_its_rotation(model):
+    rotations, layer_rotation = find_rotations(model)
+    assert all(index >= 0 for index in layer_rotation)
+    assert {rotation.pairing for rotation in rotations} == {"halves"}
+    if "gemma" in model.network.config.model_type:
+        assert layer_rotation == (0, 1, 0)
+
+
+def test_a_wrong_rotation_is_not_taken(model, monkeypatch):
+    wrong = [
+        replace(found, inverse_frequencies=tuple(1.5 * number for number in found.inverse_frequencies))
+        for found in find_rotations(model)[0]
+    ]
+    monkeypatch.setattr(rotation, "_candidates", lambda _: iter(wrong))
+    assert set(find_rotations(model)[1]) == {-1}
+
+
+def test_gradients_are_those_of_the_likelihood(model):
+    """The metric is a sum of outer products: positive, and larger for what the predictions read."""
+    windows = token_windows(model, own_texts()[:1], 2, 64)
+    rotations, layer_rotation = find_rotations(model)
+    samples = observe(model, windows, rotations, layer_rotation)
+    for keys, values in samples:
+        for side in (keys, values):
+            assert torch.linalg.eigvalsh(side.metric).min() > -1e-6 * side.metric.abs().max()
+            assert side.metric.diagonal(dim1=1, dim2=2).sum() > 0
+            assert side.num_gradients == 2 * (32 - 4)
+        assert keys.reading is None
+        assert values.reading is not None
+
+
+def test_the_codec_keeps_more_the_finer_the_step(model):
+    store = Store.in_memory()
+    calibration = calibrate(model, store, options=OPTIONS)
+    assert calibration.num_tokens > 3 * 100
+    assert calibration.codec["joint_layers"] == 2
+    cache = cache_of(model)
+    dtype = "float32"
+    errors, sizes = [], []
+    for step in (-896, -1088, -1280):
+        codec = codec_from_config({**calibration.codec, "step": step}, store.get_blob)
+        error, size = 0.0, 0
+        for side, arrays in zip(("keys", "values"), cache, strict=True):
+            for first in (0, 2):
+                group = arrays[first : first + 2]
+                data = codec.encode_layers(group, dtype, side, first)
+                outs = [np.zeros_like(array) for array in group]
+                codec.decode_layers_into(data, outs, side, first)
+                size += len(data)
+                error += sum(float(((a - b) ** 2).sum() / a[:, 4:].var()) for a, b in zip(group, outs, strict=True))
+                assert all(np.array_equal(a[:, :4], b[:, :4]) for a, b in zip(group, outs, strict=True))
+        errors.append(error)
+        sizes.append(size)
+    assert errors[0] > errors[1] > errors[2]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_the_same_texts_give_the_same_basis(model):
+    store = Store.in_memory()
+    texts = ["A text of the corpus. " * 60]
+    options = replace(OPTIONS, own_texts=False, num_windows=2)
+    first, second = (calibrate(model, store, texts, options).codec for _ in range(2))
+    assert first == second
+    assert first != calibrate(model, store, ["Another one, quite different? " * 60], options).codec
+
+
+def test_too_little_text_is_an_error(model):
+    with pytest.raises(UsageError, match="tokens"):
+        calibrate(model, Store.in_memory(), ["x"], replace(OPTIONS, own_texts=False))
