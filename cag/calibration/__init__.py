@@ -25,8 +25,8 @@ MIN_WINDOW_TOKENS = 16 * SKIPPED_TOKENS
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How a basis is made: `num_windows` windows of the corpus and as many of our own texts, three times as many of these
-    without a corpus. `least_step` is the finest step it will serve, in 64ths of an octave."""
+    """How a basis is made: `num_windows` windows of the corpus and as many of our own texts, three times
+    as many without a corpus. `least_step` is the finest step it will serve, in 64ths of an octave."""
 
     joint_layers: int = 6
     num_windows: int = 8
