@@ -25,14 +25,15 @@ MIN_WINDOW_TOKENS = 16 * SKIPPED_TOKENS
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How a basis is made. `least_step` is the finest step it will serve, in 64ths of an octave."""
+    """How a basis is made: `num_windows` windows of the corpus and as many of our own texts, three times
+    as many without a corpus. `least_step` is the finest step it will serve, in 64ths of an octave."""
 
-    joint_layers: int = 3
-    num_windows: int = 24
+    joint_layers: int = 6
+    num_windows: int = 8
     own_texts: bool = True
     window_tokens: int = 1024
-    least_step: int = -640
-    step: int = -640
+    least_step: int = -576
+    step: int = -520
     exact_tokens: int = 4
     seed: int = 0
 
@@ -67,7 +68,7 @@ def calibrate(
     started = time.perf_counter()
     corpus = token_windows(model, list(texts), options.num_windows, options.window_tokens) if texts else []
     general = own_texts() if options.own_texts or not texts else []
-    windows = corpus + token_windows(model, general, options.num_windows, options.window_tokens)
+    windows = corpus + token_windows(model, general, options.num_windows * (1 if corpus else 3), options.window_tokens)
     windows = [window for window in windows if len(window) >= MIN_WINDOW_TOKENS]
     if not windows:
         raise UsageError(
