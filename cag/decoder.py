@@ -1,8 +1,9 @@
 """A question's forward without a framework's overhead: the layers of a Llama-like network over few rows, on a CPU.
 
 For a dozen rows the calls of a network's hundreds of small operators cost as much as its products. Here a layer is four
-products over packed weights, one attention over the prefix, and four compiled steps between them. Recognized by
-structure and then checked: a network whose own forward gives other logits keeps its own forward.
+products, one attention over the prefix, and four compiled steps between them; what is passed on between layers is
+float32 also where products are of bfloat16. Recognized by structure and then checked: a network whose own forward gives
+other logits keeps its own forward.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cag.state import AttentionRule, SequenceState
-from cag.weights import PackedLinear, joined_weight
-from cag_kernels import FEW_ROWS, PackedWeight, packed_linear, segment_attention
+from cag.weights import Product, joined_product
+from cag_kernels import FEW_ROWS, segment_attention
+from cag_kernels.cpu import MAX_FEW_ROWS, cpu_attention_serves
 
 OWN_PAIRS = 2048  # queries x keys of the tail up to which one pass over the tail is quicker than two
-TOLERANCE = 1e-2  # of the largest logit: keys a step of bfloat16 apart stay below, another formula far above
+PROBED_LAYERS = 2  # compared closely; behind all layers a network in bfloat16 may be far from itself in float32
+CLOSE, FAR = 2e-2, 0.5  # of the logits' norm; another formula is far above the first after two layers
 
 _MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -44,27 +47,29 @@ class Layer:
 
     before_attention: Norm
     before_mlp: Norm
-    projections: PackedWeight
-    projections_bias: Tensor | None
+    projections: Product
     query_norm: Norm | None
     key_norm: Norm | None
-    output: PackedLinear
-    gate_and_up: PackedWeight
-    gate_and_up_bias: Tensor | None
-    down: PackedLinear
+    output: Product
+    gate_and_up: Product
+    down: Product
     rule: AttentionRule
 
 
 class FewRowsDecoder:
     """Runs up to `FEW_ROWS` tokens. Not for several threads at once: the model's lock is held around it."""
 
-    def __init__(self, network: Any, layers: list[Layer], head_dim: int) -> None:
+    def __init__(
+        self, network: Any, layers: list[Layer], head: Product, head_dim: int, attends_in: torch.dtype
+    ) -> None:
         from cag_kernels import cpu_rows
 
         self._steps = cpu_rows
         self._network = network
         self._layers = layers
+        self._head = head
         self._head_dim = head_dim
+        self._attends_in = attends_in
         self._norm = _norm(network.model.norm)
         self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
 
@@ -73,23 +78,30 @@ class FewRowsDecoder:
         fits = 0 < num_tokens <= FEW_ROWS
         return fits and all(state.num_tokens + num_tokens <= window for window in self._windows)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, state: SequenceState, num_logits: int) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        state: SequenceState,
+        num_logits: int,
+        num_layers: int | None = None,
+    ) -> Tensor:
         """Logits of the last `num_logits` of the tokens (all if 0), `[num_logits, vocab_size]` float32.
 
-        The keys and values of the tokens join the tail's buffers; `token_ids` and `positions` are `[num_tokens]`.
+        The keys and values of the tokens join the tail's buffers; `token_ids` and `positions` are `[num_tokens]`. Only
+        a check runs less than all layers.
         """
-        hidden = self._network.model.embed_tokens(token_ids)
+        hidden = self._network.model.embed_tokens(token_ids).float()
         cosines, sines = self._network.model.rotary_emb(hidden[None], positions[None])
         rotation = cosines[0].float().contiguous().numpy(), sines[0].float().contiguous().numpy()
         update, normed = torch.zeros_like(hidden), torch.empty_like(hidden)
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers[:num_layers]):
             self._add_and_norm(hidden, update, layer.before_attention, normed)
             update = self._attend(index, layer, normed, rotation, state)
             self._add_and_norm(hidden, update, layer.before_mlp, normed)
             update = self._mlp(layer, normed)
         self._add_and_norm(hidden, update, self._norm, normed)
-        logits: Tensor = self._network.lm_head(normed[-num_logits:])
-        return logits
+        return self._head(normed[-num_logits:])
 
     def _add_and_norm(self, hidden: Tensor, update: Tensor, norm: Norm, out: Tensor) -> None:
         self._steps.add_and_norm(hidden.numpy(), update.numpy(), norm.weight, norm.epsilon, out.numpy())
@@ -97,7 +109,7 @@ class FewRowsDecoder:
     def _attend(
         self, index: int, layer: Layer, normed: Tensor, rotation: tuple[Any, Any], state: SequenceState
     ) -> Tensor:
-        projected = packed_linear(normed, layer.projections, layer.projections_bias)
+        projected = layer.projections(normed)
         keys, values = state.tail.keys[index], state.tail.values[index]
         num_rows, head_dim = normed.shape[0], self._head_dim
         num_q_heads = projected.shape[1] // head_dim - 2 * keys.shape[0]
@@ -122,7 +134,7 @@ class FewRowsDecoder:
             logsumexps.numpy(),
             out.numpy(),
         )
-        return packed_linear(out, layer.output.packed, layer.output.bias)
+        return layer.output(out)
 
     def _attend_before(
         self, index: int, layer: Layer, query: Tensor, state: SequenceState
@@ -133,8 +145,9 @@ class FewRowsDecoder:
         first = 0 if state.num_tail * query.shape[1] <= OWN_PAIRS else state.num_tail
         if first:
             segments.append((state.tail.keys[index][:, :first], state.tail.values[index][:, :first], first))
+        rounded = self._rounded(query, segments[0][0]) if segments else query
         parts = [
-            segment_attention(query, keys, values, scale=layer.rule.scale, offset=at) for keys, values, at in segments
+            segment_attention(rounded, keys, values, scale=layer.rule.scale, offset=at) for keys, values, at in segments
         ]
         if not parts:
             return first, query.new_empty(0, *query.shape), query.new_empty(0, *query.shape[:2])
@@ -142,55 +155,65 @@ class FewRowsDecoder:
             return first, parts[0][0][None], parts[0][1][None]
         return first, torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
 
+    def _rounded(self, query: Tensor, keys: Tensor) -> Tensor:
+        """The query in the type that the network attends in, where that is quicker: not for a single token."""
+        few = query.shape[0] // keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS and cpu_attention_serves(query, keys)
+        return query if few else query.to(self._attends_in)
+
     def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
-        projected = packed_linear(normed, layer.gate_and_up, layer.gate_and_up_bias)
+        projected = layer.gate_and_up(normed)
         gated = projected.new_empty(projected.shape[0], projected.shape[1] // 2)
         self._steps.gate(projected.numpy(), gated.numpy())
-        return packed_linear(gated, layer.down.packed, layer.down.bias)
+        return layer.down(gated)
 
 
-def recognize(network: Any, head_dim: int, rules: Sequence[AttentionRule]) -> FewRowsDecoder | None:
-    """A decoder for a packed network with the parts of Llama, Mistral, Qwen 2 or Qwen 3; None for any other.
+def recognize(
+    network: Any, head_dim: int, rules: Sequence[AttentionRule], kind: str = "transposed"
+) -> FewRowsDecoder | None:
+    """A decoder for a network with the parts of Llama, Mistral, Qwen 2 or Qwen 3; None for any other.
 
-    `rules` say how each layer attends, as the network itself told the attention.
+    Its weights are packed, or plain in bfloat16; `kind` is that of `cag.weights.joined_product`, `rules` say how each
+    layer attends, as the network itself told the attention.
     """
-    if importlib.util.find_spec("numba") is None or not isinstance(getattr(network, "lm_head", None), PackedLinear):
+    model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
+    if importlib.util.find_spec("numba") is None or model is None or head is None:
         return None
-    model = getattr(network, "model", None)
-    if model is None or _children(model) != _MODEL or _children(network) != {"model", "lm_head"}:
+    if _children(model) != _MODEL or _children(network) != {"model", "lm_head"}:
         return None
-    layers = [_layer(module, rule) for module, rule in zip(model.layers, rules, strict=True)]
+    layers = [_layer(module, rule, kind) for module, rule in zip(model.layers, rules, strict=True)]
     found = [layer for layer in layers if layer is not None]
-    return FewRowsDecoder(network, found, head_dim) if found and len(found) == len(layers) else None
+    product = joined_product([head], kind)
+    if product is None or not found or len(found) != len(layers):
+        return None
+    computes_in = model.layers[0].input_layernorm.weight.dtype
+    return FewRowsDecoder(network, found, product, head_dim, computes_in)
 
 
 def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _layer(module: Any, rule: AttentionRule) -> Layer | None:
+def _layer(module: Any, rule: AttentionRule, kind: str) -> Layer | None:
     if _children(module) != _LAYER or _children(module.self_attn) - _HEAD_NORMS != _ATTENTION:
         return None
     attention, mlp = module.self_attn, module.mlp
     if rule.softcap is not None or _children(mlp) - {"act_fn"} != _MLP - {"act_fn"} or not _is_silu(mlp.act_fn):
         return None
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_and_up = [mlp.gate_proj, mlp.up_proj]
-    joined, joined_gate = joined_weight(projections), joined_weight(gate_and_up)
-    ends_packed = isinstance(attention.o_proj, PackedLinear) and isinstance(mlp.down_proj, PackedLinear)
-    if joined is None or joined_gate is None or not ends_packed:
+    projections = joined_product([attention.q_proj, attention.k_proj, attention.v_proj], kind)
+    output = joined_product([attention.o_proj], kind)
+    gate_and_up = joined_product([mlp.gate_proj, mlp.up_proj], kind)
+    down = joined_product([mlp.down_proj], kind)
+    if projections is None or output is None or gate_and_up is None or down is None:
         return None
     return Layer(
         before_attention=_norm(module.input_layernorm),
         before_mlp=_norm(module.post_attention_layernorm),
-        projections=joined,
-        projections_bias=_joined_bias(projections),
+        projections=projections,
         query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        output=attention.o_proj,
-        gate_and_up=joined_gate,
-        gate_and_up_bias=_joined_bias(gate_and_up),
-        down=mlp.down_proj,
+        output=output,
+        gate_and_up=gate_and_up,
+        down=down,
         rule=rule,
     )
 
@@ -201,16 +224,9 @@ def _is_silu(activation: Any) -> bool:
 
 
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach().numpy(), float(getattr(module, "variance_epsilon", 0.0)))
+    return Norm(module.weight.detach().float().numpy(), float(getattr(module, "variance_epsilon", 0.0)))
 
 
-def _joined_bias(layers: list[PackedLinear]) -> Tensor | None:
-    if all(layer.bias is None for layer in layers):
-        return None
-    parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
-    return torch.cat([part.detach() for part in parts])
-
-
-def agrees(expected: Tensor, found: Tensor) -> bool:
-    """Whether logits are the same up to the order of float32 sums."""
-    return bool((expected - found).abs().max() <= TOLERANCE * expected.abs().max())
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Norm of the difference over that of `expected`."""
+    return float((expected - found).norm() / expected.norm())

@@ -7,6 +7,8 @@ the state of the sequence as a keyword of the forward. Knows a directory of mode
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,14 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cag.decoder import FewRowsDecoder, agrees, recognize
+from cag.decoder import CLOSE, FAR, PROBED_LAYERS, FewRowsDecoder, recognize, relative_difference
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate, read_template
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.state import AttentionRule, KvShape, SequenceState, Tail
-from cag.weights import loses_in_bfloat16, pack_network, use_transposed_products
-from cag_kernels import warm_up, warm_up_linear
+from cag.weights import join_network, loses_in_bfloat16, pack_network, use_transposed_products
+from cag_kernels import warm_up, warm_up_linear, warm_up_tiles
 
 ATTENTION_NAME = "cag_segments"
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -134,8 +136,11 @@ class LanguageModel:
             network = _with_adapter(network, options.adapter)
         if packs:
             pack_network(network)
-        elif plan.product == "transposed":
-            use_transposed_products(network)
+        else:
+            if device.type == "cpu" and compute == torch.bfloat16:
+                join_network(network)
+            if plan.product in ("transposed", "tiles"):
+                use_transposed_products(network)
         return cls(
             network.to(device),
             _read_tokenizer(directory),
@@ -205,29 +210,45 @@ class LanguageModel:
         """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
         if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
             return None
-        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self._rules)
+        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self._rules, self.plan.product)
         if decoder is None:
             return None
+        for num_layers, tolerance in ((PROBED_LAYERS, CLOSE), (None, CLOSE if self._computes_exactly else FAR)):
+            if not self._decoder_difference(decoder, num_layers) <= tolerance:  # also where it is no number
+                return None
+        return decoder
+
+    @property
+    def _computes_exactly(self) -> bool:
+        return self.compute_dtype == torch.float32
+
+    def _decoder_difference(self, decoder: FewRowsDecoder, num_layers: int | None) -> float:
+        """How far a decoder's logits on probe tokens are from the network's own, behind its first layers or all."""
         vocab_size = self.network.config.get_text_config().vocab_size
-        ids = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES)
+        ids, positions = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES), torch.arange(NUM_PROBES)
         expected_state, state = self.new_state(), self.new_state()
         expected_state.begin(NUM_PROBES)
         state.begin(NUM_PROBES)
-        expected = self._network_forward(ids, torch.arange(NUM_PROBES), expected_state, 0)
+        with _first_layers(self.network, num_layers):
+            expected = self._network_forward(ids, positions, expected_state, 0)
         found = []
         for span in (slice(0, NUM_PROBES - 1), slice(NUM_PROBES - 1, NUM_PROBES)):
-            found.append(decoder.forward(ids[span], torch.arange(NUM_PROBES)[span], state, 0))
+            found.append(decoder.forward(ids[span], positions[span], state, 0, num_layers))
             state.finish(len(ids[span]))
-        return decoder if agrees(expected, torch.cat(found)) else None
+        return relative_difference(expected, torch.cat(found))
 
     def _compile_kernels(self) -> None:
         """Compile what a question needs, so that no question waits for it."""
-        mixed = self.compute_dtype == torch.float32 and self.kv_dtype == torch.bfloat16
-        if self.device.type == "cpu" and mixed:
-            num_q_heads = self.network.config.get_text_config().num_attention_heads
-            groups = {num_q_heads // shape.num_kv_heads for shape in self.kv_shapes}
+        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
+            return
+        num_q_heads = self.network.config.get_text_config().num_attention_heads
+        groups = {num_q_heads // shape.num_kv_heads for shape in self.kv_shapes}
+        head_dims = sorted({shape.head_dim for shape in self.kv_shapes})
+        warm_up(head_dims, sorted(groups))
+        if self.compute_dtype == torch.float32:
             warm_up_linear(torch.bfloat16)
-            warm_up(sorted({shape.head_dim for shape in self.kv_shapes}), sorted(groups))
+        elif self.compute_dtype == torch.bfloat16:
+            warm_up_tiles(head_dims)
 
     def _probe_layers(self) -> list[tuple[KvShape, AttentionRule]]:
         """Shapes of keys and values in each layer and how it attends, seen in a forward of one token."""
@@ -242,6 +263,17 @@ class LanguageModel:
                 "layers that share or replace keys and values are not supported."
             )
         return [probe.layers[index] for index in range(num_layers)]
+
+
+@contextmanager
+def _first_layers(network: Any, count: int | None) -> Iterator[None]:
+    """The network ends behind its first `count` layers inside."""
+    layers = network.model.layers
+    network.model.layers = layers[:count]
+    try:
+        yield
+    finally:
+        network.model.layers = layers
 
 
 class _LayerProbe:

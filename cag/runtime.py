@@ -22,7 +22,14 @@ import torch
 
 from cag.errors import UsageError
 from cag.home import cag_home
-from cag_kernels import has_compiler, linear_without_packing, pack_weight, packed_linear
+from cag_kernels import (
+    has_compiler,
+    linear_without_packing,
+    pack_weight,
+    packed_linear,
+    tile_linear,
+    tile_linear_serves,
+)
 
 SMALL_ROWS = 15  # a question
 LARGE_ROWS = 256  # a block of prefill
@@ -35,9 +42,10 @@ class RuntimePlan:
     """How forwards run on one device.
 
     `threads_small` serves up to `LARGE_ROWS / 2` tokens a forward, `threads_large` more. `product` says how a
-    question's rows meet a weight: "plain", "transposed" (`cag_kernels.linear_without_packing`) or "packed"
-    (`cag_kernels.packed_linear`, for weights stored in bfloat16). `measured_ms` holds, for
-    "product/dtype/threads/rows", the milliseconds that led to the choice; empty where nothing had to be measured.
+    question's rows meet a weight: "plain", "transposed" (`cag_kernels.linear_without_packing`), "packed"
+    (`cag_kernels.packed_linear`, for weights stored in bfloat16) or "tiles" (`cag_kernels.tile_linear`). `measured_ms`
+    holds, for "product/dtype/threads/rows", the milliseconds that led to the choice; empty where nothing had to be
+    measured.
     """
 
     device: str
@@ -126,7 +134,7 @@ def _machine_key() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "torch": torch.__version__,
-        "version": 4,
+        "version": 5,
     }
 
 
@@ -147,6 +155,11 @@ def _measure_cpu() -> RuntimePlan:
                 multiply = linear_without_packing if product == "transposed" else torch.nn.functional.linear
                 key = f"{product}/{dtype}/{threads}/{rows}"
                 measured[key] = _time_products(multiply, block[rows], matrices)
+    if tile_linear_serves(matrices[0]):
+        for threads in _thread_candidates():
+            torch.set_num_threads(threads)
+            key = f"tiles/bfloat16/{threads}/{SMALL_ROWS}"
+            measured[key] = _time_products(tile_linear, block[SMALL_ROWS].float(), matrices)
     if has_compiler():
         packed = [pack_weight(matrix) for matrix in matrices]
         for threads in _thread_candidates():

@@ -7,18 +7,30 @@ twice the memory and twice the reading for each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cag_kernels import PackedWeight, can_pack, linear_without_packing, pack_weight, packed_linear
+from cag_kernels import (
+    PackedWeight,
+    can_pack,
+    linear_without_packing,
+    pack_weight,
+    packed_linear,
+    tile_linear,
+    tile_linear_serves,
+)
 from cag_kernels.packed import PANEL
 
 FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # packed side by side: one product serves all
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kept side by side: one product serves all
+
+Product = Callable[[Tensor], Tensor]
+"""A linear layer for few rows: `[num_rows, in_features]` float32 to `[num_rows, out_features]` float32, contiguous."""
 
 
 class PackedLinear(nn.Module):
@@ -87,18 +99,66 @@ def pack_network(network: nn.Module) -> None:
     _widen_the_rest(network)
 
 
-def joined_weight(layers: Sequence[Any]) -> PackedWeight | None:
-    """One weight over layers that were packed side by side; None if they were not."""
-    if not all(isinstance(layer, PackedLinear) for layer in layers):
+def join_network(network: nn.Module) -> None:
+    """Lay weights that read the same input side by side, in place: each becomes a view of the joined one."""
+    for parent in network.modules():
+        children = dict(parent.named_children())
+        for names in TOGETHER:
+            found = (children.get(name) for name in names)
+            layers = [child for child in found if isinstance(child, nn.Linear)]
+            if len(layers) == len(names):
+                _join(layers)
+
+
+def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
+    """One product for layers that lie side by side, outputs side by side too; None if they do not.
+
+    `kind` (of `RuntimePlan.product`) says how plain weights in bfloat16 are multiplied: "plain", "transposed" or
+    "tiles", where tiles cannot serve a weight as "transposed".
+    """
+    bias = _joined_bias(layers)
+    if all(isinstance(layer, PackedLinear) for layer in layers):
+        panels = _spanned([layer.packed.panels for layer in layers])
+        packed = None if panels is None else PackedWeight(panels, sum(layer.out_features for layer in layers))
+        return None if packed is None else partial(packed_linear, packed=packed, bias=bias)
+    if not all(isinstance(layer, nn.Linear) and layer.weight.dtype == torch.bfloat16 for layer in layers):
         return None
-    panels = [layer.packed.panels for layer in layers]
-    for before, behind in pairwise(panels):
-        if before.data_ptr() + before.nbytes != behind.data_ptr():
+    weight = _spanned([layer.weight.detach() for layer in layers])
+    if weight is None:
+        return None
+    if kind == "tiles" and tile_linear_serves(weight):
+        return partial(tile_linear, weight=weight, bias=bias)
+    multiply = nn.functional.linear if kind == "plain" else linear_without_packing
+    return partial(_rounded_product, multiply, weight, bias)
+
+
+def _rounded_product(multiply: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    product = multiply(rows.to(weight.dtype), weight).float()
+    return product if bias is None else product.add_(bias)
+
+
+def _spanned(parts: Sequence[Tensor]) -> Tensor | None:
+    """One view over parts of one memory that follow each other along the first axis; None if they do not."""
+    for before, behind in pairwise(parts):
+        same = before.untyped_storage().data_ptr() == behind.untyped_storage().data_ptr()
+        if not same or before.data_ptr() + before.nbytes != behind.data_ptr():
             return None
-    count = sum(part.shape[0] for part in panels)
-    first = panels[0]
-    whole = first.as_strided((count, *first.shape[1:]), first.stride(), first.storage_offset())
-    return PackedWeight(whole, sum(layer.out_features for layer in layers))
+    first, count = parts[0], sum(part.shape[0] for part in parts)
+    return first.as_strided((count, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    return torch.cat([part.float() for part in parts])
+
+
+def _join(layers: Sequence[nn.Linear]) -> None:
+    whole = torch.cat([layer.weight.detach() for layer in layers])
+    parts = torch.split_with_sizes(whole, [layer.out_features for layer in layers])
+    for layer, part in zip(layers, parts, strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
 
 
 def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:

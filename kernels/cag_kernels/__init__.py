@@ -6,8 +6,15 @@ This package knows torch (and Triton), and no type of the project. `segment_atte
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
-from cag_kernels.cpu import has_compiler, warm_up
-from cag_kernels.linear import FEW_ROWS, linear_without_packing, packed_linear, warm_up_linear
+from cag_kernels.cpu import has_compiler, warm_up, warm_up_tiles
+from cag_kernels.linear import (
+    FEW_ROWS,
+    linear_without_packing,
+    packed_linear,
+    tile_linear,
+    tile_linear_serves,
+    warm_up_linear,
+)
 from cag_kernels.merge import merge_segments
 from cag_kernels.packed import PackedWeight, can_pack, pack_weight
 from cag_kernels.reference import segment_attention_reference
@@ -25,6 +32,9 @@ __all__ = [
     "packed_linear",
     "segment_attention",
     "segment_attention_reference",
+    "tile_linear",
+    "tile_linear_serves",
     "warm_up",
     "warm_up_linear",
+    "warm_up_tiles",
 ]

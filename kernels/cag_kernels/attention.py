@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import cpu_attention, cpu_attention_serves, has_compiler
+from cag_kernels.cpu import cpu_attention, cpu_attention_serves, has_compiler, has_tiles
 from cag_kernels.flash import fused_attention, has_flash_attn
 from cag_kernels.tiled import tiled_attention
 
@@ -63,6 +63,8 @@ def available_paths(device: torch.device) -> dict[str, str]:
     paths = {"fused": fused, "tiled": "torch, tiles of keys with an online softmax"}
     if device.type == "cpu" and has_compiler():
         paths["compiled"] = "LLVM code for this processor, few float32 rows over bfloat16 keys"
+        if has_tiles():
+            paths["compiled"] += ", and few bfloat16 rows by tiles (AMX)"
     return paths
 
 

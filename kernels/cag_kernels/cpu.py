@@ -1,4 +1,4 @@
-"""Segment attention compiled for this processor: a few float32 rows of query over a long segment held in bfloat16.
+"""Segment attention compiled for this processor: a few rows of query over a long segment held in bfloat16.
 
 The code is made by LLVM (llvmlite) when a head dimension is first needed and runs on torch's own OpenMP threads, which
 are awake from the layer's products. The number of threads does not show in the result's bits.
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cag_kernels.cpu_panel import Blocking
 
 HEAD_DIM_MULTIPLE = 16  # one vector of the widest registers
+TILE_DEPTH = 32  # of the summed axis of one product of tiles
 MAX_HEAD_DIM = 512  # the scratch of a thread stays far below the smallest of usual stacks
 MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
 
@@ -57,8 +58,8 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
     """Whether `cpu_attention` takes these tensors; what each query sees is not looked at."""
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.float32
         and keys.dtype == torch.bfloat16
+        and (query.dtype == torch.float32 or _tiles_serve(query))
         and keys.shape[1] > 0
         and query.shape[1] > 0
         and query.shape[2] % HEAD_DIM_MULTIPLE == 0
@@ -67,6 +68,19 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
         and not query.requires_grad  # the compiled code knows no gradients
         and has_compiler()
     )
+
+
+def has_tiles() -> bool:
+    """Whether compiled code may multiply tiles of bfloat16 (AMX) here."""
+    if not has_compiler():
+        return False
+    from cag_kernels import cpu_tiles
+
+    return cpu_tiles.has_tiles()
+
+
+def _tiles_serve(query: Tensor) -> bool:
+    return query.dtype == torch.bfloat16 and query.shape[2] % TILE_DEPTH == 0 and has_tiles()
 
 
 def cpu_attention(
@@ -81,19 +95,23 @@ def cpu_attention(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.segment_attention_reference`, for queries that stand behind the whole segment.
 
-    Takes what `cpu_attention_serves` accepts, with `offset >= num_keys - 1`, no window and no cap. Accumulates in
-    float32. Safe to call from several Python threads.
+    Takes what `cpu_attention_serves` accepts, with `offset >= num_keys - 1`, no window and no cap. A float32 query
+    meets widened keys; a bfloat16 query meets tiles, and weights are rounded to bfloat16 before they meet the values.
+    Accumulates in float32, and gives float32. Safe to call from several Python threads.
     """
     assert window is None and softcap is None and offset >= keys.shape[1] - 1, "every query sees every key"
     num_q_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_keys, _ = keys.shape
     num_rows = num_q_heads // num_kv_heads * num_queries
-    kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None)
+    if query.dtype == torch.bfloat16:
+        kernel = tile_kernel(head_dim)
+    else:
+        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None)
     num_lanes = -(-num_rows // kernel.blocking.lanes) * kernel.blocking.lanes
     num_ranges = -(-num_keys // kernel.blocking.range_tokens)
     query = query.contiguous()
     values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
-    out = torch.empty_like(query)
+    out = torch.empty_like(query, dtype=torch.float32)
     num_tasks = num_kv_heads * num_ranges
     counts = [num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim]
     parts = torch.split_with_sizes(_scratch.take(sum(counts) * num_lanes).view(-1, num_lanes), counts)
@@ -116,15 +134,25 @@ def warm_up(head_dims: Iterable[int], group_sizes: Iterable[int] = ()) -> None:
                 compiled_kernel(head_dim, group_size)
 
 
-class CompiledKernel:
-    """Machine code for one head dimension, for any or for exactly `few_rows` rows, run on several threads."""
+def warm_up_tiles(head_dims: Iterable[int]) -> None:
+    """Compile what bfloat16 queries and blocks with these head dimensions need; nothing where there are no tiles."""
+    if has_tiles():
+        from cag_kernels.cpu_tile_linear import compiled_kernel as linear_kernel
 
-    def __init__(self, head_dim: int, blocking: Blocking, few_rows: int | None) -> None:
+        linear_kernel()
+        for head_dim in head_dims:
+            if head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM:
+                tile_kernel(head_dim)
+
+
+class CompiledKernel:
+    """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads."""
+
+    def __init__(self, module: Any, blocking: Blocking) -> None:
         from cag_kernels.cpu_emit import Program
-        from cag_kernels.cpu_loops import attention_module
 
         self.blocking = blocking
-        self._program = Program(attention_module(head_dim, blocking, few_rows))
+        self._program = Program(module)
         function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
         self._attend_address = self._program.address("attend")
         self._prepare, self._attend, self._finish = (
@@ -155,9 +183,24 @@ def compiled_kernel(head_dim: int, single_query_rows: int | None = None) -> Comp
 
 @cache
 def _compile(head_dim: int, few_rows: int | None) -> CompiledKernel:
+    from cag_kernels.cpu_loops import attention_module
     from cag_kernels.cpu_panel import host_blocking
 
-    return CompiledKernel(head_dim, host_blocking(), few_rows)
+    blocking = host_blocking()
+    return CompiledKernel(attention_module(head_dim, blocking, few_rows), blocking)
+
+
+def tile_kernel(head_dim: int) -> CompiledKernel:
+    """The kernel of a head dimension for bfloat16 queries, compiled once a process."""
+    with _lock:
+        return _compile_tiles(head_dim)
+
+
+@cache
+def _compile_tiles(head_dim: int) -> CompiledKernel:
+    from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
+
+    return CompiledKernel(tile_attention_module(head_dim), TILE_BLOCKING)
 
 
 @cache

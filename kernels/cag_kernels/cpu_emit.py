@@ -16,6 +16,7 @@ from llvmlite import ir
 Value = Any  # llvmlite's values carry no types for a checker
 POINTER = ir.PointerType()
 FLOAT = ir.FloatType()
+INT8 = ir.IntType(8)
 INT16 = ir.IntType(16)
 INT32 = ir.IntType(32)
 INT64 = ir.IntType(64)
@@ -112,8 +113,11 @@ class Emitter:
 
     def spread(self, pointer: Value) -> Value:
         """One number from memory in every lane."""
-        number = self.builder.load(pointer, typ=FLOAT, align=4)
-        return self._spread_number(number, self.vector)
+        return self.spread_number(self.builder.load(pointer, typ=FLOAT, align=4))
+
+    def spread_number(self, number: Value) -> Value:
+        """A float32 in every lane."""
+        return self._spread_lanes(number, self.vector)
 
     def multiply_add(self, left: Value, right: Value, addend: Value) -> Value:
         """`left * right + addend`, fused where the processor has it."""
@@ -145,11 +149,11 @@ class Emitter:
 
     def first_lanes(self, value: Value, count: Value) -> Value:
         """`value` with zeros in the lanes from `count` on."""
-        counts = self._spread_number(self.builder.trunc(count, INT32), self.integers)
+        counts = self._spread_lanes(self.builder.trunc(count, INT32), self.integers)
         inside = self.builder.icmp_signed("<", ir.Constant(self.integers, list(range(self.lanes))), counts)
         return self.builder.select(inside, value, self.constant(0.0))
 
-    def _spread_number(self, number: Value, kind: Any) -> Value:
+    def _spread_lanes(self, number: Value, kind: Any) -> Value:
         first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(INT32, 0))
         return self._shuffle(first, first, [0] * self.lanes)
 
@@ -158,13 +162,16 @@ class Emitter:
 
     def exponential(self, value: Value) -> Value:
         """`exp(value)` for values up to 0, to about 1e-7; below -87 a number of 1e-38 instead of 0. NaN stays NaN."""
+        return self.power_of_two(self.builder.fmul(value, self.constant(1 / math.log(2))), _TAYLOR_TERMS)
+
+    def power_of_two(self, exponent: Value, num_terms: int) -> Value:
+        """`2 ** exponent` for exponents up to 127, by a polynomial of `num_terms` terms: 5 give 4e-5, 8 give 1e-8."""
         builder = self.builder
-        exponent = builder.fmul(value, self.constant(1 / math.log(2)))
         low = builder.fcmp_ordered("<", exponent, self.constant(_LEAST_EXPONENT))
         exponent = builder.select(low, self.constant(_LEAST_EXPONENT), exponent)
         whole = self._intrinsic("llvm.rint", exponent)
         fraction = builder.fsub(exponent, whole)
-        coefficients = [math.log(2) ** power / math.factorial(power) for power in range(_TAYLOR_TERMS)]
+        coefficients = [math.log(2) ** power / math.factorial(power) for power in range(num_terms)]
         result = self.constant(coefficients[-1])
         for coefficient in reversed(coefficients[:-1]):
             result = self.multiply_add(result, fraction, self.constant(coefficient))

@@ -6,6 +6,7 @@ ranges have a fixed number of keys and are merged in order, so the threads do no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -19,14 +20,14 @@ class Field(IntEnum):
     """Places in the array of int64 that describes a call to the compiled code; `QUERY` to `OUT` are addresses."""
 
     NEXT_TASK = 0
-    QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32
+    QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32 (bfloat16 for tiles)
     KEYS = 2
     VALUES = 3
-    SCALED = 4  # [num_kv_heads, head_dim, num_lanes] float32: the query transposed, scaled and padded with zeros
+    SCALED = 4  # [num_kv_heads, head_dim, num_lanes] float32: the query transposed, scaled, padded with zeros
     MAXIMUM = 5  # [num_kv_heads, num_ranges, num_lanes] float32; range 0 of a head holds the result in the end
     DENOMINATOR = 6  # as MAXIMUM
     WEIGHTED = 7  # [num_kv_heads, num_ranges, head_dim, num_lanes] float32
-    OUT = 8  # as QUERY
+    OUT = 8  # as QUERY, float32
     NUM_KV_HEADS = 9
     NUM_KEYS = 10
     NUM_ROWS = 11
@@ -47,21 +48,25 @@ def attention_module(head_dim: int, blocking: Blocking, few_rows: int | None = N
         panels = [Panel(module, head_dim, width, blocking).function for width in range(1, MAX_WIDTH + 1)]
     else:
         panels = [FewRows(module, head_dim, few_rows, blocking).function]
-    _emit_prepare(_Call(module, "prepare", head_dim, blocking))
-    _emit_attend(_Call(module, "attend", head_dim, blocking), panels)
-    _emit_finish(_Call(module, "finish", head_dim, blocking))
+    _emit_prepare(Call(module, "prepare", head_dim, blocking))
+    _emit_attend(Call(module, "attend", head_dim, blocking), panels)
+    _emit_finish(Call(module, "finish", head_dim, blocking))
     return module
 
 
-class _Call:
+class Call:
     """A function under construction and the fields of the call that it serves."""
 
     def __init__(self, module: ir.Module, name: str, head_dim: int, blocking: Blocking) -> None:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
-        self.emit = Emitter(self.function, blocking.lanes)
         self.head_dim = head_dim
         self.blocking = blocking
+        self.emit = self.make_emitter()
         self._fields: dict[Field, Value] = {field: self._read(field) for field in list(Field)[1:]}
+
+    def make_emitter(self) -> Emitter:
+        """What the function's instructions are made with."""
+        return Emitter(self.function, self.blocking.lanes)
 
     def _read(self, field: Field) -> Value:
         value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
@@ -84,7 +89,7 @@ class _Call:
         return first
 
 
-def _emit_prepare(call: _Call) -> None:
+def _emit_prepare(call: Call) -> None:
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
     scale = builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT)
     last = builder.sub(call[Field.NUM_ROWS], emit.integer(1))
@@ -106,23 +111,27 @@ def _emit_prepare(call: _Call) -> None:
     builder.ret_void()
 
 
-def _emit_attend(call: _Call, panels: list[ir.Function]) -> None:
+def _emit_attend(call: Call, panels: list[ir.Function]) -> None:
+    emit_tasks(call, lambda task: _emit_task(call, panels, task))
+    call.emit.builder.ret_void()
+
+
+def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
+    """Take tasks, numbered head by head and range by range, from the call's counter until none is left."""
     emit, builder = call.emit, call.emit.builder
-    num_ranges = call[Field.NUM_RANGES]
-    num_tasks = builder.mul(num_ranges, call[Field.NUM_KV_HEADS])
+    num_tasks = builder.mul(call[Field.NUM_RANGES], call[Field.NUM_KV_HEADS])
     take, work, done = function_blocks(call.function, "take", "work", "done")
     builder.branch(take)
     builder.position_at_end(take)
     task = builder.atomic_rmw("add", call.place(Field.NEXT_TASK), emit.integer(1), "monotonic")
     builder.cbranch(builder.icmp_signed("<", task, num_tasks), work, done)
     builder.position_at_end(work)
-    _emit_task(call, panels, task)
+    emit_task(task)
     builder.branch(take)
     builder.position_at_end(done)
-    builder.ret_void()
 
 
-def _emit_task(call: _Call, panels: list[ir.Function], task: Value) -> None:
+def _emit_task(call: Call, panels: list[ir.Function], task: Value) -> None:
     emit, builder = call.emit, call.emit.builder
     head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
     first = builder.mul(part, emit.integer(call.blocking.range_tokens))
@@ -178,7 +187,7 @@ def _emit_panels(emit: Emitter, panels: list[ir.Function], pointers: list[Value]
     builder.position_at_end(behind)
 
 
-def _emit_finish(call: _Call) -> None:
+def _emit_finish(call: Call) -> None:
     """Join the ranges of every head into its range 0 and write the result, row by row."""
     emit, zero = call.emit, call.emit.integer(0)
     with emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head:
@@ -195,35 +204,49 @@ def _emit_finish(call: _Call) -> None:
     emit.builder.ret_void()
 
 
-def _weighted_at(call: _Call, task: Value, channel: Value, row: Value) -> Value:
+def _weighted_at(call: Call, task: Value, channel: Value, row: Value) -> Value:
     index = call.index(task, (call.head_dim, channel), (call[Field.NUM_LANES], row))
     return call.emit.at(call[Field.WEIGHTED], index)
 
 
-def _emit_merge(call: _Call, head: Value, row: Value) -> None:
+def _emit_merge(call: Call, head: Value, row: Value) -> None:
     """One vector of rows: maximum, denominator, and the weighted sum divided by the denominator."""
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
     num_ranges, nothing = call[Field.NUM_RANGES], [emit.constant(0.0)]
     base = builder.mul(head, num_ranges)
+    largest, total = emit_factors(call, base, row)
+    with emit.loop(zero, emit.integer(call.head_dim), 1) as channel:
+        with emit.loop(zero, num_ranges, 1, nothing) as part:
+            factor = emit.load(_row_place(call, Field.MAXIMUM, base, part.index, row))
+            weighted = emit.load(_weighted_at(call, builder.add(base, part.index), channel.index, row))
+            part.following = [emit.multiply_add(factor, weighted, part.values[0])]
+        emit.store(part.following[0], _weighted_at(call, base, channel.index, row))
+    emit.store(largest, _row_place(call, Field.MAXIMUM, base, zero, row))
+    emit.store(total, _row_place(call, Field.DENOMINATOR, base, zero, row))
 
-    def place(field: Field, part: Value) -> Value:
-        return emit.at(call[field], call.index(builder.add(base, part), (call[Field.NUM_LANES], row)))
 
+def emit_factors(call: Call, base: Value, row: Value) -> tuple[Value, Value]:
+    """Maximum and denominator of a vector of rows over the ranges from task `base` on; each range's place of its
+    maximum then holds what its weighted sums are multiplied by."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    num_ranges = call[Field.NUM_RANGES]
     with emit.loop(zero, num_ranges, 1, [emit.constant(UNSEEN)]) as part:
-        part.following = [emit.larger(part.values[0], emit.load(place(Field.MAXIMUM, part.index)))]
+        maximum = emit.load(_row_place(call, Field.MAXIMUM, base, part.index, row))
+        part.following = [emit.larger(part.values[0], maximum)]
     largest = part.following[0]
-    with emit.loop(zero, num_ranges, 1, nothing) as part:
-        factor = emit.exponential(builder.fsub(emit.load(place(Field.MAXIMUM, part.index)), largest))
-        emit.store(factor, place(Field.MAXIMUM, part.index))
-        denominator = emit.load(place(Field.DENOMINATOR, part.index))
+    with emit.loop(zero, num_ranges, 1, [emit.constant(0.0)]) as part:
+        place = _row_place(call, Field.MAXIMUM, base, part.index, row)
+        factor = emit.exponential(builder.fsub(emit.load(place), largest))
+        emit.store(factor, place)
+        denominator = emit.load(_row_place(call, Field.DENOMINATOR, base, part.index, row))
         part.following = [emit.multiply_add(factor, denominator, part.values[0])]
     total = part.following[0]
     inverse = builder.fdiv(emit.constant(1.0), total)
-    with emit.loop(zero, emit.integer(call.head_dim), 1) as channel:
-        with emit.loop(zero, num_ranges, 1, nothing) as part:
-            factor = emit.load(place(Field.MAXIMUM, part.index))
-            weighted = emit.load(_weighted_at(call, builder.add(base, part.index), channel.index, row))
-            part.following = [emit.multiply_add(factor, weighted, part.values[0])]
-        emit.store(builder.fmul(part.following[0], inverse), _weighted_at(call, base, channel.index, row))
-    emit.store(largest, place(Field.MAXIMUM, zero))
-    emit.store(total, place(Field.DENOMINATOR, zero))
+    with emit.loop(zero, num_ranges, 1) as part:
+        place = _row_place(call, Field.MAXIMUM, base, part.index, row)
+        emit.store(builder.fmul(emit.load(place), inverse), place)
+    return largest, total
+
+
+def _row_place(call: Call, field: Field, base: Value, part: Value, row: Value) -> Value:
+    return call.emit.at(call[field], call.index(call.emit.builder.add(base, part), (call[Field.NUM_LANES], row)))

@@ -52,6 +52,43 @@ def linear_without_packing(block: Tensor, weight: Tensor, bias: Tensor | None = 
     return transposed.t().contiguous().view(*block.shape[:-1], weight.shape[0])
 
 
+def tile_linear_serves(weight: Tensor) -> bool:
+    """Whether `tile_linear` takes this weight on this machine."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_compiler():
+        return False
+    from cag_kernels import cpu_tile_linear
+
+    return cpu_tile_linear.serves(weight)
+
+
+def tile_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`block @ weight.T + bias` by tile products: the block rounded to bfloat16, sums and result float32.
+
+    Args:
+        block: `[..., num_rows, in_features]` float32 on the CPU, not empty.
+        weight: `[out_features, in_features]` bfloat16 that `tile_linear_serves`; it is not packed.
+        bias: `[out_features]` float32, contiguous, or None.
+
+    Raises:
+        ValueError: operands that do not fit together, or a weight that is not served.
+    """
+    fits = block.shape[-1] == weight.shape[1] and block.numel() and (bias is None or bias.shape == weight.shape[:1])
+    floats = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (block, *_present(bias)))
+    if not fits or not floats or not tile_linear_serves(weight):
+        raise ValueError(f"a block {tuple(block.shape)} of {block.dtype} does not fit a weight {tuple(weight.shape)}")
+    from cag_kernels import cpu_tile_linear
+
+    rows = block.reshape(-1, block.shape[-1]).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return cpu_tile_linear.compiled_linear(rows, weight, bias).view(*block.shape[:-1], weight.shape[0])
+
+
+def tile_linear_reference(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What `tile_linear` means, in the block's type: the specification that tests compare with."""
+    product = block.to(torch.bfloat16).to(block.dtype) @ weight.to(block.dtype).t()
+    return product if bias is None else product + bias
+
+
 def warm_up_linear(dtype: torch.dtype) -> None:
     """Compile what `packed_linear` runs for weights of `dtype`, once a process; nothing without a compiler."""
     if has_compiler():

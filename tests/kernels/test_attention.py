@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cag_kernels import choose_path, merge_segments, segment_attention, segment_attention_reference
+from cag_kernels.cpu import cpu_attention_serves
 from cag_kernels.flash import fused_attention
 from cag_kernels.tiled import tiled_attention
 
@@ -89,12 +90,14 @@ def test_public_op_on_bfloat16_keys(shape, query_dtype, kv_dtype):
 def test_dispatch_depends_on_sizes_dtypes_and_masks_only():
     query, keys, _ = make((9, 3, 64, 7, 131), torch.bfloat16)
     plain = {"window": None, "softcap": None, "offset": 131}
-    assert choose_path(query, keys, **plain) == "fused"
+    few = "compiled" if cpu_attention_serves(query, keys) else "fused"  # tiles, where the processor has them
+    assert choose_path(query, keys, **plain) == few
+    assert choose_path(query.repeat(1, 30, 1), keys, **{**plain, "offset": 130}) == "fused"
     assert choose_path(query.float(), keys, **{**plain, "offset": 124}) == "tiled"  # 21 rows, some keys hidden
     assert choose_path(query.float().repeat(1, 7, 1), keys, **{**plain, "offset": 82}) == "fused"  # 147 rows
     assert choose_path(query, keys, **{**plain, "softcap": 3.0}) == "tiled"
     assert choose_path(query, keys, **{**plain, "window": 5}) == "tiled"
-    assert choose_path(query, keys, **{**plain, "window": 138}) == "fused"
+    assert choose_path(query, keys, **{**plain, "window": 138}) == few
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (50, 51), (100, 130)])

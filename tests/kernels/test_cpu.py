@@ -10,6 +10,7 @@ from cag_kernels import available_paths, choose_path, cpu, segment_attention, se
 from cag_kernels.cpu import CompiledKernel, cpu_attention, cpu_attention_serves, warm_up
 
 pytest.importorskip("llvmlite")
+from cag_kernels.cpu_loops import attention_module
 from cag_kernels.cpu_panel import Blocking
 
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
@@ -88,7 +89,8 @@ def test_other_processors_blocking(blocking, num_queries, monkeypatch):
     """Vectors of eight, as on a processor without AVX-512, and other cuts of the work."""
     query, keys, values = make((6, 2, 64, num_queries, 777))
     few_rows = 3 if num_queries == 1 else None
-    monkeypatch.setattr(cpu, "compiled_kernel", lambda head_dim, rows: CompiledKernel(head_dim, blocking, few_rows))
+    kernel = CompiledKernel(attention_module(64, blocking, few_rows), blocking)
+    monkeypatch.setattr(cpu, "compiled_kernel", lambda _head_dim, _rows: kernel)
     assert_close(cpu_attention(query, keys, values, scale=0.2, offset=777), query, keys, values, 0.2)
 
 

@@ -1,0 +1,237 @@
+"""A linear layer over a few rows by tile products (AMX), over a bfloat16 weight as it lies in the checkpoint.
+
+Sixteen output features are the rows of a tile straight from the weight, so nothing is packed beforehand and blocks of
+prefill keep the library's product on the same memory. The block's rows are rounded to bfloat16 and stand side by side.
+Sums are float32. A task is 64 output features; threads share tasks out, and no number depends on which of them computes
+it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from enum import IntEnum
+from functools import cache
+
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from torch import Tensor
+
+from cag_kernels.cpu import openmp_parallel, thread_pool
+from cag_kernels.cpu_emit import INT8, INT32, INT64, POINTER, Program, Value, function_blocks
+from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter, has_tiles
+
+TASK_FEATURES = 64  # four tiles of sums under way hide the latency of a product
+_SUMS = TASK_FEATURES // TILE
+
+_lock = threading.Lock()
+
+
+class Field(IntEnum):
+    """Places in the array of int64 that describes a call to the compiled code; `BLOCK` to `OUT` are addresses."""
+
+    NEXT_TASK = 0
+    BLOCK = 1  # [num_rows, in_features] float32
+    PAIRS = 2  # [row tiles, in_features / 2, 16] pairs of bfloat16: the block turned
+    WEIGHT = 3  # [out_features, in_features] bfloat16
+    BIAS = 4  # [out_features] float32
+    OUT = 5  # [num_rows, out_features] float32
+    NUM_ROWS = 6
+    IN_FEATURES = 7
+    OUT_FEATURES = 8
+
+
+def serves(weight: Tensor) -> bool:
+    """Whether `compiled_linear` takes this bfloat16 weight, on this processor."""
+    large = weight.shape[0] >= TASK_FEATURES and weight.shape[1] % DEPTH == 0
+    return large and weight.is_contiguous() and has_tiles()
+
+
+def compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows [num_rows, in_features] @ weight.T + bias`, all contiguous, rows and bias float32, nothing empty."""
+    num_rows, in_features = rows.shape
+    out_features = weight.shape[0]
+    out = rows.new_empty(num_rows, out_features)
+    pairs = rows.new_empty(-(-num_rows // TILE) * TILE * in_features, dtype=torch.bfloat16)
+    bias = _zeros(out_features) if bias is None else bias
+    pointers = [tensor.data_ptr() for tensor in (rows, pairs, weight, bias, out)]
+    compiled_kernel().run((0, *pointers, num_rows, in_features, out_features))
+    return out
+
+
+@cache
+def _zeros(count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(count)
+
+
+class TileLinearKernel:
+    """Machine code for every shape, run on several threads."""
+
+    def __init__(self) -> None:
+        self._program = Program(tile_linear_module())
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        self._address = self._program.address("multiply")
+        self._prepare, self._multiply = (function(self._program.address(name)) for name in ("prepare", "multiply"))
+
+    def run(self, fields: tuple[int, ...]) -> None:
+        """Serve one call; `fields` are `Field` in order."""
+        call = (ctypes.c_int64 * len(Field))(*fields)
+        num_threads = torch.get_num_threads()
+        self._prepare(call)
+        if num_threads == 1 or fields[Field.OUT_FEATURES] <= TASK_FEATURES:
+            self._multiply(call)
+        elif (parallel := openmp_parallel()) is not None:
+            parallel(self._address, ctypes.addressof(call), num_threads, 0)
+        else:
+            list(thread_pool(num_threads).map(lambda _: self._multiply(call), range(num_threads)))
+
+
+def compiled_kernel() -> TileLinearKernel:
+    """The kernel, compiled once a process."""
+    with _lock:
+        return _compile()
+
+
+@cache
+def _compile() -> TileLinearKernel:
+    return TileLinearKernel()
+
+
+def tile_linear_module() -> ir.Module:
+    """Module with `prepare` and `multiply`, each of one pointer to the fields of a call."""
+    module = ir.Module(name="tile_linear")
+    _emit_prepare(_Call(module, "prepare"))
+    _emit_multiply(_Call(module, "multiply"))
+    return module
+
+
+class _Call:
+    """A function under construction and the fields of the call that it serves."""
+
+    def __init__(self, module: ir.Module, name: str) -> None:
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
+        self.emit = TileEmitter(self.function)
+        self._fields = {field: self._read(field) for field in list(Field)[1:]}
+
+    def _read(self, field: Field) -> Value:
+        value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
+        return self.emit.builder.inttoptr(value, POINTER) if Field.BLOCK <= field <= Field.OUT else value
+
+    def place(self, field: Field) -> Value:
+        """Address of a field."""
+        return self.emit.at(self.function.args[0], int(field), INT64)
+
+    def __getitem__(self, field: Field) -> Value:
+        return self._fields[field]
+
+
+def _row_tiles(call: _Call) -> Value:
+    builder = call.emit.builder
+    return builder.udiv(builder.add(call[Field.NUM_ROWS], call.emit.integer(TILE - 1)), call.emit.integer(TILE))
+
+
+def _emit_prepare(call: _Call) -> None:
+    """Turn 16 rows by 32 features at a time; rows behind the last repeat it."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    last = builder.sub(call[Field.NUM_ROWS], emit.integer(1))
+    with (
+        emit.loop(zero, _row_tiles(call), 1) as tile,
+        emit.loop(zero, call[Field.IN_FEATURES], DEPTH) as feature,
+    ):
+        turned = []
+        for row in range(TILE):
+            index = emit.minimum(builder.add(builder.mul(tile.index, emit.integer(TILE)), emit.integer(row)), last)
+            source = emit.at(call[Field.BLOCK], builder.add(builder.mul(index, call[Field.IN_FEATURES]), feature.index))
+            turned.append(emit.narrowed_row(emit.load(source), emit.load(emit.at(source, TILE))))
+        target = emit.at(call[Field.PAIRS], _pairs_index(call, tile.index, feature.index), INT32)
+        for pair, vector in enumerate(emit.transposed(turned)):
+            builder.store(vector, emit.at(target, pair * TILE, INT32), align=4)
+    builder.ret_void()
+
+
+def _pairs_index(call: _Call, tile: Value, feature: Value) -> Value:
+    """Of the first pair of a feature: `(tile * in_features + feature) / 2 * 16`."""
+    emit, builder = call.emit, call.emit.builder
+    return builder.mul(builder.add(builder.mul(tile, call[Field.IN_FEATURES]), feature), emit.integer(TILE // 2))
+
+
+def _emit_multiply(call: _Call) -> None:
+    emit, builder = call.emit, call.emit.builder
+    take, work, done = function_blocks(call.function, "take", "work", "done")
+    with emit.configured():
+        turned = emit.bytes_on_stack(4 * TILE * TILE)
+        builder.branch(take)
+        builder.position_at_end(take)
+        task = builder.atomic_rmw("add", call.place(Field.NEXT_TASK), emit.integer(1), "monotonic")
+        start = builder.mul(task, emit.integer(TASK_FEATURES))
+        builder.cbranch(builder.icmp_signed("<", start, call[Field.OUT_FEATURES]), work, done)
+        builder.position_at_end(work)
+        # the last task begins early enough to be whole; what it computes again has the same bits
+        first = emit.minimum(start, builder.sub(call[Field.OUT_FEATURES], emit.integer(TASK_FEATURES)))
+        _emit_task(call, first, turned)
+        builder.branch(take)
+        builder.position_at_end(done)
+    builder.ret_void()
+
+
+def _emit_task(call: _Call, first: Value, turned: Value) -> None:
+    """64 features: all at once for up to 16 rows, else by halves, which meet 32 rows at a time."""
+    emit, builder = call.emit, call.emit.builder
+    few, many, joined = function_blocks(call.function, "few", "many", "joined")
+    last = builder.sub(_row_tiles(call), emit.integer(1))
+    builder.cbranch(builder.icmp_signed("==", last, emit.integer(0)), few, many)
+    builder.position_at_end(few)
+    _emit_block(call, first, [emit.integer(0)], turned)
+    builder.branch(joined)
+    builder.position_at_end(many)
+    half = TASK_FEATURES // 2
+    with (
+        emit.loop(first, builder.add(first, emit.integer(TASK_FEATURES)), half) as feature,
+        emit.loop(emit.integer(0), builder.add(last, emit.integer(1)), 2) as tile,
+    ):
+        second = emit.minimum(builder.add(tile.index, emit.integer(1)), last)
+        _emit_block(call, feature.index, [tile.index, second], turned)
+    builder.branch(joined)
+    builder.position_at_end(joined)
+
+
+def _emit_block(call: _Call, first: Value, row_tiles: list[Value], turned: Value) -> None:
+    """Four tiles of sums, features by row tiles, from zero to their places in out."""
+    emit, builder = call.emit, call.emit.builder
+    num_parts = _SUMS // len(row_tiles)
+    left, right = _SUMS, _SUMS + 4 - len(row_tiles)
+    row_bytes = builder.mul(call[Field.IN_FEATURES], emit.integer(2))
+    features = [builder.add(first, emit.integer(part * TILE)) for part in range(num_parts)]
+    blocks = [emit.at(call[Field.WEIGHT], builder.mul(feature, row_bytes), INT8) for feature in features]
+    for total in range(_SUMS):
+        emit.zero(total)
+    with emit.loop(emit.integer(0), call[Field.IN_FEATURES], DEPTH) as feature:
+        for column, row_tile in enumerate(row_tiles):
+            source = emit.at(call[Field.PAIRS], _pairs_index(call, row_tile, feature.index), INT32)
+            emit.load_tile(right + column, source)
+        for part, block in enumerate(blocks):
+            place = emit.at(block, builder.mul(feature.index, emit.integer(2)), INT8)
+            tile = left + part % 2
+            emit.load_tile(tile, place, row_bytes)
+            for column in range(len(row_tiles)):
+                emit.add_product(part * len(row_tiles) + column, tile, right + column)
+    for part, start in enumerate(features):
+        for column, row_tile in enumerate(row_tiles):
+            emit.store_tile(part * len(row_tiles) + column, turned)
+            _emit_rows(call, start, row_tile, turned)
+
+
+def _emit_rows(call: _Call, feature: Value, row_tile: Value, turned: Value) -> None:
+    """A tile of sums, `[16 features, 16 rows]` in `turned`, to rows of out with the features' bias."""
+    emit, builder = call.emit, call.emit.builder
+    rows = emit.transposed([emit.load(emit.at(turned, row * TILE)) for row in range(TILE)])
+    bias = emit.load(emit.at(call[Field.BIAS], feature))
+    for row, vector in enumerate(rows):
+        emit.store(builder.fadd(vector, bias), emit.at(turned, row * TILE))
+    begin = builder.mul(row_tile, emit.integer(TILE))
+    count = emit.minimum(builder.sub(call[Field.NUM_ROWS], begin), emit.integer(TILE))
+    with emit.loop(emit.integer(0), count, 1) as place:
+        line = builder.mul(builder.add(begin, place.index), call[Field.OUT_FEATURES])
+        vector = emit.load(emit.at(turned, builder.mul(place.index, emit.integer(TILE))))
+        emit.store(vector, emit.at(call[Field.OUT], builder.add(line, feature)))

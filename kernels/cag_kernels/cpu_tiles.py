@@ -1,0 +1,162 @@
+"""Tile registers of x86 processors (AMX): products of 16 x 32 by 32 x 16 bfloat16, summed in float32.
+
+In: places in memory. Out: instructions in a function under construction. `left` operands are 16 rows of 32 numbers as
+they lie in memory; `right` operands are 16 rows of 16 pairs, each pair two neighbouring numbers of the summed axis.
+Knows nothing of attention or linear layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+from llvmlite import ir
+
+from cag_kernels.cpu_emit import INT8, INT16, INT64, POINTER, Emitter, Value
+
+TILE = 16  # rows of a tile, pairs in a row of it, and lanes of a vector
+DEPTH = 32  # numbers of the summed axis in one product
+ROW_BYTES = 64
+
+_NUM_TILES = 8
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # Linux: ask once a process before tiles are touched
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 and the operating system lets this process use them."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    features = llvm.get_host_cpu_features()
+    if not all(features.get(name, False) for name in ("amx-tile", "amx-bf16", "avx512f", "avx512bf16")):
+        return False
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA)) == 0
+
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+class TileEmitter(Emitter):
+    """Instructions on vectors of 16 float32 and on tiles, which are numbered 0 to 7."""
+
+    def __init__(self, function: ir.Function) -> None:
+        super().__init__(function, TILE)
+
+    @contextmanager
+    def configured(self) -> Iterator[None]:
+        """Use tiles inside; afterwards the thread has the configuration that it had, which may be a library's."""
+        before = self.bytes_on_stack(ROW_BYTES)
+        self._call("llvm.x86.sttilecfg", [before])
+        self._call("llvm.x86.ldtilecfg", [self._configuration()])
+        yield
+        self._call("llvm.x86.ldtilecfg", [before])
+
+    def zero(self, tile: int) -> None:
+        """A tile of 16 x 16 float32 zeros."""
+        self._call("llvm.x86.tilezero", [self._number(tile)])
+
+    def load_tile(self, tile: int, pointer: Value, stride: Value | int = ROW_BYTES) -> None:
+        """16 rows of 64 bytes, `stride` bytes apart."""
+        self._call("llvm.x86.tileloadd64", [self._number(tile), pointer, self._stride(stride)])
+
+    def store_tile(self, tile: int, pointer: Value, stride: Value | int = ROW_BYTES) -> None:
+        """See `load_tile`."""
+        self._call("llvm.x86.tilestored64", [self._number(tile), pointer, self._stride(stride)])
+
+    def add_product(self, target: int, left: int, right: int) -> None:
+        """`target += left @ right`."""
+        self._call("llvm.x86.tdpbf16ps", [self._number(tile) for tile in (target, left, right)])
+
+    def bytes_on_stack(self, count: int) -> Value:
+        """Uninitialized memory of the calling function."""
+        memory = self.builder.alloca(INT8, size=count)
+        memory.align = 64
+        memory.type = POINTER
+        return memory
+
+    def pairs(self, even: Value, odd: Value) -> Value:
+        """Two vectors of float32 rounded to bfloat16, lane by lane side by side: vector of 16 int32."""
+        low, high = (self.builder.zext(self._narrowed(value), self.integers) for value in (even, odd))
+        return self._joined(low, high)
+
+    def load_pairs(self, even: Value, odd: Value) -> Value:
+        """As `pairs`, of two places in memory that hold 16 bfloat16 each."""
+        kind = ir.VectorType(INT16, TILE)
+        low, high = (
+            self.builder.zext(self.builder.load(place, typ=kind, align=2), self.integers) for place in (even, odd)
+        )
+        return self._joined(low, high)
+
+    def narrowed_row(self, low: Value, high: Value) -> Value:
+        """32 float32 in order, rounded to bfloat16: vector of 16 int32."""
+        numbers = self.builder.shuffle_vector(
+            low, high, ir.Constant(ir.VectorType(ir.IntType(32), 32), list(range(32)))
+        )
+        narrow = self.builder.fptrunc(numbers, ir.VectorType(_BFloat(), 32))
+        return self.builder.bitcast(narrow, self.integers)
+
+    def transposed(self, vectors: Sequence[Value]) -> list[Value]:
+        """Lane `i` of vector `j` becomes lane `j` of vector `i`: 16 vectors of 16 numbers of four bytes."""
+        found = list(vectors)
+        for distance in (8, 4, 2, 1):
+            for index in range(TILE):
+                if not index & distance:
+                    first, second = found[index], found[index + distance]
+                    # the lane of the pair (first, second) that belongs into each lane
+                    upper = [lane + TILE - distance if lane & distance else lane for lane in range(TILE)]
+                    lower = [lane + TILE if lane & distance else lane + distance for lane in range(TILE)]
+                    found[index] = self._shuffle(first, second, upper)
+                    found[index + distance] = self._shuffle(first, second, lower)
+        return found
+
+    def load_integers(self, pointer: Value) -> Value:
+        """A vector of 16 int32 from anywhere in memory."""
+        return self.builder.load(pointer, typ=self.integers, align=4)
+
+    def _narrowed(self, value: Value) -> Value:
+        narrow = self.builder.fptrunc(value, ir.VectorType(_BFloat(), TILE))
+        return self.builder.bitcast(narrow, ir.VectorType(INT16, TILE))
+
+    def _joined(self, low: Value, high: Value) -> Value:
+        return self.builder.or_(low, self.builder.shl(high, self._integers(16)))
+
+    def _configuration(self) -> Value:
+        module = self.function.module
+        name = "tile_configuration"
+        if name not in module.globals:
+            palette = [1, 0] + [0] * 14
+            row_bytes = [byte for _ in range(_NUM_TILES) for byte in (ROW_BYTES, 0)] + [0] * (2 * _NUM_TILES)
+            content = palette + row_bytes + [TILE] * _NUM_TILES + [0] * _NUM_TILES
+            kind = ir.ArrayType(INT8, len(content))
+            found = ir.GlobalVariable(module, kind, name=name)
+            found.initializer = ir.Constant(kind, content)
+            found.global_constant, found.linkage, found.align = True, "internal", 64
+        return self.builder.gep(module.globals[name], [ir.Constant(INT64, 0)], source_etype=INT8)
+
+    def _stride(self, stride: Value | int) -> Value:
+        return self.integer(stride) if isinstance(stride, int) else stride
+
+    def _number(self, tile: int) -> Any:
+        assert 0 <= tile < _NUM_TILES
+        return ir.Constant(INT8, tile)
+
+    def _call(self, name: str, arguments: list[Value]) -> None:
+        module = self.function.module
+        if name not in module.globals:
+            ir.Function(module, ir.FunctionType(ir.VoidType(), [value.type for value in arguments]), name=name)
+        self.builder.call(module.globals[name], arguments)
