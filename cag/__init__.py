@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 # the next of a forward's many small products. A short spin serves both (docs/log.md). Must be set before torch is
 # imported.
 if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
-    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "4000"}
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "12000"}
 
 if TYPE_CHECKING:
     from cag.answer import Answer, CacheOrigin, Citation, Timings, Usage

@@ -14,13 +14,18 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
 from cag_kernels.cpu_loops import Call, Field, emit_factors, emit_tasks
-from cag_kernels.cpu_panel import MAX_WIDTH, Blocking
+from cag_kernels.cpu_panel import Blocking
 from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
 
 PIECE = 128  # keys of one softmax step: scores, turned values and weights of them stay in the first two caches
-TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=512)
+import os
+MW=int(os.environ.get('MW','3')); RT=int(os.environ.get('RT','512'))
+TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=RT)
 _EXPONENTIAL_TERMS = 5  # 4e-5, against 2e-3 of the rounding to bfloat16
 _LOG2_E = 1 / math.log(2)
+_NUM_TILES = 8
+import os
+MW=int(os.environ.get("MW","3")); RT=int(os.environ.get("RT","512"))
 _OF_ROWS, _SHARED = 3, 6  # tiles 0 to 2 hold sums, 3 to 5 operands of rows, 6 the one that all rows meet
 
 
@@ -31,7 +36,7 @@ def tile_attention_module(head_dim: int) -> ir.Module:
     `WEIGHTED` is `[num_kv_heads, num_ranges, num_lanes, head_dim]`.
     """
     module = ir.Module(name=f"tile_attention_{head_dim}")
-    pieces = [_Piece(module, head_dim, width).function for width in range(1, MAX_WIDTH + 1)]
+    pieces = [_Piece(module, head_dim, width).function for width in range(1, MW + 1)]
     _emit_prepare(_TileCall(module, "prepare", head_dim, TILE_BLOCKING))
     attend = _TileCall(module, "attend", head_dim, TILE_BLOCKING)
     with attend.emit.configured():
@@ -160,9 +165,9 @@ class _Task:
         """All rows, as many vectors of them at a time as there are tiles for."""
         call, emit, builder = self.call, self.emit, self.emit.builder
         lanes, scale = call[Field.NUM_LANES], call[Field.SCALE]
-        with emit.loop(emit.integer(0), lanes, TILE * MAX_WIDTH) as column:
+        with emit.loop(emit.integer(0), lanes, TILE * MW) as column:
             left = builder.sub(lanes, column.index)
-            width = emit.minimum(builder.sdiv(left, emit.integer(TILE)), emit.integer(MAX_WIDTH))
+            width = emit.minimum(builder.sdiv(left, emit.integer(TILE)), emit.integer(MW))
             channels = builder.mul(column.index, emit.integer(self.head_dim))
             shifted = [
                 emit.at(place, index) for place, index in zip(sums, (column.index, column.index, channels), strict=True)
@@ -211,22 +216,34 @@ class _Piece:
         builder.ret_void()
 
     def _emit_scores(self) -> None:
+        """Tiles of the query stay in registers where all of them find room beside a tile of keys."""
         emit, builder = self.emit, self.emit.builder
-        key_bytes = 2 * self.head_dim
-        lane_bytes = builder.mul(self.lanes, emit.integer(4))
+        key_bytes, lanes = 2 * self.head_dim, range(self.width)
+        steps = range(self.head_dim // DEPTH)
+        stays = len(steps) * self.width + self.width < _NUM_TILES
+        query = {(step, lane): self.width + (step * self.width + lane if stays else lane) for step in steps for lane in lanes}
+        if stays:
+            for place in query:
+                self._emit_query(query[place], *place)
         with emit.loop(emit.integer(0), self.count, TILE) as key:
             keys = emit.at(self.keys, builder.mul(key.index, emit.integer(key_bytes)), INT8)
-            for lane in range(self.width):
+            for lane in lanes:
                 emit.zero(lane)
-            for step in range(self.head_dim // DEPTH):
-                emit.load_tile(_SHARED, emit.at(keys, 2 * DEPTH * step, INT8), key_bytes)
-                rows = emit.at(self.query, builder.mul(self.lanes, emit.integer(TILE * step)), INT32)
-                for lane in range(self.width):
-                    emit.load_tile(_OF_ROWS + lane, emit.at(rows, lane * TILE, INT32), lane_bytes)
-                    emit.add_product(lane, _SHARED, _OF_ROWS + lane)
+            for step in steps:
+                emit.load_tile(_NUM_TILES - 1, emit.at(keys, 2 * DEPTH * step, INT8), key_bytes)
+                for lane in lanes:
+                    if not stays:
+                        self._emit_query(query[step, lane], step, lane)
+                    emit.add_product(lane, _NUM_TILES - 1, query[step, lane])
             target = emit.at(self.scores, builder.mul(key.index, emit.integer(self.row_floats)))
-            for lane in range(self.width):
+            for lane in lanes:
                 emit.store_tile(lane, emit.at(target, lane * TILE), 4 * self.row_floats)
+
+    def _emit_query(self, tile: int, step: int, lane: int) -> None:
+        """16 rows of 32 channels."""
+        emit, builder = self.emit, self.emit.builder
+        rows = emit.at(self.query, builder.mul(self.lanes, emit.integer(TILE * step)), INT32)
+        emit.load_tile(tile, emit.at(rows, lane * TILE, INT32), builder.mul(self.lanes, emit.integer(4)))
 
     def _emit_unseen(self) -> None:
         """Scores of what lies behind the last key in its block of 32."""
