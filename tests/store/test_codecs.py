@@ -164,7 +164,7 @@ def test_wide_key_layers_have_the_codes_of_int8():
             assert np.array_equal(out, other)
 
 
-def test_a_segment_of_another_side_or_width_is_refused():
+def test_a_segment_of_another_side_width_or_place_is_refused():
     array = sample_array((2, 20, 4), "bfloat16")
     codec, out = Int4(recent_tokens=0, wide_key_layers=[1]), np.empty_like(array)
     for side, layer, other_side, other_layer in (
@@ -172,11 +172,13 @@ def test_a_segment_of_another_side_or_width_is_refused():
     ):  # fmt: skip
         data = codec.encode_layers([array], "bfloat16", side, layer)
         codec.decode_layers_into(data, [out], side, layer)
-        with pytest.raises(CorruptEntry, match="side and codes of layer"):
+        with pytest.raises(CorruptEntry, match="of layer"):
             codec.decode_layers_into(data, [out], other_side, other_layer)
-    data = Int8().encode(array, "bfloat16", "keys")
-    with pytest.raises(CorruptEntry, match="side and codes of layer"):
-        Int8().decode_layers_into(data, [out], "values", 0)
+    data = Int8().encode(array, "bfloat16", "keys", 2)
+    for side, start in (("values", 2), ("keys", 0)):
+        with pytest.raises(CorruptEntry, match="of layer"):
+            Int8().decode_layers_into(data, [out], side, 0, start)
+    Int8().decode_layers_into(data, [out], "keys", 0, 2)
 
 
 @pytest.mark.parametrize("codec", [Int8(), Int4()], ids=repr)

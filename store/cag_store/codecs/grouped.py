@@ -88,6 +88,10 @@ class GroupedIntegers(Codec):
     def _channels(self, head_dim: int) -> int:
         """Channels of a group of values; at least 1."""
 
+    def _num_first(self, num_tokens: int, start: int) -> int:
+        """How many tokens at the beginning of a chunk are exact: those of the prefix' first `exact_tokens`."""
+        return min(max(self.exact_tokens - start, 0), num_tokens)
+
     def _num_recent(self, num_tokens: int, num_first: int) -> int:  # noqa: ARG002
         """How many tokens at the end of a chunk are exact, besides `num_first` at its beginning."""
         return 0
@@ -110,11 +114,11 @@ class GroupedIntegers(Codec):
     ) -> None:
         """See `Codec`."""
         (out,) = outs
-        del start
         parsed = self._parse(memoryview(data), out)
-        expected = side, self.widths[self._mark(side, first_layer)]
-        if (parsed.side, parsed.width) != expected:
-            raise corrupt_segment(f"side and codes of layer {first_layer}", expected, (parsed.side, parsed.width))
+        bits, num_first = self.widths[self._mark(side, first_layer)].bits, self._num_first(out.shape[1], start)
+        expected, found = (side, bits, num_first), (parsed.side, parsed.width.bits, parsed.num_first)
+        if found != expected:
+            raise corrupt_segment(f"side, bits and exact tokens of layer {first_layer}", expected, found)
         self._decode(parsed, out)
 
     def _encode(self, array: Array, dtype: str, side: Side, layer: int | None, start: int) -> bytes:
@@ -124,7 +128,7 @@ class GroupedIntegers(Codec):
                 f"codec {self.codec_id!r} keeps finite values up to 1e38, found NaN, infinity or more: use 'lossless'",
                 codec=self.codec_id,
             )
-        mark, first = self._mark(side, layer), min(max(self.exact_tokens - start, 0), array.shape[1])
+        mark, first = self._mark(side, layer), self._num_first(array.shape[1], start)
         end = array.shape[1] - self._num_recent(array.shape[1], first)
         width = self.widths[mark]
         groups = self._quantize(width, values, side, first, end)

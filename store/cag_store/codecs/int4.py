@@ -40,7 +40,7 @@ class Int4(GroupedIntegers):
         packer: Packer | None = None,
         *,
         group_channels: int = 64,
-        recent_tokens: int = 128,
+        recent_tokens: int = 32,
         chunk_tokens: int = 512,
         wide_key_layers: Sequence[int] = (),
     ) -> None:
@@ -58,7 +58,7 @@ class Int4(GroupedIntegers):
         return cls(
             *cls._common(config),
             group_channels=checked_int(cls.codec_id, config, "group_channels", 64, 1, 1 << 16),
-            recent_tokens=checked_int(cls.codec_id, config, "recent_tokens", 128, 0, 1 << 16),
+            recent_tokens=checked_int(cls.codec_id, config, "recent_tokens", 32, 0, 1 << 16),
             chunk_tokens=checked_int(cls.codec_id, config, "chunk_tokens", 512, 1, 1 << 20),
             wide_key_layers=_checked_layers(config.get("wide_key_layers", [])),
         )
