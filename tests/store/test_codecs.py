@@ -181,6 +181,14 @@ def test_a_segment_of_another_side_width_or_place_is_refused():
     Int8().decode_layers_into(data, [out], "keys", 0, 2)
 
 
+def test_values_with_wide_codes_are_refused():
+    """Nobody writes them; every length of this one fits."""
+    out = np.zeros((1, 3, 4), "<u2")
+    data = bytes([1, 0, 8, 0, *bytes(4), 12, 0, 0, 0]) + bytes(4 * 3 * 2) + bytes(12)
+    with pytest.raises(CorruptEntry, match="head"):
+        Int4(recent_tokens=0, group_channels=2).decode_into(data, out)
+
+
 @pytest.mark.parametrize("codec", [Int8(), Int4()], ids=repr)
 @pytest.mark.parametrize("pattern", [b"\x80\x7f", b"\xc0\xff", b"\x80\xbf"])
 def test_scales_that_are_not_finite_or_negative_are_refused(codec, pattern):

@@ -221,7 +221,7 @@ class GroupedIntegers(Codec):
         if len(view) < _HEAD.size:
             raise corrupt_segment("length", f"at least {_HEAD.size}", len(view))
         side, packed, mark, num_exact, stored = _HEAD.unpack_from(view)
-        known = side < 2 and packed < 2 and mark in self.widths
+        known = side < 2 and packed < 2 and mark in (self.widths if side == 0 else {self._mark("values", None)})
         if not known or num_exact > min(num_tokens, self.exact_tokens):
             raise corrupt_segment(
                 "head", "side, flag, codes and number of exact tokens in range", (side, packed, mark, num_exact)

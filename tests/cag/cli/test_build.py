@@ -114,7 +114,7 @@ def test_verbose_prints_the_effective_configuration(build, tiny_model_dir, tmp_p
 @pytest.mark.parametrize(
     ("options", "exit_code", "told"),
     [
-        (("--codec", "auto"), 2, "int4, int8, lossless"),
+        (("--codec", "auto"), 2, "int8, lossless"),
         (("--codec", "zip9"), 54, "zip9"),
         (("--name", "a/b"), 57, "a/b"),
         (("--adapter", "nowhere"), 2, "nowhere"),
