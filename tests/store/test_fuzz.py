@@ -28,6 +28,7 @@ CONFIGURATIONS = [
     *codec_ids(),
     {"id": "lossless", "packers": []},
     {"id": "int8", "packer": {"id": "zstd"}, "group_tokens": 3},
+    {"id": "int4", "packer": {"id": "zstd"}, "group_tokens": 3, "recent_tokens": 2},
 ]
 FAST, SLOW = 1, 50  # 2,000 inputs in the fast suite, 100,000 in the slow one
 
