@@ -14,6 +14,16 @@ from object_server import BUCKET, ENVIRONMENT, Proxy, s3_server
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's kernels run in its interpreter, but for `make test-gpu`.
+
+    Triton reads this when it is imported, and transformers imports it: so before any test is collected. Nothing of the
+    product looks at it; on a CPU only tests of the kernels call Triton.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of third-party data sets, or a skip that says where it was looked for."""
