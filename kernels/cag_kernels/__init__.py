@@ -4,8 +4,8 @@ This package knows torch and Triton, and no type of the project. `segment_attent
 `reference.segment_attention_reference` says, and `merge_segments` joins the results of several segments;
 `packed_linear` multiplies a question's rows by a weight that `pack_weight` laid out for it.
 
-`prefix_attention`, `paged_attention` and both together, `cascade_attention`, serve the queries of many sessions over one
-prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys to other positions. What they mean is in
+`prefix_attention`, `paged_attention` and both together, `cascade_attention`, serve the queries of many sessions over
+one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys to other positions. What they mean is in
 `prefix_reference`, `quantize` and `rotation`. Triton is imported by the first call that it serves on a CUDA device.
 """
 

@@ -48,7 +48,7 @@ def prefix_paths(device: torch.device) -> dict[str, str]:
     on_device = triton_runs_on(device)
     kernel = "Triton" if on_device else "torch"
     return {
-        "prefix, 16 bits": "Triton or flash-attn, split over the prefix" if on_device else "see prefill, question, answer",
+        "prefix, 16 bits": "Triton or flash-attn, split" if on_device else "as prefill, question and answer",
         "prefix, 8 and 4 bits": f"{kernel}, dequantized in the tile" if on_device else "torch, dequantized as a whole",
         "tails in pages": f"{kernel}, all sessions at once" if on_device else "torch, session by session",
         "quantize, rotate, decode": kernel,

@@ -7,6 +7,8 @@ prefix goes to `flash-attn` where that is installed. Elsewhere torch serves, thr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def prefix_attention(
         ValueError: tensors that do not fit together, or a window without positions.
     """
     _check(query, prefix, positions, window)
-    kwargs = {"scale": scale, "positions": positions, "window": window, "softcap": softcap}
+    kwargs: dict[str, Any] = {"scale": scale, "positions": positions, "window": window, "softcap": softcap}
     path = choose_prefix_path(query, prefix, window=window, softcap=softcap)
     if path == "segment":
         keys, values = prefix[:2]
@@ -58,7 +60,7 @@ def paged_attention(
         ValueError: tensors that do not fit together.
     """
     check_tails(tails, query)
-    kwargs = {"scale": scale, "window": window, "softcap": softcap}
+    kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if not triton_serves(query):
         return paged_attention_reference(query, tails, **kwargs)
     from cag_kernels.triton_launch import attend
@@ -77,20 +79,22 @@ def cascade_attention(
 ) -> Tensor:
     """Attention of all sessions over the shared prefix and each over its own tail, joined by their log-sum-exps.
 
-    See `prefix_reference.cascade_attention_reference`; three launches on a CUDA device, none of which waits for the host.
+    See `prefix_reference.cascade_attention_reference`. Three launches on a CUDA device; nothing waits for the host.
 
     Raises:
         ValueError: tensors that do not fit together.
     """
     check_tails(tails, query)
     check_prefix(prefix, query.shape[2])
-    kwargs = {"scale": scale, "window": window, "softcap": softcap}
+    kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if not triton_serves(query):
         return cascade_attention_reference(query, prefix, tails, **kwargs)
     from cag_kernels.triton_launch import attend
 
     positions = None if window is None else query_positions(tails, prefix.num_tokens, query.shape[1])
-    return attend(query, prefix, tails, num_processors(query.device), positions=positions, dtype=query.dtype, **kwargs)[0]
+    return attend(query, prefix, tails, num_processors(query.device), positions=positions, dtype=query.dtype, **kwargs)[
+        0
+    ]
 
 
 def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, softcap: float | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix, QuantizedPrefix
+from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix
 from cag_kernels.quantize import dequantize_prefix
 from cag_kernels.reference import segment_attention_reference
 
@@ -43,8 +43,8 @@ def prefix_attention_reference(
     dtype = torch.promote_types(query.dtype, torch.float32)
     keys, values = prefix if isinstance(prefix, DensePrefix) else dequantize_prefix(prefix, dtype)
     if window is None:
-        kwargs = {"scale": scale, "offset": keys.shape[1], "softcap": softcap}
-        return segment_attention_reference(query, keys, values, **kwargs)
+        offset = keys.shape[1]
+        return segment_attention_reference(query, keys, values, scale=scale, offset=offset, softcap=softcap)
     assert positions is not None, "a window needs the places of the queries"
     parts = [
         segment_attention_reference(

@@ -69,10 +69,10 @@ class PagedTails(NamedTuple):
     """Each session's own keys and values behind the prefix, in pages of a pool that all sessions share.
 
     keys, values: `[num_pages, num_kv_heads, page_tokens, head_dim]`, the last axis contiguous.
-    pages: int32 `[num_sessions, max_pages]`: the pages of a session in order; entries behind its last one do not matter.
+    pages: int32 `[num_sessions, max_pages]`: a session's pages in order; entries behind its last one do not matter.
     lengths: int32 `[num_sessions]`: tokens of each tail, those of the present queries included.
-    query_starts: int32 `[num_sessions + 1]`: session `s` asks queries `[query_starts[s], query_starts[s + 1])`, the last
-        tokens of its tail.
+    query_starts: int32 `[num_sessions + 1]`: session `s` asks queries `[query_starts[s], query_starts[s + 1])`, which
+        are the last tokens of its tail.
     max_queries: the most queries of one session.
     """
 

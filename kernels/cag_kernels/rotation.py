@@ -34,13 +34,13 @@ def move_keys_reference(
     Args:
         keys: `[num_kv_heads, num_tokens, head_dim]`, after RoPE, as they are at their old positions.
         distances: integers `[num_tokens]`, new minus old position of each token.
-        inverse_frequencies: `[num_pairs]`, radians a token; `num_pairs` is at most half of head_dim, further channels stay
-            as they are.
+        inverse_frequencies: `[num_pairs]`, radians a token; at most half as many as channels, further channels stay as
+            they are.
         pairing: "halves" turns channel `i` with `i + num_pairs` (Llama, Qwen), "adjacent" `2 i` with `2 i + 1` (GPT-J).
 
     Returns:
-        New keys in the dtype of the old; cosines and sines are computed in double precision, products in float32 (float64
-        for float64 keys).
+        New keys in the dtype of the old; cosines and sines are computed in double precision, products in float32
+        (float64 for float64 keys).
 
     Source: RoFormer, arXiv:2104.09864.
     """

@@ -79,11 +79,7 @@ def code_bias(dtype: tl.constexpr, bits: tl.constexpr):
 @triton.jit
 def code_middle(bits: tl.constexpr):
     """The middle of the codes' range: what is rounded should be multiplied by small numbers only."""
-    if bits == 4:
-        middle = 7.5
-    else:
-        middle = 0.0
-    return middle
+    return 7.5 if bits == 4 else 0.0
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def attend_tails(
 
 def num_tail_splits(tails: PagedTails) -> int:
     """Splits that the longest possible tail takes."""
-    return max(1, triton.cdiv(tails.pages.shape[1] * tails.keys.shape[2], SPLIT_TOKENS))
+    return max(1, -(-tails.pages.shape[1] * tails.keys.shape[2] // SPLIT_TOKENS))
 
 
 def attend_tails_parts(
@@ -77,7 +77,7 @@ def attend_tails_parts(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """Write the partial results of all splits: `part_out [num_splits, num_q_heads, num_queries, head_dim]`, `part_lse`.
+    """Write the results of all splits: `part_out [num_splits, num_q_heads, num_queries, head_dim]`, `part_lse`.
 
     Queries of no session are not written.
     """

@@ -1,7 +1,7 @@
 """Triton kernel of `prefix.prefix_attention`: few rows of query over a long prefix, split over its tokens.
 
-`s = scale * query . key`, `out = sum_t exp(s_t) value_t / sum_t exp(s_t)`, `lse = log sum_t exp(s_t)` over the tokens of
-one split; `triton_merge` joins the splits.
+`s = scale * query . key`, `out = sum_t exp(s_t) value_t / sum_t exp(s_t)`, `lse = log sum_t exp(s_t)` over the tokens
+of one split; `triton_merge` joins the splits.
 Grid: `(row blocks, key/value heads, splits)`. All queries of the query heads that share a key/value head are its rows;
 row blocks that read the same tile run side by side, so that the later ones find it in the second-level cache.
 Accumulates in float32. Not yet run on a GPU.
@@ -32,10 +32,10 @@ def attend_prefix(
     part_out, part_lse, scale, softcap, window, num_tokens, num_exact, num_groups, num_queries, split_tokens,
     query_head_stride, query_stride, key_head_stride, key_stride, value_head_stride, value_stride,
     group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
-    block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr, value_bits: tl.constexpr,
-    has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
+    block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
+    value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
 ):  # fmt: skip
-    """One split of the tokens for one block of rows of one key/value head; the first split takes the exact tokens too."""
+    """One split of the tokens for a block of rows of a key/value head; the first split takes the exact tokens too."""
     kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     is_row = rows < num_queries * group_size
@@ -96,7 +96,7 @@ class SplitPlan(NamedTuple):
 
 
 def plan_splits(prefix: Prefix, num_rows: int, head_dim: int, num_processors: int) -> SplitPlan:
-    """Cut `num_rows` rows a key/value head, and the tokens, so that all processors work and partial results stay few."""
+    """Cut `num_rows` rows a key/value head, and the tokens: all processors work, partial results stay few."""
     block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
     group_tokens = prefix.group_tokens if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
@@ -121,7 +121,7 @@ def attend_prefix_parts(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """Write the partial results of all splits: `part_out [num_splits, num_q_heads, num_queries, head_dim]`, `part_lse`."""
+    """Write the results of all splits: `part_out [num_splits, num_q_heads, num_queries, head_dim]`, `part_lse`."""
     num_q_heads, num_queries, head_dim = query.shape
     num_kv_heads, half = prefix[0].shape[0], head_dim // 2
     tensors, num_exact, sizes = _arguments(prefix, query)
@@ -137,7 +137,7 @@ def attend_prefix_parts(
 
 
 def _arguments(prefix: Prefix, query: Tensor) -> tuple[list[Tensor], int, dict[str, int]]:
-    """The prefix's tensors in the kernel's order (`query` for those that it has not), exact tokens, compile-time sizes."""
+    """Tensors in the kernel's order (`query` for those that the prefix has not), exact tokens, compile-time sizes."""
     if isinstance(prefix, QuantizedPrefix):
         sizes = {"key_bits": code_bits(prefix.key_codes), "value_bits": code_bits(prefix.value_codes)}
         sizes |= {"group_tokens": prefix.group_tokens, "group_channels": prefix.group_channels}

@@ -1,8 +1,8 @@
 """Triton kernels of `quantize`: numbers to codes and back, to the bit as there.
 
-`code = round((x - offset) / scale)`, `x = code * scale + offset`. Grids: `(groups of tokens, key/value heads)` for codes
-over groups of tokens, `(blocks of tokens, key/value heads)` for the rest. Computes in float32; products and sums are
-not fused. Not yet run on a GPU.
+`code = round((x - offset) / scale)`, `x = code * scale + offset`. Grids: `(groups of tokens, key/value heads)` for
+codes over groups of tokens, `(blocks of tokens, key/value heads)` for the rest. Computes in float32;
+products and sums are not fused. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _parameters(high, low, bits: tl.constexpr):
         wide = converted(offset, tl.float32)
         scale = _narrowed(tl.div_rn(tl.maximum(high - wide, wide - low), 127.0), 0xFFFF)
     else:
-        offset = _narrowed(low, tl.where(low < 0, 0xFFFF, 0))
+        offset = _narrowed(low, 0x8000)
         wide = converted(offset, tl.float32)
-        scale = _narrowed(tl.div_rn(high - wide, 15.0), 0xFFFF)
+        scale = _narrowed(tl.div_rn(tl.maximum(high - wide, 0.0), 15.0), 0xFFFF)
     return scale, offset, converted(scale, tl.float32), wide
 
 
@@ -48,10 +48,9 @@ def _codes(numbers, scale, offset, is_coded, bits: tl.constexpr):
     """Codes as int32."""
     steps = tl.div_rn(numbers - offset, tl.where(scale > 0, scale, 1.0) + tl.zeros_like(numbers))
     whole = (steps + ROUNDS) - ROUNDS
-    if bits == 8:
-        whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
-    else:
-        whole = tl.minimum(tl.maximum(whole, 0.0), 15.0)
+    lowest = -127.0 if bits == 8 else 0.0
+    highest = 127.0 if bits == 8 else 15.0
+    whole = tl.minimum(tl.maximum(whole, lowest), highest)
     return tl.where(is_coded, whole, 0.0).to(tl.int32)
 
 

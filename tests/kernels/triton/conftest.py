@@ -1,19 +1,23 @@
-"""Where the Triton kernels run: in the interpreter on the CPU, natively on a CUDA device under the marker `gpu`."""
+"""Where the Triton kernels run: natively under the marker `gpu`, in the interpreter where there is no CUDA device."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
+INTERPRETED = pytest.param(
+    "cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles here")
+)
 NATIVE = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
 )
 
 
-@pytest.fixture(params=["cpu", NATIVE])
+@pytest.fixture(params=[INTERPRETED, NATIVE])
 def device(request) -> torch.device:
     return torch.device(request.param)
 

@@ -98,6 +98,9 @@ def test_one_attention_over_everything_is_the_same(device):
     starts = tails.query_starts.tolist()
     for session, length in enumerate(LENGTHS):
         own = slice(starts[session], starts[session + 1])
-        joined = [torch.cat([shared, tail], dim=1) for shared, tail in zip(prefix, tail_of(tails, session, length), strict=True)]
+        joined = [
+            torch.cat([shared, tail], dim=1)
+            for shared, tail in zip(prefix, tail_of(tails, session, length), strict=True)
+        ]
         expected, _ = plain_tail_attention(query[:, own].double(), *joined, **kwargs)
         torch.testing.assert_close(found[:, own].cpu().double(), expected, atol=2e-6, rtol=0)

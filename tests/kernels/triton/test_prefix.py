@@ -1,4 +1,4 @@
-"""Attention over one prefix, plain and quantized, against the float64 oracle: odd lengths, masks, strides and splits."""
+"""Attention over one prefix, plain and quantized, against the float64 oracle: odd lengths, masks, strides, splits."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ KINDS = {
     "wide keys": {"key_bits": 8, "value_bits": 4, "group_channels": 32, "group_tokens": 32},
 }
 MANY_PROCESSORS = 24  # so that even short prefixes are split
-MASKS = [(None, None), (100, None), (None, 5.0), (3, 2.0)]
+MASKS = [(100, None), (None, 5.0), (70, 2.0)]
 
 
 def check(device, shape, kind, dtype, window=None, softcap=None, num_exact=3):
@@ -44,20 +44,20 @@ def check(device, shape, kind, dtype, window=None, softcap=None, num_exact=3):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_matches_the_oracle(device, shape, kind, dtype):
-    check(device, shape, kind, dtype)
+def test_matches_the_oracle(device, shape, kind):
+    check(device, shape, kind, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("window, softcap", MASKS)
 def test_windows_and_caps(device, kind, window, softcap):
-    check(device, (6, 2, 64, 3, 261), kind, torch.bfloat16, window, softcap)
+    check(device, (4, 2, 64, 3, 150), kind, torch.bfloat16, window, softcap)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_float16(device, kind):
-    check(device, (6, 3, 64, 1, 150), kind, torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_types(device, kind, dtype):
+    check(device, (4, 2, 128, 1, 150), kind, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

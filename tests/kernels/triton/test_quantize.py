@@ -18,7 +18,7 @@ def assert_same_bits(found, expected):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("shape", [(3, 131, 64), (2, 65, 96), (1, 7, 256)])
+@pytest.mark.parametrize("shape", [(3, 131, 64), (1, 67, 96)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_codes_are_the_references(device, bits, groups, shape, dtype):
     numbers = normal(*shape, dtype=dtype) * 3 - 1
