@@ -51,7 +51,7 @@ def test_parts_merge_to_the_whole():
 @pytest.mark.parametrize("kind", ["plain", 8, 4])
 @pytest.mark.parametrize("num_queries", [1, 32])
 def test_operations_on_prefixes_are_those_of_the_reference(kind, num_queries):
-    """The public operations, served by Triton, at the shape of Llama 3.1 8B; the kernels' own tests are in `triton/`."""
+    """The public operations, served by Triton, in the shape of Llama 3.1 8B; the kernels have tests in `triton/`."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(num_queries)
     keys, values = torch.randn(2, 8, 5003, 128, generator=generator).bfloat16()
