@@ -13,6 +13,19 @@ from triton import knobs
 EMULATED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# 4 bytes to 4 + 4 floats: $0, $1 from the low nibbles, $2, $3 from the high ones; %s is an exponent's upper byte 4 times
+_NIBBLES = """{
+    .reg .b32 low, high;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, %s, 0x4140;
+    prmt.b32 $1, low, %s, 0x4342;
+    prmt.b32 $2, high, %s, 0x4140;
+    prmt.b32 $3, high, %s, 0x4342;
+}"""
+BFLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x43434343"))
+FLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x64646464"))
 
 
 @triton.jit
@@ -50,18 +63,27 @@ def product(left, right, total):
 
 
 @triton.jit
-def biased(codes, dtype: tl.constexpr, bits: tl.constexpr):
-    """Codes as numbers of `dtype` that are `code_bias(dtype, bits)` too large.
+def nibbles(packed, dtype: tl.constexpr):
+    """The two 4-bit codes of each byte, low and high nibble, as numbers of `dtype` that are `code_bias` too large.
 
-    A 4-bit code becomes the low bits of a float's mantissa, which takes one instruction and no conversion.
+    A code becomes the low bits of a mantissa: no conversion, and one instruction moves two codes into their floats. Said
+    to be impure, which is not so: the compiler would otherwise do it in the layout of the product, byte by byte.
     """
-    if bits == 4 and dtype == tl.bfloat16:
-        numbers = (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
-    elif bits == 4 and dtype == tl.float16:
-        numbers = (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+    if dtype == tl.float32:
+        low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+    elif EMULATED:
+        exponent = 0x4300 if dtype == tl.bfloat16 else 0x6400
+        low = ((packed & 15).to(tl.int16) | exponent).to(dtype, bitcast=True)
+        high = ((packed >> 4).to(tl.int16) | exponent).to(dtype, bitcast=True)
+    elif dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            BFLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
+        )
     else:
-        numbers = converted(codes, dtype)
-    return numbers
+        low, high = tl.inline_asm_elementwise(
+            FLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=False, pack=4
+        )
+    return low, high
 
 
 @triton.jit
@@ -80,13 +102,3 @@ def code_bias(dtype: tl.constexpr, bits: tl.constexpr):
 def code_middle(bits: tl.constexpr):
     """The middle of the codes' range: what is rounded should be multiplied by small numbers only."""
     return 7.5 if bits == 4 else 0.0
-
-
-@triton.jit
-def widened(codes, bits: tl.constexpr):
-    """Codes as float32, exact."""
-    if bits == 4:
-        numbers = ((codes.to(tl.int32) << 16) | 0x43000000).to(tl.float32, bitcast=True) - 128.0
-    else:
-        numbers = codes.to(tl.float32)
-    return numbers
