@@ -13,7 +13,7 @@ from triton import knobs
 EMULATED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# 4 bytes to 4 + 4 floats: $0, $1 from the low nibbles, $2, $3 from the high ones; %s is an exponent's upper byte 4 times
+# 4 bytes to 4 + 4 floats: $0, $1 from the low nibbles, $2, $3 from the high ones; %s: an exponent's upper byte, 4 times
 _NIBBLES = """{
     .reg .b32 low, high;
     and.b32 low, $4, 0x0F0F0F0F;
@@ -66,15 +66,17 @@ def product(left, right, total):
 def nibbles(packed, dtype: tl.constexpr):
     """The two 4-bit codes of each byte, low and high nibble, as numbers of `dtype` that are `code_bias` too large.
 
-    A code becomes the low bits of a mantissa: no conversion, and one instruction moves two codes into their floats. Said
-    to be impure, which is not so: the compiler would otherwise do it in the layout of the product, byte by byte.
+    A code becomes the low bits of a mantissa: no conversion, and one instruction moves two codes into their floats.
+    It is called impure, which it is not: the compiler would else do it in the layout of the product, byte by byte.
     """
     if dtype == tl.float32:
         low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+    elif EMULATED and dtype == tl.bfloat16:
+        low = ((packed & 15).to(tl.int16) | 0x4300).to(dtype, bitcast=True)
+        high = ((packed >> 4).to(tl.int16) | 0x4300).to(dtype, bitcast=True)
     elif EMULATED:
-        exponent = 0x4300 if dtype == tl.bfloat16 else 0x6400
-        low = ((packed & 15).to(tl.int16) | exponent).to(dtype, bitcast=True)
-        high = ((packed >> 4).to(tl.int16) | exponent).to(dtype, bitcast=True)
+        low = ((packed & 15).to(tl.int16) | 0x6400).to(dtype, bitcast=True)
+        high = ((packed >> 4).to(tl.int16) | 0x6400).to(dtype, bitcast=True)
     elif dtype == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
             BFLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
@@ -88,7 +90,7 @@ def nibbles(packed, dtype: tl.constexpr):
 
 @triton.jit
 def code_bias(dtype: tl.constexpr, bits: tl.constexpr):
-    """What `biased` adds."""
+    """What `nibbles` adds."""
     if bits == 4 and dtype == tl.bfloat16:
         bias = 128.0
     elif bits == 4 and dtype == tl.float16:
