@@ -7,6 +7,13 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter. It reads this when it is imported, which transformers does too. Nothing
+    # of the product looks at it: on a CPU only tests of the kernels call Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 
 from object_server import BUCKET, ENVIRONMENT, Proxy, s3_server
@@ -26,8 +33,6 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tensors of tests are tiny: one thread is the quickest and makes results repeatable."""
-    import torch
-
     torch.set_num_threads(1)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -74,6 +74,36 @@ def ttft(
         _print_table(result, folder)
 
 
+@app.command()
+def kernels(
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/kernels-TIME]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    prefix_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the prefix.  [default: 85000 on a GPU, 4096 on a CPU]")
+    ] = None,
+    sessions: Annotated[str, typer.Option(help="How many at once, on a GPU; comma-separated.")] = "1,16,64",
+    samples: Annotated[int, typer.Option(help="Timings of each kernel and reference.")] = 25,
+    seed: Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+) -> None:
+    """Each kernel against its references and the floor of the bytes that it moves; checked before it is timed."""
+    from cag.errors import UsageError
+    from cag.runtime import choose_device
+    from cag_bench.kernels import KernelOptions, run_kernels
+    from cag_bench.progress import ConsoleProgress
+
+    if not all(part.strip().isdigit() for part in sessions.split(",")):
+        raise UsageError(f"--sessions is {sessions!r}, not numbers with commas between.")
+    options = KernelOptions(prefix_tokens, [int(part) for part in sessions.split(",")], samples, seed)
+    folder = out or Path("results") / f"kernels-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with ConsoleProgress() as progress:
+        summary = run_kernels(choose_device(device), options, folder, progress)
+    if as_json:
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        _print_kernels(summary, folder)
+
+
 @contextmanager
 def _store_directory(store: Path | None, folder: Path) -> Iterator[Path]:
     """The store that was named, or one beside the results that goes when the run ends."""
@@ -96,3 +126,10 @@ def _print_table(result: TtftResult, folder: Path) -> None:
     console.print(terminal_table(result.summary))
     for line in [*origin_lines(result.summary), *result.summary["notes"], f"Results: {folder}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_kernels(summary: dict[str, Any], folder: Path) -> None:
+    from cag_bench.kernels import markdown
+
+    typer.echo(markdown(summary))
+    typer.echo(f"Results: {folder}")

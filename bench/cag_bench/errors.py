@@ -1,6 +1,7 @@
 """The errors of the benchmark; everything else that goes wrong raises the engine's own.
 
 BenchError (cag.errors.CagError)
+├── KernelWrong (ArithmeticError)       a kernel's result is not its reference's, so it was not timed
 └── PrefixRecomputed (RuntimeError)     an arm that stands for a cache computed tokens that the cache should have served
 """
 
@@ -15,3 +16,7 @@ class BenchError(CagError):
 
 class PrefixRecomputed(BenchError, RuntimeError):
     """A cached arm computed prefix tokens, or its counts do not add up. Facts: `arm`, `expected`, `found`."""
+
+
+class KernelWrong(BenchError, ArithmeticError):
+    """A kernel is off by more than its arithmetic explains."""

@@ -30,18 +30,24 @@ DISTRIBUTIONS = (
 
 
 def machine_facts(model: LanguageModel) -> dict[str, Any]:
-    """Processor, cores, memory, device, and how forwards run on it (dtype and threads, with what led to them)."""
-    on_gpu = model.device.type == "cuda"
+    """What `device_facts` says, and how forwards run (dtype and threads, with what led to them)."""
+    return device_facts(model.device) | {
+        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "kv_dtype": str(model.kv_dtype).removeprefix("torch."),
+        "plan": asdict(model.plan),
+    }
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, memory and device."""
+    on_gpu = device.type == "cuda"
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": processor_name(),
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "device": str(model.device),
-        "gpu": torch.cuda.get_device_name(model.device) if on_gpu else None,
-        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
-        "kv_dtype": str(model.kv_dtype).removeprefix("torch."),
-        "plan": asdict(model.plan),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
     }
 
 

@@ -37,13 +37,14 @@ class ResultRows:
 
     def write_sample(self, sample: Sample) -> None:
         """Append one sample."""
-        self._write("sample", sample.to_json())
+        self.write_row("sample", sample.to_json())
 
     def write_run(self, facts: dict[str, Any]) -> None:
         """Append the row of the run."""
-        self._write("run", facts)
+        self.write_row("run", facts)
 
-    def _write(self, kind: str, content: dict[str, Any]) -> None:
+    def write_row(self, kind: str, content: dict[str, Any]) -> None:
+        """Append a row of any kind."""
         self._file.write(json.dumps({"kind": kind, **self._origin, **content}, ensure_ascii=False) + "\n")
         self._file.flush()
 

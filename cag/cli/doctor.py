@@ -29,6 +29,7 @@ def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: Json
     """Say what this machine has, what will be used, and why."""
     note("measuring what this machine computes best with ...")
     from cag.runtime import choose_device, plan_runtime
+    from cag_kernels import prefix_paths
 
     chosen = choose_device(device or "auto")
     plan = plan_runtime(chosen, measure_again=True)
@@ -36,6 +37,7 @@ def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: Json
     found = {
         "device": _device_facts(chosen),
         "attention": _attention_facts(chosen, plan),
+        "kernels": prefix_paths(chosen),
         "runtime": asdict(plan),
         "memory": _memory_facts(),
         "store": _store_facts(opened),
@@ -140,6 +142,7 @@ def print_report(found: dict[str, Any]) -> None:
         "products": f"{plan['product']} for a question's rows",
     }
     facts |= {f"attention, {kind}": served for kind, served in found["attention"].items()}
+    facts |= {f"kernels, {name}": served for name, served in found["kernels"].items()}
     if plan["measured_ms"]:
         facts["measured"] = "products by kind / type / threads / rows:"
     facts |= {f"measured {key}": f"{value:.2f} ms" for key, value in plan["measured_ms"].items()}

@@ -1,12 +1,17 @@
 """Attention over an immutable prefix and a growing tail, and products over few rows. Tensors in, tensors out.
 
-This package knows torch (and Triton), and no type of the project. `segment_attention` means what
+This package knows torch and Triton, and no type of the project. `segment_attention` means what
 `reference.segment_attention_reference` says, and `merge_segments` joins the results of several segments;
 `packed_linear` multiplies a question's rows by a weight that `pack_weight` laid out for it.
+
+`prefix_attention`, `paged_attention` and both together, `cascade_attention`, serve the queries of many sessions over
+one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys to other positions. What they mean is in
+`prefix_reference`, `quantize` and `rotation`. Triton is imported by the first call that it serves on a CUDA device.
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
 from cag_kernels.cpu import has_compiler, warm_up, warm_up_tiles
+from cag_kernels.device import prefix_paths
 from cag_kernels.linear import (
     FEW_ROWS,
     linear_without_packing,
@@ -17,19 +22,37 @@ from cag_kernels.linear import (
 )
 from cag_kernels.merge import merge_segments
 from cag_kernels.packed import PackedWeight, can_pack, pack_weight
+from cag_kernels.prefix import cascade_attention, choose_prefix_path, paged_attention, prefix_attention
+from cag_kernels.prefixes import DensePrefix, PagedTails, QuantizedPrefix
+from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize, quantize_prefix
 from cag_kernels.reference import segment_attention_reference
+from cag_kernels.rotation import move_keys
 
 __all__ = [
     "FEW_ROWS",
+    "Coded",
+    "DensePrefix",
     "PackedWeight",
+    "PagedTails",
+    "QuantizedPrefix",
     "available_paths",
     "can_pack",
+    "cascade_attention",
     "choose_path",
+    "choose_prefix_path",
+    "dequantize",
+    "dequantize_prefix",
     "has_compiler",
     "linear_without_packing",
     "merge_segments",
+    "move_keys",
     "pack_weight",
     "packed_linear",
+    "paged_attention",
+    "prefix_attention",
+    "prefix_paths",
+    "quantize",
+    "quantize_prefix",
     "segment_attention",
     "segment_attention_reference",
     "tile_linear",

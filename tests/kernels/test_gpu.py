@@ -1,9 +1,18 @@
-"""Segment attention on a CUDA device against the float64 oracle on the CPU. `make test-gpu`."""
+"""Attention on a CUDA device against the float64 oracle on the CPU. `make test-gpu`."""
 
 import pytest
 import torch
 
-from cag_kernels import merge_segments, segment_attention, segment_attention_reference
+from cag_kernels import (
+    DensePrefix,
+    PagedTails,
+    cascade_attention,
+    choose_prefix_path,
+    merge_segments,
+    quantize_prefix,
+    segment_attention,
+    segment_attention_reference,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,3 +46,27 @@ def test_parts_merge_to_the_whole():
         for a, b in ((0, 100), (100, 300))
     ]
     assert torch.allclose(merge_segments(parts), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", 8, 4])
+@pytest.mark.parametrize("num_queries", [1, 32])
+def test_operations_on_prefixes_are_those_of_the_reference(kind, num_queries):
+    """The public operations, served by Triton, in the shape of Llama 3.1 8B; the kernels have tests in `triton/`."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(num_queries)
+    keys, values = torch.randn(2, 8, 5003, 128, generator=generator).bfloat16()
+    query = torch.randn(32, 2 * num_queries, 128, generator=generator).bfloat16()
+    prefix = DensePrefix(keys, values)
+    if kind != "plain":
+        prefix = quantize_prefix(keys, values, key_bits=kind, value_bits=kind)
+        on_device = quantize_prefix(keys.cuda(), values.cuda(), key_bits=kind, value_bits=kind)
+        assert all(torch.equal(got.cpu(), want) for got, want in zip(on_device[:8], prefix[:8], strict=True))
+    pool = torch.randn(2, 9, 8, 16, 128, generator=generator).bfloat16()
+    integers = [[[3, 5, 1], [4, 8, 2]], [37, 33], [0, num_queries, 2 * num_queries]]
+    tails = PagedTails(*pool, *(torch.tensor(part, dtype=torch.int32) for part in integers), num_queries)
+    expected = cascade_attention(query.double(), prefix, tails, scale=128**-0.5)
+    moved = [type(part)(*(x.cuda() if torch.is_tensor(x) else x for x in part)) for part in (prefix, tails)]
+    assert choose_prefix_path(query.cuda(), moved[0], window=None, softcap=3.0) == "triton"
+    found = cascade_attention(query.cuda(), *moved, scale=128**-0.5)
+    bound = 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+    assert (found.cpu().double() - expected).abs().max() <= bound

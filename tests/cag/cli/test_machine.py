@@ -26,13 +26,14 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     examined = cag("doctor", "--device", "cpu", "--store", book, "--json")
     found = examined.json
     assert "measuring" in examined.stderr
-    assert set(found) == {"device", "attention", "runtime", "memory", "store", "models", "versions"}
+    assert set(found) == {"device", "attention", "kernels", "runtime", "memory", "store", "models", "versions"}
     assert found["device"]["used"] == "cpu"
     assert {"cuda", "flash_attn", "triton"} <= set(found["device"])
     assert set(found["attention"]) == {"prefill", "question", "answer"}
     assert found["attention"]["prefill"].startswith("fused: ")
     if found["runtime"]["compute_dtype"] == "float32" and has_compiler():
         assert found["attention"]["question"].startswith("compiled: ")
+    assert all(served.startswith(("torch", "as ")) for served in found["kernels"].values())  # no Triton on a CPU
     assert found["runtime"]["measured_ms"]
     assert found["runtime"]["reason"] == "set by CAG_THREADS"
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]

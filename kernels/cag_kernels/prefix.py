@@ -1,0 +1,116 @@
+"""Attention of few queries, of one or of many sessions, over one immutable prefix, and over their tails behind it.
+
+The public operations with their checks and their dispatch; what they mean is in `prefix_reference`. On a CUDA device
+with Triton the prefix is read where it lies, once for all rows, dequantized in the tile; `prefix_attention` of a plain
+prefix goes to `flash-attn` where that is installed. Elsewhere torch serves, through `segment_attention` where it can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cag_kernels.attention import segment_attention
+from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
+from cag_kernels.flash import has_flash_attn
+from cag_kernels.prefix_reference import (
+    cascade_attention_reference,
+    paged_attention_reference,
+    prefix_attention_reference,
+    query_positions,
+)
+from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix, check_prefix, check_tails
+
+
+def prefix_attention(
+    query: Tensor,
+    prefix: Prefix,
+    *,
+    scale: float,
+    positions: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over one prefix for the queries of all sessions; see `prefix_reference.prefix_attention_reference`.
+
+    Raises:
+        ValueError: tensors that do not fit together, or a window without positions.
+    """
+    _check(query, prefix, positions, window)
+    kwargs: dict[str, Any] = {"scale": scale, "positions": positions, "window": window, "softcap": softcap}
+    path = choose_prefix_path(query, prefix, window=window, softcap=softcap)
+    if path == "segment":
+        keys, values = prefix[:2]
+        return segment_attention(query, keys, values, scale=scale, offset=prefix.num_tokens, softcap=softcap)
+    if path == "torch":
+        return prefix_attention_reference(query, prefix, **kwargs)
+    from cag_kernels.triton_launch import attend
+
+    return attend(query, prefix, None, num_processors(query.device), **kwargs)
+
+
+def paged_attention(
+    query: Tensor, tails: PagedTails, *, scale: float, window: int | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of each session's queries over its own tail; see `prefix_reference.paged_attention_reference`.
+
+    Raises:
+        ValueError: tensors that do not fit together.
+    """
+    check_tails(tails, query)
+    kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    if not triton_serves(query):
+        return paged_attention_reference(query, tails, **kwargs)
+    from cag_kernels.triton_launch import attend
+
+    return attend(query, None, tails, num_processors(query.device), positions=None, **kwargs)
+
+
+def cascade_attention(
+    query: Tensor,
+    prefix: Prefix,
+    tails: PagedTails,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of all sessions over the shared prefix and each over its own tail, joined by their log-sum-exps.
+
+    See `prefix_reference.cascade_attention_reference`. Three launches on a CUDA device; nothing waits for the host.
+
+    Raises:
+        ValueError: tensors that do not fit together.
+    """
+    check_tails(tails, query)
+    check_prefix(prefix, query.shape[2])
+    kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    if not triton_serves(query):
+        return cascade_attention_reference(query, prefix, tails, **kwargs)
+    from cag_kernels.triton_launch import attend
+
+    positions = None if window is None else query_positions(tails, prefix.num_tokens, query.shape[1])
+    return attend(query, prefix, tails, num_processors(query.device), positions=positions, dtype=query.dtype, **kwargs)[
+        0
+    ]
+
+
+def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, softcap: float | None) -> str:
+    """`"triton"`, `"segment"` (see `attention.choose_path`) or `"torch"` for a call with these tensors."""
+    plain = isinstance(prefix, DensePrefix) and window is None
+    if triton_serves(query):
+        flash = plain and softcap is None and has_flash_attn()
+        return "segment" if flash and query.dtype == prefix[0].dtype and query.dtype in HALF_TYPES else "triton"
+    return "segment" if plain else "torch"
+
+
+def _check(query: Tensor, prefix: Prefix, positions: Tensor | None, window: int | None) -> None:
+    if query.ndim != 3 or prefix[0].ndim != 3 or query.shape[0] % max(1, prefix[0].shape[0]):
+        raise ValueError(f"a query {tuple(query.shape)} does not fit keys {tuple(prefix[0].shape)}")
+    check_prefix(prefix, query.shape[2])
+    if window is not None and (
+        positions is None or positions.shape != query.shape[1:2] or positions.dtype != torch.int32
+    ):
+        raise ValueError(f"a window needs int32 positions of {query.shape[1]} queries")

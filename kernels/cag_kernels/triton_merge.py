@@ -1,0 +1,61 @@
+"""Triton kernel that joins partial attentions: the device's `merge.merge_segments`, with the log-sum-exp of the whole.
+
+`lse = log sum_p exp(lse_p)`, `out = sum_p exp(lse_p - lse) out_p`. Grid: `(query heads, queries)`, one row each.
+Accumulates in float32. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cag_kernels.triton_numbers import rounded
+
+
+@triton.jit
+def merge(
+    part_out, part_lse, out, lse, num_parts, head_dim: tl.constexpr, block_dim: tl.constexpr, block_parts: tl.constexpr
+):
+    """One row of all parts; `part_out [num_parts, rows, head_dim]`, `part_lse [num_parts, rows]`, float32."""
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    num_rows = tl.num_programs(0) * tl.num_programs(1)
+    channels = tl.arange(0, block_dim)
+    maximum = tl.full((), float("-inf"), tl.float32)
+    denominator = tl.zeros((), tl.float32)
+    total = tl.zeros((block_dim,), tl.float32)
+    for first in range(0, num_parts, block_parts):
+        parts = first + tl.arange(0, block_parts)
+        is_part = parts < num_parts
+        places = (parts * num_rows + row).to(tl.int64)
+        sizes = tl.load(part_lse + places, mask=is_part, other=float("-inf"))
+        higher = tl.maximum(maximum, tl.max(sizes, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights, factor = tl.exp(sizes - base), tl.exp(maximum - base)
+        mask = (weights > 0.0)[:, None] & (channels < head_dim)[None, :]  # others may never have been written
+        outs = tl.load(part_out + places[:, None] * head_dim + channels[None, :], mask=mask, other=0.0)
+        total = total * factor + tl.sum(outs * weights[:, None], 0)
+        denominator = denominator * factor + tl.sum(weights, 0)
+        maximum = higher
+    divisor = tl.where(denominator > 0.0, denominator, 1.0)
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(out + row * head_dim + channels, rounded(total / divisor, dtype), mask=channels < head_dim)
+    tl.store(lse + row, tl.where(denominator > 0.0, maximum + tl.log(divisor), float("-inf")))
+
+
+def merge_parts(part_out: Tensor, part_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of `part_out [num_parts, num_q_heads, num_queries, head_dim]` and `part_lse` without the last axis.
+
+    `out` in `dtype`, `lse` in float32.
+    """
+    num_parts, num_q_heads, num_queries, head_dim = part_out.shape
+    out = torch.empty(part_out.shape[1:], dtype=dtype, device=part_out.device)
+    lse = torch.empty(part_lse.shape[1:], dtype=torch.float32, device=part_out.device)
+    if num_queries:
+        merge[(num_q_heads, num_queries)](
+            part_out, part_lse, out, lse, num_parts,
+            head_dim=head_dim, block_dim=triton.next_power_of_2(head_dim),
+            block_parts=min(32, triton.next_power_of_2(num_parts)), num_warps=4,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,106 @@
+"""Numbers inside Triton kernels: rounding, products and codes that mean the same compiled and in the interpreter.
+
+The interpreter keeps bfloat16 as bit patterns: it cuts off where a processor rounds, and multiplies the patterns. What
+goes through these functions is right in both. They are inlined; none is launched.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+EMULATED = tl.constexpr(bool(knobs.runtime.interpret))
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# 4 bytes to 4 + 4 floats: $0, $1 from the low nibbles, $2, $3 from the high ones; %s: an exponent's upper byte, 4 times
+_NIBBLES = """{
+    .reg .b32 low, high;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, %s, 0x4140;
+    prmt.b32 $1, low, %s, 0x4342;
+    prmt.b32 $2, high, %s, 0x4140;
+    prmt.b32 $3, high, %s, 0x4342;
+}"""
+BFLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x43434343"))
+FLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x64646464"))
+
+
+@triton.jit
+def rounded(numbers, dtype: tl.constexpr):
+    """float32 `numbers` in `dtype`, to nearest even."""
+    if EMULATED and dtype == tl.bfloat16:
+        bits = numbers.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        narrow = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = numbers.to(dtype)
+    return narrow
+
+
+@triton.jit
+def converted(numbers, dtype: tl.constexpr):
+    """Integers or floats in another floating dtype, to nearest even."""
+    if numbers.dtype == dtype:
+        result = numbers
+    elif EMULATED:
+        result = rounded(numbers.to(tl.float32), dtype)
+    else:
+        result = numbers.to(dtype)
+    return result
+
+
+@triton.jit
+def product(left, right, total):
+    """`total + left @ right`, operands of one dtype, summed in float32; float32 operands are not shortened."""
+    if EMULATED:
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def nibbles(packed, dtype: tl.constexpr):
+    """The two 4-bit codes of each byte, low and high nibble, as numbers of `dtype` that are `code_bias` too large.
+
+    A code becomes the low bits of a mantissa: no conversion, and one instruction moves two codes into their floats.
+    It is called impure, which it is not: the compiler would else do it in the layout of the product, byte by byte.
+    """
+    if dtype == tl.float32:
+        low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+    elif EMULATED and dtype == tl.bfloat16:
+        low = ((packed & 15).to(tl.int16) | 0x4300).to(dtype, bitcast=True)
+        high = ((packed >> 4).to(tl.int16) | 0x4300).to(dtype, bitcast=True)
+    elif EMULATED:
+        low = ((packed & 15).to(tl.int16) | 0x6400).to(dtype, bitcast=True)
+        high = ((packed >> 4).to(tl.int16) | 0x6400).to(dtype, bitcast=True)
+    elif dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            BFLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            FLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=False, pack=4
+        )
+    return low, high
+
+
+@triton.jit
+def code_bias(dtype: tl.constexpr, bits: tl.constexpr):
+    """What `nibbles` adds."""
+    if bits == 4 and dtype == tl.bfloat16:
+        bias = 128.0
+    elif bits == 4 and dtype == tl.float16:
+        bias = 1024.0
+    else:
+        bias = 0.0
+    return bias
+
+
+@triton.jit
+def code_middle(bits: tl.constexpr):
+    """The middle of the codes' range: what is rounded should be multiplied by small numbers only."""
+    return 7.5 if bits == 4 else 0.0

@@ -1,0 +1,147 @@
+"""Triton kernel of `prefix.prefix_attention`: few rows of query over a long prefix, split over its tokens.
+
+`s = scale * query . key`, `out = sum_t exp(s_t) value_t / sum_t exp(s_t)`, `lse = log sum_t exp(s_t)` over the tokens
+of one split; `triton_merge` joins the splits.
+Grid: `(row blocks, key/value heads, splits)`. All queries of the query heads that share a key/value head are its rows;
+row blocks that read the same tile run side by side, so that the later ones find it in the second-level cache.
+Accumulates in float32. Not yet run on a GPU.
+Source: flash-decoding, https://pytorch.org/blog/flash-decoding/
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
+from cag_kernels.triton_codes import code_scores, take_code_values
+from cag_kernels.triton_tiles import capped, halves, store_part, take_plain, weighed
+
+BLOCK_TOKENS = 64
+MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
+MAX_FOLDED_ROWS = 32  # up to which scaling the rows is less work than dequantizing a tile of 64 tokens
+
+
+@triton.jit
+def attend_prefix(
+    query, keys, key_scales, key_offsets, values, value_scales, value_offsets, exact_keys, exact_values, positions,
+    part_out, part_lse, scale, softcap, window, num_tokens, num_exact, num_groups, num_queries, split_tokens,
+    query_head_stride, query_stride, key_head_stride, key_stride, value_head_stride, value_stride,
+    group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
+    block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
+    value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
+):  # fmt: skip
+    """One split of the tokens for a block of rows of a key/value head; the first split takes the exact tokens too."""
+    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    is_row = rows < num_queries * group_size
+    queries, heads = rows // group_size, kv_head * group_size + rows % group_size
+    low, high = halves(query + heads * query_head_stride + queries * query_stride, is_row, half, block_half, 16)
+    first, last = split * split_tokens, tl.minimum((split + 1) * split_tokens, num_tokens)
+    hidden = tl.full((block_rows,), -1, tl.int32)  # the last token that is too far back for a row
+    if has_window:
+        hidden = tl.load(positions + queries, mask=is_row, other=1 << 30) - window
+        first = tl.maximum(first, (tl.min(hidden) + 1) // block_tokens * block_tokens)
+    maximum = tl.full((block_rows,), float("-inf"), tl.float32)
+    denominator = tl.zeros((block_rows,), tl.float32)
+    low_sum, high_sum = tl.zeros(low.shape, tl.float32), tl.zeros(low.shape, tl.float32)
+    places = tl.arange(0, block_tokens)
+    for start in tl.range(0, tl.where(split == 0, num_exact, 0), block_tokens, num_stages=1):
+        tokens = start + places
+        is_token, at = tokens < num_exact, (kv_head * num_exact + tokens) * (2 * half)
+        visible = is_token[None, :] & (tokens[None, :] > hidden[:, None])
+        maximum, denominator, low_sum, high_sum = take_plain(
+            low, high, exact_keys + at, exact_values + at, is_token, visible, scale, softcap,
+            maximum, denominator, low_sum, high_sum, half, has_cap,
+        )  # fmt: skip
+    for start in range(first, last, block_tokens):
+        tokens = start + places
+        is_token = tokens < last
+        visible = (is_token & (tokens >= num_exact))[None, :] & (tokens[None, :] > hidden[:, None])
+        tile_keys = keys + kv_head * key_head_stride + tokens * key_stride
+        tile_values = values + kv_head * value_head_stride + tokens * value_stride
+        if key_bits == 16:
+            maximum, denominator, low_sum, high_sum = take_plain(
+                low, high, tile_keys, tile_values, is_token, visible, scale, softcap,
+                maximum, denominator, low_sum, high_sum, half, has_cap,
+            )  # fmt: skip
+        else:
+            group = (kv_head * num_groups + start // group_tokens) * (2 * half)
+            scores = code_scores(
+                low, high, tile_keys, key_scales + group, key_offsets + group, is_token, half, key_bits, folded
+            )
+            scores = capped(scores * scale, softcap, has_cap)
+            weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)
+            at = (kv_head * num_tokens + tokens) * ((2 * half + group_channels - 1) // group_channels)
+            low_sum, high_sum = take_code_values(
+                weights, factor, low_sum, high_sum, tile_values, value_scales + at, value_offsets + at, is_token,
+                low.dtype, half, group_channels, value_bits,
+            )  # fmt: skip
+    row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
+    store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
+
+
+class SplitPlan(NamedTuple):
+    """How a launch is cut; it follows from sizes and the number of processors alone."""
+
+    block_rows: int
+    row_blocks: int
+    block_tokens: int
+    split_tokens: int
+    num_splits: int
+
+
+def plan_splits(prefix: Prefix, num_rows: int, head_dim: int, num_processors: int) -> SplitPlan:
+    """Cut `num_rows` rows a key/value head, and the tokens: all processors work, partial results stay few."""
+    block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
+    row_blocks = triton.cdiv(num_rows, block_rows)
+    group_tokens = prefix.group_tokens if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
+    block_tokens = math.gcd(group_tokens, BLOCK_TOKENS)
+    programs_at_once = num_processors * {128: 1, 64: 2}.get(block_rows, 4)
+    wanted = max(1, programs_at_once // (prefix[0].shape[0] * row_blocks))
+    num_splits = max(1, min(wanted, prefix.num_tokens // MIN_SPLIT_TOKENS))
+    split_tokens = max(1, triton.cdiv(prefix.num_tokens, num_splits * block_tokens)) * block_tokens
+    num_splits = max(1, triton.cdiv(prefix.num_tokens, split_tokens))
+    return SplitPlan(block_rows, row_blocks, block_tokens, split_tokens, num_splits)
+
+
+def attend_prefix_parts(
+    query: Tensor,
+    prefix: Prefix,
+    part_out: Tensor,
+    part_lse: Tensor,
+    plan: SplitPlan,
+    *,
+    scale: float,
+    positions: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Write the results of all splits: `part_out [num_splits, num_q_heads, num_queries, head_dim]`, `part_lse`."""
+    num_q_heads, num_queries, head_dim = query.shape
+    num_kv_heads, half = prefix[0].shape[0], head_dim // 2
+    tensors, num_exact, sizes = _arguments(prefix, query)
+    attend_prefix[(plan.row_blocks, num_kv_heads, plan.num_splits)](
+        query, *tensors, query if positions is None else positions, part_out, part_lse, scale, softcap or 0.0,
+        window or 0, prefix.num_tokens, num_exact, tensors[1].shape[1], num_queries, plan.split_tokens,
+        *query.stride()[:2], *tensors[0].stride()[:2], *tensors[3].stride()[:2],
+        group_size=num_q_heads // num_kv_heads, half=half, block_half=max(16, triton.next_power_of_2(half)),
+        block_rows=plan.block_rows, block_tokens=plan.block_tokens, has_window=window is not None,
+        has_cap=softcap is not None, folded=plan.block_rows <= MAX_FOLDED_ROWS,
+        num_warps=8 if plan.block_rows == 128 else 4, num_stages=3, **sizes,
+    )  # fmt: skip
+
+
+def _arguments(prefix: Prefix, query: Tensor) -> tuple[list[Tensor], int, dict[str, int]]:
+    """Tensors in the kernel's order (`query` for those that the prefix has not), exact tokens, compile-time sizes."""
+    if isinstance(prefix, QuantizedPrefix):
+        sizes = {"key_bits": code_bits(prefix.key_codes), "value_bits": code_bits(prefix.value_codes)}
+        sizes |= {"group_tokens": prefix.group_tokens, "group_channels": prefix.group_channels}
+        return list(prefix[:8]), prefix.exact_keys.shape[1], sizes
+    keys, values = prefix
+    sizes = {"key_bits": 16, "value_bits": 16, "group_tokens": BLOCK_TOKENS, "group_channels": keys.shape[2]}
+    return [keys, query, query, values, query, query, query, query], 0, sizes

@@ -1,0 +1,95 @@
+"""Compiles the launches of the Triton kernels for a GPU, without one, and prints a line of JSON for each.
+
+The product's own launching code runs on CPU tensors; what it would launch is compiled instead, by Triton, to machine
+code, and taken apart for the registers, the memory that spills, and the shared memory that it takes.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from cag_kernels import DensePrefix, PagedTails, quantize_prefix
+from cag_kernels.rotation import angles
+from cag_kernels.triton_launch import attend
+from cag_kernels.triton_quantize import dequantize_on_device, quantize_on_device
+from cag_kernels.triton_rotation import rotate
+
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int32: "*i32",
+}  # fmt: skip
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
+done = set()
+
+
+def compile_launch(kernel, *args, grid, warmup, **kwargs):
+    """Stands for a launch."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    options = {name: values.pop(name) for name in list(values) if name not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else type_of(value)
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(number, int) and number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    key = json.dumps([kernel.fn.__name__, signature, sorted(map(str, constants.items())), sorted(map(str, attributes))])
+    if key in done:
+        return
+    done.add(key)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=TARGET, options=options)
+    sizes = {name: values[name] for name in ("block_rows", "key_bits", "value_bits", "bits") if name in values}
+    print(json.dumps({"kernel": kernel.fn.__name__, **sizes, **resources(compiled)}))
+
+
+def type_of(value):
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def resources(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spilled_bytes": stack + local, "shared_bytes": compiled.metadata.shared}
+
+
+def launch_everything():
+    """Each kernel in the shape of Llama 3.1 8B: 32 query and 8 key/value heads of 128 channels."""
+    keys, values = torch.zeros(2, 8, 1024, 128, dtype=torch.bfloat16)
+    pool = torch.zeros(2, 4, 8, 16, 128, dtype=torch.bfloat16)
+    pages, counts = torch.zeros(1, 4, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    tails = PagedTails(*pool, pages, counts[1:] + 4, counts, 1)
+    masks = {"scale": 0.1, "positions": None, "window": None, "softcap": None}
+    query = torch.zeros(32, 32, 128, dtype=torch.bfloat16)
+    attend(query[:, :1], DensePrefix(keys, values), tails, 132, **masks, dtype=torch.bfloat16)
+    attend(query, DensePrefix(keys, values), None, 132, **masks)
+    for bits in (8, 4):
+        prefix = quantize_prefix(keys, values, key_bits=bits, value_bits=bits, group_channels=16 * bits)
+        attend(query[:, :1], prefix, None, 132, **masks)
+        attend(query, prefix, None, 132, **masks)
+        sizes = {"group_tokens": 64, "group_channels": 1}
+        dequantize_on_device(*prefix[:3], **sizes, dtype=torch.bfloat16)
+        quantize_on_device(keys, bits=bits, num_exact=4, **sizes)
+        quantize_on_device(values, bits=bits, num_exact=4, group_tokens=1, group_channels=64)
+    rotate(keys, *angles(torch.zeros(1024, dtype=torch.int64), torch.ones(64)), "halves")
+
+
+JITFunction.run = compile_launch
+launch_everything()

@@ -1,0 +1,33 @@
+"""Every kernel compiles to a GPU's machine code as the product launches it, with next to no register spilled.
+
+The interpreter proves what the kernels compute; this, that a compiler takes them. No GPU is needed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}  # of a program, by compute capability
+MAX_SPILLED_BYTES = 8  # two registers of the widest kernel, 4-bit codes for 128 rows
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_every_launch_compiles(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    command = [sys.executable, str(script), str(capability)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    found = [json.loads(line) for line in ran.stdout.splitlines()]
+    kernels = {row["kernel"] for row in found}
+    assert {"attend_prefix", "attend_tails", "merge", "decode", "turn", "code_token_groups"} <= kernels
+    assert {(row["block_rows"], row["key_bits"]) for row in found if row["kernel"] == "attend_prefix"} == {
+        (rows, bits) for rows in (16, 128) for bits in (16, 8, 4)
+    }
+    for row in found:
+        assert row["spilled_bytes"] <= MAX_SPILLED_BYTES, row
+        assert row["shared_bytes"] <= SHARED_BYTES[capability], row

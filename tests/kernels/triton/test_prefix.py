@@ -1,0 +1,103 @@
+"""Attention over one prefix, plain and quantized, against the float64 oracle: odd lengths, masks, strides, splits."""
+
+import pytest
+import torch
+
+from cag_kernels.prefix_reference import prefix_attention_reference
+from cag_kernels.triton_launch import attend
+from cag_kernels.triton_prefix import plan_splits
+from oracle import assert_close, make_prefix, moved, normal, plain_prefix_attention
+
+SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
+    (9, 3, 64, 3, 331),
+    (4, 1, 128, 5, 577),
+    (2, 2, 96, 1, 131),
+    (2, 1, 256, 2, 65),
+    (4, 4, 64, 1, 1),
+]
+KINDS = {
+    "plain": "plain",
+    "int8": {"key_bits": 8, "value_bits": 8, "group_channels": 256},
+    "int4": {"key_bits": 4, "value_bits": 4},
+    "wide keys": {"key_bits": 8, "value_bits": 4, "group_channels": 32, "group_tokens": 32},
+}
+MANY_PROCESSORS = 24  # so that even short prefixes are split
+MASKS = [(100, None), (None, 5.0), (70, 2.0)]
+
+
+def check(device, shape, kind, dtype, window=None, softcap=None, num_exact=3):
+    num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens = shape
+    kind = kind if kind == "plain" else kind | {"num_exact": num_exact}
+    prefix = make_prefix(kind, num_kv_heads, num_tokens, head_dim, dtype)
+    query = normal(num_queries, num_q_heads, head_dim, dtype=dtype).transpose(0, 1)
+    positions = None
+    if window is not None:
+        positions = num_tokens + torch.arange(num_queries, dtype=torch.int32) * 41
+    kwargs = {"scale": head_dim**-0.5, "positions": positions, "window": window, "softcap": softcap}
+    expected = prefix_attention_reference(query.double(), prefix, **kwargs)
+    plain = plain_prefix_attention(query, prefix, **kwargs)
+    kwargs["positions"] = None if positions is None else positions.to(device)
+    found = attend(query.to(device), moved(prefix, device), None, MANY_PROCESSORS, **kwargs)
+    assert all(part.dtype == torch.float32 for part in found)
+    assert_close(found, expected, plain)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_matches_the_oracle(device, shape, kind):
+    check(device, shape, kind, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("window, softcap", MASKS)
+def test_windows_and_caps(device, kind, window, softcap):
+    check(device, (4, 2, 64, 3, 150), kind, torch.bfloat16, window, softcap)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_types(device, kind, dtype):
+    check(device, (4, 2, 128, 1, 150), kind, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("num_queries", [17, 70])
+def test_many_rows_dequantize_the_tile(device, kind, num_queries):
+    """34 and 140 rows a key/value head: one and two blocks of rows, whose keys are not folded into the query."""
+    check(device, (2, 1, 64, num_queries, 90), kind, torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_exact", [0, 1, 70, 90])
+def test_exact_tokens(device, num_exact):
+    check(device, (2, 1, 64, 2, 90), KINDS["int4"], torch.bfloat16, num_exact=num_exact)
+
+
+def test_a_row_behind_the_window_sees_nothing(device):
+    prefix = moved(make_prefix("plain", 1, 40, 64, torch.float32), device)
+    positions = torch.tensor([45, 39], dtype=torch.int32, device=device)
+    kwargs = {"scale": 0.1, "positions": positions, "window": 5, "softcap": None}
+    out, lse = attend(normal(1, 2, 64).to(device), prefix, None, 2, **kwargs)
+    assert not out[0, 0].any()
+    assert torch.isneginf(lse[0, 0])
+    assert torch.isfinite(lse[0, 1])
+
+
+def test_a_prefix_without_tokens(device):
+    prefix = moved(make_prefix("plain", 2, 0, 64, torch.float32), device)
+    out, lse = attend(
+        normal(4, 3, 64).to(device), prefix, None, 2, scale=1.0, positions=None, window=None, softcap=None
+    )
+    assert not out.any()
+    assert torch.isneginf(lse).all()
+
+
+def test_splits_cover_all_tokens_and_fill_the_processors():
+    prefix = make_prefix("plain", 8, 85, 128, torch.bfloat16)
+    for num_tokens in (1, 255, 256, 85_000):
+        longer = prefix._replace(keys=prefix.keys[:, :1].expand(-1, num_tokens, -1))
+        for num_rows in (4, 64, 256):
+            plan = plan_splits(longer, num_rows, 128, 132)
+            assert (plan.num_splits - 1) * plan.split_tokens < num_tokens <= plan.num_splits * plan.split_tokens
+            assert plan.row_blocks * plan.block_rows >= num_rows
+            if num_tokens == 85_000:
+                assert plan.num_splits * plan.row_blocks * 8 > 0.9 * 132
