@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cag.state import AttentionRule, SequenceState
+from cag.state import AttentionRule, PrefixSegment, SequenceState, attend_prefix
 from cag.weights import Product, joined_product
-from cag_kernels import FEW_ROWS, segment_attention
+from cag_kernels import FEW_ROWS, DensePrefix
 from cag_kernels.cpu import MAX_FEW_ROWS, cpu_attention_serves
 
 OWN_PAIRS = 2048  # queries x keys of the tail up to which one pass over the tail is quicker than two
@@ -141,23 +141,23 @@ class FewRowsDecoder:
     ) -> tuple[int, Tensor, Tensor]:
         """Attention over the prefix, and over a long tail's earlier tokens: from which token of the tail on nothing was
         attended to yet, parts `[num_parts, num_q_heads, num_rows, head_dim]` and their logsumexps."""
-        segments = [] if state.prefix is None else [(*state.prefix.layer(index), state.num_tokens)]
+        segments = [] if state.prefix is None else list(state.prefix.segments(index))
         first = 0 if state.num_tail * query.shape[1] <= OWN_PAIRS else state.num_tail
         if first:
-            segments.append((state.tail.keys[index][:, :first], state.tail.values[index][:, :first], first))
-        rounded = self._rounded(query, segments[0][0]) if segments else query
-        parts = [
-            segment_attention(rounded, keys, values, scale=layer.rule.scale, offset=at) for keys, values, at in segments
-        ]
+            tail = state.tail
+            segments.append(DensePrefix(tail.keys[index][:, :first], tail.values[index][:, :first]))
+        rounded = self._rounded(query, segments[0]) if segments else query
+        parts = attend_prefix(rounded, segments, layer.rule.scale)
         if not parts:
             return first, query.new_empty(0, *query.shape), query.new_empty(0, *query.shape[:2])
         if len(parts) == 1:
             return first, parts[0][0][None], parts[0][1][None]
         return first, torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
 
-    def _rounded(self, query: Tensor, keys: Tensor) -> Tensor:
+    def _rounded(self, query: Tensor, segment: PrefixSegment) -> Tensor:
         """The query in the type that the network attends in, where that is quicker: not for a single token."""
-        few = query.shape[0] // keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS and cpu_attention_serves(query, keys)
+        few = query.shape[0] // segment[0].shape[0] * query.shape[1] <= MAX_FEW_ROWS
+        few = few and isinstance(segment, DensePrefix) and cpu_attention_serves(query, segment.keys)
         return query if few else query.to(self._attends_in)
 
     def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:

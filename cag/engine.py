@@ -190,7 +190,14 @@ class Engine:
             check_fingerprints(name, manifest, self.model)
             model = self.model
             overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
-            resident = ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device, overlap=overlap)
+            resident = ResidentPrefix.load(
+                reader,
+                model.kv_shapes,
+                model.kv_dtype,
+                model.device,
+                overlap=overlap,
+                in_codes=model.attends_to_codes,
+            )
         except BaseException:
             reader.close()
             raise

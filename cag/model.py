@@ -26,7 +26,7 @@ from cag.prompt import PromptTemplate, read_template
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.state import AttentionRule, KvShape, SequenceState, Tail
 from cag.weights import join_network, loses_in_bfloat16, pack_network, use_transposed_products
-from cag_kernels import warm_up, warm_up_linear, warm_up_tiles
+from cag_kernels import has_compiler, warm_up, warm_up_linear, warm_up_tiles
 
 ATTENTION_NAME = "cag_segments"
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -161,6 +161,13 @@ class LanguageModel:
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token over all layers, uncompressed."""
         return sum(2 * s.num_kv_heads * s.head_dim * self.kv_dtype.itemsize for s in self.kv_shapes)
+
+    @property
+    def attends_to_codes(self) -> bool:
+        """Whether questions attend to a prefix in codes as quickly as to numbers: compiled code does, without windows
+        and caps."""
+        plain = all(rule.window is None and rule.softcap is None for rule in self._rules)
+        return self.device.type == "cpu" and plain and has_compiler()
 
     @property
     def rope(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cag_kernels import DensePrefix, QuantizedPrefix, dequantize_prefix
+from cag_store.codecs import CodedShape, CodedSide
+
 if TYPE_CHECKING:
-    from cag.state import KvShape, Tail
+    from cag.state import KvShape, PrefixSegment, Tail
     from cag_store import CacheReader
 
 
 HUGE_PAGE_BYTES = 2 << 20
+_ALIGNED = 64  # bytes: an array begins with a line of the processor's cache
 
 
 def storage_view(tensor: Tensor) -> NDArray[Any]:
@@ -51,11 +56,62 @@ class HostBuffers:
         """Writable arrays of all layers, as the store wants them."""
         return [(storage_view(keys), storage_view(values)) for keys, values in self._host]
 
+    def layers(self) -> list[tuple[PrefixSegment, ...]]:
+        """What to attend to when all has arrived."""
+        return [(DensePrefix(*pair),) for pair in self._device]
+
     def arrived(self, layer: int) -> None:
         """A layer was decoded: send it to the device."""
         for source, target in zip(self._host[layer], self._device[layer], strict=True):
             if source is not target:
                 target.copy_(source, non_blocking=True)
+
+
+class CodedBuffers:
+    """Where the store puts the codes of a prefix, on a CPU, and how they are attended to."""
+
+    def __init__(self, shapes: Sequence[tuple[CodedShape, CodedShape]]) -> None:
+        self._shapes = shapes
+        sides = [side for both in shapes for side in both]
+        sizes = [math.prod(size) * itemsize for side in sides for size, itemsize in _coded_arrays(side)]
+        padded = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+        whole = _allocate([(1, 1, sum(padded))], torch.uint8, torch.device("cpu"))[0].view(-1)
+        parts = iter([part[:size] for part, size in zip(torch.split(whole, padded), sizes, strict=True)])
+        self._tensors = [tuple(self._side(side, parts) for side in both) for both in shapes]
+
+    def _side(self, shape: CodedShape, parts: Iterator[Tensor]) -> list[Tensor]:
+        codes = torch.int8 if shape.bits == 8 else torch.uint8
+        dtypes = (codes, *[torch.bfloat16] * 4)
+        return [next(parts).view(dtype).view(size) for dtype, size in zip(dtypes, shape.shapes, strict=True)]
+
+    def views(self) -> list[tuple[CodedSide, CodedSide]]:
+        """Writable arrays of all layers, as the store wants them."""
+        return [
+            (CodedSide(*map(storage_view, keys)), CodedSide(*map(storage_view, values)))
+            for keys, values in self._tensors
+        ]
+
+    def layers(self) -> list[tuple[PrefixSegment, ...]]:
+        """See `HostBuffers`: codes, and behind them what is exact."""
+        found: list[tuple[PrefixSegment, ...]] = []
+        for (shape, along), (keys, values) in zip(self._shapes, self._tensors, strict=True):
+            parts = (*keys[:3], *values[:3], keys[3], values[3])
+            coded = QuantizedPrefix(*parts, shape.group_tokens, along.group_channels)  # type: ignore[call-arg, arg-type]
+            recent = DensePrefix(keys[4], values[4])
+            found.append((coded, recent) if recent.num_tokens else (coded,))
+        return found
+
+    def arrived(self, layer: int) -> None:
+        """Codes lie where they are attended to."""
+
+
+def _coded_view(side: list[Tensor]) -> CodedSide:
+    return CodedSide(*map(storage_view, side))
+
+
+def _coded_arrays(shape: CodedShape) -> list[tuple[tuple[int, ...], int]]:
+    """Shape and bytes of an element of each array of a side in bfloat16."""
+    return list(zip(shape.shapes, (1, 2, 2, 2, 2), strict=True))
 
 
 class _Memory:
@@ -103,28 +159,28 @@ def _pinned_like(tensor: Tensor) -> Tensor:
 class ResidentPrefix:
     """Keys and values of `num_tokens` tokens, `[num_kv_heads, num_tokens, head_dim]` a layer and side.
 
+    `layers` has the segments of each layer, one behind the other: numbers, or codes with what is exact behind them.
+
     Attributes:
         token_ids: `[num_tokens]` int64.
         load_s: seconds from the start of loading until the last layer was there; 0 for a prefix that was computed here.
         tier: the slowest place that the layers were loaded from: "memory", "disk" or "object-store".
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], token_ids: NDArray[np.int64]) -> None:
-        self._keys = keys
-        self._values = values
+    def __init__(self, layers: Sequence[tuple[PrefixSegment, ...]], token_ids: NDArray[np.int64]) -> None:
+        self._layers = layers
         self.token_ids = token_ids
         self.load_s = 0.0
         self.tier = "memory"
         self._overlap = True
-        self._ready = [threading.Event() for _ in keys]
+        self._ready = [threading.Event() for _ in layers]
         self._error: BaseException | None = None
 
     @classmethod
     def from_tail(cls, tail: Tail, token_ids: NDArray[np.int64]) -> ResidentPrefix:
         """A prefix that was just computed; takes over the tail's buffers without a copy."""
-        prefix = cls(tail.keys, tail.values, token_ids)
-        for event in prefix._ready:
-            event.set()
+        prefix = cls([(pair,) for pair in map(DensePrefix, tail.keys, tail.values)], token_ids)
+        prefix.mark_loaded()
         return prefix
 
     @classmethod
@@ -136,37 +192,48 @@ class ResidentPrefix:
         device: torch.device,
         *,
         overlap: bool = True,
+        in_codes: bool = False,
     ) -> ResidentPrefix:
         """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed.
+
+        With `in_codes` the prefix takes the bytes of its codec where that has codes to attend to, on a CPU.
 
         With `overlap` a layer can be used as soon as it is there. Without it, all layers become usable together: where
         loading needs the very cores that the forward runs on, one after the other is sooner.
         """
         token_ids = reader.token_ids().astype(np.int64)
-        num_tokens = len(token_ids)
-        sizes = [(s.num_kv_heads, num_tokens, s.head_dim) for s in shapes]
-        tensors = _allocate([size for size in sizes for _ in range(2)], dtype, device)
-        prefix = cls(tensors[::2], tensors[1::2], token_ids)
+        coded = reader.coded_shapes() if in_codes and device.type == "cpu" and dtype == torch.bfloat16 else None
+        host: HostBuffers | CodedBuffers
+        if coded is not None:
+            host = CodedBuffers(coded)
+        else:
+            sizes = [(s.num_kv_heads, len(token_ids), s.head_dim) for s in shapes]
+            tensors = _allocate([size for size in sizes for _ in range(2)], dtype, device)
+            host = HostBuffers(tensors[::2], tensors[1::2])
+        prefix = cls(host.layers(), token_ids)
         prefix._overlap = overlap
-        threading.Thread(target=prefix._load, args=(reader,), name="cag-load", daemon=True).start()
+        threading.Thread(target=prefix._load, args=(reader, host), name="cag-load", daemon=True).start()
         return prefix
 
-    def _load(self, reader: CacheReader) -> None:
+    def _load(self, reader: CacheReader, host: HostBuffers | CodedBuffers) -> None:
         start = time.perf_counter()
         try:
-            host = HostBuffers(self._keys, self._values)
             reader.load(host.views(), lambda layer: self._arrived(layer, host))
             self.load_s, self.tier = time.perf_counter() - start, reader.tier
         except BaseException as error:  # handed to whoever waits for a layer
             self._error = error
         finally:
-            for event in self._ready:
-                event.set()
+            self.mark_loaded()
 
-    def _arrived(self, layer: int, host: HostBuffers) -> None:
+    def _arrived(self, layer: int, host: HostBuffers | CodedBuffers) -> None:
         host.arrived(layer)
         if self._overlap and layer < len(self._ready) - 1:  # the last layer is set with `load_s`
             self._ready[layer].set()
+
+    def mark_loaded(self) -> None:
+        """All layers are there."""
+        for event in self._ready:
+            event.set()
 
     @property
     def num_tokens(self) -> int:
@@ -175,15 +242,16 @@ class ResidentPrefix:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values on the device."""
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+        """Bytes of keys and values on the device, as numbers or as codes with their scales."""
+        segments = [segment for layer in self._layers for segment in layer]
+        return sum(part.nbytes for segment in segments for part in segment if isinstance(part, Tensor))
 
     @property
     def is_loaded(self) -> bool:
         """Whether all layers are there, or will not come."""
         return self._ready[-1].is_set()
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+    def segments(self, index: int) -> tuple[PrefixSegment, ...]:
         """Keys and values of a layer, borrowed; waits for it.
 
         Raises:
@@ -192,8 +260,22 @@ class ResidentPrefix:
         self._ready[index].wait()
         if self._error is not None:
             raise self._error
-        return self._keys[index], self._values[index]
+        return self._layers[index]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as numbers, `[num_kv_heads, num_tokens, head_dim]`: borrowed, or made from codes.
+
+        Raises:
+            StoreError: what went wrong while loading.
+        """
+        dense = [
+            segment if isinstance(segment, DensePrefix) else DensePrefix(*dequantize_prefix(segment, torch.bfloat16))
+            for segment in self.segments(index)
+        ]
+        if len(dense) == 1:
+            return dense[0].keys, dense[0].values
+        return torch.cat([segment.keys for segment in dense], 1), torch.cat([segment.values for segment in dense], 1)
 
     def wait(self) -> None:
         """Wait until all layers are there."""
-        self.layer(len(self._ready) - 1)
+        self.segments(len(self._ready) - 1)

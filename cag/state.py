@@ -6,6 +6,7 @@ kernels and tensors; knows no text, no model and no store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -13,9 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cag_kernels import merge_segments, segment_attention
+from cag_kernels import DensePrefix, QuantizedPrefix, merge_segments, prefix_attention, segment_attention
 
 MIN_TAIL_TOKENS = 128
+
+PrefixSegment = DensePrefix | QuantizedPrefix
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class PrefixLayers(Protocol):
     def num_tokens(self) -> int:
         """Tokens of the prefix."""
 
+    def segments(self, index: int) -> tuple[PrefixSegment, ...]:
+        """Keys and values of a layer, as segments that follow each other; waits until they have arrived."""
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, `[num_kv_heads, num_tokens, head_dim]`; waits until they have arrived."""
+        """All of them as numbers, `[num_kv_heads, num_tokens, head_dim]`."""
 
 
 class Tail:
@@ -129,7 +135,20 @@ class SequenceState:
         tail_values[:, self.num_tail :] = values
         attend = partial(segment_attention, query, scale=scale, window=window, softcap=softcap)
         parts = [attend(tail_keys, tail_values, offset=self.num_tail)]
-        if self.prefix is not None:
+        if self.prefix is not None and window is None and softcap is None:
+            parts += attend_prefix(query, self.prefix.segments(layer), scale)
+        elif self.prefix is not None:
             prefix_keys, prefix_values = self.prefix.layer(layer)
             parts.append(attend(prefix_keys, prefix_values, offset=self.num_tokens))
         return merge_segments(parts).to(query.dtype)
+
+
+def attend_prefix(query: Tensor, segments: Sequence[PrefixSegment], scale: float) -> list[tuple[Tensor, Tensor]]:
+    """What queries `[num_q_heads, num_new, head_dim]` behind a whole prefix find in each of its segments: outputs and
+    log-sum-exps, as `cag_kernels.segment_attention` gives them."""
+    return [
+        prefix_attention(query, segment, scale=scale)
+        if isinstance(segment, QuantizedPrefix)
+        else segment_attention(query, *segment, scale=scale, offset=segment.num_tokens)
+        for segment in segments
+    ]

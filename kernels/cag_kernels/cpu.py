@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cag_kernels.prefixes import Codes, QuantizedPrefix, code_bits
+
 if TYPE_CHECKING:
     from cag_kernels.cpu_panel import Blocking
 
@@ -101,23 +103,78 @@ def cpu_attention(
     """
     assert window is None and softcap is None and offset >= keys.shape[1] - 1, "every query sees every key"
     num_q_heads, num_queries, head_dim = query.shape
-    num_kv_heads, num_keys, _ = keys.shape
-    num_rows = num_q_heads // num_kv_heads * num_queries
     if query.dtype == torch.bfloat16:
         kernel = tile_kernel(head_dim)
     else:
+        num_rows = num_q_heads // keys.shape[0] * num_queries
         kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None)
+    values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
+    return _run(kernel, query, keys, values, scale)
+
+
+def quantized_attention_serves(query: Tensor, prefix: QuantizedPrefix) -> bool:
+    """Whether `cpu_quantized_attention` takes these tensors; that they fit together is not looked at."""
+    head_dim = query.shape[2]
+    codes = _codes(prefix)
+    vectors = 2 * HEAD_DIM_MULTIPLE if 4 in (codes.key_bits, codes.value_bits) else HEAD_DIM_MULTIPLE
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and prefix.exact_keys.dtype == torch.bfloat16
+        and prefix.num_tokens > 0
+        and query.shape[1] > 0
+        and head_dim % vectors == 0
+        and head_dim <= MAX_HEAD_DIM
+        and codes.group_tokens % HEAD_DIM_MULTIPLE == 0
+        and codes.group_channels % HEAD_DIM_MULTIPLE == 0
+        and not query.requires_grad
+        and has_compiler()
+    )
+
+
+def cpu_quantized_attention(query: Tensor, prefix: QuantizedPrefix, *, scale: float) -> tuple[Tensor, Tensor]:
+    """As `prefix_reference.prefix_attention_reference` without window and cap, for what `quantized_attention_serves`.
+
+    Codes become numbers a stretch at a time, on the stack, with the bits that the store's codecs decode to; then all is
+    as in `cpu_attention`.
+    """
+    tiles = _tiles_serve(query)
+    query = query if tiles else query.float()
+    kernel = code_kernel(query.shape[2], _codes(prefix), tiles)
+    exact = [side.contiguous() for side in (prefix.exact_keys, prefix.exact_values)]
+    scales = (prefix.key_scales, prefix.key_offsets, prefix.value_scales, prefix.value_offsets)
+    pointers = [tensor.data_ptr() for tensor in (*scales, *exact)]
+    codes_fields = (prefix.key_scales.shape[1], exact[0].shape[1], *pointers)
+    return _run(kernel, query, prefix.key_codes, prefix.value_codes, scale, codes_fields)
+
+
+def _codes(prefix: QuantizedPrefix) -> Codes:
+    key_bits, value_bits = (code_bits(side) for side in (prefix.key_codes, prefix.value_codes))
+    return Codes(key_bits, value_bits, prefix.group_tokens, prefix.group_channels)
+
+
+def _run(
+    kernel: CompiledKernel,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    codes_fields: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    num_q_heads, num_queries, head_dim = query.shape
+    num_kv_heads, num_keys, _ = keys.shape
+    num_rows = num_q_heads // num_kv_heads * num_queries
     num_lanes = -(-num_rows // kernel.blocking.lanes) * kernel.blocking.lanes
     num_ranges = -(-num_keys // kernel.blocking.range_tokens)
     query = query.contiguous()
-    values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
     out = torch.empty_like(query, dtype=torch.float32)
     num_tasks = num_kv_heads * num_ranges
     counts = [num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim]
     parts = torch.split_with_sizes(_scratch.take(sum(counts) * num_lanes).view(-1, num_lanes), counts)
     tensors = (query, keys, values, *parts, out)
     sizes = (num_kv_heads, num_keys, num_rows, num_lanes, num_ranges, keys.stride(0), values.stride(0))
-    kernel.run((0, *(tensor.data_ptr() for tensor in tensors), *sizes, _float_bits(scale)), num_tasks)
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    kernel.run((0, *pointers, *sizes, _float_bits(scale), *codes_fields), num_tasks)
     maximum, denominator = (part[::num_ranges, :num_rows] for part in parts[1:3])
     return out, denominator.log().add_(maximum).view(num_q_heads, num_queries)
 
@@ -160,7 +217,7 @@ class CompiledKernel:
         )
 
     def run(self, fields: tuple[int, ...], num_tasks: int) -> None:
-        """Serve one call; `fields` are `cpu_loops.Field` in order."""
+        """Serve one call; `fields` are `cpu_call.Field` in order."""
         call = (ctypes.c_int64 * len(fields))(*fields)
         num_threads = torch.get_num_threads()
         self._prepare(call)
@@ -201,6 +258,24 @@ def _compile_tiles(head_dim: int) -> CompiledKernel:
     from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
 
     return CompiledKernel(tile_attention_module(head_dim), TILE_BLOCKING)
+
+
+def code_kernel(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
+    """The kernel for a prefix in codes, for bfloat16 queries if `tiles`, else for float32 ones; compiled once."""
+    with _lock:
+        return _compile_codes(head_dim, codes, tiles)
+
+
+@cache
+def _compile_codes(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
+    from cag_kernels.cpu_loops import attention_module
+    from cag_kernels.cpu_panel import host_blocking
+    from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
+
+    if tiles:
+        return CompiledKernel(tile_attention_module(head_dim, codes), TILE_BLOCKING)
+    blocking = host_blocking()
+    return CompiledKernel(attention_module(head_dim, blocking, codes=codes), blocking)
 
 
 @cache

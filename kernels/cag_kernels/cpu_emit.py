@@ -66,6 +66,16 @@ class Emitter:
             phi.add_incoming(then, body if builder.block is body else builder.block)
         builder.position_at_end(behind)
 
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        """Instructions that run where `condition` holds; nothing of them is used behind."""
+        inside, behind = function_blocks(self.function, "inside", "behind")
+        self.builder.cbranch(condition, inside, behind)
+        self.builder.position_at_end(inside)
+        yield
+        self.builder.branch(behind)
+        self.builder.position_at_end(behind)
+
     def integer(self, value: int) -> Value:
         """An index."""
         return ir.Constant(INT64, value)

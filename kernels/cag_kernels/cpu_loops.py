@@ -7,41 +7,24 @@ ranges have a fixed number of keys and are merged in order, so the threads do no
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
+from cag_kernels.cpu_call import Call, Field
+from cag_kernels.cpu_dequantize import Dequantizer
+from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, UNSEEN, Emitter, Value, function_blocks
 from cag_kernels.cpu_few import FewRows
 from cag_kernels.cpu_panel import MAX_WIDTH, Blocking, Panel
+from cag_kernels.prefixes import Codes
 
 
-class Field(IntEnum):
-    """Places in the array of int64 that describes a call to the compiled code; `QUERY` to `OUT` are addresses."""
-
-    NEXT_TASK = 0
-    QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32 (bfloat16 for tiles)
-    KEYS = 2
-    VALUES = 3
-    SCALED = 4  # [num_kv_heads, head_dim, num_lanes] float32: the query transposed, scaled, padded with zeros
-    MAXIMUM = 5  # [num_kv_heads, num_ranges, num_lanes] float32; range 0 of a head holds the result in the end
-    DENOMINATOR = 6  # as MAXIMUM
-    WEIGHTED = 7  # [num_kv_heads, num_ranges, head_dim, num_lanes] float32
-    OUT = 8  # as QUERY, float32
-    NUM_KV_HEADS = 9
-    NUM_KEYS = 10
-    NUM_ROWS = 11
-    NUM_LANES = 12  # rows rounded up to whole vectors
-    NUM_RANGES = 13
-    KEYS_STRIDE = 14  # elements from one head to the next
-    VALUES_STRIDE = 15
-    SCALE = 16  # the bits of a float32
-
-
-def attention_module(head_dim: int, blocking: Blocking, few_rows: int | None = None) -> ir.Module:
+def attention_module(
+    head_dim: int, blocking: Blocking, few_rows: int | None = None, codes: Codes | None = None
+) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
-    For any number of rows, or for exactly `few_rows`.
+    For any number of rows, or for exactly `few_rows`; over numbers, or over codes, of which a range is turned into
+    numbers where it is attended to.
     """
     module = ir.Module(name=f"attention_{head_dim}")
     if few_rows is None:
@@ -49,44 +32,9 @@ def attention_module(head_dim: int, blocking: Blocking, few_rows: int | None = N
     else:
         panels = [FewRows(module, head_dim, few_rows, blocking).function]
     _emit_prepare(Call(module, "prepare", head_dim, blocking))
-    _emit_attend(Call(module, "attend", head_dim, blocking), panels)
+    _emit_attend(Call(module, "attend", head_dim, blocking, has_codes=codes is not None), panels, codes)
     _emit_finish(Call(module, "finish", head_dim, blocking))
     return module
-
-
-class Call:
-    """A function under construction and the fields of the call that it serves."""
-
-    def __init__(self, module: ir.Module, name: str, head_dim: int, blocking: Blocking) -> None:
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
-        self.head_dim = head_dim
-        self.blocking = blocking
-        self.emit = self.make_emitter()
-        self._fields: dict[Field, Value] = {field: self._read(field) for field in list(Field)[1:]}
-
-    def make_emitter(self) -> Emitter:
-        """What the function's instructions are made with."""
-        return Emitter(self.function, self.blocking.lanes)
-
-    def _read(self, field: Field) -> Value:
-        value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
-        is_address = Field.QUERY <= field <= Field.OUT
-        return self.emit.builder.inttoptr(value, POINTER) if is_address else value
-
-    def place(self, field: Field) -> Value:
-        """Address of a field."""
-        return self.emit.at(self.function.args[0], int(field), INT64)
-
-    def __getitem__(self, field: Field) -> Value:
-        return self._fields[field]
-
-    def index(self, first: Value, *pairs: tuple[Value | int, Value | int]) -> Value:
-        """`((first * size + offset) * size + offset) ...` over `(size, offset)` pairs."""
-        builder = self.emit.builder
-        for size, offset in pairs:
-            size, offset = (self.emit.integer(part) if isinstance(part, int) else part for part in (size, offset))
-            first = builder.add(builder.mul(first, size), offset)
-        return first
 
 
 def _emit_prepare(call: Call) -> None:
@@ -111,8 +59,9 @@ def _emit_prepare(call: Call) -> None:
     builder.ret_void()
 
 
-def _emit_attend(call: Call, panels: list[ir.Function]) -> None:
-    emit_tasks(call, lambda task: _emit_task(call, panels, task))
+def _emit_attend(call: Call, panels: list[ir.Function], codes: Codes | None) -> None:
+    numbers = None if codes is None else Dequantizer(call, codes, call.blocking.range_tokens)
+    emit_tasks(call, lambda task: _emit_task(call, panels, task, numbers))
     call.emit.builder.ret_void()
 
 
@@ -131,7 +80,7 @@ def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     builder.position_at_end(done)
 
 
-def _emit_task(call: Call, panels: list[ir.Function], task: Value) -> None:
+def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: Dequantizer | None) -> None:
     emit, builder = call.emit, call.emit.builder
     head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
     first = builder.mul(part, emit.integer(call.blocking.range_tokens))
@@ -147,10 +96,13 @@ def _emit_task(call: Call, panels: list[ir.Function], task: Value) -> None:
             (Field.WEIGHTED, builder.mul(task, channels)),
         )
     ]
-    tokens = [
-        emit.at(call[field], call.index(head, (call[stride], skipped)), INT16)
-        for field, stride in ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))
-    ]
+    if numbers is not None:
+        tokens = [numbers.emit_side(side, head, first, count) for side in range(2)]
+    else:
+        tokens = [
+            emit.at(call[field], call.index(head, (call[stride], skipped)), INT16)
+            for field, stride in ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))
+        ]
     _emit_panels(emit, panels, [floats[0], *tokens, *floats[1:]], count, lanes)
 
 

@@ -12,35 +12,33 @@ import math
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
+from cag_kernels.cpu_call import Call, Field
+from cag_kernels.cpu_dequantize import Dequantizer
 from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
-from cag_kernels.cpu_loops import Call, Field, emit_factors, emit_tasks
-from cag_kernels.cpu_panel import Blocking
+from cag_kernels.cpu_loops import emit_factors, emit_tasks
+from cag_kernels.cpu_panel import MAX_WIDTH, Blocking
 from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
+from cag_kernels.prefixes import Codes
 
 PIECE = 128  # keys of one softmax step: scores, turned values and weights of them stay in the first two caches
-import os
-MW=int(os.environ.get('MW','3')); RT=int(os.environ.get('RT','512'))
-TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=RT)
+TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=1024)
 _EXPONENTIAL_TERMS = 5  # 4e-5, against 2e-3 of the rounding to bfloat16
 _LOG2_E = 1 / math.log(2)
-_NUM_TILES = 8
-import os
-MW=int(os.environ.get("MW","3")); RT=int(os.environ.get("RT","512"))
 _OF_ROWS, _SHARED = 3, 6  # tiles 0 to 2 hold sums, 3 to 5 operands of rows, 6 the one that all rows meet
 
 
-def tile_attention_module(head_dim: int) -> ir.Module:
+def tile_attention_module(head_dim: int, codes: Codes | None = None) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call (`cpu_loops.Field`).
 
     `SCALED` holds the query turned but not scaled, `[num_kv_heads, head_dim / 2, num_lanes]` pairs of bfloat16;
     `WEIGHTED` is `[num_kv_heads, num_ranges, num_lanes, head_dim]`.
     """
     module = ir.Module(name=f"tile_attention_{head_dim}")
-    pieces = [_Piece(module, head_dim, width).function for width in range(1, MW + 1)]
+    pieces = [_Piece(module, head_dim, width).function for width in range(1, MAX_WIDTH + 1)]
     _emit_prepare(_TileCall(module, "prepare", head_dim, TILE_BLOCKING))
-    attend = _TileCall(module, "attend", head_dim, TILE_BLOCKING)
+    attend = _TileCall(module, "attend", head_dim, TILE_BLOCKING, has_codes=codes is not None)
     with attend.emit.configured():
-        task = _Task(attend, pieces)
+        task = _Task(attend, pieces, codes)
         emit_tasks(attend, task.emit_range)
     attend.emit.builder.ret_void()
     _emit_finish(Call(module, "finish", head_dim, TILE_BLOCKING))
@@ -80,11 +78,13 @@ def _emit_prepare(call: _TileCall) -> None:
 class _Task:
     """One range of keys of one head: piece by piece, and within a piece by panels of rows."""
 
-    def __init__(self, call: _TileCall, pieces: list[ir.Function]) -> None:
+    def __init__(self, call: _TileCall, pieces: list[ir.Function], codes: Codes | None) -> None:
         self.call, self.emit, self.pieces = call, call.emit, pieces
         self.head_dim = call.head_dim
         self.paired = self.emit.bytes_on_stack(2 * PIECE * self.head_dim)
-        self.padded = [self.emit.bytes_on_stack(2 * PIECE * self.head_dim) for _ in range(2)]
+        self.numbers = None if codes is None else Dequantizer(call, codes, PIECE)
+        if self.numbers is None:
+            self.padded = [self.emit.bytes_on_stack(2 * PIECE * self.head_dim) for _ in range(2)]
 
     def emit_range(self, task: Value) -> None:
         """The keys of a task; results of rows go to their places for the task."""
@@ -120,7 +120,10 @@ class _Task:
             emit.store(emit.constant(0.0), emit.at(weighted, element.index))
 
     def _emit_whole(self, side: int, head: Value, token: Value, count: Value) -> Value:
-        """Where a piece's keys (0) or values (1) lie: a copy with zeros behind it when it is not whole."""
+        """Where a piece's keys (0) or values (1) lie: a copy when they are codes, or with zeros behind it when it is
+        not whole."""
+        if self.numbers is not None:
+            return self.numbers.emit_side(side, head, token, count)
         call, emit, builder = self.call, self.emit, self.emit.builder
         field, stride = ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))[side]
         index = call.index(head, (call[stride], builder.mul(token, emit.integer(self.head_dim))))
@@ -165,9 +168,9 @@ class _Task:
         """All rows, as many vectors of them at a time as there are tiles for."""
         call, emit, builder = self.call, self.emit, self.emit.builder
         lanes, scale = call[Field.NUM_LANES], call[Field.SCALE]
-        with emit.loop(emit.integer(0), lanes, TILE * MW) as column:
+        with emit.loop(emit.integer(0), lanes, TILE * MAX_WIDTH) as column:
             left = builder.sub(lanes, column.index)
-            width = emit.minimum(builder.sdiv(left, emit.integer(TILE)), emit.integer(MW))
+            width = emit.minimum(builder.sdiv(left, emit.integer(TILE)), emit.integer(MAX_WIDTH))
             channels = builder.mul(column.index, emit.integer(self.head_dim))
             shifted = [
                 emit.at(place, index) for place, index in zip(sums, (column.index, column.index, channels), strict=True)
@@ -216,47 +219,33 @@ class _Piece:
         builder.ret_void()
 
     def _emit_scores(self) -> None:
-        """Tiles of the query stay in registers where all of them find room beside a tile of keys."""
         emit, builder = self.emit, self.emit.builder
-        key_bytes, lanes = 2 * self.head_dim, range(self.width)
-        steps = range(self.head_dim // DEPTH)
-        stays = len(steps) * self.width + self.width < _NUM_TILES
-        query = {(step, lane): self.width + (step * self.width + lane if stays else lane) for step in steps for lane in lanes}
-        if stays:
-            for place in query:
-                self._emit_query(query[place], *place)
+        key_bytes = 2 * self.head_dim
+        lane_bytes = builder.mul(self.lanes, emit.integer(4))
         with emit.loop(emit.integer(0), self.count, TILE) as key:
             keys = emit.at(self.keys, builder.mul(key.index, emit.integer(key_bytes)), INT8)
-            for lane in lanes:
+            for lane in range(self.width):
                 emit.zero(lane)
-            for step in steps:
-                emit.load_tile(_NUM_TILES - 1, emit.at(keys, 2 * DEPTH * step, INT8), key_bytes)
-                for lane in lanes:
-                    if not stays:
-                        self._emit_query(query[step, lane], step, lane)
-                    emit.add_product(lane, _NUM_TILES - 1, query[step, lane])
+            for step in range(self.head_dim // DEPTH):
+                emit.load_tile(_SHARED, emit.at(keys, 2 * DEPTH * step, INT8), key_bytes)
+                rows = emit.at(self.query, builder.mul(self.lanes, emit.integer(TILE * step)), INT32)
+                for lane in range(self.width):
+                    emit.load_tile(_OF_ROWS + lane, emit.at(rows, lane * TILE, INT32), lane_bytes)
+                    emit.add_product(lane, _SHARED, _OF_ROWS + lane)
             target = emit.at(self.scores, builder.mul(key.index, emit.integer(self.row_floats)))
-            for lane in lanes:
+            for lane in range(self.width):
                 emit.store_tile(lane, emit.at(target, lane * TILE), 4 * self.row_floats)
-
-    def _emit_query(self, tile: int, step: int, lane: int) -> None:
-        """16 rows of 32 channels."""
-        emit, builder = self.emit, self.emit.builder
-        rows = emit.at(self.query, builder.mul(self.lanes, emit.integer(TILE * step)), INT32)
-        emit.load_tile(tile, emit.at(rows, lane * TILE, INT32), builder.mul(self.lanes, emit.integer(4)))
 
     def _emit_unseen(self) -> None:
         """Scores of what lies behind the last key in its block of 32."""
         emit, builder = self.emit, self.emit.builder
-        partly, behind = function_blocks(self.function, "partly", "behind")
-        builder.cbranch(builder.icmp_signed("<", self.count, self.num_keys), partly, behind)
-        builder.position_at_end(partly)
-        with emit.loop(self.count, self.num_keys, 1) as key:
+        with (
+            emit.when(builder.icmp_signed("<", self.count, self.num_keys)),
+            emit.loop(self.count, self.num_keys, 1) as key,
+        ):
             place = emit.at(self.scores, builder.mul(key.index, emit.integer(self.row_floats)))
             for lane in range(self.width):
                 emit.store(emit.constant(UNSEEN), emit.at(place, lane * TILE))
-        builder.branch(behind)
-        builder.position_at_end(behind)
 
     def _row(self, pointer: Value, index: Value) -> list[Value]:
         place = self.emit.at(pointer, self.emit.builder.mul(index, self.emit.integer(self.row_floats)))

@@ -55,6 +55,8 @@ class TileEmitter(Emitter):
     """Instructions on vectors of 16 float32 and on tiles, which are numbered 0 to 7."""
 
     def __init__(self, function: ir.Function) -> None:
+        if not has_tiles():  # asks the operating system too: without that, the first tile ends the process
+            raise RuntimeError("this processor has no tiles of bfloat16 (AMX), or this process may not use them")
         super().__init__(function, TILE)
 
     @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.attention import segment_attention
+from cag_kernels.cpu import cpu_quantized_attention, quantized_attention_serves
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
 from cag_kernels.prefix_reference import (
@@ -21,7 +22,7 @@ from cag_kernels.prefix_reference import (
     prefix_attention_reference,
     query_positions,
 )
-from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix, check_prefix, check_tails
+from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix, QuantizedPrefix, check_prefix, check_tails
 
 
 def prefix_attention(
@@ -44,6 +45,9 @@ def prefix_attention(
     if path == "segment":
         keys, values = prefix[:2]
         return segment_attention(query, keys, values, scale=scale, offset=prefix.num_tokens, softcap=softcap)
+    if path == "compiled":
+        assert isinstance(prefix, QuantizedPrefix)
+        return cpu_quantized_attention(query, prefix, scale=scale)
     if path == "torch":
         return prefix_attention_reference(query, prefix, **kwargs)
     from cag_kernels.triton_launch import attend
@@ -98,11 +102,13 @@ def cascade_attention(
 
 
 def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, softcap: float | None) -> str:
-    """`"triton"`, `"segment"` (see `attention.choose_path`) or `"torch"` for a call with these tensors."""
+    """`"triton"`, `"segment"` (see `attention.choose_path`), `"compiled"` or `"torch"` for these tensors."""
     plain = isinstance(prefix, DensePrefix) and window is None
     if triton_serves(query):
         flash = plain and softcap is None and has_flash_attn()
         return "segment" if flash and query.dtype == prefix[0].dtype and query.dtype in HALF_TYPES else "triton"
+    if isinstance(prefix, QuantizedPrefix) and window is None and softcap is None:
+        return "compiled" if quantized_attention_serves(query, prefix) else "torch"
     return "segment" if plain else "torch"
 
 

@@ -25,6 +25,16 @@ class DensePrefix(NamedTuple):
         return self.keys.shape[1]
 
 
+class Codes(NamedTuple):
+    """How a prefix is kept: bits of keys' and values' codes (8 or 4), tokens of a group of keys, channels of a group
+    of values."""
+
+    key_bits: int
+    value_bits: int
+    group_tokens: int
+    group_channels: int
+
+
 class QuantizedPrefix(NamedTuple):
     """Codes with scales and offsets, `x ~ code * scale + offset`; the first tokens are kept exact.
 

@@ -20,11 +20,11 @@ from itertools import count
 
 from cag_store.backends import ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
-from cag_store.codecs import EncodedSegment
+from cag_store.codecs import CodedSide, EncodedSegment
 from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry
 
-Buffers = Sequence[tuple[Array, Array]]
+Buffers = Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]]
 
 _JOB_BYTES = 4 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 
@@ -168,7 +168,10 @@ class Pipeline:
             segments = list(self._verified(job, data))
             verified = time.perf_counter()
             taken.verify_s += verified - read
-            job.chunk.codec.decode_segments(segments)
+            if isinstance(segments[0].outs[0], CodedSide):
+                job.chunk.codec.keep_codes(segments, job.chunk.entry.num_tokens)
+            else:
+                job.chunk.codec.decode_segments(segments)
             taken.decode_s += time.perf_counter() - verified
 
     def _verified(self, job: Job, data: memoryview) -> Iterator[EncodedSegment]:
@@ -180,7 +183,8 @@ class Pipeline:
             encoded, data = data[: segment.encoded_bytes], data[segment.encoded_bytes :]
             check_segment(encoded, segment, chunk, position)
             first, last = self._groups[position // 2]
-            outs = tuple(sides[position % 2][:, start:end] for sides in self._buffers[first:last])
+            sides = [buffers[position % 2] for buffers in self._buffers[first:last]]
+            outs = tuple(side if isinstance(side, CodedSide) else side[:, start:end] for side in sides)
             yield EncodedSegment(encoded, outs, side_of(position), first, start)
 
 

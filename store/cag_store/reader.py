@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,13 @@ from numpy.typing import NDArray
 from cag_store.backends import Lease, ReadableBackend
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import CodecSource, OpenChunk, open_chunk
-from cag_store.dtypes import Array, storage_dtype
+from cag_store.codecs import CodedShape, CodedSide, Side
+from cag_store.dtypes import storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray
 from cag_store.keys import ROOT, ChunkContext
 from cag_store.pipeline import Buffers, LoadTimings, Pipeline
 
+SIDES: tuple[Side, Side] = ("keys", "values")
 _TIERS = ("memory", "disk", "object-store")  # the slower the later
 
 
@@ -70,13 +73,26 @@ class CacheReader:
     def load(self, buffers: Buffers, on_layer: Callable[[int], None] | None = None) -> None:
         """Fill `buffers[layer] = (keys, values)`, each writable `[num_kv_heads, at least num_tokens, head_dim]`.
 
-        Their dtype is the numpy carrier of the storage dtype; the last axis is contiguous.
+        Their dtype is the numpy carrier of the storage dtype; the last axis is contiguous. Or each is a `CodedSide` of
+        `coded_shapes`, and codes are kept as they are stored.
         Layers become whole in order;
         `on_layer(i)` is then called on this thread. Raises: CorruptEntry, EntryNotFound;
         the buffers are then undefined.
         """
         self._check_buffers(buffers)
         Pipeline(self._backend, self._chunks, buffers, self._workers, self.timings).run(on_layer)
+
+    def coded_shapes(self) -> list[tuple[CodedShape, CodedShape]] | None:
+        """How keys and values of each layer can be kept in codes; None if the codec cannot do that for all."""
+        header, codec = self.header, self._chunks[0].codec
+        sizes = zip(header.num_kv_heads, header.head_dim, strict=True)
+        found = [
+            codec.coded_shape((num_heads, self.num_tokens, head_dim), side, layer, header.context.chunk_tokens)
+            for layer, (num_heads, head_dim) in enumerate(sizes)
+            for side in SIDES
+        ]
+        shapes = [shape for shape in found if shape is not None]
+        return list(zip(shapes[::2], shapes[1::2], strict=True)) if len(shapes) == len(found) else None
 
     def close(self) -> None:
         """Give up the lease, after `on_close` was called. Idempotent."""
@@ -96,16 +112,33 @@ class CacheReader:
         header, dtype = self.header, storage_dtype(self.header.context.dtype)
         if len(buffers) != header.num_layers:
             raise UnencodableArray(f"expected buffers for {header.num_layers} layers, found {len(buffers)}")
+        if isinstance(buffers[0][0], CodedSide):
+            self._check_coded(buffers)
+            return
         for layer, sides in enumerate(buffers):
             for array in sides:
                 if not _fits(array, dtype, header, layer, self.num_tokens):
                     expected = (header.num_kv_heads[layer], self.num_tokens, header.head_dim[layer])
                     raise UnencodableArray(
                         f"layer {layer}: expected a writable buffer {expected} of {dtype}, its last axis contiguous, "
-                        f"found {array.shape} of {array.dtype}, strides {array.strides}",
+                        f"found {_described(array)}",
                         expected=expected,
-                        found=array.shape,
+                        found=_described(array),
                     )
+
+    def _check_coded(self, buffers: Buffers) -> None:
+        dtype, shapes = storage_dtype(self.header.context.dtype), self.coded_shapes()
+        if shapes is not None:
+            pairs = zip(chain.from_iterable(buffers), chain.from_iterable(shapes), strict=True)
+            if all(isinstance(side, CodedSide) and side.fits(shape, dtype) for side, shape in pairs):
+                return
+        raise UnencodableArray("arrays for codes that are not those of the cache's `coded_shapes`")
+
+
+def _described(side: object) -> str:
+    if not isinstance(side, np.ndarray):
+        return type(side).__name__
+    return f"{side.shape} of {side.dtype}, strides {side.strides}"
 
 
 def _opened(backend: ReadableBackend, entries: Sequence[ChunkEntry], codecs: CodecSource) -> list[OpenChunk]:
@@ -134,9 +167,10 @@ def check_chain(chunks: Sequence[OpenChunk], context: ChunkContext) -> None:
         parent, start = header.key, start + header.num_tokens
 
 
-def _fits(array: Array, dtype: np.dtype[np.generic], header: ChunkHeader, layer: int, num_tokens: int) -> bool:
+def _fits(array: object, dtype: np.dtype[np.generic], header: ChunkHeader, layer: int, num_tokens: int) -> bool:
     return (
-        array.ndim == 3
+        isinstance(array, np.ndarray)
+        and array.ndim == 3
         and array.dtype == dtype
         and array.flags.writeable
         and array.shape[0] == header.num_kv_heads[layer]

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from cag.corpus import load_documents
+from cag.engine import Engine
 from cag.errors import RequestTooLong, UsageError
 from cag.fresh import ask_fresh
 from cag.generate import SamplingOptions
+from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag.prompt import lay_out, question_ids
 from cag.resident import ResidentPrefix
+from cag_kernels import DensePrefix, has_compiler
+from cag_store import Store
 from tiny import tiny_config, write_tiny_model
 
 QUESTION = "When does the alpha gate open?"
@@ -207,3 +212,49 @@ def test_other_architectures_match_plain_transformers(kind, tmp_path):
     resident = ResidentPrefix.from_tail(state.tail, np.asarray(ids[:650]))
     found = model.forward(ids[650:], model.new_state(resident), num_logits=0)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.fixture
+def bfloat16_engine(tmp_path):
+    """A random model in bfloat16 whose heads are as wide as codes in memory want them."""
+    config = tiny_config(hidden_size=64, head_dim=32)
+    directory = write_tiny_model(tmp_path / "model", config=config)
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    network.save_pretrained(directory)
+    model = LanguageModel.load(directory, model_id="tiny")
+    return Engine(model, Store.open(tmp_path / "store"))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
+@pytest.mark.parametrize(("codec", "at_least"), [("int8", 1.7), ("int4", 2.5)])
+def test_a_prefix_in_codes_takes_the_bytes_of_its_codec(bfloat16_engine, corpus_dir, codec, at_least):
+    engine, model = bfloat16_engine, bfloat16_engine.model
+    report = engine.build([corpus_dir], name="handbook", codec=codec)
+    suffix = question_ids(model.tokenizer, model.template, QUESTION)
+    with engine.open("handbook") as prefix:
+        prefix.resident.wait()
+        assert report.raw_bytes / prefix.resident.num_bytes > at_least
+        dense = ResidentPrefix(
+            [(DensePrefix(*prefix.keys_values(layer)),) for layer in range(len(model.kv_shapes))], prefix.token_ids
+        )
+        dense.mark_loaded()
+        with engine.store.reader(prefix.manifest) as reader:
+            loaded = ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device)
+            for layer in range(len(model.kv_shapes)):
+                assert all(map(torch.equal, loaded.layer(layer), dense.layer(layer)))
+        found = model.forward(suffix, model.new_state(prefix.resident), num_logits=0)
+        expected = model.forward(suffix, model.new_state(dense), num_logits=0)
+        answer = prefix.ask(QUESTION, max_tokens=4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) * 0.02)
+    assert answer.usage.cached_tokens == report.num_tokens
+
+
+def test_a_model_with_windows_attends_to_numbers(tmp_path, corpus_dir):
+    config = MistralConfig(**tiny_config(hidden_size=64, head_dim=32).to_dict() | {"sliding_window": 50})
+    directory = write_tiny_model(tmp_path / "model", config=config)
+    engine = Engine(LanguageModel.load(directory, model_id="tiny"), Store.open(tmp_path / "store"))
+    report = engine.build([corpus_dir], name="handbook", codec="int8")
+    with engine.open("handbook") as prefix:
+        prefix.resident.wait()
+        assert prefix.resident.num_bytes == report.raw_bytes
+        assert prefix.ask(QUESTION, max_tokens=2).usage.cached_tokens == report.num_tokens

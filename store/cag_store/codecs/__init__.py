@@ -20,6 +20,7 @@ from cag_store.codecs.base import (
     config_resources,
     layer_groups,
 )
+from cag_store.codecs.coded import CodedShape, CodedSide
 from cag_store.codecs.int4 import Int4
 from cag_store.codecs.int8 import Int8
 from cag_store.codecs.loops import warm_up
@@ -31,6 +32,8 @@ from cag_store.errors import UnknownCodec
 
 __all__ = [
     "Codec",
+    "CodedShape",
+    "CodedSide",
     "Config",
     "EncodedSegment",
     "Int4",

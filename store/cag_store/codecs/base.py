@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
+from cag_store.codecs.coded import CodedShape, CodedSide
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
 
@@ -78,10 +79,11 @@ class Packer(Configured):
 
 
 class EncodedSegment(NamedTuple):
-    """A verified segment and where it is decoded to: one writable view for each of its layers."""
+    """A verified segment and where it is decoded to: one writable view for each of its layers; or, of the codes of one
+    layer, the arrays for all tokens."""
 
     data: memoryview
-    outs: tuple[Array, ...]
+    outs: tuple[Array | CodedSide, ...]
     side: Side
     first_layer: int
     start: int
@@ -146,10 +148,27 @@ class Codec(Configured):
         self.decode_into(data, out)
 
     def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
-        """Decode several segments of one chunk. A codec may do so in fewer steps; the bits are the same. Raises:
-        CorruptEntry; all outs are then undefined."""
-        for segment in segments:
-            self.decode_layers_into(*segment)
+        """Decode several segments of one chunk into arrays. A codec may do so in fewer steps; the bits are the same.
+        Raises: CorruptEntry; all outs are then undefined."""
+        for data, outs, side, first_layer, start in segments:
+            arrays = [out for out in outs if isinstance(out, np.ndarray)]
+            self.decode_layers_into(data, arrays, side, first_layer, start)
+
+    def coded_shape(
+        self,
+        shape: tuple[int, int, int],  # noqa: ARG002
+        side: Side,  # noqa: ARG002
+        layer: int,  # noqa: ARG002
+        chunk_tokens: int,  # noqa: ARG002
+    ) -> CodedShape | None:
+        """How one side of a layer can be kept in codes, `shape` being `(num_kv_heads, num_tokens, head_dim)` of the
+        whole cache; None where it cannot."""
+        return None
+
+    def keep_codes(self, segments: Sequence[EncodedSegment], num_tokens: int) -> None:  # noqa: ARG002
+        """Put the codes of segments of one chunk of `num_tokens` tokens into their `CodedSide`s. Raises: CorruptEntry;
+        the arrays are then undefined."""
+        raise UnknownCodec(f"codec {self.codec_id!r} keeps no codes; decode its segments")
 
 
 def config_joint_layers(config: Mapping[str, Any]) -> int:

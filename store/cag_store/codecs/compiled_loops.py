@@ -21,6 +21,7 @@ from cag_store.dtypes import Array, bit_patterns
 numba = importlib.import_module("numba")
 types = numba.types
 _extending = importlib.import_module("numba.extending")
+_cgutils = importlib.import_module("numba.core.cgutils")
 
 
 def _row(typing_context: Any, out: Any, address: Any) -> Any:  # noqa: ARG001
@@ -33,7 +34,21 @@ def _row(typing_context: Any, out: Any, address: Any) -> Any:  # noqa: ARG001
     return pointer(out, types.uintp), generate
 
 
+def _copy(typing_context: Any, source: Any, target: Any, count: Any) -> Any:  # noqa: ARG001
+    """`memcpy` between addresses: a loop over pointers of unknown origin is not made into vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        source, target, count = arguments
+        pointer = context.get_value_type(types.CPointer(types.uint8))
+        places = [builder.inttoptr(place, pointer) for place in (target, source)]
+        _cgutils.raw_memcpy(builder, *places, count, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
 row_pointer = _extending.intrinsic(_row)
+copy_bytes = _extending.intrinsic(_copy)
 
 
 def _compiled(function: Callable[..., Any], *signatures: Any) -> Any:
@@ -170,6 +185,22 @@ def _dequantize_nibble_values(codes: Any, parameters: Any, group_channels: Any, 
                     high_target[i] = (np.float32(value).view(np.uint32) + half) >> shift
 
 
+def _copy_checked(spans: Any, checks: Any, anything: Any) -> Any:
+    for index in range(checks.shape[0]):
+        count = checks[index, 1]
+        patterns = numba.carray(row_pointer(anything, np.uintp(checks[index, 0])), (2 * count,))
+        largest_exponent, largest = np.uint16(0), np.uint16(0)
+        for i in range(count):  # byte by byte: nothing is aligned in a file
+            pattern = np.uint16(patterns[2 * i]) | np.uint16(np.uint16(patterns[2 * i + 1]) << np.uint16(8))
+            largest_exponent = max(largest_exponent, np.uint16(pattern & np.uint16(0x7F80)))
+            largest = max(largest, pattern)
+        if largest_exponent == 0x7F80 or (checks[index, 2] and largest > 0x8000):
+            return False
+    for index in range(spans.shape[0]):
+        copy_bytes(spans[index, 0], spans[index, 1], spans[index, 2])
+    return True
+
+
 _PLANE = types.Array(types.uint8, 1, "C", readonly=True)
 _CODES = types.Array(types.int8, 3, "C", readonly=True)
 _NIBBLES = types.Array(types.uint8, 3, "C", readonly=True)
@@ -193,6 +224,16 @@ _nibble_keys, _nibble_values = (
     )
     for function in (_dequantize_nibble_keys, _dequantize_nibble_values)
 )
+
+
+_TABLE = types.Array(types.int64, 2, "C")
+_checked = _compiled(_copy_checked, types.boolean(_TABLE, _TABLE, types.Array(types.uint8, 1, "C")))
+_BYTES = np.empty(0, np.uint8)
+
+
+def copy_checked(spans: NDArray[np.int64], checks: NDArray[np.int64]) -> bool:
+    """See `Loops`."""
+    return bool(_checked(spans, checks, _BYTES))
 
 
 def join_planes(planes: list[NDArray[np.uint8]], out: Array) -> None:

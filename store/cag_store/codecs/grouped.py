@@ -12,13 +12,23 @@ import math
 import struct
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.codecs import loops
-from cag_store.codecs.base import Codec, Config, Packer, Side, checked_array, checked_int, corrupt_segment
+from cag_store.codecs.base import (
+    Codec,
+    Config,
+    EncodedSegment,
+    Packer,
+    Side,
+    checked_array,
+    checked_int,
+    corrupt_segment,
+)
+from cag_store.codecs.coded import CodedShape, CodedSide
 from cag_store.codecs.widths import CodeWidth, to_bfloat16
 from cag_store.dtypes import Array, narrow_into, widen
 from cag_store.errors import UnencodableArray
@@ -53,6 +63,17 @@ class _Parsed(NamedTuple):
     num_first: int
 
 
+class _Place(NamedTuple):
+    """Of a segment with codes alone: its head and length; for each part of a `CodedSide` its number, where the chunk
+    begins in a head of it (bytes), where a head's part begins in the segment, and bytes a head."""
+
+    head: bytes
+    num_bytes: int
+    parts: tuple[tuple[int, int, int, int], ...]
+    offsets_at: int
+    num_scales: int
+
+
 class GroupedIntegers(Codec):
     """A codec of groups. `widths` says which numbers in the head of a segment stand for which width of its codes."""
 
@@ -63,6 +84,7 @@ class GroupedIntegers(Codec):
         self.group_tokens = group_tokens
         self.exact_tokens = exact_tokens
         self.packer = packer
+        self._places: dict[tuple[Side, int, tuple[int, int, int], int], _Place] = {}  # found once a shape and chunk
 
     @classmethod
     def _common(cls, config: Mapping[str, Any]) -> tuple[int, int, Packer | None]:
@@ -114,12 +136,97 @@ class GroupedIntegers(Codec):
     ) -> None:
         """See `Codec`."""
         (out,) = outs
-        parsed = self._parse(memoryview(data), out)
-        bits, num_first = self.widths[self._mark(side, first_layer)].bits, self._num_first(out.shape[1], start)
+        self._decode(self._parsed_layer(memoryview(data), out, side, first_layer, start), out)
+
+    def _parsed_layer(self, view: memoryview, out: Array, side: Side, layer: int, start: int) -> _Parsed:
+        """The parts of a segment that is of this side, layer and place; of `out` only shape and type count."""
+        parsed = self._parse(view, out)
+        bits, num_first = self.widths[self._mark(side, layer)].bits, self._num_first(out.shape[1], start)
         expected, found = (side, bits, num_first), (parsed.side, parsed.width.bits, parsed.num_first)
         if found != expected:
-            raise corrupt_segment(f"side, bits and exact tokens of layer {first_layer}", expected, found)
-        self._decode(parsed, out)
+            raise corrupt_segment(f"side, bits and exact tokens of layer {layer}", expected, found)
+        return parsed
+
+    def coded_shape(self, shape: tuple[int, int, int], side: Side, layer: int, chunk_tokens: int) -> CodedShape | None:
+        """See `Codec`; None where groups or rows of codes are cut by chunks or bytes."""
+        num_heads, num_tokens, head_dim = shape
+        bits, channels = self.widths[self._mark(side, layer)].bits, self._channels(head_dim)
+        if chunk_tokens % self.group_tokens or head_dim * bits % 16 or chunk_tokens < self.exact_tokens:
+            return None
+        start = (num_tokens - 1) // chunk_tokens * chunk_tokens
+        last = num_tokens - start
+        num_recent = self._num_recent(last, self._num_first(last, start))
+        if num_recent == num_tokens:
+            return None
+        num_first = self._num_first(num_tokens - num_recent, 0)
+        along = "tokens" if side == "keys" else "channels"
+        coded = num_tokens - num_recent
+        return CodedShape(num_heads, head_dim, coded, num_first, num_recent, bits, self.group_tokens, channels, along)
+
+    def keep_codes(self, segments: Sequence[EncodedSegment], num_tokens: int) -> None:
+        """See `Codec`. What is plain moves in one compiled step, which needs no interpreter's lock."""
+        fast = loops.compiled()
+        spans: list[tuple[int, int, int]] = []
+        checks: list[tuple[int, int, int]] = []
+        for segment in segments:
+            place = None if fast is None else self._plain_place(segment, num_tokens)
+            if place is None:
+                self._keep(segment, num_tokens)
+            else:
+                source, out = np.frombuffer(segment.data, np.uint8).ctypes.data, cast(CodedSide, segment.outs[0])
+                for array, first, offset, num_bytes in place.parts:
+                    target, step = out[array].ctypes.data + first, out[array].strides[0]
+                    heads = range(out.codes.shape[0])
+                    spans += [(source + offset + i * num_bytes, target + i * step, num_bytes) for i in heads]
+                checks += [(source + _HEAD.size, place.num_scales, 1), (source + place.offsets_at, place.num_scales, 0)]
+        if fast is not None and not fast.copy_checked(_table(spans), _table(checks)):
+            raise corrupt_segment("scales and offsets", "finite, no scale below 0", "others")
+
+    def _plain_place(self, segment: EncodedSegment, num_tokens: int) -> _Place | None:
+        """Where the parts of a segment lie and belong, when it has codes alone, neither packed nor exact."""
+        data, (out,), side, layer, start = segment
+        assert isinstance(out, CodedSide)
+        num_heads, _, head_dim = out.recent.shape
+        mark, num_first = self._mark(side, layer), self._num_first(num_tokens, start)
+        if num_first or self._num_recent(num_tokens, num_first):
+            return None
+        key = side, mark, (num_heads, num_tokens, head_dim), start
+        if key not in self._places:
+            self._places[key] = self._place(*key)
+        place = self._places[key]
+        return place if data[: _HEAD.size] == place.head and len(data) == place.num_bytes else None
+
+    def _place(self, side: Side, mark: int, shape: tuple[int, int, int], start: int) -> _Place:
+        num_heads, num_tokens, head_dim = shape
+        groups, row_bytes = self._groups(side, num_tokens, head_dim), self.widths[mark].row_bytes(head_dim)
+        first = start // self.group_tokens if side == "keys" else start
+        num_scales, codes_bytes = num_heads * math.prod(groups), num_heads * num_tokens * row_bytes
+        offsets_at, codes_at = _HEAD.size + 2 * num_scales, _HEAD.size + 4 * num_scales
+        scale_bytes = 2 * math.prod(groups)
+        parts = (
+            (0, start * row_bytes, codes_at, num_tokens * row_bytes),
+            (1, 2 * first * groups[1], _HEAD.size, scale_bytes),
+            (2, 2 * first * groups[1], offsets_at, scale_bytes),
+        )
+        head = _HEAD.pack(_SIDES.index(side), 0, mark, 0, codes_bytes)
+        return _Place(head, codes_at + codes_bytes, parts, offsets_at, num_scales)
+
+    def _keep(self, segment: EncodedSegment, num_tokens: int) -> None:
+        """Any segment; numpy moves it."""
+        data, (out,), side, layer, start = segment
+        assert isinstance(out, CodedSide)
+        shape = out.codes.shape[0], num_tokens, out.recent.shape[2]
+        parsed = self._parsed_layer(data, np.broadcast_to(np.empty((), out.recent.dtype), shape), side, layer, start)
+        num_first, num_coded = parsed.num_first, num_tokens - (parsed.exact.shape[1] - parsed.num_first)
+        out.codes[:, start : start + num_coded] = parsed.codes[:, :num_coded]
+        first = start // self.group_tokens if side == "keys" else start
+        count = -(-num_coded // self.group_tokens) if side == "keys" else num_coded
+        for target, source in zip((out.scales, out.offsets), parsed.parameters, strict=True):
+            target[:, first : first + count] = source[:, :count]
+        if num_first:
+            out.first[:, start : start + num_first] = parsed.exact[:, :num_first]
+        if num_coded < num_tokens:
+            out.recent[:] = parsed.exact[:, num_first:]
 
     def _encode(self, array: Array, dtype: str, side: Side, layer: int | None, start: int) -> bytes:
         values = widen(checked_array(array, dtype), dtype)
@@ -249,6 +356,10 @@ class GroupedIntegers(Codec):
         codes = np.frombuffer(unpacked, dtype=width.dtype).reshape(*out.shape[:2], row_bytes)
         width.check(codes, out.shape[2])
         return codes
+
+
+def _table(rows: list[tuple[int, int, int]]) -> NDArray[np.int64]:
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _checked_bfloat16(data: memoryview) -> NDArray[np.uint16]:

@@ -44,6 +44,13 @@ class Loops(Protocol):
     ) -> None:
         """The same with parameters `[2, num_kv_heads, num_tokens, num_channel_groups]`."""
 
+    def copy_checked(self, spans: NDArray[np.int64], checks: NDArray[np.int64]) -> bool:
+        """Copy bytes, unless a check fails.
+
+        spans: `[num_spans, 3]` of source address, target address and number of bytes, which do not overlap; checks:
+        `[num_checks, 3]` of address, number of bfloat16 that must be finite, and 1 if none may be below 0.
+        """
+
 
 @cache
 def compiled() -> Loops | None:

@@ -1,0 +1,79 @@
+"""The call that compiled attention serves: its fields in memory, and a function under construction that reads them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from cag_kernels.cpu_emit import INT64, POINTER, Emitter, Value
+from cag_kernels.cpu_panel import Blocking
+
+
+class Field(IntEnum):
+    """Places in the array of int64 that describes a call to the compiled code; `QUERY` to `OUT` are addresses."""
+
+    NEXT_TASK = 0
+    QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32 (bfloat16 for tiles)
+    KEYS = 2
+    VALUES = 3
+    SCALED = 4  # [num_kv_heads, head_dim, num_lanes] float32: the query transposed, scaled, padded with zeros
+    MAXIMUM = 5  # [num_kv_heads, num_ranges, num_lanes] float32; range 0 of a head holds the result in the end
+    DENOMINATOR = 6  # as MAXIMUM
+    WEIGHTED = 7  # [num_kv_heads, num_ranges, head_dim, num_lanes] float32
+    OUT = 8  # as QUERY, float32
+    NUM_KV_HEADS = 9
+    NUM_KEYS = 10
+    NUM_ROWS = 11
+    NUM_LANES = 12  # rows rounded up to whole vectors
+    NUM_RANGES = 13
+    KEYS_STRIDE = 14  # elements from one head to the next
+    VALUES_STRIDE = 15
+    SCALE = 16  # the bits of a float32
+    # of a prefix in codes (`cpu_dequantize`), where KEYS and VALUES are codes and their strides bytes:
+    NUM_GROUPS = 17  # groups of keys along the tokens
+    NUM_EXACT = 18  # first tokens that stand in EXACT_KEYS and EXACT_VALUES
+    KEY_SCALES = 19  # [num_kv_heads, num_groups, head_dim] bfloat16
+    KEY_OFFSETS = 20
+    VALUE_SCALES = 21  # [num_kv_heads, num_keys, num_channel_groups] bfloat16
+    VALUE_OFFSETS = 22
+    EXACT_KEYS = 23  # [num_kv_heads, num_exact, head_dim] bfloat16
+    EXACT_VALUES = 24
+
+
+class Call:
+    """A function under construction and the fields of the call that it serves; of codes only when there are some."""
+
+    def __init__(
+        self, module: ir.Module, name: str, head_dim: int, blocking: Blocking, *, has_codes: bool = False
+    ) -> None:
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
+        self.head_dim = head_dim
+        self.blocking = blocking
+        self.emit = self.make_emitter()
+        fields = [field for field in list(Field)[1:] if has_codes or field <= Field.SCALE]
+        self._fields: dict[Field, Value] = {field: self._read(field) for field in fields}
+
+    def make_emitter(self) -> Emitter:
+        """What the function's instructions are made with."""
+        return Emitter(self.function, self.blocking.lanes)
+
+    def _read(self, field: Field) -> Value:
+        value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
+        is_address = Field.QUERY <= field <= Field.OUT or field >= Field.KEY_SCALES
+        return self.emit.builder.inttoptr(value, POINTER) if is_address else value
+
+    def place(self, field: Field) -> Value:
+        """Address of a field."""
+        return self.emit.at(self.function.args[0], int(field), INT64)
+
+    def __getitem__(self, field: Field) -> Value:
+        return self._fields[field]
+
+    def index(self, first: Value, *pairs: tuple[Value | int, Value | int]) -> Value:
+        """`((first * size + offset) * size + offset) ...` over `(size, offset)` pairs."""
+        builder = self.emit.builder
+        for size, offset in pairs:
+            size, offset = (self.emit.integer(part) if isinstance(part, int) else part for part in (size, offset))
+            first = builder.add(builder.mul(first, size), offset)
+        return first

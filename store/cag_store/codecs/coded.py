@@ -1,0 +1,75 @@
+"""Keys or values of a layer as codes with scales and offsets: what a reader may keep in place of decoded numbers.
+
+A codec of groups (`int8`, `int4`) can hand out its segments like this, so that memory takes the codec's bytes and
+whoever attends dequantizes what it reads. Knows shapes and arrays only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cag_store.dtypes import Array
+
+
+class CodedShape(NamedTuple):
+    """Sizes of a `CodedSide` of `num_kv_heads` heads: `num_coded` tokens have codes, the first `num_first` of them are
+    exact besides, and `num_recent` tokens behind them are exact only."""
+
+    num_kv_heads: int
+    head_dim: int
+    num_coded: int
+    num_first: int
+    num_recent: int
+    bits: int
+    group_tokens: int
+    group_channels: int
+    grouped_along: str
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens."""
+        return self.num_coded + self.num_recent
+
+    @property
+    def shapes(self) -> CodedShapes:
+        """Shapes of the arrays of a side."""
+        heads, tokens, width = self.num_kv_heads, self.num_coded, self.head_dim
+        by_token = (heads, -(-tokens // self.group_tokens), width)
+        by_channel = (heads, tokens, -(-width // self.group_channels))
+        groups = by_token if self.grouped_along == "tokens" else by_channel
+        codes = (heads, tokens, width * self.bits // 8)
+        return CodedShapes(codes, groups, groups, (heads, self.num_first, width), (heads, self.num_recent, width))
+
+
+class CodedShapes(NamedTuple):
+    """Shapes of the arrays of a `CodedSide`, in its order."""
+
+    codes: tuple[int, int, int]
+    scales: tuple[int, int, int]
+    offsets: tuple[int, int, int]
+    first: tuple[int, int, int]
+    recent: tuple[int, int, int]
+
+
+class CodedSide(NamedTuple):
+    """Writable arrays, `x ~ code * scale + offset`.
+
+    codes: `[num_kv_heads, num_coded, row_bytes]`, int8 of 8 bits or uint8 of 4 (docs/format.md 5.3). scales, offsets:
+    bfloat16 bit patterns, of keys `[num_kv_heads, num_groups, head_dim]`, of values `[num_kv_heads, num_coded,
+    num_channel_groups]`. first, recent: storage dtype, `[num_kv_heads, num_first (num_recent), head_dim]`.
+    """
+
+    codes: Array
+    scales: Array
+    offsets: Array
+    first: Array
+    recent: Array
+
+    def fits(self, shape: CodedShape, dtype: np.dtype[np.generic]) -> bool:
+        """Whether these are the arrays of a shape."""
+        code_dtype = np.dtype(np.int8 if shape.bits == 8 else np.uint8)
+        dtypes = (code_dtype, np.dtype(np.uint16), np.dtype(np.uint16), dtype, dtype)
+        found = [(array.shape, array.dtype, array.flags.writeable) for array in self]
+        return found == [(size, kind, True) for size, kind in zip(shape.shapes, dtypes, strict=True)]

@@ -1,0 +1,85 @@
+"""Compiled attention over a prefix in codes: what attention over the decoded numbers gives, to the bit."""
+
+import pytest
+import torch
+
+from cag_kernels import (
+    DensePrefix,
+    choose_prefix_path,
+    dequantize_prefix,
+    has_compiler,
+    prefix_attention,
+    quantize_prefix,
+    segment_attention_reference,
+)
+from cag_kernels.cpu import cpu_attention, has_tiles
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
+
+SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
+    (9, 3, 64, 15, 1000),
+    (12, 2, 128, 15, 1025),
+    (8, 1, 256, 7, 63),
+    (4, 4, 96, 16, 512),
+    (4, 4, 32, 3, 2),
+    (6, 2, 32, 40, 129),
+]
+BITS = [(8, 8), (4, 4), (8, 4), (4, 8)]
+
+
+def make(shape, bits=(8, 8), **options):
+    num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    keys, values = torch.randn(2, num_kv_heads, num_tokens, head_dim, generator=generator).bfloat16()
+    keys = keys + 2 * torch.randn(head_dim, generator=generator).bfloat16()
+    prefix = quantize_prefix(keys, values, key_bits=bits[0], value_bits=bits[1], **options)
+    return torch.randn(num_q_heads, num_queries, head_dim, generator=generator), prefix
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_codes_is_attention_over_numbers(shape, bits, dtype):
+    query, prefix = make(shape, bits)
+    query = query.to(dtype)
+    assert choose_prefix_path(query, prefix, window=None, softcap=None) == "compiled"
+    numbers = DensePrefix(*dequantize_prefix(prefix, torch.bfloat16))
+    plain = query if dtype == torch.float32 or has_tiles() else query.float()
+    expected = cpu_attention(plain, *numbers, scale=0.1, offset=numbers.num_tokens)
+    assert all(map(torch.equal, prefix_attention(query, prefix, scale=0.1), expected))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_single_query_matches_the_oracle(bits):
+    query, prefix = make((9, 3, 64, 1, 1500), bits)
+    numbers = [side.double() for side in dequantize_prefix(prefix, torch.bfloat16)]
+    expected = segment_attention_reference(query.double(), *numbers, scale=0.1, offset=1500)
+    for got, want in zip(prefix_attention(query, prefix, scale=0.1), expected, strict=True):
+        assert (got.double() - want).abs().max() <= 4e-6 * want.abs().max().clamp_min(1.0)
+
+
+@pytest.mark.parametrize("num_exact", [0, 1, 17, 130])
+@pytest.mark.parametrize("group_tokens", [16, 128])
+def test_exact_tokens_and_groups_of_any_number(num_exact, group_tokens):
+    query, prefix = make((4, 2, 64, 5, 300), num_exact=num_exact, group_tokens=group_tokens, group_channels=32)
+    numbers = dequantize_prefix(prefix, torch.bfloat16)
+    expected = cpu_attention(query, *numbers, scale=0.1, offset=300)
+    assert all(map(torch.equal, prefix_attention(query, prefix, scale=0.1), expected))
+
+
+def test_nothing_around_the_codes_is_read():
+    query, prefix = make((4, 2, 64, 5, 100))
+    expected = prefix_attention(query, prefix, scale=0.1)
+    wide = torch.full((2, 180, 64), 127, dtype=torch.int8)
+    wide[:, 40:140] = prefix.key_codes
+    apart = prefix._replace(key_codes=wide[:, 40:140])
+    assert all(map(torch.equal, prefix_attention(query, apart, scale=0.1), expected))
+
+
+def test_what_is_not_compiled_for_codes_is_left_to_torch():
+    query, prefix = make((4, 2, 64, 5, 100))
+    assert choose_prefix_path(query, prefix, window=None, softcap=5.0) == "torch"
+    assert choose_prefix_path(query, prefix, window=20, softcap=None) == "torch"
+    assert choose_prefix_path(query.double(), prefix, window=None, softcap=None) == "torch"
+    odd, narrow = make((4, 2, 40, 5, 100))
+    assert choose_prefix_path(odd, narrow, window=None, softcap=None) == "torch"
