@@ -21,6 +21,7 @@ def describe_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
         "raw_bytes": manifest.raw_bytes,
         "stored_bytes": manifest.stored_bytes,
         "raw_over_stored": manifest.raw_bytes / manifest.stored_bytes,
+        "codec_choice": manifest.build.get("codec_choice"),
         "fidelity": dict(manifest.fidelity) if manifest.fidelity is not None else None,
         "expires_at": ref.expires_at,
         "pinned": ref.pinned,
@@ -32,5 +33,5 @@ def summarize_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
     """One row of a list of caches: without documents, and of the codec only its id."""
     whole = describe_cache(ref, manifest)
     kept = ("name", "digest", "created_at", "num_tokens", "num_documents", "raw_bytes", "stored_bytes")
-    row = {field: whole[field] for field in (*kept, "raw_over_stored", "pinned", "expires_at")}
+    row = {field: whole[field] for field in (*kept, "raw_over_stored", "fidelity", "pinned", "expires_at")}
     return row | {"codec": manifest.codec["id"]}

@@ -54,6 +54,23 @@ def bytes_text(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.1f} GB"
 
 
+def codec_text(codec: Mapping[str, Any]) -> str:
+    """The id of a codec, then its configuration."""
+    configuration = {key: value for key, value in codec.items() if key != "id"}
+    return f"{codec['id']} {json.dumps(configuration) if configuration else ''}".strip()
+
+
+def fidelity_text(fidelity: Mapping[str, Any]) -> str:
+    """What was measured, in a line; manifests of other versions may hold less."""
+    parts = [
+        f"mean KL {fidelity['mean_kl']:.6f} nats, p95 {fidelity['p95_kl']:.6f}",
+        f"same top token {fidelity['top1']:.1%} of {fidelity['num_probes']} probes",
+    ]
+    if "nll_change" in fidelity:
+        parts.append(f"NLL {fidelity['nll_change']:+.6f} nats")
+    return ", ".join(parts)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
     """A table on stdout; the columns named in `right` are numbers."""
     from rich.console import Console

@@ -20,11 +20,12 @@ ROW = {
     "raw_bytes",
     "stored_bytes",
     "raw_over_stored",
+    "fidelity",
     "pinned",
     "expires_at",
     "resident",
 }
-WHOLE = (ROW - {"resident"}) | {"model", "fidelity", "documents"}
+WHOLE = (ROW - {"resident"}) | {"model", "codec_choice", "documents"}
 
 
 async def test_the_list_has_one_row_a_cache(serving, engine):
@@ -61,7 +62,7 @@ async def test_one_cache_is_described_in_full(serving, engine):
     assert set(whole) == WHOLE
     assert set(whole["model"]) == {"id", "fingerprint"}
     assert set(whole["documents"][0]) == {"doc_id", "title", "path", "sha256", "start", "end"}
-    assert set(whole["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes"}
+    assert set(whole["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
     assert whole == json.loads(json.dumps(describe_cache(*engine.find("handbook"))))
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "cache_not_found")
 
