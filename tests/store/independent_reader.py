@@ -249,13 +249,13 @@ def decode_group(segment, shapes, config, dtype, side, start, first_layer=0, bas
     if config["id"] == "transform":
         return transform(segment, shapes, config, dtype, side, start, first_layer, basis)
     need(len(shapes) == 1, "layers of a segment")
-    return [decode(segment, shapes[0], config, dtype, side, start)]
+    return [decode(segment, shapes[0], config, dtype, side, start, first_layer)]
 
 
-def decode(segment, shape, config, dtype, side, start):
+def decode(segment, shape, config, dtype, side, start, layer):
     """One layer and side of one chunk. side: 0 keys, 1 values; start: position of its first token in the prefix."""
     need(config["id"] in DECODERS, "codec")
-    return DECODERS[config["id"]](segment, shape, config, dtype, side, start)
+    return DECODERS[config["id"]](segment, shape, config, dtype, side, start, layer)
 
 
 def unpack(frame, *, size=None, max_bytes=None):
@@ -268,7 +268,7 @@ def unpack(frame, *, size=None, max_bytes=None):
     return content
 
 
-def lossless(segment, shape, config, dtype, side, start):
+def lossless(segment, shape, config, dtype, side, start, layer):
     itemsize, count = np.dtype(ITEM[dtype]).itemsize, shape[0] * shape[1] * shape[2]
     need(segment[0] == itemsize, "number of planes")
     planes, offset = [], 1 + 5 * itemsize
@@ -290,13 +290,23 @@ def lossless(segment, shape, config, dtype, side, start):
     return restored.view(ITEM[dtype]).reshape(shape)
 
 
-def int8(segment, shape, config, dtype, side, start):
+def int8(segment, shape, config, dtype, side, start, layer):
+    return grouped(segment, shape, config, dtype, side, start, bits=0)
+
+
+def int4(segment, shape, config, dtype, side, start, layer):
+    wide = side == 0 and layer in config["wide_key_layers"]
+    return grouped(segment, shape, config, dtype, side, start, bits=8 if wide else 4)
+
+
+def grouped(segment, shape, config, dtype, side, start, bits):
+    """Sections 5.2 and 5.3: codes with a scale and an offset a group. bits: 0 in a segment of int8, 4 or 8 of int4."""
     heads, tokens, dim = shape
-    stated_side, packed, zero, num_exact, stored = struct.unpack_from("<BBHII", segment)
-    need((stated_side, zero) == (side, 0) and packed in (0, 1), "head of a segment")
+    stated_side, packed, stated_bits, num_exact, stored = struct.unpack_from("<BBHII", segment)
+    need((stated_side, stated_bits) == (side, bits) and packed in (0, 1), "head of a segment")
     need(num_exact == min(max(config["exact_tokens"] - start, 0), tokens), "number of exact tokens")
-    group = config["group_tokens"]
-    parameter_shape = (heads, tokens) if side else (heads, -(-tokens // group), dim)
+    group, channels = config["group_tokens"], config.get("group_channels", dim)
+    parameter_shape = (heads, tokens, -(-dim // channels)) if side else (heads, -(-tokens // group), dim)
     count = int(np.prod(parameter_shape))
     offset = 12
     scales, offsets = (
@@ -307,14 +317,15 @@ def int8(segment, shape, config, dtype, side, start):
     exact = np.frombuffer(segment, ITEM[dtype], heads * num_exact * dim, offset).reshape(heads, num_exact, dim)
     codes = segment[offset + exact.nbytes :]
     need(len(codes) == stored, "nothing follows the codes")
-    codes = unpack(codes, size=heads * tokens * dim) if packed else codes
-    codes = np.frombuffer(codes, np.int8).reshape(shape).astype(np.float32)
-    if side:
-        values = codes * scales.reshape(heads, tokens, 1) + offsets.reshape(heads, tokens, 1)
-    else:
-        by_token = [np.repeat(pair.reshape(parameter_shape), group, axis=1)[:, :tokens] for pair in (scales, offsets)]
-        values = codes * by_token[0] + by_token[1]
-    out = narrow(values, dtype)
+    row_bytes = -(-dim // 2) if bits == 4 else dim
+    codes = unpack(codes, size=heads * tokens * row_bytes) if packed else codes
+    codes = np.frombuffer(codes, np.uint8).reshape(heads, tokens, row_bytes)
+    codes = nibbles(codes, dim) if bits == 4 else codes.view(np.int8)
+    axis, size = (2, channels) if side else (1, group)
+    by_code = [
+        np.repeat(pair.reshape(parameter_shape), size, axis=axis)[:, :tokens, :dim] for pair in (scales, offsets)
+    ]
+    out = narrow(codes.astype(np.float32) * by_code[0] + by_code[1], dtype)
     out[:, :num_exact] = exact
     return out
 
@@ -333,6 +344,13 @@ def transform(segment, shapes, config, dtype, side, start, first_layer, basis):
     return outs
 
 
+def nibbles(codes, dim):
+    """The low halves of the bytes are the first channels, the high halves the others."""
+    both = np.concatenate([codes & 15, codes >> 4], axis=2)
+    need(not both[:, :, dim:].any(), "bits that belong to no code")
+    return both[:, :, :dim]
+
+
 def narrow(values, dtype):
     """float32 to the storage dtype, as section 5.2 defines it."""
     if dtype == "bfloat16":
@@ -340,4 +358,4 @@ def narrow(values, dtype):
     return values.clip(-65504, 65504).astype("<f2") if dtype == "float16" else values
 
 
-DECODERS = {"lossless": lossless, "int8": int8, "transform": transform}
+DECODERS = {"lossless": lossless, "int8": int8, "int4": int4, "transform": transform}

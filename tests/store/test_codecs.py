@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from cag_store.codecs import Int8, codec_from_config, codec_ids
+from cag_store.codecs import Int4, Int8, codec_from_config, codec_ids
 from cag_store.codecs.packers import unpack_frame
 from cag_store.dtypes import widen
 from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
@@ -37,9 +37,26 @@ class TestInt8(CodecConformance):
         return spread / 254 * 1.02 + reach * 2.0**-8 * (1 + 1 / 127)
 
 
-def test_exact_tokens_are_those_at_the_start_of_the_prefix():
+class TestInt4(CodecConformance):
+    configs = [
+        {"id": "int4"},
+        {"id": "int4", "packer": {"id": "zstd"}},
+        {"id": "int4", "group_tokens": 5, "group_channels": 3, "exact_tokens": 0},
+        {"id": "int4", "group_tokens": 300, "group_channels": 5, "exact_tokens": 300, "wide_key_layers": [0, 998]},
+    ]
+
+    def tolerance(self, array, dtype, side):
+        """Half a step of the whole channel (or token), and the rounding of the offset and of the storage dtype."""
+        values = widen(array, dtype)
+        axis = 1 if side == "keys" else 2
+        spread = values.max(axis=axis, keepdims=True) - values.min(axis=axis, keepdims=True)
+        reach = np.abs(values).max(axis=axis, keepdims=True)
+        return spread / 30 * 1.02 + reach * 2.0**-8 * (1 + 1 / 15)
+
+
+@pytest.mark.parametrize("codec", [Int8(exact_tokens=4), Int4(exact_tokens=4)], ids=repr)
+def test_exact_tokens_are_those_at_the_start_of_the_prefix(codec):
     array = sample_array((2, 10, 8), "bfloat16")
-    codec = Int8(exact_tokens=4)
     for start, num_exact in ((0, 4), (3, 1), (4, 0)):
         out = np.zeros_like(array)
         codec.decode_into(codec.encode(array, "bfloat16", "keys", start), out)
@@ -48,20 +65,21 @@ def test_exact_tokens_are_those_at_the_start_of_the_prefix():
         assert not same[num_exact:].all()
 
 
-def test_the_loud_first_token_does_not_spoil_the_scales_of_others():
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_the_loud_first_token_does_not_spoil_the_scales_of_others(kind):
     array = sample_array((2, 64, 8), "float32")
     array[:, 0] *= 1000
     errors = []
     for exact_tokens in (0, 4):
         out = np.zeros_like(array)
-        codec = Int8(exact_tokens=exact_tokens)
+        codec = kind(exact_tokens=exact_tokens)
         codec.decode_into(codec.encode(array, "float32", "keys"), out)
         errors.append(np.abs(out - array)[:, 4:].max())
     assert errors[1] < errors[0] / 100
 
 
-def test_int8_keeps_constants_and_extremes():
-    codec = Int8(exact_tokens=0)
+@pytest.mark.parametrize("codec", [Int8(exact_tokens=0), Int4(exact_tokens=0)], ids=repr)
+def test_constants_and_extremes_are_kept(codec):
     for dtype, value in (
         ("float16", 65504.0),
         ("float16", -65504.0),
@@ -77,6 +95,83 @@ def test_int8_keeps_constants_and_extremes():
     for value in (np.nan, np.inf, -np.inf, 2e38):
         with pytest.raises(UnencodableArray, match="lossless"):
             codec.encode(np.full((1, 3, 4), value, dtype="<f4"), "float32")
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 8])
+def test_int4_is_exact_for_what_sixteen_levels_can_say(side, head_dim):
+    """Each code comes back in its place, whichever nibble it has; 16 levels reach from each group's least value."""
+    levels = np.random.default_rng(head_dim).integers(0, 16, (2, 40, head_dim))
+    levels[:, ::20], levels[:, 1::20] = 0, 15
+    levels[:, :, 0], levels[:, :, -1] = (levels[:, :, 0], levels[:, :, -1]) if side == "keys" else (0, 15)
+    array = (levels * 0.25 - 2).astype("<f4")
+    codec, out = Int4(group_tokens=20, group_channels=64, exact_tokens=0), np.empty_like(array)
+    codec.decode_into(codec.encode(array, "float32", side), out)
+    assert np.array_equal(out, array)
+
+
+def test_int4_packs_the_halves_of_a_row():
+    """docs/format.md 5.3, byte by byte."""
+    array = np.array([[[0, 15, 3, 7, 1]]], "<f4")
+    data = Int4(exact_tokens=0).encode(array, "float32", "values")
+    assert data[:12].hex() == "0100" + "0400" + "00000000" + "03000000"
+    assert data[12:16].hex() == "803f" + "0000"
+    assert data[16:].hex() == "70" + "1f" + "03"
+
+
+def test_int4_takes_about_a_half_of_int8():
+    array = sample_array((3, 512, 64), "bfloat16")
+    for side in ("keys", "values"):
+        assert len(Int4().encode(array, "bfloat16", side, 512)) == 12 + array.size * 4.5 / 8
+        assert len(Int8().encode(array, "bfloat16", side, 512)) == 12 + array.size * 8.5 / 8
+
+
+def test_wide_key_layers_have_the_codes_of_int8():
+    array = sample_array((2, 70, 16), "bfloat16")
+    wide, narrow = Int4(wide_key_layers=[3]), Int4()
+    for side in ("keys", "values"):
+        for layer in (2, 3):
+            data = wide.encode_layers([array], "bfloat16", side, layer)
+            out, other = np.empty_like(array), np.empty_like(array)
+            wide.decode_layers_into(data, [out], side, layer)
+            like = Int8() if (side, layer) == ("keys", 3) else narrow
+            like.decode_into(like.encode(array, "bfloat16", side), other)
+            assert np.array_equal(out, other)
+
+
+def test_a_segment_of_another_side_or_width_is_refused():
+    array = sample_array((2, 20, 4), "bfloat16")
+    codec, out = Int4(wide_key_layers=[1]), np.empty_like(array)
+    for side, layer, other_side, other_layer in (
+        ("keys", 0, "values", 0), ("values", 0, "keys", 0), ("keys", 0, "keys", 1), ("keys", 1, "keys", 0),
+    ):  # fmt: skip
+        data = codec.encode_layers([array], "bfloat16", side, layer)
+        codec.decode_layers_into(data, [out], side, layer)
+        with pytest.raises(CorruptEntry, match="side and codes of layer"):
+            codec.decode_layers_into(data, [out], other_side, other_layer)
+    data = Int8().encode(array, "bfloat16", "keys")
+    with pytest.raises(CorruptEntry, match="side and codes of layer"):
+        Int8().decode_layers_into(data, [out], "values", 0)
+
+
+@pytest.mark.parametrize("codec", [Int8(), Int4()], ids=repr)
+@pytest.mark.parametrize("pattern", [b"\x80\x7f", b"\xc0\xff", b"\x80\xbf"])
+def test_scales_that_are_not_finite_or_negative_are_refused(codec, pattern):
+    array = sample_array((1, 3, 4), "bfloat16")
+    data = bytearray(codec.encode(array, "bfloat16"))
+    data[12:14] = pattern
+    with pytest.raises(CorruptEntry, match="scales"):
+        codec.decode_into(bytes(data), array)
+
+
+def test_int4_refuses_a_code_that_no_channel_has():
+    """Of an odd number of channels, the last byte of a row has one code; the place of the other is 0."""
+    array = sample_array((1, 3, 5), "bfloat16")
+    codec = Int4(exact_tokens=0)
+    data = bytearray(codec.encode(array, "bfloat16"))
+    data[-1] |= 0x10
+    with pytest.raises(CorruptEntry, match="unused"):
+        codec.decode_into(bytes(data), array)
 
 
 def test_decompression_bombs_are_refused_before_they_are_unpacked():
@@ -111,6 +206,15 @@ def test_decompression_bombs_are_refused_before_they_are_unpacked():
         {"id": "int8", "group_tokens": True},
         {"id": "int8", "exact_tokens": -1},
         {"id": "int8", "packer": "zstd"},
+        {"id": "int8", "group_channels": 64},
+        {"id": "int4", "group_channels": 0},
+        {"id": "int4", "wide_key_layers": 7},
+        {"id": "int4", "wide_key_layers": "7"},
+        {"id": "int4", "wide_key_layers": [True]},
+        {"id": "int4", "wide_key_layers": [-1]},
+        {"id": "int4", "wide_key_layers": [999]},
+        {"id": "int4", "wide_key_layers": [3, 2]},
+        {"id": "int4", "wide_key_layers": [3, 3]},
     ],
 )
 def test_configurations_that_are_refused(config):
@@ -119,6 +223,6 @@ def test_configurations_that_are_refused(config):
 
 
 def test_registry_lists_the_shipped_codecs():
-    assert {"lossless", "int8"} <= set(codec_ids())
+    assert {"lossless", "int8", "int4", "transform"} <= set(codec_ids())
     assert codec_from_config("int8") == codec_from_config({"id": "int8"})
     assert codec_from_config("int8") != codec_from_config("lossless")

@@ -63,7 +63,7 @@ def test_a_flipped_bit_anywhere_is_an_error(small, flip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["lossless", "int8"])
+@pytest.mark.parametrize("codec", ["lossless", "int8", "int4"])
 def test_every_single_flipped_bit_is_an_error(small, codec):
     """Of every file: ref, manifest, header, token ids, each segment, each blob."""
     cache = small(codec, num_tokens=4)

@@ -11,7 +11,7 @@ import pytest
 from cag_store import Store, codec_from_config, storage_dtype
 
 GOLDEN = Path(__file__).parent / "golden"
-SEGMENTS = json.loads((GOLDEN / "segments-1.json").read_text())
+SEGMENTS = [segment for path in sorted(GOLDEN.glob("segments-*.json")) for segment in json.loads(path.read_text())]
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,8 @@ SEGMENTS = json.loads((GOLDEN / "segments-1.json").read_text())
 )
 def test_segments(segment):
     out = np.empty(segment["shape"], dtype=storage_dtype(segment["dtype"]))
-    codec_from_config(segment["codec"]).decode_into(base64.b64decode(segment["encoded"]), out)
+    place = segment["side"], segment.get("layer", 0), segment.get("start", 0)
+    codec_from_config(segment["codec"]).decode_layers_into(base64.b64decode(segment["encoded"]), [out], *place)
     assert hashlib.sha256(out.tobytes()).hexdigest() == segment["decoded_sha256"]
 
 

@@ -28,6 +28,9 @@ CODECS = [
     {"id": "int8", "group_tokens": 3, "packer": {"id": "zstd"}},
     {"id": "int8", "group_tokens": 1, "exact_tokens": 0},
     {"id": "int8", "group_tokens": 5, "exact_tokens": 11},
+    "int4",
+    {"id": "int4", "group_tokens": 3, "group_channels": 3, "packer": {"id": "zstd"}, "wide_key_layers": [1]},
+    {"id": "int4", "group_tokens": 5, "group_channels": 5, "exact_tokens": 11, "wide_key_layers": [0, 2, 40]},
 ]
 
 
@@ -135,7 +138,8 @@ def test_golden_segments(path):
     for segment in json.loads(path.read_text()):
         side = ("keys", "values").index(segment["side"])
         data = base64.b64decode(segment["encoded"])
-        found = decode(data, segment["shape"], segment["codec"], segment["dtype"], side, segment.get("start", 0))
+        start, layer = segment.get("start", 0), segment.get("layer", 0)
+        found = decode(data, segment["shape"], segment["codec"], segment["dtype"], side, start, layer)
         assert hashlib.sha256(found.tobytes()).hexdigest() == segment["decoded_sha256"]
 
 

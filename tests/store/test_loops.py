@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from cag_store.codecs import Int8, Lossless, Rotate, codec_from_config, loops
+from cag_store.codecs import Int4, Int8, Lossless, Rotate, codec_from_config, loops
+from cag_store.codecs.widths import BYTES, NIBBLES
 from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.testing import CodecConformance, sample_array
 
@@ -49,7 +50,17 @@ def decoded_both_ways(codec, data, shape, dtype):
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize(
     "codec",
-    [Lossless(), Lossless(packers=()), Lossless(Rotate(3)), Int8(), Int8(group_tokens=7, exact_tokens=0), Int8(300, 5)],
+    [
+        Lossless(),
+        Lossless(packers=()),
+        Lossless(Rotate(3)),
+        Int8(),
+        Int8(group_tokens=7, exact_tokens=0),
+        Int8(300, 5),
+        Int4(),
+        Int4(group_tokens=7, exact_tokens=0, group_channels=3),
+        Int4(300, 5, group_channels=40),
+    ],
     ids=repr,
 )
 def test_the_same_bits_whatever_the_strides(compiled, codec, side, shape, dtype):
@@ -75,20 +86,22 @@ def test_every_byte_in_every_plane(compiled, width):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("side", ["keys", "values"])
-def test_dequantizing_is_not_fused_and_rounds_alike(compiled, side, dtype):
+@pytest.mark.parametrize(
+    ("codec", "width"), [(Int8(group_tokens=16), BYTES), (Int4(group_tokens=16, group_channels=96), NIBBLES)], ids=repr
+)
+def test_dequantizing_is_not_fused_and_rounds_alike(compiled, codec, width, side, dtype):
     """Scales and offsets of all magnitudes, zeros and subnormal numbers included, and all codes."""
     shape = (4, 64, 256)
     generator = np.random.default_rng(1)
-    codes = generator.permuted(np.tile(np.arange(-128, 128, dtype=np.int8), (4, 64, 1)), axis=2)
-    parameters = generator.integers(0, 0x7C00, (2, 4, 4, 256) if side == "keys" else (2, 4, 64), dtype=np.uint16)
+    codes = generator.permuted(np.tile(np.arange(256).astype(width.dtype), (4, 64, 1)), axis=2)
+    codes = codes[..., : width.row_bytes(256)].copy()
+    groups = codec._groups(side, *shape[1:])
+    parameters = generator.integers(0, 0x7C00, (2, 4, *groups), dtype=np.uint16)
     parameters[1] |= generator.integers(0, 2, parameters[1].shape, dtype=np.uint16) << np.uint16(15)
-    codec = Int8(group_tokens=16)
     out, reference = (np.zeros(shape, STORAGE_DTYPES[dtype]) for _ in range(2))
-    if side == "keys":
-        compiled.dequantize_keys(codes, parameters, 16, out)
-    else:
-        compiled.dequantize_values(codes, parameters, out)
-    codec._dequantize(side, codes, parameters, reference)
+    size = codec.group_tokens if side == "keys" else codec._channels(256)
+    width.dequantize(compiled, side, codes, parameters, size, out)
+    codec._dequantize(width, side, codes, parameters, reference)
     assert np.array_equal(out.view(np.uint8), reference.view(np.uint8))
 
 

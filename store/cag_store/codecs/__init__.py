@@ -20,6 +20,7 @@ from cag_store.codecs.base import (
     config_resources,
     layer_groups,
 )
+from cag_store.codecs.int4 import Int4
 from cag_store.codecs.int8 import Int8
 from cag_store.codecs.loops import warm_up
 from cag_store.codecs.lossless import Lossless
@@ -32,6 +33,7 @@ __all__ = [
     "Codec",
     "Config",
     "EncodedSegment",
+    "Int4",
     "Int8",
     "JointTransform",
     "Lossless",
@@ -55,7 +57,7 @@ ENTRY_POINT_GROUP = "cag.codecs"
 
 Kind = TypeVar("Kind", bound=Configured)
 
-_CODECS: dict[str, type[Codec]] = {codec.codec_id: codec for codec in (Lossless, Int8, JointTransform)}
+_CODECS: dict[str, type[Codec]] = {codec.codec_id: codec for codec in (Lossless, Int8, Int4, JointTransform)}
 _TRANSFORMS: dict[str, type[Transform]] = {Rotate.codec_id: Rotate}
 _PACKERS: dict[str, type[Packer]] = {Zstd.codec_id: Zstd}
 

@@ -33,6 +33,17 @@ class Loops(Protocol):
     def dequantize_values(self, codes: NDArray[np.int8], parameters: NDArray[np.uint16], out: Array) -> None:
         """The same with parameters `[2, num_kv_heads, num_tokens]`."""
 
+    def dequantize_nibble_keys(
+        self, codes: NDArray[np.uint8], parameters: NDArray[np.uint16], group_tokens: int, out: Array
+    ) -> None:
+        """As `dequantize_keys`, from two codes a byte `[num_kv_heads, num_tokens, ceil(head_dim / 2)]`: low nibbles are
+        the first channels, high nibbles the others."""
+
+    def dequantize_nibble_values(
+        self, codes: NDArray[np.uint8], parameters: NDArray[np.uint16], group_channels: int, out: Array
+    ) -> None:
+        """The same with parameters `[2, num_kv_heads, num_tokens, num_channel_groups]`."""
+
 
 @cache
 def compiled() -> Loops | None:

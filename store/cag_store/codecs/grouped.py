@@ -1,0 +1,244 @@
+"""Integer codes with a scale and an offset a group: what `int8` and `int4` share. Keys are grouped per channel over
+tokens, values per token over channels. Layout and arithmetic: docs/format.md 5.2 and 5.3.
+
+Scales and offsets are bfloat16: the range of the data itself, so nothing overflows. Non-finite values are refused.
+Source: keys per channel, values per token as in KIVI (arXiv:2402.02750);
+first tokens exact as in KVQuant (arXiv:2401.18079).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cag_store.codecs import loops
+from cag_store.codecs.base import Codec, Config, Packer, Side, checked_array, checked_int, corrupt_segment
+from cag_store.codecs.widths import CodeWidth, to_bfloat16
+from cag_store.dtypes import Array, narrow_into, widen
+from cag_store.errors import UnencodableArray
+
+_HEAD = struct.Struct("<BBHII")
+_SIDES: tuple[Side, Side] = ("keys", "values")
+_LARGEST = np.float32(1e38)
+_BLOCK_TOKENS = 256  # decoded at once: float32 scratch that stays in the cache of a core
+
+
+class QuantizedGroups(NamedTuple):
+    """Codes with their scales and offsets.
+
+    codes: int8 [num_kv_heads, num_tokens, head_dim]; scales, offsets: float32 that are exact bfloat16 values, keys
+    [num_kv_heads, num_groups, head_dim], values [num_kv_heads, num_tokens, num_channel_groups].
+    """
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    offsets: NDArray[np.float32]
+
+
+class _Parsed(NamedTuple):
+    """A segment taken apart: codes as stored, scales and offsets as bit patterns `[2, ...]`, and the exact tokens."""
+
+    side: Side
+    width: CodeWidth
+    codes: Array
+    parameters: NDArray[np.uint16]
+    exact: Array
+
+
+class GroupedIntegers(Codec):
+    """A codec of groups. `widths` says which numbers in the head of a segment stand for which width of its codes."""
+
+    lossless = False
+    widths: Mapping[int, CodeWidth]
+
+    def __init__(self, group_tokens: int, exact_tokens: int, packer: Packer | None) -> None:
+        self.group_tokens = group_tokens
+        self.exact_tokens = exact_tokens
+        self.packer = packer
+
+    @classmethod
+    def _common(cls, config: Mapping[str, Any]) -> tuple[int, int, Packer | None]:
+        """`group_tokens` 1 to 65536, `exact_tokens` 0 to 65536, `packer` (configuration or null). Raises:
+        UnknownCodec."""
+        from cag_store.codecs import packer_from_config
+
+        packer = config.get("packer")
+        return (
+            checked_int(cls.codec_id, config, "group_tokens", 64, 1, 1 << 16),
+            checked_int(cls.codec_id, config, "exact_tokens", 4, 0, 1 << 16),
+            None if packer is None else packer_from_config(packer),
+        )
+
+    def _packer_config(self) -> Config | None:
+        return None if self.packer is None else self.packer.config()
+
+    @abstractmethod
+    def _mark(self, side: Side, layer: int | None) -> int:
+        """Which of `widths` one side of a layer has; None: of a layer like most."""
+
+    @abstractmethod
+    def _channels(self, head_dim: int) -> int:
+        """Channels of a group of values; at least 1."""
+
+    def encode(self, array: Array, dtype: str, side: Side = "keys", start: int = 0) -> bytes:
+        """See `Codec`. Raises: UnencodableArray for NaN, infinities and magnitudes above 1e38."""
+        return self._encode(array, dtype, side, None, start)
+
+    def encode_layers(self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int = 0) -> bytes:
+        """See `Codec` and `encode`."""
+        (array,) = arrays
+        return self._encode(array, dtype, side, first_layer, start)
+
+    def decode_into(self, data: bytes | memoryview, out: Array) -> None:
+        """See `Codec`."""
+        self._decode(self._parse(memoryview(data), out), out)
+
+    def decode_layers_into(
+        self, data: bytes | memoryview, outs: Sequence[Array], side: Side, first_layer: int, start: int = 0
+    ) -> None:
+        """See `Codec`."""
+        (out,) = outs
+        del start
+        parsed = self._parse(memoryview(data), out)
+        expected = side, self.widths[self._mark(side, first_layer)]
+        if (parsed.side, parsed.width) != expected:
+            raise corrupt_segment(f"side and codes of layer {first_layer}", expected, (parsed.side, parsed.width))
+        self._decode(parsed, out)
+
+    def _encode(self, array: Array, dtype: str, side: Side, layer: int | None, start: int) -> bytes:
+        values = widen(checked_array(array, dtype), dtype)
+        if not np.all(np.abs(values) <= _LARGEST):
+            raise UnencodableArray(
+                f"codec {self.codec_id!r} keeps finite values up to 1e38, found NaN, infinity or more: use 'lossless'",
+                codec=self.codec_id,
+            )
+        mark, num_exact = self._mark(side, layer), min(max(self.exact_tokens - start, 0), array.shape[1])
+        width = self.widths[mark]
+        groups = self._quantize(width, values, side, num_exact)
+        codes = width.pack(groups.codes).tobytes()
+        packed = codes if self.packer is None else self.packer.pack(codes)
+        smaller = len(packed) < len(codes)
+        stored = packed if smaller else codes
+        head = _HEAD.pack(_SIDES.index(side), int(smaller), mark, num_exact, len(stored))
+        parameters = [to_bfloat16(groups.scales).tobytes(), to_bfloat16(groups.offsets).tobytes()]
+        return b"".join([head, *parameters, np.ascontiguousarray(array[:, :num_exact]).tobytes(), stored])
+
+    def _decode(self, parsed: _Parsed, out: Array) -> None:
+        fast = None if out.dtype == np.float16 else loops.compiled_for(out)
+        if fast is None:
+            self._dequantize(parsed.width, parsed.side, parsed.codes, parsed.parameters, out)
+        else:
+            size = self.group_tokens if parsed.side == "keys" else self._channels(out.shape[2])
+            parsed.width.dequantize(fast, parsed.side, parsed.codes, parsed.parameters, size, out)
+        if parsed.exact.size:
+            out[:, : parsed.exact.shape[1]] = parsed.exact
+
+    def _dequantize(self, width: CodeWidth, side: Side, codes: Array, parameters: Array, out: Array) -> None:
+        """The reference for the dequantizing loops of `Loops`, for any storage dtype."""
+        scales, offsets = widen(parameters, "bfloat16")
+        for first, last in self._blocks(out.shape[1], _BLOCK_TOKENS // self.group_tokens):
+            values = width.unpack(codes[:, first:last], out.shape[2])
+            with np.errstate(over="ignore"):  # a forged scale may: infinity, as the arithmetic of the format says
+                if side == "keys":
+                    by_group = self._by_group(values)
+                    group = first // self.group_tokens
+                    near = slice(group, group + by_group.shape[1])
+                    by_group *= scales[:, near, None]
+                    by_group += offsets[:, near, None]
+                else:
+                    values *= self._by_channel(scales[:, first:last], out.shape[2])
+                    values += self._by_channel(offsets[:, first:last], out.shape[2])
+                narrow_into(values, out[:, first:last])
+
+    def _blocks(self, num_tokens: int, num_groups: int) -> list[tuple[int, int]]:
+        """Spans of `num_groups` (at least one) whole groups; the tokens of the last, partial group have a span of
+        their own."""
+        step = max(num_groups, 1) * self.group_tokens
+        whole = num_tokens - num_tokens % self.group_tokens
+        spans = [(first, min(first + step, whole)) for first in range(0, whole, step)]
+        return spans if whole == num_tokens else [*spans, (whole, num_tokens)]
+
+    def _by_group(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A view `[num_kv_heads, groups, tokens of a group, head_dim]` of a span of `_blocks`."""
+        num_heads, num_tokens, head_dim = values.shape
+        return values.reshape(num_heads, -1, min(self.group_tokens, num_tokens), head_dim)
+
+    def _by_channel(self, parameters: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+        """Scales or offsets of values `[..., num_channel_groups]`, one a channel (or one for all)."""
+        if parameters.shape[-1] == 1:
+            return parameters
+        return np.repeat(parameters, self._channels(head_dim), axis=-1)[..., :head_dim]
+
+    def _quantize(self, width: CodeWidth, values: NDArray[np.float32], side: Side, num_exact: int) -> QuantizedGroups:
+        num_heads, num_tokens, head_dim = values.shape
+        codes = np.zeros(values.shape, dtype=np.int8)
+        scales, offsets = np.zeros((2, num_heads, *self._groups(side, num_tokens, head_dim)), dtype=np.float32)
+        if side == "values":
+            step, inexact = self._channels(head_dim), slice(num_exact, num_tokens)
+            for group in range(scales.shape[2] if num_exact < num_tokens else 0):
+                part = slice(group * step, (group + 1) * step)
+                found = width.quantize(values[:, inexact, part], axis=2)
+                codes[:, inexact, part], scales[:, inexact, [group]], offsets[:, inexact, [group]] = found
+            return QuantizedGroups(codes, scales, offsets)
+        for group, (first, last) in enumerate(self._blocks(num_tokens, 1)):
+            first = max(first, num_exact)
+            if first < last:
+                found = width.quantize(values[:, first:last], axis=1)
+                codes[:, first:last], scales[:, [group]], offsets[:, [group]] = found
+        return QuantizedGroups(codes, scales, offsets)
+
+    def _groups(self, side: Side, num_tokens: int, head_dim: int) -> tuple[int, int]:
+        """Shape of the scales of one head."""
+        if side == "keys":
+            return -(-num_tokens // self.group_tokens), head_dim
+        return num_tokens, -(-head_dim // self._channels(head_dim))
+
+    def _parse(self, view: memoryview, out: Array) -> _Parsed:
+        num_heads, num_tokens, head_dim = out.shape
+        if len(view) < _HEAD.size:
+            raise corrupt_segment("length", f"at least {_HEAD.size}", len(view))
+        side, packed, mark, num_exact, stored = _HEAD.unpack_from(view)
+        known = side < 2 and packed < 2 and mark in self.widths
+        if not known or num_exact > min(num_tokens, self.exact_tokens):
+            raise corrupt_segment(
+                "head", "side, flag, codes and number of exact tokens in range", (side, packed, mark, num_exact)
+            )
+        shape = num_heads, *self._groups(_SIDES[side], num_tokens, head_dim)
+        exact_at = _HEAD.size + 4 * math.prod(shape)
+        codes_at = exact_at + num_heads * num_exact * head_dim * out.itemsize
+        if codes_at + stored != len(view):
+            raise corrupt_segment("length", codes_at + stored, len(view))
+        parameters = _checked_bfloat16(view[_HEAD.size : exact_at]).reshape(2, *shape)
+        exact = np.frombuffer(view[exact_at:codes_at], dtype=out.dtype).reshape(num_heads, num_exact, head_dim)
+        width = self.widths[mark]
+        codes = self._codes(view[codes_at:], bool(packed), width, out)
+        return _Parsed(_SIDES[side], width, codes, parameters, exact)
+
+    def _codes(self, data: memoryview, packed: bool, width: CodeWidth, out: Array) -> Array:
+        if packed and self.packer is None:
+            raise corrupt_segment("codes", "not packed", "packed")
+        row_bytes = width.row_bytes(out.shape[2])
+        size = out.shape[0] * out.shape[1] * row_bytes
+        if not packed and len(data) != size:
+            raise corrupt_segment("number of codes", size, len(data))
+        unpacked = self.packer.unpack(data, size) if packed and self.packer else data
+        codes = np.frombuffer(unpacked, dtype=width.dtype).reshape(*out.shape[:2], row_bytes)
+        width.check(codes, out.shape[2])
+        return codes
+
+
+def _checked_bfloat16(data: memoryview) -> NDArray[np.uint16]:
+    """A copy of the bfloat16 bit patterns of scales, then offsets, aligned as they need not be in a file. Raises:
+    CorruptEntry when one is not finite or a scale is negative."""
+    patterns = np.frombuffer(data, dtype="<u2").astype(np.uint16)
+    if (patterns & np.uint16(0x7F80)).max() == 0x7F80:
+        raise corrupt_segment("scales and offsets", "finite", "NaN or infinity")
+    if patterns[: len(patterns) // 2].max() > 0x8000:
+        raise corrupt_segment("scales", "none below 0", "one below 0")
+    return patterns
