@@ -84,13 +84,24 @@ class Build:
             elapsed = time.perf_counter() - self.started_at
             self.on_progress(BuildProgress(stage, done_tokens, self.chunks.num_tokens, elapsed))
 
-    def find_rungs(self) -> None:
-        """Set up the ladder. Before anything is computed, since a basis may have to be made, which takes memory."""
+    def named_codec(self) -> dict[str, Any] | None:
+        """The codec's configuration; None when it is to be searched, for which the ladder is set up now.
+
+        Before anything is computed, since a basis may have to be made, which takes memory of its own.
+        """
         self.report("calibrate", 0)
         begin = time.perf_counter()
-        raw_bytes = self.chunks.num_tokens * self.chunks.model.kv_bytes_per_token
-        self.rungs = ladder_of(self.chunks.model, self.store, raw_bytes)
+        codec = None
+        if not self.options.chooses:
+            codec = codec_of(self.options.codec, self.chunks.model, self.store)
+        elif self.options.keep is None:
+            self.rungs = self._ladder()
         self.seconds = replace(self.seconds, search_s=time.perf_counter() - begin)
+        return codec
+
+    def _ladder(self) -> list[Rung]:
+        raw_bytes = self.chunks.num_tokens * self.chunks.model.kv_bytes_per_token
+        return ladder_of(self.chunks.model, self.store, raw_bytes)
 
     def run(self, codec: dict[str, Any] | None, previous: Manifest | None) -> BuiltCache:
         """All but the commit. `codec` is None when it is to be searched; `previous` is what the name meant before."""
@@ -150,10 +161,12 @@ class Build:
         return BuiltCache(trial.entries, trial.codec, trial.fidelity, choice.to_json() if choice else None)
 
     def _search(self, trials: CodecTrials, lossless: Trial, bound: float) -> CodecChoice:
-        if self.options.keep is not None and self.options.keep != lossless.codec:
-            kept = trials(self.options.keep, lossless.stored_bytes)
+        keep = self.options.keep
+        if keep is not None:
+            kept = lossless if keep == lossless.codec else trials(keep, lossless.stored_bytes)
             if kept.outcome == "within":
                 return CodecChoice(kept, bound, (kept,), kept=True)
+            self.rungs = self._ladder()
         return choose(trials, self.rungs, lossless, bound)
 
     def _check_bound(self, trial: Trial, fidelity: Fidelity) -> None:
@@ -177,7 +190,7 @@ class Build:
         bound, choice = self.options.bound, previous.build.get("codec_choice")
         fidelity = Fidelity.from_json(dict(previous.fidelity or {}))
         config = dict(previous.codec)
-        same = config == codec if codec is not None else choice is not None and choice["max_kl"] == bound
+        same = config == codec if codec is not None else bool(choice) and previous.build.get("max_kl") == bound
         if not same or fidelity is None or not (bound is None or fidelity.mean_kl <= bound or self.options.force):
             return None
         context = self.chunks.context(config)
@@ -229,12 +242,9 @@ def build_cache(
     _check_memory(model, layout)
     with store.build_lease():
         try:
-            codec = None if options.chooses else codec_of(options.codec, model, store)
             chunks = PrefixChunks(model, store, layout.token_ids, model.new_state(capacity=len(layout.token_ids)))
             build = Build(chunks, layout, documents, options, on_progress, started_at)
-            if codec is None:
-                build.find_rungs()
-            cache = build.run(codec, _previous(store, name))
+            cache = build.run(build.named_codec(), _previous(store, name))
             build.report("commit", build.chunks.num_tokens)
             manifest = _manifest(build, cache)
             digest = store.commit(name, manifest, cag_store.utc_after(ttl_s))

@@ -138,12 +138,12 @@ class Engine:
         places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
         codec, layout = dict(manifest.codec), manifest.layout
-        searched = manifest.build.get("codec_choice") is not None
+        searched, max_kl = manifest.build.get("codec_choice") is not None, manifest.build.get("max_kl")
         options = BuildOptions(
             codec=AUTO if searched else codec,
             system_text=layout["system_text"],
             closing_text=layout["closing_text"],
-            max_kl=manifest.build.get("max_kl"),
+            max_kl=max_kl if isinstance(max_kl, (int, float)) else None,
             force=force,
             keep=codec if searched else None,
         )

@@ -67,7 +67,7 @@ class FidelityProbe:
         self._exact = tempfile.TemporaryFile()  # noqa: SIM115, closed by `close`
         try:
             for group in self._groups:
-                self._exact.write(self._logits(group).numpy().tobytes())
+                self._exact.write(self._logits(group).contiguous().numpy().data)
         except OSError as error:
             self.close()
             raise InsufficientResources(

@@ -166,6 +166,8 @@ class BranchedState:
         """As `SequenceState.attend`, each branch apart; keys and values are used as they come, unrounded."""
         attend = partial(segment_attention, scale=scale, window=window, softcap=softcap)
         prefix, offset = self.prefix.layer(layer), self.prefix.num_tokens
+        if window is not None and window < offset:  # what no branch sees
+            prefix, offset = (prefix[0][:, -window:], prefix[1][:, -window:]), window
         # one pass over the prefix serves all branches, unless a window hides other keys from each
         shared = attend(query, *prefix, offset=offset) if window is None else None
         merged = []

@@ -61,14 +61,16 @@ def codec_text(codec: Mapping[str, Any]) -> str:
 
 
 def fidelity_text(fidelity: Mapping[str, Any]) -> str:
-    """What was measured, in a line; manifests of other versions may hold less."""
-    parts = [
-        f"mean KL {fidelity['mean_kl']:.6f} nats, p95 {fidelity['p95_kl']:.6f}",
-        f"same top token {fidelity['top1']:.1%} of {fidelity['num_probes']} probes",
-    ]
-    if "nll_change" in fidelity:
-        parts.append(f"NLL {fidelity['nll_change']:+.6f} nats")
-    return ", ".join(parts)
+    """What was measured, in a line: as much of it as is there, since manifests of other versions may hold less."""
+    shown = (
+        ("mean_kl", "mean KL {:.6f} nats"),
+        ("p95_kl", "p95 {:.6f}"),
+        ("top1", "same top token {:.1%}"),
+        ("num_probes", "{:,} probes"),
+        ("nll_change", "NLL {:+.6f} nats"),
+    )
+    numbers = {name: value for name, value in fidelity.items() if isinstance(value, (int, float))}
+    return ", ".join(form.format(numbers[name]) for name, form in shown if name in numbers)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
