@@ -6,6 +6,7 @@ In: a segment, the content of its basis' blob, the shapes of its layers. Out: fl
 import json
 import math
 import struct
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,9 +57,10 @@ def read_basis(blob):
     end = start + int.from_bytes(blob[len(magic) : start], "little")
     header = json.loads(blob[start:end])
     rest = Bytes(blob, end)
-    frequencies = rest.take("<u2", header["num_classes"], 128)
+    frequencies = rest.take("<u2", header["num_tables"], 128)
     need((frequencies.sum(axis=1, dtype=int) == 4096).all() and (frequencies < 4096).all(), "frequencies")
-    shrink = rest.take("<u2", header["num_classes"])
+    need((frequencies[:, 0] > 0).all(), "frequencies of escapes")
+    shrink = rest.take("<u2", header["num_tables"])
     need((shrink <= 32768).all(), "shrink")
     groups = []
     for index, counts in enumerate(header["num_components"]):
@@ -92,18 +94,17 @@ def transform_values(segment, shapes, config, itemsize, side, start, first_layer
     need(header["joint_layers"] == config["joint_layers"], "joint layers")
     need(all(header["head_dim"][first_layer + i] == shape[2] for i, shape in enumerate(shapes)), "geometry")
     found = groups[first_layer // config["joint_layers"]][side]
-    classes = component_classes(found.log_deviation, config["step"], len(shrink))
-    shifts = [min(max(-(-c // 4) - 6, 0), 9) for c in classes]
-    center, exact, rows, codes = read_segment(Bytes(segment), shapes, itemsize, side, classes, shifts, frequencies)
+    numbers, low = components(found.log_deviation, config["step"], len(shrink))
+    center, exact, rows, codes = read_segment(Bytes(segment), shapes, itemsize, side, numbers, low, frequencies)
     width = np.float32(2.0 ** (config["step"] / 64))
     scale = found.unit * width
     mean = found.mean + center.astype("<f4") * np.float32(64) * scale if len(center) else found.mean
     integers = [
         ((int(c) << int(s)) * int(shrink[k]) + 16384) >> 15
-        for mantissas, s, k in zip(found.mantissas, found.row_shift, classes, strict=False)
+        for mantissas, s, k in zip(found.mantissas, found.row_shift, numbers, strict=False)
         for c in mantissas
     ]
-    sums = codes @ np.array(integers, np.int64).reshape(len(classes), -1)
+    sums = codes @ np.array(integers, np.int64).reshape(len(numbers), -1)
     tokens = np.zeros((shapes[0][1], len(mean)), "<f4")
     tokens[np.setdiff1d(np.arange(len(tokens)), exact)] = sums.astype("<i4").astype("<f4") * scale + mean
     layers, channel = [], 0
@@ -117,12 +118,15 @@ def transform_values(segment, shapes, config, itemsize, side, start, first_layer
     return layers, exact, rows
 
 
-def component_classes(log_deviation, step, num_classes):
+def components(log_deviation, step, num_tables):
+    """Table number and number of low bits of each component that is coded."""
     spread = [int(deviation) - step + 128 for deviation in log_deviation]
-    return [min(number * 4 // 64, num_classes - 1) for number in spread if number >= 0]
+    levels = [number * 4 // 64 + 4 for number in spread if number >= 0]
+    low = [min(max(-(-level // 4) - 6, 0), 9) for level in levels]
+    return [min(level - 4 * bits, num_tables - 1) for level, bits in zip(levels, low, strict=True)], low
 
 
-def read_segment(rest, shapes, itemsize, side, classes, shifts, frequencies):
+def read_segment(rest, shapes, itemsize, side, numbers, low, frequencies):
     """Center, places and bytes of exact tokens, codes int64 [coded tokens, components]."""
     num_tokens, channels = shapes[0][1], sum(heads * dim for heads, _, dim in shapes)
     stated, centered, zero = struct.unpack("<BBH", rest.take("u1", 4).tobytes())
@@ -132,44 +136,63 @@ def read_segment(rest, shapes, itemsize, side, classes, shifts, frequencies):
     exact = rest.take("<u4", num_exact)
     need((np.diff(exact.astype(int)) > 0).all() and (exact < num_tokens).all(), "exact tokens")
     rows = rest.take("u1", num_exact, channels * itemsize)
-    escapes = rest.take("<i2", num_escapes)
     num_coded = num_tokens - num_exact
-    low = rest.take("u1", -(-num_coded * sum(shifts) // 8))
+    by_component, by_token = read_shifts(rest, len(numbers)), read_shifts(rest, num_coded)
+    escapes = rest.take("<i2", num_escapes)
     states, words = rest.take("<u4", 32), rest.take("<u2", num_words)
     rest.end()
-    symbols = decoded_symbols(states, words, classes, frequencies, num_coded)
-    return center, exact, rows, joined(symbols, escapes, low, shifts)
+    tables = [
+        [min(max(n + c + t, 0), len(frequencies) - 1) for t in by_token]
+        for n, c in zip(numbers, by_component, strict=True)
+    ]
+    return center, exact, rows, Codes(states, words, escapes, frequencies).read(tables, low, num_coded)
 
 
-def decoded_symbols(states, words, classes, frequencies, num_tokens):
-    states, words = [int(state) for state in states], [int(word) for word in words]
-    tables = [np.repeat(np.arange(128), row) for row in frequencies]
-    starts = np.cumsum(frequencies, axis=1, dtype=int) - frequencies
-    symbols, place = [], 0
-    for number in range(num_tokens * len(classes)):
-        kind, lane = classes[number % len(classes)], number % 32
-        slot = states[lane] % 4096
-        symbol = int(tables[kind][slot])
-        state = int(frequencies[kind][symbol]) * (states[lane] >> 12) + slot - int(starts[kind][symbol])
+def read_shifts(rest, count):
+    halves = [half - 8 for byte in rest.take("u1", -(-count // 2)).tolist() for half in (byte & 15, byte >> 4)]
+    return halves[:count]
+
+
+class Codes:
+    """Reads codes off states, words and escapes."""
+
+    def __init__(self, states, words, escapes, frequencies):
+        self.states, self.words, self.escapes = (deque(array.tolist()) for array in (states, words, escapes))
+        self.frequencies = frequencies.astype(int).tolist()
+        self.starts = (np.cumsum(frequencies, axis=1, dtype=int) - frequencies).tolist()
+        self.symbols = [np.repeat(np.arange(128), row).tolist() for row in frequencies]
+
+    def read(self, tables, low, num_tokens):
+        codes = np.zeros((num_tokens, len(low)), np.int64)
+        for first in range(0, num_tokens, 32):
+            lanes = range(min(32, num_tokens - first))
+            for component, bits in enumerate(low):
+                symbols = [self.symbol(lane, tables[component][first + lane]) for lane in lanes]
+                below = [self.low_bits(lane, bits) if bits else 0 for lane in lanes]
+                for lane, symbol in zip(lanes, symbols, strict=True):
+                    need(symbol or self.escapes, "escapes")
+                    code = ((symbol - 64) << bits) + below[lane] if symbol else self.escapes.popleft()
+                    codes[first + lane, component] = (code + 32768) % 65536 - 32768
+        need(not self.words and not self.escapes and set(self.states) == {65536}, "end of the words")
+        return codes
+
+    def symbol(self, lane, table):
+        state = self.states[lane]
+        symbol = self.symbols[table][state % 4096]
+        rest = state % 4096 - self.starts[table][symbol]
+        self.fill(lane, self.frequencies[table][symbol] * (state >> 12) + rest)
+        return symbol
+
+    def low_bits(self, lane, bits):
+        state = self.states[lane]
+        self.fill(lane, state >> bits)
+        return state % (1 << bits)
+
+    def fill(self, lane, state):
         if state < 65536:
-            need(place < len(words), "words")
-            state, place = state * 65536 + words[place], place + 1
-        states[lane] = state
-        symbols.append(symbol)
-    need(place == len(words) and all(state == 65536 for state in states), "end of the words")
-    return np.array(symbols, int).reshape(num_tokens, len(classes))
-
-
-def joined(symbols, escapes, low, shifts):
-    bits = iter(np.unpackbits(low, bitorder="little").tolist())
-    escaped = iter(escapes.tolist())
-    codes = np.empty(symbols.shape, np.int64)
-    need((symbols == 0).sum() == len(escapes), "number of escapes")
-    for place, symbol in np.ndenumerate(symbols):
-        below = sum(next(bits) << bit for bit in range(shifts[place[1]]))
-        code = next(escaped) if symbol == 0 else ((int(symbol) - 64) << shifts[place[1]]) + below
-        codes[place] = (code + 32768) % 65536 - 32768
-    return codes
+            need(self.words, "words")
+            state = state * 65536 + self.words.popleft()
+        self.states[lane] = state
 
 
 def turn(values, rotation, start):
