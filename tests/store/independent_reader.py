@@ -314,7 +314,9 @@ def grouped(segment, shape, config, dtype, side, start, bits):
     )
     need(np.isfinite(scales).all() and np.isfinite(offsets).all() and (scales >= 0).all(), "scales and offsets")
     offset += 4 * count
-    exact = np.frombuffer(segment, ITEM[dtype], heads * num_exact * dim, offset).reshape(heads, num_exact, dim)
+    is_last = config["id"] == "int4" and tokens < config["chunk_tokens"]
+    num_recent = min(config["recent_tokens"], tokens - num_exact) if is_last else 0
+    exact = np.frombuffer(segment, ITEM[dtype], heads * (num_exact + num_recent) * dim, offset)
     codes = segment[offset + exact.nbytes :]
     need(len(codes) == stored, "nothing follows the codes")
     row_bytes = -(-dim // 2) if bits == 4 else dim
@@ -326,7 +328,8 @@ def grouped(segment, shape, config, dtype, side, start, bits):
         np.repeat(pair.reshape(parameter_shape), size, axis=axis)[:, :tokens, :dim] for pair in (scales, offsets)
     ]
     out = narrow(codes.astype(np.float32) * by_code[0] + by_code[1], dtype)
-    out[:, :num_exact] = exact
+    first, last = np.split(exact.reshape(heads, num_exact + num_recent, dim), [num_exact], axis=1)
+    out[:, :num_exact], out[:, tokens - num_recent :] = first, last
     return out
 
 

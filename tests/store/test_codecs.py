@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import zstandard
@@ -40,8 +42,9 @@ class TestInt8(CodecConformance):
 class TestInt4(CodecConformance):
     configs = [
         {"id": "int4"},
-        {"id": "int4", "packer": {"id": "zstd"}},
-        {"id": "int4", "group_tokens": 5, "group_channels": 3, "exact_tokens": 0},
+        {"id": "int4", "chunk_tokens": 1},
+        {"id": "int4", "recent_tokens": 7, "packer": {"id": "zstd"}},
+        {"id": "int4", "group_tokens": 5, "group_channels": 3, "exact_tokens": 0, "recent_tokens": 0},
         {"id": "int4", "group_tokens": 300, "group_channels": 5, "exact_tokens": 300, "wide_key_layers": [0, 998]},
     ]
 
@@ -54,7 +57,7 @@ class TestInt4(CodecConformance):
         return spread / 30 * 1.02 + reach * 2.0**-8 * (1 + 1 / 15)
 
 
-@pytest.mark.parametrize("codec", [Int8(exact_tokens=4), Int4(exact_tokens=4)], ids=repr)
+@pytest.mark.parametrize("codec", [Int8(exact_tokens=4), Int4(exact_tokens=4, recent_tokens=0)], ids=repr)
 def test_exact_tokens_are_those_at_the_start_of_the_prefix(codec):
     array = sample_array((2, 10, 8), "bfloat16")
     for start, num_exact in ((0, 4), (3, 1), (4, 0)):
@@ -65,7 +68,7 @@ def test_exact_tokens_are_those_at_the_start_of_the_prefix(codec):
         assert not same[num_exact:].all()
 
 
-@pytest.mark.parametrize("kind", [Int8, Int4])
+@pytest.mark.parametrize("kind", [Int8, partial(Int4, recent_tokens=0)], ids=["int8", "int4"])
 def test_the_loud_first_token_does_not_spoil_the_scales_of_others(kind):
     array = sample_array((2, 64, 8), "float32")
     array[:, 0] *= 1000
@@ -78,7 +81,7 @@ def test_the_loud_first_token_does_not_spoil_the_scales_of_others(kind):
     assert errors[1] < errors[0] / 100
 
 
-@pytest.mark.parametrize("codec", [Int8(exact_tokens=0), Int4(exact_tokens=0)], ids=repr)
+@pytest.mark.parametrize("codec", [Int8(exact_tokens=0), Int4(exact_tokens=0, recent_tokens=0)], ids=repr)
 def test_constants_and_extremes_are_kept(codec):
     for dtype, value in (
         ("float16", 65504.0),
@@ -105,7 +108,7 @@ def test_int4_is_exact_for_what_sixteen_levels_can_say(side, head_dim):
     levels[:, ::20], levels[:, 1::20] = 0, 15
     levels[:, :, 0], levels[:, :, -1] = (levels[:, :, 0], levels[:, :, -1]) if side == "keys" else (0, 15)
     array = (levels * 0.25 - 2).astype("<f4")
-    codec, out = Int4(group_tokens=20, group_channels=64, exact_tokens=0), np.empty_like(array)
+    codec, out = Int4(group_tokens=20, exact_tokens=0, recent_tokens=0), np.empty_like(array)
     codec.decode_into(codec.encode(array, "float32", side), out)
     assert np.array_equal(out, array)
 
@@ -113,10 +116,32 @@ def test_int4_is_exact_for_what_sixteen_levels_can_say(side, head_dim):
 def test_int4_packs_the_halves_of_a_row():
     """docs/format.md 5.3, byte by byte."""
     array = np.array([[[0, 15, 3, 7, 1]]], "<f4")
-    data = Int4(exact_tokens=0).encode(array, "float32", "values")
+    data = Int4(exact_tokens=0, recent_tokens=0).encode(array, "float32", "values")
     assert data[:12].hex() == "0100" + "0400" + "00000000" + "03000000"
     assert data[12:16].hex() == "803f" + "0000"
     assert data[16:].hex() == "70" + "1f" + "03"
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize(("num_tokens", "start", "exact"), [
+    (32, 96, []), (31, 96, range(26, 31)), (5, 96, range(5)), (3, 96, range(3)), (32, 0, [0, 1]),
+    (31, 0, [0, 1, *range(26, 31)]), (6, 0, range(6)), (31, 1, [0, *range(26, 31)]),
+])  # fmt: skip
+def test_the_recent_window_is_the_end_of_a_chunk_that_is_not_whole(side, num_tokens, start, exact):
+    array = sample_array((2, num_tokens, 16), "bfloat16", seed=5)
+    codec = Int4(group_tokens=8, exact_tokens=2, recent_tokens=5, chunk_tokens=32)
+    out = np.zeros_like(array)
+    codec.decode_into(codec.encode(array, "bfloat16", side, start), out)
+    assert np.flatnonzero((out == array).all(axis=(0, 2))).tolist() == list(exact)
+
+
+def test_exact_tokens_at_the_end_do_not_spoil_the_scales_of_others():
+    array = sample_array((2, 60, 8), "float32")
+    array[:, -3:] *= 1000
+    codec, out = Int4(recent_tokens=3), np.zeros_like(array)
+    codec.decode_into(codec.encode(array, "float32", "keys"), out)
+    others = array[:, 4:-3]
+    assert np.abs(out[:, 4:-3] - others).max() < (others.max(axis=1) - others.min(axis=1)).max() / 15
 
 
 def test_int4_takes_about_a_half_of_int8():
@@ -128,7 +153,7 @@ def test_int4_takes_about_a_half_of_int8():
 
 def test_wide_key_layers_have_the_codes_of_int8():
     array = sample_array((2, 70, 16), "bfloat16")
-    wide, narrow = Int4(wide_key_layers=[3]), Int4()
+    wide, narrow = Int4(recent_tokens=0, wide_key_layers=[3]), Int4(recent_tokens=0)
     for side in ("keys", "values"):
         for layer in (2, 3):
             data = wide.encode_layers([array], "bfloat16", side, layer)
@@ -139,19 +164,29 @@ def test_wide_key_layers_have_the_codes_of_int8():
             assert np.array_equal(out, other)
 
 
-def test_a_segment_of_another_side_or_width_is_refused():
+def test_a_segment_of_another_side_width_or_place_is_refused():
     array = sample_array((2, 20, 4), "bfloat16")
-    codec, out = Int4(wide_key_layers=[1]), np.empty_like(array)
+    codec, out = Int4(recent_tokens=0, wide_key_layers=[1]), np.empty_like(array)
     for side, layer, other_side, other_layer in (
         ("keys", 0, "values", 0), ("values", 0, "keys", 0), ("keys", 0, "keys", 1), ("keys", 1, "keys", 0),
     ):  # fmt: skip
         data = codec.encode_layers([array], "bfloat16", side, layer)
         codec.decode_layers_into(data, [out], side, layer)
-        with pytest.raises(CorruptEntry, match="side and codes of layer"):
+        with pytest.raises(CorruptEntry, match="of layer"):
             codec.decode_layers_into(data, [out], other_side, other_layer)
-    data = Int8().encode(array, "bfloat16", "keys")
-    with pytest.raises(CorruptEntry, match="side and codes of layer"):
-        Int8().decode_layers_into(data, [out], "values", 0)
+    data = Int8().encode(array, "bfloat16", "keys", 2)
+    for side, start in (("values", 2), ("keys", 0)):
+        with pytest.raises(CorruptEntry, match="of layer"):
+            Int8().decode_layers_into(data, [out], side, 0, start)
+    Int8().decode_layers_into(data, [out], "keys", 0, 2)
+
+
+def test_values_with_wide_codes_are_refused():
+    """Nobody writes them; every length of this one fits."""
+    out = np.zeros((1, 3, 4), "<u2")
+    data = bytes([1, 0, 8, 0, *bytes(4), 12, 0, 0, 0]) + bytes(4 * 3 * 2) + bytes(12)
+    with pytest.raises(CorruptEntry, match="head"):
+        Int4(recent_tokens=0, group_channels=2).decode_into(data, out)
 
 
 @pytest.mark.parametrize("codec", [Int8(), Int4()], ids=repr)
@@ -167,7 +202,7 @@ def test_scales_that_are_not_finite_or_negative_are_refused(codec, pattern):
 def test_int4_refuses_a_code_that_no_channel_has():
     """Of an odd number of channels, the last byte of a row has one code; the place of the other is 0."""
     array = sample_array((1, 3, 5), "bfloat16")
-    codec = Int4(exact_tokens=0)
+    codec = Int4(exact_tokens=0, recent_tokens=0)
     data = bytearray(codec.encode(array, "bfloat16"))
     data[-1] |= 0x10
     with pytest.raises(CorruptEntry, match="unused"):
@@ -208,6 +243,8 @@ def test_decompression_bombs_are_refused_before_they_are_unpacked():
         {"id": "int8", "packer": "zstd"},
         {"id": "int8", "group_channels": 64},
         {"id": "int4", "group_channels": 0},
+        {"id": "int4", "recent_tokens": -1},
+        {"id": "int4", "chunk_tokens": 0},
         {"id": "int4", "wide_key_layers": 7},
         {"id": "int4", "wide_key_layers": "7"},
         {"id": "int4", "wide_key_layers": [True]},

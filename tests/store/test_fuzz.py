@@ -42,7 +42,7 @@ CONFIGURATIONS = [
     transform(BASIS_OF_A_SEGMENT, 1),
     {"id": "lossless", "packers": []},
     {"id": "int8", "packer": {"id": "zstd"}, "group_tokens": 3},
-    {"id": "int4", "packer": {"id": "zstd"}, "group_tokens": 3, "group_channels": 3, "wide_key_layers": [0]},
+    {"id": "int4", "packer": {"id": "zstd"}, "group_tokens": 3, "recent_tokens": 2},
 ]
 FAST, SLOW = 1, 50  # 2,000 inputs in the fast suite, 100,000 in the slow one
 

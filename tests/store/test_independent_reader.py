@@ -29,8 +29,9 @@ CODECS = [
     {"id": "int8", "group_tokens": 1, "exact_tokens": 0},
     {"id": "int8", "group_tokens": 5, "exact_tokens": 11},
     "int4",
-    {"id": "int4", "group_tokens": 3, "group_channels": 3, "packer": {"id": "zstd"}, "wide_key_layers": [1]},
-    {"id": "int4", "group_tokens": 5, "group_channels": 5, "exact_tokens": 11, "wide_key_layers": [0, 2, 40]},
+    {"id": "int4", "group_tokens": 3, "group_channels": 3, "packer": {"id": "zstd"}, "recent_tokens": 0},
+    {"id": "int4", "group_tokens": 5, "exact_tokens": 11, "chunk_tokens": 7, "wide_key_layers": [0, 2, 40]},
+    {"id": "int4", "group_channels": 5, "recent_tokens": 2, "chunk_tokens": 8, "wide_key_layers": [1]},
 ]
 
 

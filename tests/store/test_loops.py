@@ -58,8 +58,9 @@ def decoded_both_ways(codec, data, shape, dtype):
         Int8(group_tokens=7, exact_tokens=0),
         Int8(300, 5),
         Int4(),
-        Int4(group_tokens=7, exact_tokens=0, group_channels=3),
-        Int4(300, 5, group_channels=40),
+        Int4(recent_tokens=0),
+        Int4(group_tokens=7, exact_tokens=0, group_channels=3, recent_tokens=9),
+        Int4(300, 5, group_channels=40, recent_tokens=0),
     ],
     ids=repr,
 )

@@ -25,7 +25,7 @@ def test_layers_are_read_together_but_the_first_alone(store, small, monkeypatch)
 
 @pytest.mark.parametrize("job_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("workers", [1, 5])
-@pytest.mark.parametrize("codec", ["lossless", "int8", {"id": "int4", "wide_key_layers": [1]}])
+@pytest.mark.parametrize("codec", ["lossless", "int8", {"id": "int4", "recent_tokens": 1, "wide_key_layers": [1]}])
 def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, workers, codec):
     monkeypatch.setattr(pipeline, "_JOB_BYTES", job_bytes)
     cache = small(codec, num_tokens=60)

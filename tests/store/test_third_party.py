@@ -1,4 +1,4 @@
-"""A codec of another distribution, as docs/format.md section 5 describes it: an entry point, and the shipped suite."""
+"""A codec of another distribution, as docs/codecs.md describes it: an entry point, and the shipped suite."""
 
 import os
 import subprocess

@@ -42,13 +42,15 @@ class QuantizedGroups(NamedTuple):
 
 
 class _Parsed(NamedTuple):
-    """A segment taken apart: codes as stored, scales and offsets as bit patterns `[2, ...]`, and the exact tokens."""
+    """A segment taken apart: codes as stored, scales and offsets as bit patterns `[2, ...]`, and the exact tokens, of
+    which the first `num_first` stand at the beginning of the chunk and the others at its end."""
 
     side: Side
     width: CodeWidth
     codes: Array
     parameters: NDArray[np.uint16]
     exact: Array
+    num_first: int
 
 
 class GroupedIntegers(Codec):
@@ -86,6 +88,14 @@ class GroupedIntegers(Codec):
     def _channels(self, head_dim: int) -> int:
         """Channels of a group of values; at least 1."""
 
+    def _num_first(self, num_tokens: int, start: int) -> int:
+        """How many tokens at the beginning of a chunk are exact: those of the prefix' first `exact_tokens`."""
+        return min(max(self.exact_tokens - start, 0), num_tokens)
+
+    def _num_recent(self, num_tokens: int, num_first: int) -> int:  # noqa: ARG002
+        """How many tokens at the end of a chunk are exact, besides `num_first` at its beginning."""
+        return 0
+
     def encode(self, array: Array, dtype: str, side: Side = "keys", start: int = 0) -> bytes:
         """See `Codec`. Raises: UnencodableArray for NaN, infinities and magnitudes above 1e38."""
         return self._encode(array, dtype, side, None, start)
@@ -104,11 +114,11 @@ class GroupedIntegers(Codec):
     ) -> None:
         """See `Codec`."""
         (out,) = outs
-        del start
         parsed = self._parse(memoryview(data), out)
-        expected = side, self.widths[self._mark(side, first_layer)]
-        if (parsed.side, parsed.width) != expected:
-            raise corrupt_segment(f"side and codes of layer {first_layer}", expected, (parsed.side, parsed.width))
+        bits, num_first = self.widths[self._mark(side, first_layer)].bits, self._num_first(out.shape[1], start)
+        expected, found = (side, bits, num_first), (parsed.side, parsed.width.bits, parsed.num_first)
+        if found != expected:
+            raise corrupt_segment(f"side, bits and exact tokens of layer {first_layer}", expected, found)
         self._decode(parsed, out)
 
     def _encode(self, array: Array, dtype: str, side: Side, layer: int | None, start: int) -> bytes:
@@ -118,16 +128,18 @@ class GroupedIntegers(Codec):
                 f"codec {self.codec_id!r} keeps finite values up to 1e38, found NaN, infinity or more: use 'lossless'",
                 codec=self.codec_id,
             )
-        mark, num_exact = self._mark(side, layer), min(max(self.exact_tokens - start, 0), array.shape[1])
+        mark, first = self._mark(side, layer), self._num_first(array.shape[1], start)
+        end = array.shape[1] - self._num_recent(array.shape[1], first)
         width = self.widths[mark]
-        groups = self._quantize(width, values, side, num_exact)
+        groups = self._quantize(width, values, side, first, end)
         codes = width.pack(groups.codes).tobytes()
         packed = codes if self.packer is None else self.packer.pack(codes)
         smaller = len(packed) < len(codes)
         stored = packed if smaller else codes
-        head = _HEAD.pack(_SIDES.index(side), int(smaller), mark, num_exact, len(stored))
+        head = _HEAD.pack(_SIDES.index(side), int(smaller), mark, first, len(stored))
         parameters = [to_bfloat16(groups.scales).tobytes(), to_bfloat16(groups.offsets).tobytes()]
-        return b"".join([head, *parameters, np.ascontiguousarray(array[:, :num_exact]).tobytes(), stored])
+        exact = np.concatenate([array[:, :first], array[:, end:]], axis=1)
+        return b"".join([head, *parameters, exact.tobytes(), stored])
 
     def _decode(self, parsed: _Parsed, out: Array) -> None:
         fast = None if out.dtype == np.float16 else loops.compiled_for(out)
@@ -137,7 +149,9 @@ class GroupedIntegers(Codec):
             size = self.group_tokens if parsed.side == "keys" else self._channels(out.shape[2])
             parsed.width.dequantize(fast, parsed.side, parsed.codes, parsed.parameters, size, out)
         if parsed.exact.size:
-            out[:, : parsed.exact.shape[1]] = parsed.exact
+            first, num_last = parsed.num_first, parsed.exact.shape[1] - parsed.num_first
+            out[:, :first] = parsed.exact[:, :first]
+            out[:, out.shape[1] - num_last :] = parsed.exact[:, first:]
 
     def _dequantize(self, width: CodeWidth, side: Side, codes: Array, parameters: Array, out: Array) -> None:
         """The reference for the dequantizing loops of `Loops`, for any storage dtype."""
@@ -175,19 +189,22 @@ class GroupedIntegers(Codec):
             return parameters
         return np.repeat(parameters, self._channels(head_dim), axis=-1)[..., :head_dim]
 
-    def _quantize(self, width: CodeWidth, values: NDArray[np.float32], side: Side, num_exact: int) -> QuantizedGroups:
+    def _quantize(
+        self, width: CodeWidth, values: NDArray[np.float32], side: Side, start: int, end: int
+    ) -> QuantizedGroups:
+        """Groups of the tokens `[start, end)` of `values` `[num_kv_heads, num_tokens, head_dim]`; 0 for the others."""
         num_heads, num_tokens, head_dim = values.shape
         codes = np.zeros(values.shape, dtype=np.int8)
         scales, offsets = np.zeros((2, num_heads, *self._groups(side, num_tokens, head_dim)), dtype=np.float32)
         if side == "values":
-            step, inexact = self._channels(head_dim), slice(num_exact, num_tokens)
-            for group in range(scales.shape[2] if num_exact < num_tokens else 0):
+            step, coded = self._channels(head_dim), slice(start, end)
+            for group in range(scales.shape[2] if start < end else 0):
                 part = slice(group * step, (group + 1) * step)
-                found = width.quantize(values[:, inexact, part], axis=2)
-                codes[:, inexact, part], scales[:, inexact, [group]], offsets[:, inexact, [group]] = found
+                found = width.quantize(values[:, coded, part], axis=2)
+                codes[:, coded, part], scales[:, coded, [group]], offsets[:, coded, [group]] = found
             return QuantizedGroups(codes, scales, offsets)
-        for group, (first, last) in enumerate(self._blocks(num_tokens, 1)):
-            first = max(first, num_exact)
+        for group, span in enumerate(self._blocks(num_tokens, 1)):
+            first, last = max(span[0], start), min(span[1], end)
             if first < last:
                 found = width.quantize(values[:, first:last], axis=1)
                 codes[:, first:last], scales[:, [group]], offsets[:, [group]] = found
@@ -204,21 +221,22 @@ class GroupedIntegers(Codec):
         if len(view) < _HEAD.size:
             raise corrupt_segment("length", f"at least {_HEAD.size}", len(view))
         side, packed, mark, num_exact, stored = _HEAD.unpack_from(view)
-        known = side < 2 and packed < 2 and mark in self.widths
+        known = side < 2 and packed < 2 and mark in (self.widths if side == 0 else {self._mark("values", None)})
         if not known or num_exact > min(num_tokens, self.exact_tokens):
             raise corrupt_segment(
                 "head", "side, flag, codes and number of exact tokens in range", (side, packed, mark, num_exact)
             )
         shape = num_heads, *self._groups(_SIDES[side], num_tokens, head_dim)
         exact_at = _HEAD.size + 4 * math.prod(shape)
-        codes_at = exact_at + num_heads * num_exact * head_dim * out.itemsize
+        exact_shape = num_heads, num_exact + self._num_recent(num_tokens, num_exact), head_dim
+        codes_at = exact_at + math.prod(exact_shape) * out.itemsize
         if codes_at + stored != len(view):
             raise corrupt_segment("length", codes_at + stored, len(view))
         parameters = _checked_bfloat16(view[_HEAD.size : exact_at]).reshape(2, *shape)
-        exact = np.frombuffer(view[exact_at:codes_at], dtype=out.dtype).reshape(num_heads, num_exact, head_dim)
+        exact = np.frombuffer(view[exact_at:codes_at], dtype=out.dtype).reshape(exact_shape)
         width = self.widths[mark]
         codes = self._codes(view[codes_at:], bool(packed), width, out)
-        return _Parsed(_SIDES[side], width, codes, parameters, exact)
+        return _Parsed(_SIDES[side], width, codes, parameters, exact, num_exact)
 
     def _codes(self, data: memoryview, packed: bool, width: CodeWidth, out: Array) -> Array:
         if packed and self.packer is None:

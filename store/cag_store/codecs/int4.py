@@ -14,10 +14,21 @@ from cag_store.errors import UnknownCodec
 
 MAX_LAYER = 998
 
+_KEYS = (
+    "group_tokens",
+    "group_channels",
+    "exact_tokens",
+    "recent_tokens",
+    "chunk_tokens",
+    "wide_key_layers",
+    "packer",
+)
+
 
 class Int4(GroupedIntegers):
     """Error at most half a step: (max - min) / 30 of the group, plus the rounding of its offset and of the storage
-    dtype. The keys of `wide_key_layers` have 8-bit codes."""
+    dtype. In a chunk of fewer than `chunk_tokens` tokens, the end of a prefix, the last `recent_tokens` are exact. The
+    keys of `wide_key_layers` have 8-bit codes."""
 
     codec_id = "int4"
     widths = {4: NIBBLES, 8: BYTES}
@@ -29,20 +40,26 @@ class Int4(GroupedIntegers):
         packer: Packer | None = None,
         *,
         group_channels: int = 64,
+        recent_tokens: int = 32,
+        chunk_tokens: int = 512,
         wide_key_layers: Sequence[int] = (),
     ) -> None:
         super().__init__(group_tokens, exact_tokens, packer)
         self.group_channels = group_channels
+        self.recent_tokens = recent_tokens
+        self.chunk_tokens = chunk_tokens
         self.wide_key_layers = tuple(wide_key_layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Keys: those of `int8`, `group_channels` 1 to 65536, `wide_key_layers` (ascending layers, 0 to 998)."""
-        keys = ("group_tokens", "group_channels", "exact_tokens", "wide_key_layers", "packer")
-        refuse_unknown_keys(cls.codec_id, config, keys)
+        """Keys: those of `int8`, `group_channels` 1 to 65536, `recent_tokens` 0 to 65536, `chunk_tokens` 1 to 2^20,
+        `wide_key_layers` (ascending layers, 0 to 998)."""
+        refuse_unknown_keys(cls.codec_id, config, _KEYS)
         return cls(
             *cls._common(config),
             group_channels=checked_int(cls.codec_id, config, "group_channels", 64, 1, 1 << 16),
+            recent_tokens=checked_int(cls.codec_id, config, "recent_tokens", 32, 0, 1 << 16),
+            chunk_tokens=checked_int(cls.codec_id, config, "chunk_tokens", 512, 1, 1 << 20),
             wide_key_layers=_checked_layers(config.get("wide_key_layers", [])),
         )
 
@@ -53,12 +70,18 @@ class Int4(GroupedIntegers):
             "group_tokens": self.group_tokens,
             "group_channels": self.group_channels,
             "exact_tokens": self.exact_tokens,
+            "recent_tokens": self.recent_tokens,
+            "chunk_tokens": self.chunk_tokens,
             "wide_key_layers": list(self.wide_key_layers),
             "packer": self._packer_config(),
         }
 
     def _mark(self, side: Side, layer: int | None) -> int:
         return 8 if side == "keys" and layer in self.wide_key_layers else 4
+
+    def _num_recent(self, num_tokens: int, num_first: int) -> int:
+        """A chunk is not told what follows it; but only the last one of a prefix is shorter than the others."""
+        return min(self.recent_tokens, num_tokens - num_first) if num_tokens < self.chunk_tokens else 0
 
     def _channels(self, head_dim: int) -> int:
         return min(self.group_channels, head_dim)

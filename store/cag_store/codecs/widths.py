@@ -20,8 +20,10 @@ Floats = NDArray[np.float32]
 
 
 class CodeWidth(ABC):
-    """Codes from `lowest` to `highest`, kept as arrays `[num_kv_heads, num_tokens, row_bytes]` of `dtype`."""
+    """Codes of `bits` bits from `lowest` to `highest`, kept as arrays `[num_kv_heads, num_tokens, row_bytes]` of
+    `dtype`."""
 
+    bits: ClassVar[int]
     dtype: ClassVar[np.dtype[Any]]
     lowest: ClassVar[int]
     highest: ClassVar[int]
@@ -73,6 +75,7 @@ class CodeWidth(ABC):
 class Bytes(CodeWidth):
     """-127 to 127 about the middle of the group."""
 
+    bits = 8
     dtype = np.dtype(np.int8)
     lowest, highest = -127, 127
 
@@ -107,6 +110,7 @@ class Bytes(CodeWidth):
 class Nibbles(CodeWidth):
     """0 to 15 from the low end of the group; the two halves of a row's channels share its bytes."""
 
+    bits = 4
     dtype = np.dtype(np.uint8)
     lowest, highest = 0, 15
 

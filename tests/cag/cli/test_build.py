@@ -60,6 +60,23 @@ def test_options_reach_the_cache(build, tmp_path):
     assert manifest.kv.compute_dtype == "float32"
 
 
+def test_int4_from_documents_to_an_answer(build, cag, corpus, tmp_path):
+    (corpus / "log.txt").write_text(
+        "".join(f"Entry {number}: the gauge reads {number * 37 % 101}.\n" for number in range(80))
+    )
+    at = ("--store", tmp_path / "s", "--json")
+    built = build("--codec", "int4", "--json").json
+    shown = cag("show", "book", *at).json
+    assert (shown["codec"]["id"], shown["codec"]["recent_tokens"]) == ("int4", 32)
+    assert shown["num_tokens"] > 100
+    assert 0 < shown["fidelity"]["mean_kl"] == built["fidelity"]["mean_kl"]
+    assert cag("verify", "book", *at).exit_code == 0
+    answered = cag("ask", "book", "What does the gauge read?", "--max-tokens", 2, *at).json
+    assert answered["usage"]["cached_tokens"] == shown["num_tokens"]
+    lossless = build("--codec", "lossless", "--json").json
+    assert shown["stored_bytes"] < lossless["stored_bytes"]
+
+
 def test_the_model_is_kept_with_its_whole_path(cag, corpus, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_model_dir.parent)
     name = tiny_model_dir.name
