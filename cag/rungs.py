@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from cag.calibration import CalibrationOptions, model_codec
@@ -9,11 +11,11 @@ from cag.errors import InsufficientResources
 from cag.ladder import Rung
 from cag.model import LanguageModel
 from cag_store import Store, codec_from_config, codec_ids
-from cag_store.codecs import JointTransform
-from cag_store.errors import StoreError
+from cag_store.codecs import JointTransform, Lossless
+from cag_store.errors import StoreError, UnknownCodec
 
 LADDER: tuple[dict[str, Any], ...] = ({"id": "int4"}, {"id": "int8"})
-"""Codecs without a search, the smallest first. `transform` stands before them, `lossless` behind them."""
+"""Codecs without a search, the smallest first. `transform` stands before them, those of other distributions behind."""
 
 _SERVED_STEPS = 4 * 64  # from the finest of a basis on, whose tables were made from as many
 _BASIS_BYTES = 0.7  # of one number of a basis, packed
@@ -31,8 +33,7 @@ def ladder_of(model: LanguageModel, store: Store, raw_bytes: int) -> list[Rung]:
         StoreFull: the store cannot take it.
     """
     options = CalibrationOptions()
-    known = codec_ids()
-    rungs = [Rung(codec) for codec in LADDER if codec["id"] in known]
+    rungs = [Rung(codec) for codec in (*LADDER, *_others())]
     if raw_bytes < _WORTH * basis_bytes(model, options.joint_layers):
         return rungs
     steps = options.least_step, options.least_step + _SERVED_STEPS
@@ -54,6 +55,15 @@ def codec_of(codec: str | dict[str, Any], model: LanguageModel, store: Store) ->
         raise InsufficientResources(
             f"the model's basis for codec transform cannot be kept: {error}.", hint="Free space in $CAG_HOME/bases."
         ) from error
+
+
+def _others() -> Iterator[dict[str, Any]]:
+    """Codecs of other distributions, with their defaults; those that need more than their id are left out."""
+    known = {JointTransform.codec_id, Lossless.codec_id, *(codec["id"] for codec in LADDER)}
+    for codec_id in codec_ids():
+        if codec_id not in known:
+            with contextlib.suppress(UnknownCodec):
+                yield codec_from_config(codec_id).config()
 
 
 def basis_bytes(model: LanguageModel, joint_layers: int) -> int:
