@@ -168,7 +168,7 @@ def _print_report(report: BuildReport, *, as_json: bool) -> None:
         print(f"            {one_line(report.codec_choice['reason'])}")
     print(f"  size      {bytes_text(report.raw_bytes)} -> {bytes_text(report.stored_bytes)} ({ratio:.2f}x)")
     print(f"  fidelity  {fidelity_text(report.fidelity.to_json())}")
-    search = f"; search {report.search_s:.1f} s" if report.search_s else ""
+    search = f"; search {report.search_s:.1f} s" if report.codec_choice is not None else ""
     print(
         f"  time      {report.total_s:.1f} s (prefill {report.prefill_s:.1f} s{rate}; encode {report.encode_s:.1f} s; "
         f"fidelity {report.measure_s:.1f} s{search})"
