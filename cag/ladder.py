@@ -16,7 +16,8 @@ from cag_store import ChunkEntry
 
 DEFAULT_MAX_KL = 0.005
 MAX_STEP_TRIALS = 5
-CLOSE_TO_BOUND = 0.93  # of the bound: a step that comes so near is not searched further
+CLOSE_TO_BOUND = 0.9  # of the bound: a step that comes so near is not searched further
+NARROW_STEPS = 4  # between a step within the bound and one over it: 2 % of the bytes, and KL is not that smooth
 _AIM = 0.97  # of the bound
 _OCTAVE = 64  # steps in which the width of a quantizer doubles
 _SLOPE = 2 / _OCTAVE  # octaves of KL a step: errors grow with the width, KL with their square
@@ -178,6 +179,8 @@ def next_step(measured: dict[int, float], max_kl: float, first: int, last: int) 
     """
     within = max((step for step, kl in measured.items() if kl <= max_kl), default=first - 1)
     over = min((step for step, kl in measured.items() if kl > max_kl and step > within), default=last + 1)
+    if within in measured and over in measured and over - within <= NARROW_STEPS:
+        return within
     octaves = {step: math.log2(max(kl, _LEAST_KL) / max(_AIM * max_kl, _LEAST_KL)) for step, kl in measured.items()}
     origin, *others = sorted(octaves, key=lambda step: abs(octaves[step]))
     slope = _SLOPE

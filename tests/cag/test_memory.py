@@ -39,6 +39,9 @@ if codec == "auto":  # the basis is the model's, made once by the first build th
     with engine.store.build_lease():
         codec_of("transform", engine.model, engine.store)
 engine.model.forward(list(range(512)), engine.model.new_state())
+for thread in threading.enumerate():
+    if thread.name == "cag-warm-up":  # compiles loops, whatever is done later
+        thread.join()
 before = rss()
 with Peak() as watched:
     if work == "build":
