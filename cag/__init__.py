@@ -22,7 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
 
 if TYPE_CHECKING:
     from cag.answer import Answer, CacheOrigin, Citation, Timings, Usage
-    from cag.builder import BuildOptions, BuildProgress, BuildReport
+    from cag.building import BuildOptions, BuildProgress, BuildReport
     from cag.corpus import Document, load_corpus, load_documents
     from cag.engine import Engine
     from cag.errors import CagError
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Answer": "cag.answer",
     "AnswerStream": "cag.session",
-    "BuildOptions": "cag.builder",
-    "BuildProgress": "cag.builder",
-    "BuildReport": "cag.builder",
+    "BuildOptions": "cag.building",
+    "BuildProgress": "cag.building",
+    "BuildReport": "cag.building",
     "CacheOrigin": "cag.answer",
     "CagError": "cag.errors",
     "Citation": "cag.answer",

@@ -1,8 +1,9 @@
-"""Building a cache: documents -> prefix -> keys and values, chunk by chunk -> store.
+"""Building a cache: documents -> prefix -> keys and values, chunk by chunk -> codec -> store.
 
-A straight walk: lay out the prefix, take over the chunks that the store has already (an earlier build of a common
-beginning, or one that was interrupted), compute the others, measure what the codec loses, commit. Chunks are stored as
-soon as they are computed; nothing else of the store changes before the commit.
+A straight walk: lay out the prefix, take over the exact chunks that the store has already (an earlier build of a common
+beginning, or one that was interrupted), compute the others, encode what was asked for or search it, measure what it
+loses, commit. Keys and values are always computed behind exact ones, and stored losslessly as soon as they are there;
+a lossy codec encodes what is exact. Nothing else of the store changes before the commit.
 """
 
 from __future__ import annotations
@@ -10,173 +11,207 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
 
 import cag_store
+from cag.building import BuildOptions, BuildProgress, BuildReport, BuildSeconds
+from cag.chunks import PrefixChunks
 from cag.corpus import Document
-from cag.errors import BuildInterrupted, CorpusTooLarge, InsufficientResources
-from cag.fidelity import Fidelity, compare, probe_logits
+from cag.errors import BuildInterrupted, CorpusTooLarge, FidelityMissed, InsufficientResources
+from cag.fidelity import Fidelity
+from cag.ladder import CodecChoice, Rung, Trial, choose, describe_codec
 from cag.model import LanguageModel
-from cag.prefill import BLOCK_TOKENS, prefill
-from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT, PrefixLayout, lay_out
-from cag.resident import HostBuffers, ResidentPrefix, storage_view
+from cag.probes import make_probes
+from cag.prompt import PrefixLayout, lay_out
+from cag.rungs import codec_of, ladder_of
 from cag.runtime import processor_name, usable_cores
-from cag.state import SequenceState
-from cag_store import ChunkContext, ChunkEntry, ChunkHeader, DocumentEntry, KVGeometry, Manifest, ModelIdentity, Store
-from cag_store.errors import CorruptEntry, EntryNotFound
+from cag.trials import CodecTrials
+from cag_store import (
+    ROOT,
+    ChunkContext,
+    ChunkEntry,
+    DocumentEntry,
+    KVGeometry,
+    Manifest,
+    ModelIdentity,
+    Store,
+    codec_from_config,
+)
+from cag_store.errors import StoreError
 
 RESERVED_TOKENS = 512  # of the window, kept for question and answer
+EXACT = "lossless"  # what keys and values are computed behind
 
 
 @dataclass(frozen=True)
-class BuildProgress:
-    """How far a build is. `stage` is "reuse", "prefill", "measure" or "commit"; the tokens are of the prefix."""
+class BuiltCache:
+    """What a commit needs to know of a cache: its chunks, what they lose, and why they are in this codec."""
 
-    stage: str
-    done_tokens: int
-    total_tokens: int
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What decides a cache besides model and documents."""
-
-    codec: str | dict[str, Any] = "lossless"
-    system_text: str = SYSTEM_TEXT
-    closing_text: str = CLOSING_TEXT
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What a build did. `reused_tokens` were taken from the store, `computed_tokens` were prefilled."""
-
-    name: str
-    digest: str
-    num_documents: int
-    num_tokens: int
-    reused_tokens: int
-    computed_tokens: int
-    raw_bytes: int
-    stored_bytes: int
+    entries: tuple[ChunkEntry, ...]
+    codec: dict[str, Any]
     fidelity: Fidelity
-    prefill_s: float
-    encode_s: float
-    total_s: float
-    duplicates: tuple[tuple[str, str], ...] = ()
-    empty: tuple[str, ...] = ()
-    skipped: tuple[tuple[str, str], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `cag build --json` prints."""
-        ratio = self.raw_bytes / self.stored_bytes
-        rate = self.computed_tokens / self.prefill_s if self.prefill_s else None
-        return {**asdict(self), "raw_over_stored": round(ratio, 4), "prefill_tokens_per_s": rate}
+    choice: dict[str, Any] | None
 
 
 @dataclass
 class Build:
     """One build in progress. Use `build_cache`."""
 
-    model: LanguageModel
-    store: Store
+    chunks: PrefixChunks
     layout: PrefixLayout
-    context: ChunkContext
-    state: SequenceState
+    documents: Sequence[Document]
+    options: BuildOptions
     on_progress: Callable[[BuildProgress], None] | None
     started_at: float
-    entries: list[ChunkEntry] = field(default_factory=list)
     reused_tokens: int = 0
-    encode_s: float = 0.0
-    prefill_s: float = 0.0
+    recomputed_tokens: int = 0
+    rungs: list[Rung] = field(default_factory=list)
+    seconds: BuildSeconds = field(default_factory=BuildSeconds)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole prefix."""
-        return len(self.layout.token_ids)
+    def store(self) -> Store:
+        """Where the cache goes."""
+        return self.chunks.store
 
-    def report(self, stage: str) -> None:
+    def report(self, stage: str, done_tokens: int) -> None:
         """Tell how far the build is."""
         if self.on_progress is not None:
             elapsed = time.perf_counter() - self.started_at
-            self.on_progress(BuildProgress(stage, self.state.num_tail, self.num_tokens, elapsed))
+            self.on_progress(BuildProgress(stage, done_tokens, self.chunks.num_tokens, elapsed))
 
-    def reuse_stored_chunks(self) -> None:
-        """Load chunks from the beginning on, as far as the store has them whole."""
-        while self.reused_tokens < self.num_tokens:
-            try:
-                entry = self.store.chunk_entry(self._header(self.reused_tokens).key)
-            except (EntryNotFound, CorruptEntry):  # a damaged chunk was removed by the store: compute it again
-                break
-            self.entries.append(entry)
-            self.reused_tokens += entry.num_tokens
-        if self.entries:
-            self._load_entries()
-            self.state.finish(self.reused_tokens)
-            self.report("reuse")
+    def named_codec(self) -> dict[str, Any] | None:
+        """The codec's configuration; None when it is to be searched, for which the ladder is set up now.
 
-    def compute_missing_chunks(self) -> None:
-        """Prefill what is not there yet; each block is stored as a chunk as soon as it is computed."""
-        first = self.state.num_tail
-        rest = self.layout.token_ids[first:].tolist()
-        self.report("prefill")
-        start = time.perf_counter()
-        if rest:
-            prefill(self.model, self.state, rest, on_block=lambda a, b: self._store_chunk(first + a, first + b))
-        self.prefill_s = time.perf_counter() - start - self.encode_s
-
-    def measure_fidelity(self, codec_is_lossless: bool) -> Fidelity:
-        """Compare answers behind what was computed with answers behind what the store gives back.
-
-        Afterwards the buffers hold what the store gives back. A lossless cache is compared too: the comparison shows
-        that it is.
+        Before anything is computed, since a basis may have to be made, which takes memory of its own.
         """
-        resident = ResidentPrefix.from_tail(self.state.tail, self.layout.token_ids)
-        exact = probe_logits(self.model, resident)
-        self.report("measure")
-        if not codec_is_lossless:
-            self._load_entries()
-        return compare(exact, probe_logits(self.model, resident))
-
-    def _store_chunk(self, start: int, end: int) -> None:
+        self.report("calibrate", 0)
         begin = time.perf_counter()
-        header = self._header(start)
-        assert header.start + header.num_tokens == end
-        entry = self.store.put_chunk(header, self._views(start, end), self.layout.token_ids[start:end])
-        self.entries.append(entry)
-        self.encode_s += time.perf_counter() - begin
-        self.report("prefill")
+        codec = None
+        if not self.options.chooses:
+            codec = codec_of(self.options.codec, self.chunks.model, self.store)
+        elif self.options.keep is None:
+            self.rungs = self._ladder()
+        self.seconds = replace(self.seconds, search_s=time.perf_counter() - begin)
+        return codec
 
-    def _header(self, start: int) -> ChunkHeader:
-        end = min(start + self.context.chunk_tokens, self.num_tokens)
-        index = start // self.context.chunk_tokens
-        parent = self.entries[index - 1].key if index else cag_store.ROOT
-        return ChunkHeader(
-            key=cag_store.chunk_key(parent, self.layout.token_ids[start:end], self.context),
-            parent=parent,
-            start=start,
-            num_tokens=end - start,
-            num_kv_heads=tuple(shape.num_kv_heads for shape in self.model.kv_shapes),
-            head_dim=tuple(shape.head_dim for shape in self.model.kv_shapes),
-            context=self.context,
+    def _ladder(self) -> list[Rung]:
+        raw_bytes = self.chunks.num_tokens * self.chunks.model.kv_bytes_per_token
+        return ladder_of(self.chunks.model, self.store, raw_bytes)
+
+    def run(self, codec: dict[str, Any] | None, previous: Manifest | None) -> BuiltCache:
+        """All but the commit. `codec` is None when it is to be searched; `previous` is what the name meant before."""
+        is_lossless = codec is not None and codec_from_config(codec).lossless
+        exact_context = self.chunks.context(codec if codec and is_lossless else codec_from_config(EXACT).config())
+        exact = self.chunks.stored(exact_context)
+        if sum(entry.num_tokens for entry in exact) < self.chunks.num_tokens:
+            unchanged = previous and self._unchanged(codec, previous)
+            if unchanged:
+                self.reused_tokens = self.chunks.num_tokens
+                return unchanged
+            self._count_lossy_chunks(codec, exact)
+        self._compute(exact, exact_context)
+        return self._encode(codec, exact, exact_context)
+
+    def _compute(self, exact: list[ChunkEntry], context: ChunkContext) -> None:
+        """Load the chunks `exact`, and compute and add the others."""
+        self.chunks.take_over(exact, context)
+        self.reused_tokens = self.chunks.state.num_tail
+        if exact:
+            self.report("reuse", self.reused_tokens)
+        self.report("prefill", self.reused_tokens)
+        encode_s = 0.0
+
+        def store_chunk(start: int) -> None:
+            nonlocal encode_s
+            begin = time.perf_counter()
+            exact.append(self.chunks.put(context, exact[-1].key if exact else ROOT, start))
+            encode_s += time.perf_counter() - begin
+            self.report("prefill", self.chunks.state.num_tail)
+
+        begin = time.perf_counter()
+        self.chunks.compute(store_chunk)
+        self.seconds = replace(
+            self.seconds, prefill_s=time.perf_counter() - begin - encode_s, encode_s=self.seconds.encode_s + encode_s
         )
 
-    def _load_entries(self) -> None:
-        """Decode all chunks so far into the buffers of the sequence."""
-        tail = self.state.tail
-        with self.store.chunk_reader(self.entries, self.context) as reader:
-            host = HostBuffers(tail.keys, tail.values)
-            reader.load(host.views(), host.arrived)
+    def _encode(self, codec: dict[str, Any] | None, exact: list[ChunkEntry], context: ChunkContext) -> BuiltCache:
+        """The cache in its codec, with what was measured. Raises: FidelityMissed."""
+        model, bound = self.chunks.model, self.options.bound
+        room = model.window_tokens - self.chunks.num_tokens
+        branches = make_probes(model.tokenizer, self.layout, self.documents, room)
+        begin = time.perf_counter()
+        with CodecTrials(self.chunks, exact, context, branches, self._text_bytes(), bound, self.report) as trials:
+            trial = lossless = trials.lossless()
+            choice = self._search(trials, lossless, bound) if codec is None and bound is not None else None
+            if choice is not None:
+                trial = choice.trial
+            elif codec is not None and codec != lossless.codec:
+                trial = trials(codec)
+        encode_s = self.seconds.encode_s + trial.encode_s
+        measure_s = trials.exact_s + trial.measure_s
+        search_s = self.seconds.search_s + time.perf_counter() - begin - trial.encode_s - measure_s
+        self.seconds = replace(self.seconds, encode_s=encode_s, measure_s=measure_s, search_s=search_s)
+        assert trial.fidelity is not None, "what is kept was measured"
+        self._check_bound(trial, trial.fidelity)
+        return BuiltCache(trial.entries, trial.codec, trial.fidelity, choice.to_json() if choice else None)
 
-    def _views(self, start: int, end: int) -> Iterator[tuple[Any, Any]]:
-        """Host views of tokens `[start, end)` of each layer's buffers, one layer at a time."""
-        for keys, values in zip(self.state.tail.keys, self.state.tail.values, strict=True):
-            yield storage_view(keys[:, start:end].cpu()), storage_view(values[:, start:end].cpu())
+    def _search(self, trials: CodecTrials, lossless: Trial, bound: float) -> CodecChoice:
+        keep = self.options.keep
+        if keep is not None:
+            kept = lossless if keep == lossless.codec else trials(keep, lossless.stored_bytes)
+            if kept.outcome == "within":
+                return CodecChoice(kept, bound, (kept,), kept=True)
+            self.rungs = self._ladder()
+        return choose(trials, self.rungs, lossless, bound)
+
+    def _check_bound(self, trial: Trial, fidelity: Fidelity) -> None:
+        bound = self.options.bound
+        if bound is None or fidelity.mean_kl <= bound or self.options.force:
+            return
+        raise FidelityMissed(
+            f"codec {describe_codec(trial.codec)} has a mean KL divergence of {fidelity.mean_kl:.3g} nats from the "
+            f"uncompressed cache, more than the bound of {bound:g}. The store is as it was.",
+            hint="Take `--codec auto` or lossless, allow more, or keep it all the same with --force.",
+            mean_kl=fidelity.mean_kl,
+            max_kl=bound,
+            codec=trial.codec,
+        )
+
+    def _unchanged(self, codec: dict[str, Any] | None, previous: Manifest) -> BuiltCache | None:
+        """The cache as it was, when it is the one to be built: same tokens, model, codec and bound, every chunk whole.
+
+        Its fidelity was measured on these very bytes, so nothing has to be computed.
+        """
+        bound, choice = self.options.bound, previous.build.get("codec_choice")
+        fidelity = Fidelity.from_json(dict(previous.fidelity or {}))
+        config = dict(previous.codec)
+        same = config == codec if codec is not None else bool(choice) and previous.build.get("max_kl") == bound
+        if not same or fidelity is None or not (bound is None or fidelity.mean_kl <= bound or self.options.force):
+            return None
+        context = self.chunks.context(config)
+        same = context == previous.context and self.chunks.keys(context) == [chunk.key for chunk in previous.chunks]
+        if not same or tuple(self.chunks.stored(context)) != previous.chunks:
+            return None
+        return BuiltCache(previous.chunks, config, fidelity, choice if codec is None else None)
+
+    def _count_lossy_chunks(self, codec: dict[str, Any] | None, exact: Sequence[ChunkEntry]) -> None:
+        """Note what has to be computed although its chunks in the codec are here."""
+        codec = codec or self.options.keep
+        if codec is None:
+            return
+        keys = self.chunks.keys(self.chunks.context(codec))
+        here = next((index for index, key in enumerate(keys) if not self.store.has_chunk(key)), len(keys))
+        size = self.chunks.context(codec).chunk_tokens
+        self.recomputed_tokens = max(0, min(here * size, self.chunks.num_tokens) - len(exact) * size)
+
+    def _text_bytes(self) -> int:
+        """Store the documents' texts; the size of their blobs."""
+        return self.store.blob_bytes([self.store.put_blob(document.text.encode()) for document in self.documents])
 
 
 def build_cache(
@@ -193,11 +228,13 @@ def build_cache(
     Raises:
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
         InsufficientResources: too little memory for one copy of the cache, said before anything is computed.
-        StoreError: the store cannot take the cache; the name still refers to what it referred to.
+        FidelityMissed: the cache misses the bound that was given; the name still refers to what it referred to.
+        StoreError: the store cannot take the cache; the same holds.
         BuildInterrupted: Ctrl-C; chunks that are whole are kept, and the next build goes on behind them.
     """
     started_at = time.perf_counter()
-    codec = cag_store.codec_from_config(options.codec)
+    if isinstance(options.codec, dict):
+        codec_from_config(options.codec)
     layout = lay_out(
         model.tokenizer, model.template, documents, system_text=options.system_text, closing_text=options.closing_text
     )
@@ -205,20 +242,11 @@ def build_cache(
     _check_memory(model, layout)
     with store.build_lease():
         try:
-            build = Build(
-                model,
-                store,
-                layout,
-                _chunk_context(model, codec.config()),
-                model.new_state(capacity=len(layout.token_ids)),
-                on_progress,
-                started_at,
-            )
-            build.reuse_stored_chunks()
-            build.compute_missing_chunks()
-            fidelity = build.measure_fidelity(codec.lossless)
-            build.report("commit")
-            manifest = _manifest(build, documents, codec.config(), fidelity)
+            chunks = PrefixChunks(model, store, layout.token_ids, model.new_state(capacity=len(layout.token_ids)))
+            build = Build(chunks, layout, documents, options, on_progress, started_at)
+            cache = build.run(build.named_codec(), _previous(store, name))
+            build.report("commit", build.chunks.num_tokens)
+            manifest = _manifest(build, cache)
             digest = store.commit(name, manifest, cag_store.utc_after(ttl_s))
         except KeyboardInterrupt as interrupt:
             raise BuildInterrupted(
@@ -229,16 +257,27 @@ def build_cache(
         name=name,
         digest=digest,
         num_documents=len(documents),
-        num_tokens=build.num_tokens,
+        num_tokens=chunks.num_tokens,
         reused_tokens=build.reused_tokens,
-        computed_tokens=build.num_tokens - build.reused_tokens,
+        computed_tokens=chunks.num_tokens - build.reused_tokens,
+        recomputed_tokens=build.recomputed_tokens,
         raw_bytes=manifest.raw_bytes,
         stored_bytes=manifest.stored_bytes,
-        fidelity=fidelity,
-        prefill_s=build.prefill_s,
-        encode_s=build.encode_s,
+        codec=cache.codec,
+        codec_choice=cache.choice,
+        max_kl=options.bound,
+        fidelity=cache.fidelity,
+        **vars(build.seconds),
         total_s=time.perf_counter() - started_at,
     )
+
+
+def _previous(store: Store, name: str) -> Manifest | None:
+    """What `name` means; None when it means nothing that can be read."""
+    try:
+        return store.resolve(name)[1]
+    except StoreError:
+        return None
 
 
 def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:
@@ -266,26 +305,10 @@ def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
         )
 
 
-def _chunk_context(model: LanguageModel, codec: dict[str, Any]) -> ChunkContext:
-    return ChunkContext(
-        model_fingerprint=model.fingerprints.weights,
-        adapter_fingerprint=model.fingerprints.adapter,
-        rope=model.rope,
-        dtype=_name(model.kv_dtype),
-        compute_dtype=_name(model.compute_dtype),
-        codec=codec,
-        chunk_tokens=BLOCK_TOKENS,
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _manifest(build: Build, documents: Sequence[Document], codec: dict[str, Any], fidelity: Fidelity) -> Manifest:
-    model = build.model
-    spans = build.layout.spans
-    blobs = [build.store.put_blob(document.text.encode()) for document in documents]
+def _manifest(build: Build, cache: BuiltCache) -> Manifest:
+    model, store = build.chunks.model, build.store
+    context = build.chunks.context(cache.codec)
+    blobs = [store.put_blob(document.text.encode()) for document in build.documents]
     return Manifest(
         model=ModelIdentity(
             model.model_id,
@@ -297,30 +320,38 @@ def _manifest(build: Build, documents: Sequence[Document], codec: dict[str, Any]
         kv=KVGeometry(
             num_kv_heads=tuple(shape.num_kv_heads for shape in model.kv_shapes),
             head_dim=tuple(shape.head_dim for shape in model.kv_shapes),
-            dtype=_name(model.kv_dtype),
-            compute_dtype=_name(model.compute_dtype),
+            dtype=context.dtype,
+            compute_dtype=context.compute_dtype,
             rope=model.rope,
-            chunk_tokens=BLOCK_TOKENS,
+            chunk_tokens=context.chunk_tokens,
         ),
-        codec=codec,
-        chunks=tuple(build.entries),
+        codec=cache.codec,
+        chunks=cache.entries,
         documents=tuple(
             DocumentEntry(d.doc_id, d.title, d.path, d.sha256, span.start, span.end)
-            for d, span in zip(documents, spans, strict=True)
+            for d, span in zip(build.documents, build.layout.spans, strict=True)
         ),
         layout=build.layout.to_json(),
-        blob_bytes=build.store.blob_bytes([*blobs, *cag_store.config_resources(codec)]),
-        fidelity=fidelity.to_json(),
+        blob_bytes=store.blob_bytes([*blobs, *cag_store.config_resources(cache.codec)]),
+        fidelity=cache.fidelity.to_json(),
         versions=_versions(),
         machine={"processor": processor_name(), "cores": usable_cores(), "device": str(model.device)},
-        build={
-            "prefill_s": round(build.prefill_s, 4),
-            "encode_s": round(build.encode_s, 4),
-            "reused_tokens": build.reused_tokens,
-            "computed_tokens": build.num_tokens - build.reused_tokens,
-            "adapter": str(model.adapter) if model.adapter else None,
-        },
+        build=_build_facts(build, cache),
     )
+
+
+def _build_facts(build: Build, cache: BuiltCache) -> dict[str, Any]:
+    """How the cache came about; opaque to the store."""
+    adapter = build.chunks.model.adapter
+    return {
+        **{name: round(seconds, 4) for name, seconds in vars(build.seconds).items()},
+        "reused_tokens": build.reused_tokens,
+        "computed_tokens": build.chunks.num_tokens - build.reused_tokens,
+        "adapter": str(adapter) if adapter else None,
+        "max_kl": build.options.bound,
+        "forced": build.options.force,
+        "codec_choice": cache.choice,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,7 @@ def describe_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
         "raw_bytes": manifest.raw_bytes,
         "stored_bytes": manifest.stored_bytes,
         "raw_over_stored": manifest.raw_bytes / manifest.stored_bytes,
+        "codec_choice": codec_choice(manifest),
         "fidelity": dict(manifest.fidelity) if manifest.fidelity is not None else None,
         "expires_at": ref.expires_at,
         "pinned": ref.pinned,
@@ -28,9 +30,15 @@ def describe_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def codec_choice(manifest: Manifest) -> dict[str, Any] | None:
+    """How "auto" chose the codec; None when it was named, or when another version noted it in another way."""
+    found = manifest.build.get("codec_choice")
+    return dict(found) if isinstance(found, Mapping) and isinstance(found.get("reason"), str) else None
+
+
 def summarize_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
     """One row of a list of caches: without documents, and of the codec only its id."""
     whole = describe_cache(ref, manifest)
     kept = ("name", "digest", "created_at", "num_tokens", "num_documents", "raw_bytes", "stored_bytes")
-    row = {field: whole[field] for field in (*kept, "raw_over_stored", "pinned", "expires_at")}
+    row = {field: whole[field] for field in (*kept, "raw_over_stored", "fidelity", "pinned", "expires_at")}
     return row | {"codec": manifest.codec["id"]}

@@ -11,7 +11,8 @@ from typing import Any
 
 import cag_store
 from cag.answer import Answer
-from cag.builder import BuildOptions, BuildProgress, BuildReport, build_cache
+from cag.builder import build_cache
+from cag.building import AUTO, BuildOptions, BuildProgress, BuildReport
 from cag.corpus import CorpusReport, Document, load_corpus
 from cag.errors import CacheMismatch
 from cag.generate import SamplingOptions
@@ -85,6 +86,8 @@ class Engine:
         *,
         name: str,
         codec: str | dict[str, Any] = "lossless",
+        max_kl: float | None = None,
+        force: bool = False,
         system_text: str | None = None,
         skip_errors: bool = False,
         on_progress: Callable[[BuildProgress], None] | None = None,
@@ -92,10 +95,21 @@ class Engine:
     ) -> BuildReport:
         """Read documents (or take those of a corpus that was read already) and build a cache called `name`.
 
-        With `ttl_s` it expires that many seconds after it was built. Raises as `load_corpus` and `build_cache`.
+        Args:
+            paths: files, folders, globs; or a corpus.
+            name: of the cache.
+            codec: id or configuration; "auto" takes the smallest that stays within `max_kl`.
+            max_kl: bound of the mean KL divergence from the uncompressed cache, in nats; see `BuildOptions`.
+            force: keep a cache that misses its bound.
+            system_text: in place of the engine's own.
+            skip_errors: leave out files that cannot be read.
+            on_progress: told how far the build is.
+            ttl_s: seconds after which the cache expires.
+
+        Raises: as `load_corpus` and `build_cache`.
         """
         cag_store.checked_name(name)
-        options = BuildOptions(codec=codec)
+        options = BuildOptions(codec=codec, max_kl=max_kl, force=force)
         if system_text is not None:
             options = replace(options, system_text=system_text)
         corpus = _read(paths, skip_errors)
@@ -107,21 +121,32 @@ class Engine:
         name: str,
         paths: Sequence[str | Path] | CorpusReport,
         *,
+        force: bool = False,
         skip_errors: bool = False,
         on_progress: Callable[[BuildProgress], None] | None = None,
         ttl_s: float | None = None,
     ) -> BuildReport:
         """Build `name` again over `paths`: known documents keep their order, new ones come last.
 
-        So everything before the first changed document is taken from the store. Codec and texts are the old ones;
-        the old expiry ends, `ttl_s` sets a new one.
+        So everything before the first changed document is taken from the store, where its exact chunks are there still
+        (`BuildReport.recomputed_tokens`). Codec, bound and texts are the old ones; a codec that was searched is kept
+        while it stays within the bound, and searched again when it does not. The old expiry ends, `ttl_s` sets a new
+        one. `force` keeps a cache that misses its bound.
         """
         manifest = self.find(name)[1]
         corpus = _read(paths, skip_errors)
         places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
-        layout = manifest.layout
-        options = BuildOptions(dict(manifest.codec), layout["system_text"], layout["closing_text"])
+        codec, layout = dict(manifest.codec), manifest.layout
+        searched, max_kl = manifest.build.get("codec_choice") is not None, manifest.build.get("max_kl")
+        options = BuildOptions(
+            codec=AUTO if searched else codec,
+            system_text=layout["system_text"],
+            closing_text=layout["closing_text"],
+            max_kl=max_kl if isinstance(max_kl, (int, float)) else None,
+            force=force,
+            keep=codec if searched else None,
+        )
         report = build_cache(self.model, self.store, name, documents, options, on_progress, ttl_s)
         return _with_corpus(report, corpus)
 

@@ -14,7 +14,8 @@ CagError
 │   └── CorpusTooLarge (ValueError)         more tokens than the model's window
 ├── CacheError
 │   ├── CacheNotFound (LookupError)         no cache of that name
-│   └── CacheMismatch (ValueError)          built by another model, adapter, tokenizer or chat template
+│   ├── CacheMismatch (ValueError)          built by another model, adapter, tokenizer or chat template
+│   └── FidelityMissed (ValueError)         a codec that loses more than the bound allows; nothing is committed
 ├── RequestError
 │   ├── RequestTooLong (ValueError)         prompt and answer do not fit into the model's window
 │   └── QueueFull (RuntimeError)            the server has no free slot
@@ -96,6 +97,10 @@ class CacheMismatch(CacheError, ValueError):
     """A cache built by another model, adapter, tokenizer or chat template. Facts: `part`, `expected`, `found`."""
 
 
+class FidelityMissed(CacheError, ValueError):
+    """A codec that loses more than the bound allows; nothing is committed. Facts: `mean_kl`, `max_kl`, `codec`."""
+
+
 class RequestError(CagError):
     """Something about one question."""
 
@@ -136,6 +141,7 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     CacheError: ErrorRow(30, 500, "cache_error"),
     CacheNotFound: ErrorRow(31, 404, "cache_not_found"),
     CacheMismatch: ErrorRow(32, 409, "cache_mismatch"),
+    FidelityMissed: ErrorRow(33, 422, "fidelity_missed"),
     RequestError: ErrorRow(40, 400, "request_error"),
     RequestTooLong: ErrorRow(41, 413, "request_too_long"),
     QueueFull: ErrorRow(42, 429, "queue_full"),

@@ -1,63 +1,165 @@
 """What a codec costs in answers: next-token distributions behind the compressed cache against the uncompressed one.
 
-The corpus provides its own probes: excerpts from all over it, read behind the prefix as one continuation. At each of
-their positions the two distributions are compared.
+In: a model, the resident keys and values, probes (`cag.probes`). The distributions behind the uncompressed cache are
+computed once and wait in a temporary file, so that memory holds the logits of one group of probes at a time, whatever
+the vocabulary. Knows no codec: whoever owns the buffers puts other values into them between two measurements.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from cag.errors import InsufficientResources
 from cag.model import LanguageModel
+from cag.probes import Branch
 from cag.resident import ResidentPrefix
 
-NUM_PROBES = 256
-EXCERPT_TOKENS = 32
+GROUP_PROBES = 128  # of one forward
+_BLOCK_ROWS = 8  # compared at once, in float64
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """KL divergence (nats) of the next-token distribution, and how often the most likely token is the same."""
+    """Over all probes: KL divergence (nats) of the next-token distribution, mean and 95th percentile; how often the
+    most likely token is the same; how much more surprising the real next token has become (nats, mean).
+
+    `probes` says what they were: how many of `num_probes` stand in excerpts read behind the prefix
+    (`continuation_tokens`), how many in the answers (`answer_tokens`) of how many questions. `method` "bits": keys and
+    values were found to be the same to the bit, so no probe had to be run.
+    """
 
     mean_kl: float
     p95_kl: float
     top1: float
     num_probes: int
+    nll_change: float
+    probes: dict[str, int]
+    method: Literal["probes", "bits"] = "probes"
 
     def to_json(self) -> dict[str, Any]:
         """As manifests keep it."""
         return asdict(self)
 
-
-def probe_ids(token_ids: NDArray[np.int64], num_probes: int = NUM_PROBES) -> list[int]:
-    """Excerpts of `EXCERPT_TOKENS` tokens, evenly spread over the prefix; at most `num_probes` tokens."""
-    num_excerpts = min(num_probes // EXCERPT_TOKENS, len(token_ids) // EXCERPT_TOKENS)
-    if num_excerpts == 0:
-        return [int(token) for token in token_ids[:num_probes]]
-    last = len(token_ids) - EXCERPT_TOKENS
-    starts = np.linspace(0, last, num_excerpts).astype(int)
-    return [int(token) for start in starts for token in token_ids[start : start + EXCERPT_TOKENS]]
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Fidelity | None:
+        """What a manifest keeps; None when it was measured in another way than now."""
+        names = set(cls.__dataclass_fields__)
+        return cls(**stored) if set(stored) == names else None
 
 
-def probe_logits(model: LanguageModel, prefix: ResidentPrefix) -> Tensor:
-    """Logits at each probe position behind `prefix`, `[num_probes, vocab_size]` float32."""
-    room = max(1, model.window_tokens - prefix.num_tokens)
-    probes = probe_ids(prefix.token_ids)[:room]
-    return model.forward(probes, model.new_state(prefix), num_logits=0)
+class FidelityProbe:
+    """Compares what `prefix` answers now with what it answered when this was made. A context manager."""
+
+    def __init__(self, model: LanguageModel, prefix: ResidentPrefix, branches: Sequence[Branch]) -> None:
+        """Computes the distributions to compare with. Raises: InsufficientResources."""
+        self._model = model
+        self._prefix = prefix
+        self._groups = list(_groups(branches))
+        self._branches = branches
+        self._exact = tempfile.TemporaryFile()  # noqa: SIM115, closed by `close`
+        try:
+            for group in self._groups:
+                self._exact.write(self._logits(group).contiguous().numpy().data)
+        except OSError as error:
+            self.close()
+            raise InsufficientResources(
+                f"the distributions of the probes do not fit into {tempfile.gettempdir()}: {error}.",
+                hint="Free space there, or let TMPDIR name another directory.",
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> FidelityProbe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the distributions."""
+        self._exact.close()
+
+    def measure(self) -> Fidelity:
+        """Run the probes on what the prefix holds now. At least one branch."""
+        self._exact.seek(0)
+        blocks = [block for group in self._groups for block in self._compared(group)]
+        divergence, same, nll_change = (torch.cat(column) for column in zip(*blocks, strict=True))
+        return Fidelity(
+            mean_kl=float(divergence.mean()),
+            p95_kl=float(divergence.quantile(0.95)),
+            top1=float(same.double().mean()),
+            num_probes=len(divergence),
+            nll_change=float(nll_change.mean()),
+            probes=_counted(self._branches),
+        )
+
+    def _logits(self, group: Sequence[Branch]) -> Tensor:
+        """`[probes of the group, vocab_size]` float32 on the CPU."""
+        rows: list[int] = []
+        end = 0
+        for branch in group:
+            end += len(branch.token_ids)
+            rows += range(end - len(branch.targets), end)
+        return self._model.forward_branches([list(branch.token_ids) for branch in group], self._prefix, rows).cpu()
+
+    def _compared(self, group: Sequence[Branch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """KL, agreement and change of the NLL, each `[block]`, block by block."""
+        coded = self._logits(group)
+        targets = torch.tensor([target for branch in group for target in branch.targets])
+        for first in range(0, len(coded), _BLOCK_ROWS):
+            block = coded[first : first + _BLOCK_ROWS]
+            exact = np.frombuffer(self._exact.read(block.nbytes), dtype=np.float32).copy()
+            yield compare(torch.from_numpy(exact).view_as(block), block, targets[first : first + _BLOCK_ROWS])
 
 
-def compare(exact: Tensor, coded: Tensor) -> Fidelity:
-    """Compare two sets of logits of the same probes, `[num_probes, vocab_size]`."""
-    divergences, agreements = [], 0
-    for exact_row, coded_row in zip(exact, coded, strict=True):
-        log_p, log_q = exact_row.double().log_softmax(-1), coded_row.double().log_softmax(-1)
-        divergences.append(float((log_p.exp() * (log_p - log_q)).sum().clamp_min(0)))
-        agreements += int(exact_row.argmax() == coded_row.argmax())
-    kl = torch.tensor(divergences, dtype=torch.float64)
-    return Fidelity(float(kl.mean()), float(kl.quantile(0.95)), agreements / len(divergences), len(divergences))
+def same_bits(branches: Sequence[Branch]) -> Fidelity:
+    """The fidelity of a cache whose keys and values are the uncompressed ones to the bit."""
+    counts = _counted(branches)
+    return Fidelity(0.0, 0.0, 1.0, counts["continuation_tokens"] + counts["answer_tokens"], 0.0, counts, "bits")
+
+
+def _counted(branches: Sequence[Branch]) -> dict[str, int]:
+    sizes = Counter[str]()
+    for branch in branches:
+        sizes[branch.kind] += len(branch.targets)
+    num_questions = sum(branch.kind == "question" for branch in branches)
+    return {
+        "continuation_tokens": sizes["continuation"],
+        "answer_tokens": sizes["question"],
+        "num_questions": num_questions,
+    }
+
+
+def compare(exact: Tensor, coded: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare logits `[num_probes, vocab_size]` of the same probes; `targets` `[num_probes]` are the real next tokens.
+
+    Returns:
+        KL divergence of coded from exact in nats, whether the most likely token is the same, and the change of the
+        real token's negative log-likelihood; each `[num_probes]`.
+    """
+    log_p, log_q = exact.double().log_softmax(-1), coded.double().log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    same = exact.argmax(-1) == coded.argmax(-1)
+    change = (log_p - log_q).gather(1, targets[:, None])[:, 0]
+    return divergence, same, change
+
+
+def _groups(branches: Sequence[Branch]) -> Iterator[list[Branch]]:
+    """Neighbouring branches with at most `GROUP_PROBES` probes together, or a single one."""
+    group: list[Branch] = []
+    for branch in branches:
+        if group and sum(len(other.targets) for other in group) + len(branch.targets) > GROUP_PROBES:
+            yield group
+            group = []
+        group.append(branch)
+    if group:
+        yield group

@@ -7,7 +7,7 @@ the state of the sequence as a keyword of the forward. Knows a directory of mode
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,14 @@ from cag.errors import InsufficientResources, ModelError, UnsupportedModel
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate, read_template
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
-from cag.state import AttentionRule, KvShape, SequenceState, Tail
-from cag.weights import join_network, loses_in_bfloat16, pack_network, use_transposed_products
+from cag.state import AttentionRule, BranchedState, KvShape, SequenceState, Tail
+from cag.weights import (
+    Float32Products,
+    join_network,
+    loses_in_bfloat16,
+    pack_network,
+    use_transposed_products,
+)
 from cag_kernels import has_compiler, warm_up, warm_up_linear, warm_up_tiles
 
 ATTENTION_NAME = "cag_segments"
@@ -186,7 +192,7 @@ class LanguageModel:
         Safe to call from several threads with a state each: forwards run one after the other.
 
         Returns:
-            Logits of the last `num_logits` tokens, `[num_logits, vocab_size]` float32.
+            Logits of the last `num_logits` tokens (all if 0), `[num_logits, vocab_size]` float32.
         """
         ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
         num_tokens = ids.shape[0]
@@ -201,7 +207,30 @@ class LanguageModel:
         self.most_read_tokens = max(self.most_read_tokens, state.num_tail)
         return logits
 
-    def _network_forward(self, ids: Tensor, positions: Tensor, state: SequenceState, num_logits: int) -> Tensor:
+    @torch.inference_mode()
+    def forward_branches(self, branches: Sequence[list[int]], prefix: Any, rows: list[int]) -> Tensor:
+        """Run several sequences behind `prefix`, apart from each other, in one forward; nothing of them is kept.
+
+        Computes in float32 whatever the model computes in: in 16 bits rounding alone makes any two runs differ by more
+        than a good codec does.
+
+        Args:
+            branches: token ids of each.
+            prefix: what they stand behind (`PrefixLayers`).
+            rows: of which tokens logits are wanted, counted over all branches one behind the other.
+
+        Returns:
+            `[len(rows), vocab_size]` float32.
+        """
+        ids = torch.tensor([token for branch in branches for token in branch], dtype=torch.long, device=self.device)
+        state = BranchedState(prefix, [len(branch) for branch in branches])
+        with self._forward_lock, self.plan.threads(len(ids)), Float32Products():
+            positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device)
+            return self._network_forward(ids, positions, state, wanted)
+
+    def _network_forward(
+        self, ids: Tensor, positions: Tensor, state: SequenceState | BranchedState, num_logits: int | Tensor
+    ) -> Tensor:
         output = self.network(
             input_ids=ids[None],
             position_ids=positions[None],

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -152,3 +153,44 @@ def attend_prefix(query: Tensor, segments: Sequence[PrefixSegment], scale: float
         else segment_attention(query, *segment, scale=scale, offset=segment.num_tokens)
         for segment in segments
     ]
+
+
+class BranchedState:
+    """Several sequences behind one prefix, for one forward over all of them: a token sees the prefix and what stands
+    before it in its own branch. Nothing is kept.
+
+    The tokens of the forward are those of the branches one behind the other, `branch_tokens[i]` of each.
+    """
+
+    def __init__(self, prefix: PrefixLayers, branch_tokens: Sequence[int]) -> None:
+        self.prefix = prefix
+        self.branches = [slice(first, last) for first, last in pairwise(accumulate(branch_tokens, initial=0))]
+
+    def positions(self) -> Tensor:
+        """Of all tokens, `[num_tokens]` int64: each branch begins right behind the prefix."""
+        return torch.cat([torch.arange(part.stop - part.start) for part in self.branches]) + self.prefix.num_tokens
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """As `SequenceState.attend`, each branch apart; keys and values are used as they come, unrounded."""
+        attend = partial(segment_attention, scale=scale, window=window, softcap=softcap)
+        prefix, offset = self.prefix.layer(layer), self.prefix.num_tokens
+        if window is not None and window < offset:  # what no branch sees
+            prefix, offset = (prefix[0][:, -window:], prefix[1][:, -window:]), window
+        # one pass over the prefix serves all branches, unless a window hides other keys from each
+        shared = attend(query, *prefix, offset=offset) if window is None else None
+        merged = []
+        for part in self.branches:
+            own = query[:, part]
+            before = attend(own, *prefix, offset=offset) if shared is None else (shared[0][:, part], shared[1][:, part])
+            merged.append(merge_segments([attend(own, keys[:, part], values[:, part], offset=0), before]))
+        return torch.cat(merged, dim=1).to(query.dtype)

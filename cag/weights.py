@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cag_kernels import (
     PackedWeight,
@@ -27,6 +28,7 @@ from cag_kernels import (
 from cag_kernels.packed import PANEL
 
 FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
+_PIECE_WEIGHTS = 1 << 22  # widened at once
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kept side by side: one product serves all
 
 Product = Callable[[Tensor], Tensor]
@@ -69,9 +71,35 @@ class _TransposedLinear(nn.Linear):
     """A linear layer with another order of the product for a question's few rows."""
 
     def forward(self, block: Tensor) -> Tensor:
-        if block.shape[-2] in FEW_ROWS:
+        if block.shape[-2] in FEW_ROWS and block.dtype == self.weight.dtype:
             return linear_without_packing(block, self.weight, self.bias)
         return super().forward(block)
+
+
+class Float32Products(TorchFunctionMode):
+    """A context manager: inside of it, embeddings and linear layers over 16-bit weights compute in float32.
+
+    A weight is widened a piece at a time, so memory holds no second copy of it; nothing of the network is changed.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See torch."""
+        if func is nn.functional.linear:
+            return _widened_linear(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        return result.float() if func in (nn.functional.embedding, torch.embedding) else result
+
+
+def _widened_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`nn.functional.linear`, whose names these are, in float32."""
+    rows = max(1, _PIECE_WEIGHTS // weight.shape[1])
+    wide = input.float()
+    product = wide.new_empty(*wide.shape[:-1], weight.shape[0])
+    for first in range(0, weight.shape[0], rows):
+        product[..., first : first + rows] = wide @ weight[first : first + rows].float().t()
+    return product if bias is None else product.add_(bias)
 
 
 def use_transposed_products(network: nn.Module) -> None:

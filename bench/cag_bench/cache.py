@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cag.builder import BuildOptions, BuildProgress, build_cache
+from cag.builder import build_cache
+from cag.building import BuildOptions, BuildProgress
 from cag.engine import Engine
 from cag.prompt import PrefixLayout
 from cag_bench.corpus import BenchCorpus

@@ -18,15 +18,20 @@ from cag.calibration.observe import LayerSamples
 from cag_store.codecs.transform import Basis, GroupBasis, Rotation
 from cag_store.codecs.transform import symbols as code
 from cag_store.codecs.transform.basis import FULL_SHRINK
-from cag_store.codecs.transform.rans import NUM_SYMBOLS, TOTAL
+from cag_store.codecs.transform.rans import TOTAL, Tables
+from cag_store.codecs.transform.shifts import chosen_shifts
+from cag_store.codecs.transform.symbols import NUM_SYMBOLS
 
-NUM_CLASSES = 48
+NUM_TABLES = 32
 _VALUE_WEIGHT = 4.0  # errors of the values of like tokens add up in attention, which curvature a token does not see
 _RIDGE = 0.05  # of a head's mean curvature, added to all of its directions
 _ROW_MAGNITUDE = 2047
 _ROW_ERROR = 0.15  # of a quantization error, at most, from rounding a row
 _ROWS_FOR_TABLES = 4096
-_SMOOTHING = 0.02
+_SMOOTHING = 0.01
+_LEAST_SHARE = 2e-5
+_SEGMENT_TOKENS = 512
+_ROUNDS = 3  # of choosing shifts and counting with them
 
 
 class FittedSide(NamedTuple):
@@ -74,7 +79,7 @@ def _fit_side(layers: Sequence[LayerSamples], least_step: int) -> FittedSide:
     vectors = vectors.flip(1).float()
     deviation = variances.flip(0).clamp_min(1e-30).sqrt()
     log_deviation = torch.floor(64 * torch.log2(deviation)).clamp(-4096, 4096).short().numpy()
-    kept = len(code.component_classes(log_deviation, least_step, NUM_CLASSES))
+    kept = len(code.component_levels(log_deviation, least_step))
     directions = (vectors.T @ inverse)[:kept]
     group = _integers(directions, deviation[:kept] / 2.0 ** (least_step / 64), mean, log_deviation[:kept], layers)
     return FittedSide(group, (weighted[:_ROWS_FOR_TABLES] @ vectors[:, :kept]))
@@ -150,45 +155,71 @@ def _stored_metric(layers: Sequence[LayerSamples]) -> tuple[NDArray[np.float32],
 
 
 class _Counts:
-    """How often each symbol occurs in each class, and how far from its code the middle of what is rounded to it
-    lies."""
+    """How often each symbol occurs with each table, and how far from its code the middle of what is rounded to it
+    lies.
+
+    Which table a code is written with depends on the shifts of its segment, and those on the tables: counted first
+    without shifts, then with those that the tables so far make cheapest.
+    """
 
     def __init__(self) -> None:
-        self.symbols = np.zeros((NUM_CLASSES, NUM_SYMBOLS))
-        self.product = np.zeros(NUM_CLASSES)
-        self.square = np.zeros(NUM_CLASSES)
+        self.counts = np.zeros((NUM_TABLES, NUM_SYMBOLS))
+        self.product = np.zeros(NUM_TABLES)
+        self.square = np.zeros(NUM_TABLES)
+        self._coded: list[tuple[NDArray[np.uint8], NDArray[np.int32]]] = []
 
     def add(self, side: FittedSide, step: int) -> None:
         """Count the coefficients of a side at a step."""
-        classes = code.component_classes(side.group.log_deviation, step, NUM_CLASSES)
-        values = side.coefficients[:, : len(classes)].double().numpy() / 2.0 ** (step / 64)
+        levels = code.component_levels(side.group.log_deviation, step)
+        low, numbers = code.low_bits(levels), code.table_numbers(levels, NUM_TABLES)
+        values = side.coefficients[:, : len(levels)].numpy() / np.float32(2.0 ** (step / 64))
         codes = np.clip(np.rint(values), -code.MAX_CODE, code.MAX_CODE)
-        for number in np.unique(classes):
-            columns = classes == number
-            shift = code.class_shift(int(number))
-            kinds = (codes[:, columns].astype(np.int32) >> shift) + code.MIDDLE
-            kinds[(kinds <= code.ESCAPE) | (kinds >= NUM_SYMBOLS)] = code.ESCAPE
-            self.symbols[number] += np.bincount(kinds.ravel(), minlength=NUM_SYMBOLS)
-            self.product[number] += float((values[:, columns] * codes[:, columns]).sum())
-            self.square[number] += float((codes[:, columns] ** 2).sum())
+        for number in np.unique(numbers):
+            columns = numbers == number
+            self.product[number] += float((values[:, columns] * codes[:, columns]).sum(dtype=np.float64))
+            self.square[number] += float((codes[:, columns] ** 2).sum(dtype=np.float64))
+        kinds = code.symbols_of(codes.astype(np.int16), low)
+        for first in range(0, len(kinds), _SEGMENT_TOKENS):
+            self._coded.append((np.ascontiguousarray(kinds[first : first + _SEGMENT_TOKENS]), numbers))
 
     def frequencies(self) -> NDArray[np.uint16]:
-        """Counts, mirrored and smoothed, as frequencies that sum to TOTAL; every symbol has at least one."""
-        counts = self.symbols.copy()
+        """Of the tables that the codes agree with."""
+        self._count(None)
+        for _ in range(_ROUNDS):
+            self._count(Tables.of(self._frequencies()))
+        return self._frequencies()
+
+    def _count(self, tables: Tables | None) -> None:
+        self.counts[:] = 0
+        for kinds, numbers in self._coded:
+            used = np.broadcast_to(numbers, kinds.shape)
+            if tables is not None:
+                by_component, by_token = chosen_shifts(kinds, numbers, tables)
+                used = np.clip(numbers + by_component + by_token[:, None].astype(np.int32), 0, NUM_TABLES - 1)
+            places = (used * NUM_SYMBOLS + kinds).ravel()
+            self.counts += np.bincount(places, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def _frequencies(self) -> NDArray[np.uint16]:
+        """Counts, mirrored and smoothed, as frequencies that sum to TOTAL. Symbols too far out for a table are left to
+        escapes."""
+        counts = self.counts.copy()
         counts[:, 1:] += counts[:, :0:-1]
-        filled = np.zeros_like(counts)
-        for number, row in enumerate(counts):
-            spread = 2.0 ** (number / code.CLASSES_PER_OCTAVE - code.OCTAVES_BELOW - code.class_shift(number))
-            model = np.exp(-np.abs(np.arange(NUM_SYMBOLS) - code.MIDDLE) / max(spread, 0.2))
-            filled[number] = row + _SMOOTHING * max(row.sum(), 1.0) * model / model.sum() * (1 if row.sum() else 50)
-        shares = filled / filled.sum(axis=1, keepdims=True)
-        found = 1 + np.floor(shares * (TOTAL - NUM_SYMBOLS)).astype(np.int64)
+        distance = np.abs(np.arange(NUM_SYMBOLS) - code.MIDDLE)
+        spread = 2.0 ** (np.arange(NUM_TABLES) / code.LEVELS_PER_OCTAVE - code.OCTAVES_BELOW)
+        model = np.exp(-distance / np.maximum(0.8 * spread, 0.25)[:, None])
+        model /= model.sum(axis=1, keepdims=True)
+        seen = counts.sum(axis=1, keepdims=True)
+        shares = counts + model * (_SMOOTHING * seen + 50)
+        shares /= shares.sum(axis=1, keepdims=True)
+        found = np.floor(shares * (TOTAL - NUM_SYMBOLS)).astype(np.int64)
+        found[(found == 0) & (model > _LEAST_SHARE)] = 1
+        found[:, code.ESCAPE] = np.maximum(found[:, code.ESCAPE], 1)
         found[:, code.MIDDLE] += TOTAL - found.sum(axis=1)
         tables: NDArray[np.uint16] = found.astype(np.uint16)
         return tables
 
     def shrink(self) -> NDArray[np.uint16]:
         """What a code is multiplied by when it is decoded, in units of 2**-15."""
-        ratio = np.divide(self.product, self.square, out=np.ones(NUM_CLASSES), where=self.square > 50)
+        ratio = np.divide(self.product, self.square, out=np.ones(NUM_TABLES), where=self.square > 50)
         factors: NDArray[np.uint16] = np.rint(np.clip(ratio, 0.6, 1.0) * FULL_SHRINK).astype(np.uint16)
         return factors

@@ -13,6 +13,7 @@ from cag.cli.options import (
     BuildersModelOption,
     DeviceOption,
     DtypeOption,
+    ForceOption,
     JsonOption,
     MaxBytesOption,
     NameArgument,
@@ -23,11 +24,19 @@ from cag.cli.options import (
     VerboseOption,
     given,
 )
-from cag.cli.output import bytes_text, note, note_configuration, one_line, print_json
+from cag.cli.output import (
+    bytes_text,
+    codec_text,
+    fidelity_text,
+    note,
+    note_configuration,
+    one_line,
+    print_json,
+)
 from cag.cli.progress import Report, shown_progress
 
 if TYPE_CHECKING:
-    from cag.builder import BuildProgress, BuildReport
+    from cag.building import BuildProgress, BuildReport
 
 
 def build(
@@ -42,8 +51,23 @@ def build(
         ),
     ] = None,
     codec: Annotated[
-        str | None, typer.Option("--codec", help="How keys and values are encoded.", show_default="lossless")
+        str | None,
+        typer.Option(
+            "--codec",
+            help="How keys and values are encoded; auto takes the smallest that stays within --max-kl.",
+            show_default="lossless",
+        ),
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            help="Refuse a cache whose answers diverge more from the uncompressed one's: mean KL in nats.",
+            show_default="0.005 for auto",
+            min=0.0,
+        ),
+    ] = None,
+    force: ForceOption = False,
     system: Annotated[
         str | None, typer.Option("--system", help="Instruction above the documents.", show_default="the engine's")
     ] = None,
@@ -66,7 +90,7 @@ def build(
         _check_codec(codec)
     corpus = load_corpus(paths, skip_errors=skip_errors)
     engine = load_engine(store_at(store), ModelChoice(model, adapter, device, dtype), verbose=verbose)
-    options = given(codec=codec, system_text=system, ttl_s=ttl)
+    options = given(codec=codec, max_kl=max_kl, force=force or None, system_text=system, ttl_s=ttl)
     note_configuration(verbose, skip_errors=skip_errors, **options)
     with shown_progress("tokens") as report:
         built = engine.build(
@@ -88,6 +112,7 @@ def update(
     dtype: DtypeOption = None,
     ttl: TtlOption = None,
     max_bytes: MaxBytesOption = None,
+    force: ForceOption = False,
     skip_errors: SkipErrorsOption = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -98,22 +123,20 @@ def update(
 
     corpus = load_corpus(paths, skip_errors=skip_errors)
     engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
+    options = given(ttl_s=ttl, force=force or None)
     with shown_progress("tokens") as report:
-        built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress), **given(ttl_s=ttl))
+        built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress), **options)
     keep_below(engine.store, max_bytes, name)
     _print_report(built, as_json=as_json)
 
 
 def _check_codec(codec: str) -> None:
-    """Before a model is loaded. Raises: UsageError, UnknownCodec."""
+    """Before a model is loaded. Raises: UnknownCodec."""
     import cag_store
-    from cag.errors import UsageError
+    from cag.building import AUTO
 
-    if codec == "auto":
-        raise UsageError(
-            "codec 'auto' cannot choose yet.", hint=f"Name one of these: {', '.join(cag_store.codec_ids())}."
-        )
-    cag_store.codec_from_config(codec)
+    if codec != AUTO and codec not in cag_store.codec_ids():
+        cag_store.codec_from_config(codec)
 
 
 def _tell(report: Report, progress: BuildProgress) -> None:
@@ -131,16 +154,23 @@ def _print_report(report: BuildReport, *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
         return
-    fidelity, ratio = report.fidelity, report.raw_bytes / report.stored_bytes
+    ratio = report.raw_bytes / report.stored_bytes
     rate = f", {report.computed_tokens / report.prefill_s:,.0f} tokens/s" if report.computed_tokens else ""
     print(f"{report.name}: {report.num_tokens:,} tokens of {report.num_documents} documents")
     print(f"  tokens    {report.reused_tokens:,} reused, {report.computed_tokens:,} computed")
+    if report.recomputed_tokens:
+        print(
+            f"            {report.recomputed_tokens:,} were computed again: of these only lossy chunks were left, and "
+            "nothing is computed behind those"
+        )
+    print(f"  codec     {codec_text(report.codec)}")
+    if report.codec_choice is not None:
+        print(f"            {one_line(report.codec_choice['reason'])}")
     print(f"  size      {bytes_text(report.raw_bytes)} -> {bytes_text(report.stored_bytes)} ({ratio:.2f}x)")
+    print(f"  fidelity  {fidelity_text(report.fidelity.to_json())}")
+    search = f"; search {report.search_s:.1f} s" if report.codec_choice is not None else ""
     print(
-        f"  fidelity  mean KL {fidelity.mean_kl:.6f} nats, p95 {fidelity.p95_kl:.6f}, "
-        f"same top token {fidelity.top1:.1%} of {fidelity.num_probes} probes"
-    )
-    print(
-        f"  time      {report.total_s:.1f} s (prefill {report.prefill_s:.1f} s{rate}; encode {report.encode_s:.1f} s)"
+        f"  time      {report.total_s:.1f} s (prefill {report.prefill_s:.1f} s{rate}; encode {report.encode_s:.1f} s; "
+        f"fidelity {report.measure_s:.1f} s{search})"
     )
     print(f"  digest    {report.digest}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,17 @@ import typer
 
 from cag.cli.opening import cache_in, missing_names_translated, store_at
 from cag.cli.options import CacheBytesOption, JsonOption, NameArgument, StoreOption
-from cag.cli.output import bytes_text, error_facts, note, one_line, print_facts, print_json, print_table
+from cag.cli.output import (
+    bytes_text,
+    codec_text,
+    error_facts,
+    fidelity_text,
+    note,
+    one_line,
+    print_facts,
+    print_json,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from cag_store import Ref, Store, VerifyReport
@@ -37,8 +46,8 @@ def show(
 
 
 def _shown_facts(cache: dict[str, Any]) -> dict[str, str]:
-    codec = {key: value for key, value in cache["codec"].items() if key != "id"}
-    fidelity = ", ".join(f"{key} {value:.6g}" for key, value in (cache["fidelity"] or {}).items())
+    choice = cache["codec_choice"]
+    chosen = {"chosen": choice["reason"]} if choice is not None else {}
     return {
         "name": cache["name"],
         "digest": cache["digest"],
@@ -46,10 +55,11 @@ def _shown_facts(cache: dict[str, Any]) -> dict[str, str]:
         "model": f"{cache['model']['id']} ({cache['model']['fingerprint'][:12]})",
         "tokens": f"{cache['num_tokens']:,}",
         "documents": f"{cache['num_documents']:,}",
-        "codec": f"{cache['codec']['id']} {json.dumps(codec) if codec else ''}",
+        "codec": codec_text(cache["codec"]),
+        **chosen,
         "size": f"{bytes_text(cache['raw_bytes'])} -> {bytes_text(cache['stored_bytes'])} "
         f"({cache['raw_over_stored']:.2f}x)",
-        "fidelity": fidelity or "not measured",
+        "fidelity": fidelity_text(cache["fidelity"]) if cache["fidelity"] else "not measured",
         "pinned": "yes" if cache["pinned"] else "no",
         "expires": cache["expires_at"] or "never",
     }

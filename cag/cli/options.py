@@ -45,6 +45,7 @@ DtypeOption = Annotated[
 SkipErrorsOption = Annotated[
     bool, typer.Option("--skip-errors", help="List files that cannot be read, and go on without them.")
 ]
+ForceOption = Annotated[bool, typer.Option("--force", help="Keep the cache although it misses its --max-kl.")]
 BuildersModelOption = Annotated[
     str | None,
     typer.Option(

@@ -54,6 +54,25 @@ def bytes_text(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.1f} GB"
 
 
+def codec_text(codec: Mapping[str, Any]) -> str:
+    """The id of a codec, then its configuration."""
+    configuration = {key: value for key, value in codec.items() if key != "id"}
+    return f"{codec['id']} {json.dumps(configuration) if configuration else ''}".strip()
+
+
+def fidelity_text(fidelity: Mapping[str, Any]) -> str:
+    """What was measured, in a line: as much of it as is there, since manifests of other versions may hold less."""
+    shown = (
+        ("mean_kl", "mean KL {:.6f} nats"),
+        ("p95_kl", "p95 {:.6f}"),
+        ("top1", "same top token {:.1%}"),
+        ("num_probes", "{:,} probes"),
+        ("nll_change", "NLL {:+.6f} nats"),
+    )
+    numbers = {name: value for name, value in fidelity.items() if isinstance(value, (int, float))}
+    return ", ".join(form.format(numbers[name]) for name, form in shown if name in numbers)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
     """A table on stdout; the columns named in `right` are numbers."""
     from rich.console import Console

@@ -23,6 +23,8 @@ Unit = Literal["tokens", "bytes"]
 STAGES = {
     "reuse": "taking over stored chunks",
     "prefill": "reading",
+    "calibrate": "looking at the codecs",
+    "encode": "encoding",
     "measure": "measuring fidelity",
     "commit": "storing",
     "wait": "waiting for another pull of this model",

@@ -46,6 +46,8 @@ def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: flo
         window = None  # the window reaches back to the segment's first key for every query
     if window is not None or softcap is not None or query.dtype == torch.float64:
         return "tiled"
+    if query.is_cuda and query.dtype == torch.float32:  # fused kernels there take 16 bits only
+        return "tiled"
     if offset < num_keys - 1 and offset + num_queries != num_keys:
         return "tiled"
     rows = query.shape[0] // keys.shape[0] * num_queries

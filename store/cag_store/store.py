@@ -146,6 +146,11 @@ class Store:
                 self._codecs = {**dict(kept), key: codec}
         return codec
 
+    def forget_codec(self, config: Mapping[str, Any]) -> None:
+        """Free what `codec` keeps for a configuration that is not needed any more."""
+        with self._codecs_guard:
+            self._codecs.pop(canonical_bytes(config), None)
+
     def commit(self, name: str, manifest: Manifest, expires_at: str | None = None, *, copied: bool = False) -> str:
         """Store `manifest` and let `name` mean it; returns its digest. A pin stays, an old expiry does not.
 

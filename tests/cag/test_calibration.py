@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-from cag.calibration import CalibrationOptions, calibrate, rotation
+from cag.calibration import CalibrationOptions, calibrate, model_basis, model_codec, rotation
 from cag.calibration.observe import observe
 from cag.calibration.rotation import find_rotations
 from cag.calibration.texts import own_texts, token_windows
@@ -16,6 +16,7 @@ from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag.resident import storage_view
 from cag_store import Store, codec_from_config
+from cag_store.blob import pack_blob
 from tiny import tiny_config, write_tiny_model
 
 SIZES = {
@@ -136,3 +137,50 @@ def test_the_same_texts_give_the_same_basis(model):
 def test_too_little_text_is_an_error(model):
     with pytest.raises(UsageError, match="tokens"):
         calibrate(model, Store.in_memory(), ["x"], replace(OPTIONS, own_texts=False))
+
+
+class TestTheModelsOwnBasis:
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CAG_HOME", str(tmp_path))
+
+    @pytest.fixture
+    def counted(self, monkeypatch):
+        """How often a basis was made."""
+        made = []
+
+        def make_basis(*arguments):
+            made.append(arguments)
+            return original(*arguments)
+
+        original = model_basis.make_basis
+        monkeypatch.setattr(model_basis, "make_basis", make_basis)
+        return made
+
+    def test_it_is_made_once_and_serves_every_step_and_store(self, model, counted):
+        first, second = Store.in_memory(), Store.in_memory()
+        fine = model_codec(model, first, -1280, OPTIONS)
+        coarse = model_codec(model, second, -1000, OPTIONS)
+        assert len(counted) == 1
+        assert coarse == {**fine, "step": -1000}
+        assert first.get_blob(fine["basis"]) == second.get_blob(fine["basis"])
+        expected = calibrate(model, Store.in_memory(), options=OPTIONS).codec
+        assert fine == expected
+
+    def test_other_options_make_another_one(self, model, counted):
+        store = Store.in_memory()
+        found = {model_codec(model, store, -1280, replace(OPTIONS, seed=seed))["basis"] for seed in (0, 1)}
+        assert len(counted) == len(found) == 2
+
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+    def test_a_damaged_file_is_made_again(self, model, counted, damage):
+        store = Store.in_memory()
+        codec = model_codec(model, store, -1280, OPTIONS)
+        path = model_basis.basis_path(model, OPTIONS)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        wrong = {"cut": bytes(data[:-9]), "flipped": bytes(data), "empty": b"", "foreign": pack_blob(b"text")}[damage]
+        path.write_bytes(wrong)
+        assert model_codec(model, store, -1280, OPTIONS) == codec
+        assert len(counted) == 2
+        assert [found.suffix for found in path.parent.iterdir()] == [".basis"]

@@ -23,31 +23,15 @@ from cag_store import Manifest, codec_from_config, storage_dtype
 from cag_store.backends import flocks
 from cag_store.blob import pack_blob, unpack_blob
 from cag_store.chunk import parse_index
+from cag_store.codecs.transform import Basis
 from cag_store.errors import CorruptEntry, StoreError, UnknownCodec, UnsupportedFormat
 from cag_store.gc import _held_by
 from cag_store.jsontext import canonical_bytes, parse_object
 from cag_store.ref import Ref
 
 NUMBERS = [
-    0,
-    1,
-    -1,
-    2,
-    63,
-    64,
-    255,
-    256,
-    2**16,
-    2**20 + 1,
-    2**31,
-    2**32 - 1,
-    2**53,
-    2**62,
-    2**63 - 1,
-    2**63,
-    2**64,
-    10**30,
-]
+    0, 1, -1, 2, 63, 64, 255, 256, 2**16, 2**20 + 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30,
+]  # fmt: skip
 DEEP = json.loads("[" * 300 + "]" * 300)
 ODD = [
     None,
@@ -298,9 +282,30 @@ def configuration_target(*configurations):
     )
 
 
-def segment_target(configuration, dtype, side, array):
+def basis_target(seed):
+    """A basis that is accepted is the one that is written again, and its numbers are within their bounds."""
+    start = seed.index(b"{")
+    size = int.from_bytes(seed[start - 4 : start], "little")
+    header, arrays = json.loads(seed[start : start + size]), seed[start + size :]
+
+    def read(data):
+        basis = Basis.from_bytes(data)
+        assert basis.to_bytes() == data
+        for side in (side for group in basis.groups for side in group):
+            assert np.abs(side.rows).max(initial=0) < 1 << 15
+
+    def mend(chance, _):
+        if chance.random() < 0.5:
+            return seed[:start] + mutated(chance, seed[start:], [seed])
+        text = as_json(changed_json(chance, header))
+        return seed[: start - 4] + len(text).to_bytes(4, "little") + text + arrays
+
+    return Target("basis", [seed], read, mend=mend)
+
+
+def segment_target(configuration, dtype, side, array, basis=b""):
     """Decoding must refuse, or write into the buffer it was given and nowhere else."""
-    codec = codec_from_config(configuration)
+    codec = codec_from_config(configuration, lambda digest: basis)
     seeds = [codec.encode(array, dtype, side, start) for start in (0, 1000)]
     heads, tokens, dim = array.shape
 

@@ -1,4 +1,5 @@
 """A reader of stores written from docs/format.md alone: stdlib, numpy, zstandard and xxhash; nothing of the store.
+Codec `transform` is in `independent_transform`.
 
 `read_cache` resolves a name, walks ref -> manifest -> chunks -> segments, verifies all of it and decodes to arrays.
 Slow and plain on purpose: it is the document, executed. `objects` is anything with `[path]` (a `Folder`, a dictionary).
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 import zstandard
+
+from independent_transform import need, transform_values
 
 ITEM = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4"}
 MANIFEST_FIELDS = {
@@ -35,10 +38,6 @@ HEADER_FIELDS = {
 REF_FIELDS = {"schema", "name", "manifest", "pinned", "expires_at", "updated_at", "check"}
 
 
-class FormatError(Exception):
-    """The bytes are not what docs/format.md says."""
-
-
 class Folder:
     """The files below a directory, by their relative path."""
 
@@ -58,11 +57,6 @@ class Cache:
     token_ids: np.ndarray
     arrays: list
     texts: list
-
-
-def need(condition, what):
-    if not condition:
-        raise FormatError(what)
 
 
 def read_cache(objects, name):
@@ -137,18 +131,22 @@ def read_manifest(objects, digest):
 
 
 def read_blobs(objects, manifest):
-    texts, sizes = [], {}
-    for document in manifest["documents"]:
-        digest = document["sha256"]
-        need(is_digest(digest), "address of a blob")
-        data = objects[f"blobs/{digest[:2]}/{digest}"]
-        sizes[digest] = len(data)
-        need(xxhash.xxh3_128_digest(data[16:]) == data[:16], "checksum of a blob")
-        text = unpack(data[16:], max_bytes=256 << 20)
-        need(sha256(text) == digest, "content of a blob")
-        texts.append(text)
-    need(sum(sizes.values()) == manifest["blob_bytes"], "blob_bytes")
-    return texts
+    """The documents' texts; the basis of the codec is counted with them."""
+    digests = [document["sha256"] for document in manifest["documents"]]
+    basis = manifest["codec"].get("basis")
+    found = {digest: read_blob(objects, digest) for digest in (*digests, *([] if basis is None else [basis]))}
+    need(sum(size for _, size in found.values()) == manifest["blob_bytes"], "blob_bytes")
+    return [found[digest][0] for digest in digests]
+
+
+def read_blob(objects, digest):
+    """The content of a blob, and the size of its file."""
+    need(is_digest(digest), "address of a blob")
+    data = objects[f"blobs/{digest[:2]}/{digest}"]
+    need(xxhash.xxh3_128_digest(data[16:]) == data[:16], "checksum of a blob")
+    content = unpack(data[16:], max_bytes=256 << 20)
+    need(sha256(content) == digest, "content of a blob")
+    return content, len(data)
 
 
 def read_chunk(objects, manifest, entry, parent):
@@ -165,18 +163,33 @@ def read_chunk(objects, manifest, entry, parent):
     ids = data[end : end + 4 * facts["num_tokens"]]
     need(chunk_key(parent, facts["context"], ids) == key, "key of the token ids")
     end += len(ids)
-    arrays = []
+    sides = [[None] * facts["num_layers"] for _ in (0, 1)]
+    config = facts["context"]["codec"]
+    basis = read_blob(objects, config["basis"])[0] if "basis" in config else None
     for index, (codec, raw_bytes, encoded_bytes, xxh3) in enumerate(facts["segments"]):
-        shape = facts["num_kv_heads"][index // 2], facts["num_tokens"], facts["head_dim"][index // 2]
-        dtype, config = facts["context"]["dtype"], facts["context"]["codec"]
+        layers = group(facts, index // 2)
+        shapes = [(facts["num_kv_heads"][i], facts["num_tokens"], facts["head_dim"][i]) for i in layers]
+        dtype = facts["context"]["dtype"]
+        sizes = [np.dtype(ITEM[dtype]).itemsize * heads * tokens * dim for heads, tokens, dim in shapes]
         need(codec == config["id"] and 1 <= encoded_bytes <= 2 * raw_bytes + 65536, "row of the segment table")
-        need(raw_bytes == np.dtype(ITEM[dtype]).itemsize * shape[0] * shape[1] * shape[2] <= 1 << 30, "raw_bytes")
+        need(raw_bytes == sum(sizes) and max(sizes) <= 1 << 30, "raw_bytes")
         segment = data[end : end + encoded_bytes]
         need(xxhash.xxh3_128_hexdigest(segment) == xxh3, "checksum of a segment")
-        arrays.append(decode(segment, shape, config, dtype, index % 2, facts["start"], index // 2))
+        found = decode_group(segment, shapes, config, dtype, index % 2, facts["start"], layers[0], basis)
+        for layer, array in zip(layers, found, strict=True):
+            sides[index % 2][layer] = array
         end += encoded_bytes
     need(end == len(data), "the file ends with the last segment")
-    return np.frombuffer(ids, "<u4"), arrays
+    return np.frombuffer(ids, "<u4"), [array for pair in zip(*sides, strict=True) for array in pair]
+
+
+def group(facts, index):
+    """The layers of group `index`: one, or as many as the codec joins; the last group may have fewer."""
+    joint = facts["context"]["codec"].get("joint_layers", 1)
+    need(type(joint) is int and 1 <= joint <= 64, "joint_layers")
+    layers = range(index * joint, min((index + 1) * joint, facts["num_layers"]))
+    need(len(layers) > 0, "number of segments")
+    return layers
 
 
 def parse_header(text):
@@ -188,7 +201,11 @@ def parse_header(text):
     end = 4 * facts["num_tokens"]
     tensors = {"token_ids": {"data_offsets": [0, end], "dtype": "U32", "shape": [facts["num_tokens"]]}}
     for index, (_, _, encoded_bytes, _) in enumerate(facts["segments"]):
-        name = f"layers.{index // 2:03d}.{'values' if index % 2 else 'keys'}"
+        layers = group(facts, index // 2)
+        span = f"{layers[0]:03d}" + (
+            f"-{layers[-1]:03d}" if facts["context"]["codec"].get("joint_layers", 1) > 1 else ""
+        )
+        name = f"layers.{span}.{'values' if index % 2 else 'keys'}"
         tensors[name] = {"data_offsets": [end, end + encoded_bytes], "dtype": "U8", "shape": [encoded_bytes]}
         end += encoded_bytes
     rebuilt = canonical({"__metadata__": metadata, **tensors})
@@ -215,7 +232,8 @@ def check_facts(facts, manifest, entry, parent):
         need(facts[field] == entry[field], field)
     for field in ("num_layers", "num_kv_heads", "head_dim"):
         need(facts[field] == kv[field], field)
-    need(len(facts["segments"]) == 2 * facts["num_layers"] <= 2 * 999, "number of segments")
+    groups = -(-facts["num_layers"] // facts["context"]["codec"].get("joint_layers", 1))
+    need(len(facts["segments"]) == 2 * groups and facts["num_layers"] <= 999, "number of segments")
     need(sum(row[1] for row in facts["segments"]) == entry["raw_bytes"], "raw_bytes of the chunk")
 
 
@@ -224,6 +242,14 @@ def chunk_key(parent, context, ids):
     for part in (parent.encode("ascii"), canonical(context), ids):
         digest.update(struct.pack("<Q", len(part)) + part)
     return digest.hexdigest()
+
+
+def decode_group(segment, shapes, config, dtype, side, start, first_layer=0, basis=None):
+    """Each layer of a segment. basis: the content of the blob that the codec names."""
+    if config["id"] == "transform":
+        return transform(segment, shapes, config, dtype, side, start, first_layer, basis)
+    need(len(shapes) == 1, "layers of a segment")
+    return [decode(segment, shapes[0], config, dtype, side, start, first_layer)]
 
 
 def decode(segment, shape, config, dtype, side, start, layer):
@@ -307,6 +333,20 @@ def grouped(segment, shape, config, dtype, side, start, bits):
     return out
 
 
+def transform(segment, shapes, config, dtype, side, start, first_layer, basis):
+    item = np.dtype(ITEM[dtype])
+    facts = config, item.itemsize, side, start, first_layer, basis
+    layers, exact, rows = transform_values(segment, shapes, *facts)
+    outs, offset = [], 0
+    for values, (heads, _, dim) in zip(layers, shapes, strict=True):
+        out = narrow(np.ascontiguousarray(values), dtype).copy()
+        kept = np.ascontiguousarray(rows[:, offset : offset + heads * dim * item.itemsize]).view(item)
+        out[:, exact] = kept.reshape(-1, heads, dim).transpose(1, 0, 2)
+        offset += heads * dim * item.itemsize
+        outs.append(out)
+    return outs
+
+
 def nibbles(codes, dim):
     """The low halves of the bytes are the first channels, the high halves the others."""
     both = np.concatenate([codes & 15, codes >> 4], axis=2)
@@ -321,4 +361,4 @@ def narrow(values, dtype):
     return values.clip(-65504, 65504).astype("<f2") if dtype == "float16" else values
 
 
-DECODERS = {"lossless": lossless, "int8": int8, "int4": int4}
+DECODERS = {"lossless": lossless, "int8": int8, "int4": int4, "transform": transform}

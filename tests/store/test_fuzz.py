@@ -1,5 +1,6 @@
 """100,000 hostile inputs: a typed error or the right answer, within bounds of memory and processor time."""
 
+import hashlib
 import os
 import random
 
@@ -10,9 +11,11 @@ from cag_store import Store, codec_ids
 from cag_store.codecs import warm_up
 from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.testing import sample_array
+from cag_store.testing.bases import sample_basis
 from fuzzing import (
     ALLOWED_OF_STORES,
     Target,
+    basis_target,
     damaged_store,
     limits,
     parser_targets,
@@ -24,8 +27,19 @@ from torture import in_child, outcome
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
+
+def transform(basis, joint_layers):
+    """The configuration of the codec with this basis."""
+    digest = hashlib.sha256(basis).hexdigest()
+    return {"id": "transform", "basis": digest, "joint_layers": joint_layers, "step": -256}
+
+
+BASIS = sample_basis((2, 1, 2), (8, 16, 4), 2).to_bytes()  # the geometry of `small_class`
+BASIS_OF_A_SEGMENT = sample_basis((2,), (4,), 1, pairing="adjacent").to_bytes()
+WITHOUT_BASIS = [codec for codec in codec_ids() if codec != "transform"]
 CONFIGURATIONS = [
-    *codec_ids(),
+    *WITHOUT_BASIS,
+    transform(BASIS_OF_A_SEGMENT, 1),
     {"id": "lossless", "packers": []},
     {"id": "int8", "packer": {"id": "zstd"}, "group_tokens": 3},
     {"id": "int4", "packer": {"id": "zstd"}, "group_tokens": 3, "recent_tokens": 2},
@@ -38,6 +52,8 @@ def whole_store(small_class, codec):
     cache = small_class(codec, num_tokens=12, chunk_tokens=5)
     expected = cache.buffers()
     store = Store.in_memory(workers=1)
+    if cache.codec.resource_digests():
+        store.put_blob(BASIS)
     with store.reader(cache.build(store)) as reader:
         reader.load(expected)
 
@@ -64,14 +80,14 @@ def all_targets(small_class):
     store, cache = Store.in_memory(workers=1), small_class(num_tokens=12)
     parsers = parser_targets(cache, store, cache.build(store))
     segments = [
-        segment_target(configuration, dtype, side, sample_array((2, 9, 4), dtype))
+        segment_target(configuration, dtype, side, sample_array((2, 9, 4), dtype), BASIS_OF_A_SEGMENT)
         for configuration in CONFIGURATIONS
         for dtype in STORAGE_DTYPES
         for side in ("keys", "values")
     ]
-    stores = [whole_store(small_class, codec) for codec in codec_ids()]
+    stores = [whole_store(small_class, codec) for codec in (*WITHOUT_BASIS, transform(BASIS, 2))]
     return [
-        *((target, 120) for target in parsers),
+        *((target, 120) for target in (*parsers, basis_target(BASIS))),
         *((target, -(-800 // len(segments))) for target in segments),
         *((target, -(-360 // len(stores))) for target in stores),
     ]

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import independent_reader
+import independent_transform
 from cag_store import Store, codec_ids
-from independent_reader import DECODERS, Folder, FormatError, decode, read_cache
+from cag_store.testing.bases import sample_basis
+from independent_reader import DECODERS, Folder, decode, read_cache
+from independent_transform import FormatError
 
 GOLDEN = Path(__file__).parent / "golden"
+HEADS, DIMS = (2, 1, 2), (8, 16, 4)  # of `small_class`
 CODECS = [
     "lossless",
     {"id": "lossless", "transform": {"id": "rotate", "bits": 0}, "packers": []},
@@ -31,8 +35,9 @@ CODECS = [
 ]
 
 
-def test_it_uses_nothing_of_the_store():
-    tree = ast.parse(Path(independent_reader.__file__).read_text())
+@pytest.mark.parametrize("module", [independent_reader, independent_transform], ids=lambda module: module.__name__)
+def test_it_uses_nothing_of_the_store(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     found = {
         name.split(".")[0]
         for node in ast.walk(tree)
@@ -44,7 +49,9 @@ def test_it_uses_nothing_of_the_store():
             else []
         )
     }
-    assert found == {"hashlib", "json", "re", "struct", "dataclasses", "pathlib", "numpy", "xxhash", "zstandard"}
+    allowed = {"collections", "hashlib", "json", "math", "re", "struct", "dataclasses", "pathlib"}
+    allowed |= {"numpy", "xxhash", "zstandard"}
+    assert found <= allowed | {"independent_transform"}
 
 
 def test_it_knows_every_codec():
@@ -81,6 +88,30 @@ def check_agreement(objects, store, built, cache, name="small"):
 def test_random_caches(small_class, codec, dtype, num_tokens, chunk_tokens, seed):
     cache = small_class(codec, num_tokens, chunk_tokens, dtype, seed)
     store = Store.in_memory(workers=1)
+    built = cache.build(store)
+    objects = {path: data for path, (data, _) in store.backend._objects.items()} | {"format": b"cag-store 1\n"}
+    check_agreement(objects, store, built, cache)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    joint_layers=st.integers(1, 3),
+    pairing=st.sampled_from(["halves", "adjacent"]),
+    step=st.sampled_from([-500, -256, 0]),
+    dtype=st.sampled_from(sorted(independent_reader.ITEM)),
+    exact_tokens=st.integers(0, 9),
+    num_tokens=st.integers(2, 90),
+    chunk_tokens=st.integers(6, 80),
+)
+def test_random_caches_with_a_basis(
+    small_class, joint_layers, pairing, step, dtype, exact_tokens, num_tokens, chunk_tokens
+):
+    store = Store.in_memory(workers=1)
+    basis = store.put_blob(sample_basis(HEADS, DIMS, joint_layers, step + 512, pairing=pairing).to_bytes())
+    config = {
+        "id": "transform", "basis": basis, "joint_layers": joint_layers, "step": step, "exact_tokens": exact_tokens,
+    }  # fmt: skip
+    cache = small_class(config, num_tokens, chunk_tokens, dtype)
     built = cache.build(store)
     objects = {path: data for path, (data, _) in store.backend._objects.items()} | {"format": b"cag-store 1\n"}
     check_agreement(objects, store, built, cache)

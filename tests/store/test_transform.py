@@ -7,8 +7,9 @@ import pytest
 
 from cag_store import Store
 from cag_store.codecs import codec_from_config
-from cag_store.codecs.transform import Basis, rans, symbols
+from cag_store.codecs.transform import Basis, rans, shifts, symbols
 from cag_store.codecs.transform import loops as transform_loops
+from cag_store.codecs.transform.product import ROWS, product_reference
 from cag_store.dtypes import STORAGE_DTYPES, widen
 from cag_store.errors import CorruptEntry, EntryNotFound, UnencodableArray, UnknownCodec
 from cag_store.testing import sample_array
@@ -252,32 +253,138 @@ def test_a_codec_needs_its_basis(basis):
             codec_from_config({**config, **wrong})
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (40, 64), (100, 7)])
-def test_symbols_come_back_and_words_are_those_of_the_reference(shape):
+def layout_of(shape, tables, seed):
+    """Components of all kinds, and every shift."""
+    generator = np.random.default_rng(seed)
+    levels = np.sort(generator.integers(0, 60, shape[1]))[::-1].astype(np.int32)
+    numbers = symbols.table_numbers(levels, len(tables.frequencies)) + generator.integers(-8, 8, shape[1])
+    shifts = generator.integers(-8, 8, shape[0]).astype(np.int32)
+    return rans.Layout(numbers.astype(np.int32), symbols.low_bits(levels), shifts)
+
+
+def decoders():
+    """Every way to decode that this machine has."""
+    found = {"reference": rans.decode_codes}
+    if transform_loops.compiled() is not None:
+        from cag_store.codecs.transform import compiled_loops
+
+        found["lanes"], found["vectors"] = compiled_loops.decode_lanes, compiled_loops.decode_vectors
+    return {name: decode for name, decode in found.items() if decode is not None}
+
+
+def decode_with(name, stream, layout, tables, shape):
+    buffer = np.zeros((shape[0], shape[1] + shape[1] % 2), np.int16)
+    codes = buffer[:, : shape[1]]
+    if name == "reference":
+        rans.decode_codes(stream, layout, tables, codes)
+        return codes
+    shifts = np.append(layout.token_shifts, np.zeros(-shape[0] % rans.LANES, np.int32))
+    facts = layout.table_numbers, layout.low, shifts, tables.slots, codes
+    counted = stream.words, stream.num_words, stream.escapes, stream.num_escapes
+    if not decoders()[name](stream.states.copy(), *counted, *facts):
+        raise CorruptEntry("refused", where="stream")
+    return codes
+
+
+@pytest.mark.parametrize("name", ["reference", "lanes", "vectors"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (40, 64), (100, 7), (33, 40)])
+def test_codes_come_back_and_words_are_those_of_the_reference(shape, name):
+    if name not in decoders():
+        pytest.skip("this machine does not decode so")
     generator = np.random.default_rng(3)
     tables = rans.Tables.of(sample_basis((1,), (8,), 1).frequencies)
-    classes = generator.integers(0, len(tables.frequencies), shape[1]).astype(np.uint8)
-    given = generator.integers(50, 80, shape).astype(np.uint8)
-    states, words = rans.encode_symbols(given, classes, tables)
-    expected_states, expected_words = rans.encode_reference(given, classes, tables)
-    assert np.array_equal(states, expected_states)
-    assert np.array_equal(words, expected_words)
-    assert np.array_equal(rans.decode_symbols(states, words, classes, tables, shape[0]), given)
-    for torn in (words[:-1], np.append(words, np.uint16(1))):
-        if len(torn) != len(words):
-            with pytest.raises(CorruptEntry):
-                rans.decode_symbols(states, torn, classes, tables, shape[0])
-
-
-def test_codes_of_every_size_come_back():
-    codes = np.array([[0, 1, -1, 62], [63, 64, -64, 32767], [-32767, -5, 1000, -1000]], np.int16)
-    for shifts in ([0, 0, 0, 0], [0, 3, 9, 1]):
-        shifts = np.array(shifts, np.uint8)
-        kinds, low, escapes = symbols.split(codes, shifts)
-        assert len(low) == symbols.low_bytes(3, shifts)
-        assert np.array_equal(symbols.join(kinds, shifts, memoryview(low), escapes), codes)
+    layout = layout_of(shape, tables, 4)
+    given = np.rint(generator.laplace(size=shape) * 3 * 2.0**layout.low).astype(np.int16)
+    given[0, 0], given[-1, -1] = 32767, -32767
+    states, words, escapes = rans.encode_reference(given, layout, tables)
+    made = rans.encode_codes(given, layout, tables)
+    assert np.array_equal(states, made.states)
+    assert np.array_equal(words, made.words)
+    assert np.array_equal(escapes, made.escapes)
+    assert len(escapes) >= 1
+    stream = rans.Stream.padded(states, words, escapes)
+    assert np.array_equal(decode_with(name, stream, layout, tables, shape), given)
+    for torn in (
+        rans.Stream.padded(states, words[:-1], escapes),
+        rans.Stream.padded(states, np.append(words, np.uint16(1)), escapes),
+        rans.Stream.padded(states, words, escapes[:-1]),
+        rans.Stream.padded(states, words, np.append(escapes, np.int16(1))),
+        rans.Stream.padded(states + np.uint32(1 << 20), words, escapes),
+    ):
         with pytest.raises(CorruptEntry):
-            symbols.join(kinds, shifts, memoryview(low), np.append(escapes, np.int16(0)))
+            decode_with(name, torn, layout, tables, shape)
+
+
+def test_every_decoder_makes_the_same_of_damaged_words():
+    """What is no stream of a writer still decodes to the same codes, or is refused, everywhere."""
+    shape, generator = (50, 31), np.random.default_rng(5)
+    tables = rans.Tables.of(sample_basis((1,), (8,), 1).frequencies)
+    layout = layout_of(shape, tables, 6)
+    given = np.rint(generator.laplace(size=shape) * 5 * 2.0**layout.low).astype(np.int16)
+    states, words, escapes = rans.encode_reference(given, layout, tables)
+    for _ in range(20):
+        damaged = words.copy()
+        damaged[generator.integers(len(words))] ^= np.uint16(1 << generator.integers(16))
+        stream, outcomes = rans.Stream.padded(states, damaged, escapes), set()
+        for name in decoders():
+            try:
+                outcomes.add(decode_with(name, stream, layout, tables, shape).tobytes())
+            except CorruptEntry:
+                outcomes.add(b"refused")
+        assert len(outcomes) == 1
+
+
+def test_shifts_are_those_that_cost_least():
+    generator = np.random.default_rng(7)
+    tables = rans.Tables.of(sample_basis((1,), (8,), 1).frequencies)
+    loud = 2.0 ** (generator.integers(-2, 3, 60) / 2)
+    given = np.rint(generator.laplace(size=(60, 90)) * loud[:, None]).astype(np.int16)
+    numbers, low = np.full(90, 8, np.int32), np.zeros(90, np.uint8)
+    kinds = symbols.symbols_of(given, low)
+    by_component, by_token = shifts.chosen_shifts(kinds, numbers, tables)
+    assert np.corrcoef(by_token, np.log2(loud))[0, 1] > 0.9
+    sizes = [
+        len(rans.encode_codes(given, rans.Layout(numbers + one, low, other), tables).words)
+        for one, other in ((0 * by_component, 0 * by_token.astype(np.int32)), (by_component, by_token.astype(np.int32)))
+    ]
+    assert sizes[1] < 0.95 * sizes[0]
+    assert np.array_equal(shifts.unpack_shifts(memoryview(shifts.pack_shifts(by_token)), 60), by_token)
+    assert len(shifts.pack_shifts(by_token[:7])) == shifts.packed_size(7) == 4
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 65, 16), (70, 130, 40), (33, 64, 100)])
+@pytest.mark.parametrize("largest", [100, 30000])
+def test_every_product_gives_the_same_sums(shape, largest, monkeypatch):
+    if transform_loops.compiled() is None:
+        pytest.skip("numba is not installed")
+    from cag_store.codecs.transform import compiled_product
+
+    num_tokens, num_components, num_channels = shape
+    generator = np.random.default_rng(8)
+    rows = generator.integers(-32767, 32640, (num_components, num_channels)).astype(np.int16)
+    buffer = np.zeros((num_tokens + ROWS, num_components + num_components % 2), np.int16)
+    codes = buffer[:num_tokens, :num_components]
+    codes[:] = generator.integers(-largest, largest, codes.shape)
+    expected = product_reference(codes, rows)
+    for tiles in (compiled_product._tile_loop, None):
+        monkeypatch.setattr(compiled_product, "_tile_loop", tiles)
+        operand = compiled_product.Operand(buffer, num_tokens, num_components)
+        assert (operand.digits is None) == (tiles is None)
+        assert np.array_equal(compiled_product.integer_product(operand, compiled_product.PackedRows(rows)), expected)
+
+
+def test_numbers_without_digits_are_multiplied_otherwise():
+    if transform_loops.compiled() is None:
+        pytest.skip("numba is not installed")
+    from cag_store.codecs.transform import compiled_product
+
+    buffer = np.zeros((2 + ROWS, 2), np.int16)
+    buffer[:2] = [[32767, 1], [-32768, 2]]
+    rows = np.array([[32767, 3], [4, 5]], np.int16)
+    operand, packed = compiled_product.Operand(buffer, 2, 2), compiled_product.PackedRows(rows)
+    assert operand.digits is None
+    assert packed.digits is None
+    assert np.array_equal(compiled_product.integer_product(operand, packed), product_reference(buffer[:2], rows))
 
 
 class TestInAStore:

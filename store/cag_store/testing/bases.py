@@ -7,16 +7,19 @@ from numpy.typing import NDArray
 
 from cag_store.codecs.transform import Basis, GroupBasis, Rotation
 from cag_store.codecs.transform.basis import FULL_SHRINK
-from cag_store.codecs.transform.rans import NUM_SYMBOLS, TOTAL
+from cag_store.codecs.transform.rans import TOTAL
+from cag_store.codecs.transform.symbols import ESCAPE, NUM_SYMBOLS
 
-NUM_CLASSES = 12
+NUM_TABLES = 12
 
 
 def frequencies() -> NDArray[np.uint16]:
-    """Bell-shaped tables; every symbol can be coded."""
+    """Bell-shaped tables; those of the quietest levels lack the farthest symbols."""
     distance = np.abs(np.arange(NUM_SYMBOLS) - NUM_SYMBOLS // 2)
-    table = np.array([np.exp(-distance / 1.5 ** (index - 3)) for index in range(NUM_CLASSES)])
+    table = np.array([np.exp(-distance / 1.5 ** (index - 3)) for index in range(NUM_TABLES)])
     found = 1 + np.floor(table / table.sum(axis=1, keepdims=True) * (TOTAL - NUM_SYMBOLS)).astype(int)
+    found[: NUM_TABLES // 2, distance > 20] = 0
+    found[:, ESCAPE] = 1
     found[:, NUM_SYMBOLS // 2] += TOTAL - found.sum(axis=1)
     tables: NDArray[np.uint16] = found.astype(np.uint16)
     return tables
@@ -68,6 +71,6 @@ def sample_basis(
         (rotation,),
         tuple(-(layer % 2) for layer in range(num_layers)),
         frequencies(),
-        np.full(NUM_CLASSES, FULL_SHRINK, np.uint16),
+        np.full(NUM_TABLES, FULL_SHRINK, np.uint16),
         tuple(groups),
     )

@@ -8,8 +8,8 @@ from cag_store import Store
 
 BUILT = {
     "name", "digest", "num_documents", "num_tokens", "reused_tokens", "computed_tokens", "raw_bytes", "stored_bytes",
-    "raw_over_stored", "fidelity", "prefill_s", "encode_s", "total_s", "prefill_tokens_per_s", "duplicates", "empty",
-    "skipped",
+    "raw_over_stored", "fidelity", "prefill_s", "encode_s", "measure_s", "search_s", "total_s", "prefill_tokens_per_s",
+    "duplicates", "empty", "skipped", "recomputed_tokens", "codec", "codec_choice", "max_kl",
 }  # fmt: skip
 
 
@@ -114,7 +114,6 @@ def test_verbose_prints_the_effective_configuration(build, tiny_model_dir, tmp_p
 @pytest.mark.parametrize(
     ("options", "exit_code", "told"),
     [
-        (("--codec", "auto"), 2, "int8, lossless"),
         (("--codec", "zip9"), 54, "zip9"),
         (("--name", "a/b"), 57, "a/b"),
         (("--adapter", "nowhere"), 2, "nowhere"),
@@ -153,3 +152,48 @@ def test_a_build_can_keep_the_store_below_a_size(build, cag, tmp_path, corpus, m
     assert "more than 1.0 kB" in built.stderr
     assert store.names() == ["book"]
     assert store.verify("book").ok
+
+
+def test_auto_says_in_one_line_what_it_chose(build, cag, tmp_path):
+    printed = build("--codec", "auto", "--max-kl", "0.01").stdout
+    (line,) = [line for line in printed.splitlines() if "auto chose " in line]
+    built = build("--codec", "auto", "--max-kl", "0.01", "--json").json
+    assert built["codec_choice"]["reason"] == line.strip()
+    assert built["codec_choice"]["codec"] == built["codec"]
+    assert built["fidelity"]["mean_kl"] <= built["max_kl"] == 0.01
+    assert {"lossless", built["codec"]["id"]} <= {trial["codec"]["id"] for trial in built["codec_choice"]["tried"]}
+    assert built["codec"]["id"] in printed
+    shown = cag("show", "book", "--store", tmp_path / "s")
+    assert line.strip() in shown.stdout
+    assert "mean KL" in shown.stdout
+    listed = cag("ls", "--store", tmp_path / "s", "--json").json["caches"]
+    assert [cache["fidelity"] for cache in listed] == [built["fidelity"]]
+    assert cag("show", "book", "--store", tmp_path / "s", "--json").json["codec_choice"] == built["codec_choice"]
+
+
+def test_a_codec_over_its_bound_is_refused_unless_forced(build, cag, tmp_path):
+    before = build("--json").json["digest"]
+    over = ("--codec", "int8", "--max-kl", "1e-12", "--json")
+    refused = build(*over)
+    assert (refused.exit_code, refused.error["code"]) == (33, "fidelity_missed")
+    assert "--force" in refused.error["hint"]
+    assert cag("show", "book", "--store", tmp_path / "s", "--json").json["digest"] == before
+    forced = build(*over, "--force").json
+    assert forced["codec"]["id"] == "int8"
+    assert forced["fidelity"]["mean_kl"] > forced["max_kl"]
+    assert forced["codec_choice"] is None
+
+
+def test_chunks_that_are_gone_are_said(build, cag, corpus, tmp_path):
+    (corpus / "relay.txt").write_text("Each lock of the canal has a relay of its own, which is oiled in spring. " * 20)
+    build("--codec", "int8")
+    cag("gc", "--grace-seconds", 0, "--store", tmp_path / "s")
+    (corpus / "zeta.txt").write_text("The zeta crane lifts nine tons.\n")
+    updated = cag("update", "book", corpus, "--store", tmp_path / "s")
+    assert "0 reused" in updated.stdout
+    assert "only lossy chunks were left" in updated.stdout
+
+
+@pytest.mark.parametrize("bound", ["-1", "much"])
+def test_a_bound_that_is_none_is_refused(build, bound):
+    assert build("--max-kl", bound).exit_code == 2

@@ -8,7 +8,7 @@ from cag_store import Store
 
 SHOWN = {
     "name", "digest", "created_at", "model", "num_tokens", "num_documents", "codec", "raw_bytes", "stored_bytes",
-    "raw_over_stored", "fidelity", "expires_at", "pinned", "documents",
+    "raw_over_stored", "codec_choice", "fidelity", "expires_at", "pinned", "documents",
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_show_has_the_fields_of_the_contract(cag, book, corpus, tiny_model_dir):
     shown = cag("show", "book", "--store", book, "--json").json
     assert set(shown) == SHOWN
     assert set(shown["model"]) == {"id", "fingerprint"}
-    assert set(shown["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes"}
+    assert set(shown["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
     assert shown["codec"]["id"] == "lossless"
     assert [set(document) for document in shown["documents"]] == [
         {"doc_id", "title", "path", "sha256", "start", "end"}

@@ -20,11 +20,12 @@ ROW = {
     "raw_bytes",
     "stored_bytes",
     "raw_over_stored",
+    "fidelity",
     "pinned",
     "expires_at",
     "resident",
 }
-WHOLE = (ROW - {"resident"}) | {"model", "fidelity", "documents"}
+WHOLE = (ROW - {"resident"}) | {"model", "codec_choice", "documents"}
 
 
 async def test_the_list_has_one_row_a_cache(serving, engine):
@@ -39,6 +40,7 @@ async def test_the_list_has_one_row_a_cache(serving, engine):
     manifest = engine.find("manual")[1]
     assert rows["manual"]["codec"] == "lossless"
     assert rows["manual"]["num_tokens"] == manifest.num_tokens
+    assert rows["manual"]["fidelity"] == dict(manifest.fidelity)
     assert rows["manual"]["raw_over_stored"] == manifest.raw_bytes / manifest.stored_bytes
     assert after["damaged"] == []
 
@@ -61,9 +63,22 @@ async def test_one_cache_is_described_in_full(serving, engine):
     assert set(whole) == WHOLE
     assert set(whole["model"]) == {"id", "fingerprint"}
     assert set(whole["documents"][0]) == {"doc_id", "title", "path", "sha256", "start", "end"}
-    assert set(whole["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes"}
+    assert set(whole["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
     assert whole == json.loads(json.dumps(describe_cache(*engine.find("handbook"))))
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "cache_not_found")
+
+
+async def test_a_codec_that_was_chosen_is_explained(serving, engine, tmp_path):
+    (tmp_path / "gamma.txt").write_text("The gamma lamp burns for 900 hours and is changed by two people.\n")
+    report = engine.build([tmp_path / "gamma.txt"], name="chosen", codec="auto")
+    try:
+        async with serving() as served:
+            whole = (await served.client.get("/v1/caches/chosen")).json()
+    finally:
+        engine.store.remove("chosen")
+    assert whole["codec_choice"] == report.codec_choice
+    assert whole["codec"] == report.codec
+    assert whole["fidelity"] == report.fidelity.to_json()
 
 
 async def test_ask_gives_the_object_of_the_command_line(serving, engine):

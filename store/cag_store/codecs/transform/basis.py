@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.codecs.base import MAX_JOINT_LAYERS, layer_groups
-from cag_store.codecs.transform.rans import NUM_SYMBOLS, TOTAL
+from cag_store.codecs.transform.rans import TOTAL
+from cag_store.codecs.transform.symbols import ESCAPE, NUM_SYMBOLS
 from cag_store.errors import CorruptEntry
 from cag_store.jsontext import Fields, canonical_bytes, parse_object
 
 MAGIC = b"cag-transform-basis 1\n"
-MAX_CLASSES = 64
+MAX_TABLES = 64
 MAX_LAYERS = 999
 MAX_CHANNELS = 1 << 16
 MAX_DEVIATION = 1 << 13
@@ -95,7 +96,7 @@ class Basis:
     """A whole basis. `groups[g]` holds keys and values; `rotations[layer_rotation[layer]]` is taken off the keys of
     a layer, nothing for -1.
 
-    frequencies: uint16 [num_classes, NUM_SYMBOLS]; shrink: uint16 [num_classes], in units of 2**-15.
+    frequencies: uint16 [num_tables, NUM_SYMBOLS]; shrink: uint16 [num_tables], in units of 2**-15.
     """
 
     joint_layers: int
@@ -118,7 +119,7 @@ class Basis:
             "head_dim": list(self.head_dim),
             "joint_layers": self.joint_layers,
             "layer_rotation": list(self.layer_rotation),
-            "num_classes": len(self.frequencies),
+            "num_tables": len(self.frequencies),
             "num_components": [[len(side.log_deviation) for side in group] for group in self.groups],
             "num_kv_heads": list(self.num_kv_heads),
             "num_wide": [[side.num_wide for side in group] for group in self.groups],
@@ -180,14 +181,15 @@ class _Reader:
             pairs = 2 * len(rotations[index].inverse_frequencies) if 0 <= index < len(rotations) else 0
             if index >= len(rotations) or pairs > dims[layer]:
                 raise fields.wrong("layer_rotation", "a rotation that fits the layer", index)
-        num_classes = fields.integer("num_classes", 1, MAX_CLASSES)
+        num_tables = fields.integer("num_tables", 1, MAX_TABLES)
         spans = layer_groups(len(dims), joint)
         counts, wide = self._pairs("num_components", len(spans)), self._pairs("num_wide", len(spans))
         fields.done()
-        frequencies = self._take("<u2", num_classes, NUM_SYMBOLS)
-        if np.any(frequencies.sum(axis=1, dtype=np.int64) != TOTAL) or np.any(frequencies >= TOTAL):
-            raise self._wrong("frequencies", f"rows that sum to {TOTAL}, each below it")
-        shrink = self._take("<u2", num_classes)
+        frequencies = self._take("<u2", num_tables, NUM_SYMBOLS)
+        sums = frequencies.sum(axis=1, dtype=np.int64)
+        if np.any(sums != TOTAL) or np.any(frequencies >= TOTAL) or np.any(frequencies[:, ESCAPE] == 0):
+            raise self._wrong("frequencies", f"rows that sum to {TOTAL}, each below it, with one for escapes")
+        shrink = self._take("<u2", num_tables)
         if np.any(shrink > FULL_SHRINK):
             raise self._wrong("shrink", f"at most {FULL_SHRINK}")
         groups = []

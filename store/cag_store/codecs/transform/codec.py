@@ -31,7 +31,7 @@ from cag_store.codecs.base import (
     corrupt_segment,
     refuse_unknown_keys,
 )
-from cag_store.codecs.transform import loops, rans, symbols
+from cag_store.codecs.transform import loops, rans, shifts, symbols
 from cag_store.codecs.transform.basis import Basis
 from cag_store.codecs.transform.prepared import Angles, PreparedSide, prepare_side
 from cag_store.codecs.transform.product import rotated
@@ -47,17 +47,13 @@ _LEAST_CENTERED = 64  # tokens from which on a segment's own center is worth a b
 
 
 class _Segment(NamedTuple):
-    """The parts of a segment: its center, positions and rows of exact tokens, escaped codes, low bits, states and
-    words."""
+    """The parts of a segment: its center, positions and rows of exact tokens, how codes are written, and codes."""
 
     center: NDArray[np.int8]
-
     exact: NDArray[np.uint32]
     exact_rows: Array
-    escapes: NDArray[np.int16]
-    low: memoryview
-    states: NDArray[np.uint32]
-    words: NDArray[np.uint16]
+    layout: rans.Layout
+    stream: rans.Stream
 
 
 class JointTransform(Codec):
@@ -155,10 +151,7 @@ class JointTransform(Codec):
         codes = _decoded(segment, prepared, num_coded)
         angles = [self._turned(side, layer, start, num_tokens) for layer in prepared.layers]
         mean = prepared.centered_mean(segment.center)
-        for first, last, token in _runs(segment.exact, num_tokens):
-            tokens = slice(token, token + last - first)
-            turned = [angle and (angle[0], angle[1][tokens], angle[2][tokens]) for angle in angles]
-            prepared.decode(codes, first, last, mean, [out[:, tokens] for out in outs], turned)
+        prepared.decode(codes, _runs(segment.exact, num_tokens), mean, outs, angles)
         _place_exact(segment, outs)
 
     def _prepared(self, side: Side, first_layer: int) -> PreparedSide:
@@ -207,23 +200,24 @@ class JointTransform(Codec):
         prepared: PreparedSide,
         side: Side,
     ) -> bytes:
-        kinds, low, escapes = symbols.split(codes, prepared.shifts)
-        states, words = rans.encode_symbols(kinds, prepared.classes, prepared.tables)
-        head = _HEAD.pack(_SIDES.index(side), int(center.size > 0), 0, len(exact), len(escapes), len(words))
+        kinds = symbols.symbols_of(codes, prepared.low)
+        by_component, by_token = shifts.chosen_shifts(kinds, prepared.table_numbers, prepared.tables)
+        layout = rans.Layout(prepared.table_numbers + by_component, prepared.low, by_token.astype(np.int32))
+        stream = rans.encode_codes(codes, layout, prepared.tables)
+        counts = len(exact), stream.num_escapes, stream.num_words
+        head = _HEAD.pack(_SIDES.index(side), int(center.size > 0), 0, *counts)
         rows = [
             np.ascontiguousarray(array[:, exact].transpose(1, 0, 2)).reshape(len(exact), heads * dim)
             for array, (heads, dim) in zip(arrays, prepared.shapes, strict=True)
         ]
-        parts: list[Array] = [center, exact, np.concatenate(rows, axis=1), escapes.astype("<i2")]
-        return b"".join(
-            [
-                head,
-                *(part.tobytes() for part in parts),
-                low,
-                states.astype("<u4").tobytes(),
-                words.astype("<u2").tobytes(),
-            ]
-        )
+        parts: list[Array] = [center, exact, np.concatenate(rows, axis=1)]
+        coded: list[Array] = [
+            stream.escapes.astype("<i2"),
+            stream.states.astype("<u4"),
+            stream.words.astype("<u2"),
+        ]
+        shifted = [shifts.pack_shifts(by_component), shifts.pack_shifts(by_token)]
+        return b"".join([head, *(part.tobytes() for part in parts), *shifted, *(part.tobytes() for part in coded)])
 
     def _parse(self, view: memoryview, prepared: PreparedSide, outs: Sequence[Array], side: Side) -> _Segment:
         if len(view) < _HEAD.size:
@@ -236,8 +230,9 @@ class JointTransform(Codec):
             centered * len(prepared.mean),
             4 * num_exact,
             num_exact * len(prepared.mean) * itemsize,
+            shifts.packed_size(prepared.num_components),
+            shifts.packed_size(num_coded),
             2 * num_escapes,
-            symbols.low_bytes(num_coded, prepared.shifts),
             _STATES_BYTES,
             2 * num_words,
         ]
@@ -249,25 +244,25 @@ class JointTransform(Codec):
         if num_exact and (np.any(np.diff(exact.astype(np.int64)) <= 0) or exact[-1] >= outs[0].shape[1]):
             raise corrupt_segment("exact tokens", f"ascending ones below {outs[0].shape[1]}", exact[-1])
         rows = np.frombuffer(parts[2], outs[0].dtype).reshape(num_exact, len(prepared.mean))
-        escapes, states, words = (  # copies, as these bytes may lie at any address
-            np.frombuffer(part, kind).copy() for part, kind in ((parts[3], "<i2"), (parts[5], "<u4"), (parts[6], "<u2"))
+        by_component = shifts.unpack_shifts(parts[3], prepared.num_components)
+        by_token = shifts.unpack_shifts(parts[4], num_coded)
+        layout = rans.Layout(prepared.table_numbers + by_component, prepared.low, by_token)
+        escapes, states, words = (
+            np.frombuffer(part, kind) for part, kind in zip(parts[5:], ("<i2", "<u4", "<u2"), strict=True)
         )
-        return _Segment(np.frombuffer(parts[0], "i1"), exact, rows, escapes, parts[4], states, words)
+        stream = rans.Stream.padded(states, words, escapes)
+        return _Segment(np.frombuffer(parts[0], "i1"), exact, rows, layout, stream)
 
 
 def _decoded(segment: _Segment, prepared: PreparedSide, num_coded: int) -> NDArray[np.int16]:
     """The codes, in a `code_buffer`. Raises: CorruptEntry."""
     buffer = prepared.code_buffer(num_coded)
-    codes = buffer[:num_coded, : len(prepared.classes)]
+    codes = buffer[:num_coded, : prepared.num_components]
     fast = loops.compiled()
     if fast is None:
-        found = rans.decode_symbols(segment.states, segment.words, prepared.classes, prepared.tables, num_coded)
-        codes[:] = symbols.join(found, prepared.shifts, segment.low, segment.escapes)
-        return buffer
-    low = np.frombuffer(bytes(segment.low) + symbols.PAD, np.uint8)
-    facts = prepared.classes, prepared.tables.slots, prepared.shifts
-    if not fast.decode_codes(segment.states, segment.words, *facts, low, segment.escapes, codes):
-        raise rans.torn(len(segment.words))
+        rans.decode_codes(segment.stream, segment.layout, prepared.tables, codes)
+    elif not fast.decode_codes(segment.stream, segment.layout, prepared.tables, codes):
+        raise rans.torn(segment.stream.num_words)
     return buffer
 
 

@@ -5,42 +5,43 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.dtypes import Array
 
+if TYPE_CHECKING:
+    from cag_store.codecs.transform.rans import Layout, Stream, Tables
+
 
 class Loops(Protocol):
     """None of them holds the interpreter's lock."""
 
-    def encode_symbols(
-        self,
-        symbols: NDArray[np.uint8],
-        classes: NDArray[np.uint8],
-        frequencies: NDArray[np.uint32],
-        starts: NDArray[np.uint32],
-    ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    def encode_codes(
+        self, codes: NDArray[np.int16], layout: Layout, tables: Tables
+    ) -> tuple[NDArray[np.uint32], NDArray[np.uint16], NDArray[np.int16]]:
         """As `rans.encode_reference`."""
 
-    def decode_codes(
-        self,
-        states: NDArray[np.uint32],
-        words: NDArray[np.uint16],
-        classes: NDArray[np.uint8],
-        slots: NDArray[np.uint32],
-        shifts: NDArray[np.uint8],
-        low: NDArray[np.uint8],
-        escapes: NDArray[np.int16],
-        codes: NDArray[np.int16],
-    ) -> bool:
-        """As `rans.decode_symbols`, then `symbols.join`, in one pass into `codes`; `low` has `symbols.PAD` behind it.
-        False for what these refuse. `states` is destroyed."""
+    def decode_codes(self, stream: Stream, layout: Layout, tables: Tables, codes: NDArray[np.int16]) -> bool:
+        """As `rans.decode_codes`, of a padded stream; False for what that refuses. Rows of `codes` have room for one
+        more code, which may be set to 0, when their number is odd."""
 
-    def integer_product(self, codes: NDArray[np.int16], packed: NDArray[np.int16], sums: NDArray[np.int32]) -> None:
-        """As `product.product_reference`, of rows packed by `product.pack_rows`."""
+    def shift_costs(
+        self, symbols: NDArray[np.uint8], across: NDArray[np.int32], own: NDArray[np.int32], costs: NDArray[np.int32]
+    ) -> NDArray[np.int64]:
+        """As `shifts.costs_reference`."""
+
+    def PackedRows(self, rows: NDArray[np.int16]) -> Any:  # noqa: N802  a class
+        """Rows `[num_components, num_channels]` as `integer_product` reads them."""
+
+    def Operand(self, buffer: NDArray[np.int16], num_tokens: int, num_components: int) -> Any:  # noqa: N802  a class
+        """Codes as `integer_product` reads them, from a buffer with ROWS - 1 spare rows and an even number of
+        columns."""
+
+    def integer_product(self, operand: Any, packed: Any) -> NDArray[np.int32]:
+        """As `product.product_reference`."""
 
     def finish(
         self,

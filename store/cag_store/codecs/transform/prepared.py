@@ -3,9 +3,10 @@ threads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,11 @@ from numpy.typing import NDArray
 from cag_store.codecs import loops as store_loops
 from cag_store.codecs.transform import loops, rans, symbols
 from cag_store.codecs.transform.basis import FULL_SHRINK, Basis, GroupBasis
-from cag_store.codecs.transform.product import PANEL, ROWS, finish_reference, pack_rows, product_reference
+from cag_store.codecs.transform.product import ROWS, finish_reference, product_reference
 from cag_store.dtypes import Array
 
 Angles = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]] | None
 
-_BLOCK_TOKENS = 32 * ROWS  # sums of these stay in a core's cache
 _LEAST_METRIC = 1e-2
 CENTER = np.float32(64)
 _NO_PAIRS = np.empty((0, 2), np.int64)
@@ -26,13 +26,13 @@ _NO_PAIRS = np.empty((0, 2), np.int64)
 
 @dataclass(frozen=True, eq=False)
 class PreparedSide:
-    """shapes: (num_kv_heads, head_dim) of each layer; scale: step * unit; rows: int16 [kept components,
-    num_channels], shrunk."""
+    """shapes: (num_kv_heads, head_dim) of each layer; table_numbers, low: int32 and uint8 [kept components]
+    (`rans.Layout`); scale: step * unit; rows: int16 [kept components, num_channels], shrunk."""
 
     layers: range
     shapes: tuple[tuple[int, int], ...]
-    classes: NDArray[np.uint8]
-    shifts: NDArray[np.uint8]
+    table_numbers: NDArray[np.int32]
+    low: NDArray[np.uint8]
     tables: rans.Tables
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
@@ -40,11 +40,20 @@ class PreparedSide:
     group: GroupBasis
     step: float
 
+    @property
+    def num_components(self) -> int:
+        """Components that are coded."""
+        return len(self.rows)
+
+    @cached_property
+    def spans(self) -> list[slice]:
+        """The channels of each layer."""
+        ends = np.cumsum([heads * dim for heads, dim in self.shapes]).tolist()
+        return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
+
     def code_buffer(self, num_tokens: int) -> NDArray[np.int16]:
-        """Zeros for the codes of `num_tokens` tokens, with the spare rows and column that the compiled product
-        reads."""
-        num_components = len(self.rows)
-        return np.zeros((num_tokens + ROWS, num_components + num_components % 2), np.int16)
+        """Zeros for the codes of `num_tokens` tokens, with the spare rows and column that the compiled loops use."""
+        return np.zeros((num_tokens + ROWS, self.num_components + self.num_components % 2), np.int16)
 
     def center_of(self, values: NDArray[np.float32], codes: NDArray[np.int16]) -> NDArray[np.int8]:
         """What the mean of `values` `[num_tokens, num_channels]` has beyond that of their codes, in units of
@@ -64,38 +73,32 @@ class PreparedSide:
     def decode(
         self,
         codes: NDArray[np.int16],
-        first: int,
-        last: int,
+        runs: Sequence[tuple[int, int, int]],
         mean: NDArray[np.float32],
         outs: Sequence[Array],
         angles: Sequence[Angles],
     ) -> None:
-        """Rows [first, last) of `codes` (a `code_buffer`) into `outs`, one array a layer, with the angles of these
-        tokens."""
-        for begin in range(first, last, _BLOCK_TOKENS):
-            end = min(begin + _BLOCK_TOKENS, last)
-            sums = self._sums(codes, begin, end)
-            span = slice(begin - first, end - first)
-            channel = 0
-            for out, angle in zip(outs, angles, strict=True):
-                width = out.shape[0] * out.shape[2]
-                channels = slice(channel, channel + width)
-                turned = None if angle is None else (angle[0], angle[1][span], angle[2][span])
-                _finish(sums[:, channels], self.scale[channels], mean[channels], turned, out[:, span])
-                channel += width
-
-    def _sums(self, codes: NDArray[np.int16], begin: int, end: int) -> NDArray[np.int32]:
+        """Rows of `codes` (a `code_buffer`) into `outs`, one array a layer, with the angles of all tokens: for each run
+        (first, last, token) rows [first, last) into the tokens from `token` on."""
+        num_coded = runs[-1][1] if runs else 0
         fast = loops.compiled()
-        if fast is None:
-            return product_reference(codes[begin:end, : len(self.rows)], self.rows)
-        num_rows = -(-(end - begin) // ROWS) * ROWS
-        sums = np.empty((num_rows, -(-len(self.mean) // PANEL) * PANEL), np.int32)
-        fast.integer_product(codes[begin : begin + num_rows], self._packed_rows, sums)
-        return sums[: end - begin]
+        operand = fast and fast.Operand(codes, num_coded, self.num_components)
+        for number, (out, angle, span) in enumerate(zip(outs, angles, self.spans, strict=True)):
+            if fast is None:
+                sums = product_reference(codes[:num_coded, : self.num_components], self.rows[:, span])
+            else:
+                sums = fast.integer_product(operand, self._packed[number])
+            for first, last, token in runs:
+                tokens = slice(token, token + last - first)
+                turned = None if angle is None else (angle[0], angle[1][tokens], angle[2][tokens])
+                _finish(sums[first:last], self.scale[span], mean[span], turned, out[:, tokens])
 
     @cached_property
-    def _packed_rows(self) -> NDArray[np.int16]:
-        return pack_rows(self.rows)
+    def _packed(self) -> list[Any]:
+        """The rows of each layer as the compiled product reads them."""
+        fast = loops.compiled()
+        assert fast is not None
+        return [fast.PackedRows(np.ascontiguousarray(self.rows[:, span])) for span in self.spans]
 
     @cached_property
     def forward(self) -> NDArray[np.float32]:
@@ -103,40 +106,39 @@ class PreparedSide:
 
         The nearest point, in the basis' metric, of the span of the components that are kept.
         """
-        directions = self.group.rows[: len(self.rows)] * self.group.unit.astype(np.float64)
-        weighted = directions @ self._metric
-        gram = weighted @ directions.T
-        solved = np.linalg.solve(gram, weighted)
+        directions = (self.group.rows[: self.num_components] * self.group.unit).astype(np.float32)
+        weighted = np.empty_like(directions)
+        for span, block in self._metric_blocks():
+            weighted[:, span] = directions[:, span] @ block
+        gram = (weighted @ directions.T).astype(np.float64)
+        solved = np.linalg.solve(gram, weighted.astype(np.float64))
         return np.ascontiguousarray((solved / self.step).T.astype(np.float32))
 
-    @property
-    def _metric(self) -> NDArray[np.float64]:
-        metric = np.zeros((len(self.mean), len(self.mean)))
+    def _metric_blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """The metric of each head, and its channels."""
         first = 0
-        for layer in self.group.correlations:
-            for block in layer:
-                span = slice(first, first + len(block))
-                scale = self.group.metric_scale[span].astype(np.float64)
-                found, vectors = np.linalg.eigh((block.astype(np.float64) + block.T) / 254)
-                values = np.maximum(found, _LEAST_METRIC)
-                metric[span, span] = (vectors * values @ vectors.T) * np.outer(scale, scale)
-                first += len(block)
-        return metric
+        for block in (block for layer in self.group.correlations for block in layer):
+            span = slice(first, first + len(block))
+            scale = self.group.metric_scale[span].astype(np.float64)
+            found, vectors = np.linalg.eigh((block.astype(np.float64) + block.T) / 254)
+            values = np.maximum(found, _LEAST_METRIC)
+            yield span, ((vectors * values @ vectors.T) * np.outer(scale, scale)).astype(np.float32)
+            first += len(block)
 
 
 def prepare_side(basis: Basis, index: int, side: int, step: int, tables: rans.Tables) -> PreparedSide:
     """Group `index` of a basis, keys (0) or values (1), at a step of `2 ** (step / 64)`."""
     group = basis.groups[index][side]
     first, last = basis.spans[index]
-    classes = symbols.component_classes(group.log_deviation, step, len(basis.frequencies))
-    shifts = np.array([symbols.class_shift(int(number)) for number in classes], np.uint8)
-    shrunk = (group.rows[: len(classes)] * basis.shrink[classes][:, None].astype(np.int32) + FULL_SHRINK // 2) >> 15
+    levels = symbols.component_levels(group.log_deviation, step)
+    numbers = symbols.table_numbers(levels, len(basis.frequencies))
+    shrunk = (group.rows[: len(levels)] * basis.shrink[numbers][:, None].astype(np.int32) + FULL_SHRINK // 2) >> 15
     width = np.float32(2.0 ** (step / 64))
     return PreparedSide(
         range(first, last),
         tuple(zip(basis.num_kv_heads[first:last], basis.head_dim[first:last], strict=True)),
-        classes,
-        shifts,
+        numbers,
+        symbols.low_bits(levels),
         tables,
         group.mean.astype(np.float32),
         (group.unit * width).astype(np.float32),

@@ -16,6 +16,8 @@ from cag_store.dtypes import Array, narrow_into
 
 PANEL = 64
 ROWS = 6
+TILE = 16
+DIGIT_STEP = 64  # components of a tile
 
 
 def product_reference(codes: NDArray[np.int16], rows: NDArray[np.int16]) -> NDArray[np.int32]:
@@ -31,6 +33,22 @@ def pack_rows(rows: NDArray[np.int16]) -> NDArray[np.int16]:
     padded = np.zeros((-(-num_components // 2) * 2, -(-num_channels // PANEL) * PANEL), np.int16)
     padded[:num_components, :num_channels] = rows
     return np.ascontiguousarray(padded.reshape(len(padded) // 2, 2, -1, PANEL).transpose(2, 0, 3, 1))
+
+
+def pack_digits(rows: NDArray[np.int16]) -> NDArray[np.int8] | None:
+    """Rows as `256 * high + low`, each of 8 bits with sign: `[blocks of TILE channels, steps of DIGIT_STEP components,
+    2, DIGIT_STEP / 4, 4 * TILE]`, high digits first, padded by zeros. None where a high digit has more bits."""
+    num_components, num_channels = rows.shape
+    shape = -(-num_components // DIGIT_STEP) * DIGIT_STEP, -(-num_channels // TILE) * TILE
+    padded = np.zeros(shape, np.int32)
+    padded[:num_components, :num_channels] = rows
+    low = padded.astype(np.int8)
+    high = (padded - low) >> 8
+    if np.any(high > np.iinfo(np.int8).max):
+        return None
+    digits = np.stack([high.astype(np.int8), low])
+    tiles = digits.reshape(2, -1, DIGIT_STEP // 4, 4, shape[1] // TILE, TILE).transpose(4, 1, 0, 2, 5, 3)
+    return np.ascontiguousarray(tiles).reshape(*tiles.shape[:4], 4 * TILE)
 
 
 def finish_reference(

@@ -1,0 +1,60 @@
+"""What the compiled loops are made with: numba, LLVM instructions of this processor, and what it can do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+# untyped, and not installed everywhere
+numba = importlib.import_module("numba")
+types = numba.types
+extending = importlib.import_module("numba.extending")
+cgutils: Any = importlib.import_module("numba.core.cgutils")
+ir: Any = importlib.import_module("llvmlite.ir")
+_binding = importlib.import_module("llvmlite.binding")
+
+FEATURES: dict[str, bool] = dict(_binding.get_host_cpu_features())
+
+BIT, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+POINTER = ir.PointerType(INT8)
+
+
+def compiled(function: Callable[..., Any], *signatures: Any) -> Any:
+    """`function` compiled ahead for `signatures`; without numba's cache where no folder for it can be written."""
+    try:
+        return numba.njit(list(signatures), nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(list(signatures), nogil=True)(function)
+
+
+def array(kind: Any, ndim: int, readonly: bool = False) -> Any:
+    """The type of a contiguous array."""
+    return types.Array(kind, ndim, "C", readonly=readonly)
+
+
+def pointer(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
+    """The address `base + offset` in bytes as a pointer to `kind`."""
+    return builder.inttoptr(builder.add(base, offset), ir.PointerType(kind))
+
+
+def load(builder: Any, base: Any, offset: Any, kind: Any, align: int) -> Any:
+    """What stands at `base + offset`."""
+    return builder.load(pointer(builder, base, offset, kind), align=align)
+
+
+def splat(builder: Any, number: Any, vector: Any) -> Any:
+    """A number in every lane."""
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), number, INT32(0))
+    return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(INT32, vector.count), [0] * vector.count))
+
+
+def constant(vector: Any, number: int) -> Any:
+    """The same constant in every lane."""
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def intrinsic(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """Call an LLVM intrinsic by its full name."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(builder.module.declare_intrinsic(name, fnty=kind), arguments)
