@@ -88,6 +88,10 @@ def launch_everything():
         dequantize_on_device(*prefix[:3], **sizes, dtype=torch.bfloat16)
         quantize_on_device(keys, bits=bits, num_exact=4, **sizes)
         quantize_on_device(values, bits=bits, num_exact=4, group_tokens=1, group_channels=64)
+    window = {"scale": 0.1, "positions": counts[1:], "window": 64, "softcap": 5.0}
+    attend(query[:, :1], DensePrefix(keys, values), tails, 132, **window, dtype=torch.bfloat16)
+    wide = torch.zeros(2, 1, 128, 256, dtype=torch.float16)
+    attend(wide[0, :, :1], quantize_prefix(*wide, key_bits=4, value_bits=4), None, 132, **window)
     rotate(keys, *angles(torch.zeros(1024, dtype=torch.int64), torch.ones(64)), "halves")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}  # of a program, by compute capability
-MAX_SPILLED_BYTES = 8  # two registers of the widest kernel, 4-bit codes for 128 rows
+MAX_SPILLED_BYTES = 32  # of a thread: 4-bit codes, head_dim 256, four groups of channels; nothing elsewhere
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
