@@ -21,6 +21,7 @@ from cag_kernels import (
     QuantizedPrefix,
     cascade_attention,
     dequantize_prefix,
+    inverse_transform,
     merge_segments,
     move_keys,
     prefix_attention,
@@ -28,9 +29,11 @@ from cag_kernels import (
     segment_attention,
 )
 from cag_kernels.flash import fused_attention
+from cag_kernels.inverse import inverse_transform_reference
 from cag_kernels.prefix_reference import cascade_attention_reference, prefix_attention_reference
 
 PAGE_TOKENS = 16
+COMPONENTS_PER_CHANNEL = 0.6  # of a layer's channels, what the codec `transform` keeps at a mild step
 KINDS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "int8": {"key_bits": 8, "value_bits": 8, "group_channels": 256},
@@ -68,6 +71,7 @@ def gpu_cases(sizes: GpuSizes) -> Iterator[KernelCase]:
             yield _quantize_case(kind, sizes, plain, codes or {}, prefix)
             yield _dequantize_case(kind, sizes, prefix)
     yield _move_case(sizes, plain.keys)
+    yield _inverse_case(sizes)
 
 
 def _query(sizes: GpuSizes, num_queries: int) -> Tensor:
@@ -187,3 +191,22 @@ def _move_case(sizes: GpuSizes, keys: Tensor) -> KernelCase:
 
     arms = {"move_keys": partial(move_keys, keys, distances, frequencies)}
     return KernelCase("move keys", {"num_tokens": sizes.num_tokens}, 2 * keys.nbytes, arms, error, MAX_ERROR)
+
+
+def _inverse_case(sizes: GpuSizes) -> KernelCase:
+    """One layer's keys from their codes: what the codec `transform` does behind its entropy decoder."""
+    num_channels, dtype = sizes.num_kv_heads * sizes.head_dim, torch.bfloat16
+    shape = (sizes.num_tokens, round(num_channels * COMPONENTS_PER_CHANNEL))
+    codes = torch.randint(-64, 64, shape, dtype=torch.int16, device=sizes.device)
+    rows = torch.randint(-(1 << 14), 1 << 14, (shape[1], num_channels), dtype=torch.int16, device=sizes.device)
+    scale, mean = torch.rand(2, num_channels, device=sizes.device) * 1e-6
+    invert = partial(inverse_transform, codes, rows, scale, mean, head_dim=sizes.head_dim, dtype=dtype)
+
+    def error() -> float:
+        few = (part.cpu() for part in (codes[:64], rows, scale, mean))
+        expected = inverse_transform_reference(*few, head_dim=sizes.head_dim, dtype=dtype)
+        return 0.0 if torch.equal(invert()[:, :64].cpu(), expected) else 1.0
+
+    moved = _bytes(codes, rows, scale, mean) + 2 * sizes.num_tokens * num_channels
+    sizes_of = {"num_tokens": sizes.num_tokens, "num_components": shape[1]}
+    return KernelCase("inverse transform", sizes_of, moved, {"inverse_transform": invert}, error, 0.0)

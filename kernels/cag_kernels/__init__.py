@@ -5,13 +5,15 @@ This package knows torch and Triton, and no type of the project. `segment_attent
 `packed_linear` multiplies a question's rows by a weight that `pack_weight` laid out for it.
 
 `prefix_attention`, `paged_attention` and both together, `cascade_attention`, serve the queries of many sessions over
-one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys to other positions. What they mean is in
-`prefix_reference`, `quantize` and `rotation`. Triton is imported by the first call that it serves on a CUDA device.
+one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys to other positions; `inverse_transform`
+makes them from integer codes. What they mean is in `prefix_reference`, `quantize`, `rotation` and `inverse`. Triton is
+imported by the first call that it serves on a CUDA device.
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
 from cag_kernels.cpu import has_compiler, warm_up
 from cag_kernels.device import prefix_paths
+from cag_kernels.inverse import inverse_transform
 from cag_kernels.linear import FEW_ROWS, linear_without_packing, packed_linear, warm_up_linear
 from cag_kernels.merge import merge_segments
 from cag_kernels.packed import PackedWeight, can_pack, pack_weight
@@ -36,6 +38,7 @@ __all__ = [
     "dequantize",
     "dequantize_prefix",
     "has_compiler",
+    "inverse_transform",
     "linear_without_packing",
     "merge_segments",
     "move_keys",

@@ -132,7 +132,7 @@ def attend_prefix_parts(
         group_size=num_q_heads // num_kv_heads, half=half, block_half=max(16, triton.next_power_of_2(half)),
         block_rows=plan.block_rows, block_tokens=plan.block_tokens, has_window=window is not None,
         has_cap=softcap is not None, folded=plan.block_rows <= MAX_FOLDED_ROWS,
-        num_warps=8 if plan.block_rows == 128 else 4, num_stages=3, **sizes,
+        num_warps=8 if plan.block_rows == 128 or head_dim > 128 else 4, num_stages=3, **sizes,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_the_cases_of_a_gpu_run_and_are_right(clock):
     names = [row["name"] for row in rows]
     assert names.count("prefix attention, int4") == 3
     assert names.count("cascade attention, bf16") == 2
-    assert {"quantize, int8", "dequantize, int4", "move keys"} <= set(names)
+    assert {"quantize, int8", "dequantize, int4", "move keys", "inverse transform"} <= set(names)
     moved = {row["name"]: row["bytes_moved"] for row in rows if row["shape"].get("num_queries", 1) == 1}
     plain = 2 * 2 * 600 * 32 * 2
     assert plain < moved["prefix attention, bf16"] < 1.1 * plain
