@@ -55,7 +55,7 @@ def inverse_transform_reference(
     """`(codes @ rows modulo 2**32) * scale + mean`, turned by the angles, each operation rounded to float32.
 
     Args:
-        codes: int16 `[num_tokens, num_components]`.
+        codes: int16 `[num_tokens, num_components]`, any strides: transposed as `rans.decode_segments` gives them.
         rows: int16 `[num_components, num_kv_heads * head_dim]`, the layer's channels.
         scale, mean: float32 `[num_kv_heads * head_dim]`.
         head_dim: even.

@@ -47,8 +47,8 @@ def _finished(high, middle, low, scale, mean, channels, mask):
 
 @triton.jit
 def invert_block(
-    codes, rows, scale, mean, cosines, sines, out, num_tokens, num_components, code_stride, row_stride,
-    half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr, block_half: tl.constexpr,
+    codes, rows, scale, mean, cosines, sines, out, num_tokens, num_components, token_stride, component_stride,
+    row_stride, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr, block_half: tl.constexpr,
     block_tokens: tl.constexpr, block_components: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens of one head; pair `i` is channels `firsts[i]` and `seconds[i]`, those behind are not turned."""
@@ -67,7 +67,8 @@ def invert_block(
     for start in range(0, num_components, block_components):
         components = start + tl.arange(0, block_components)
         is_component = components < num_components
-        at = codes + tokens.to(tl.int64)[:, None] * code_stride + components[None, :]
+        at = codes + tokens.to(tl.int64)[:, None] * token_stride
+        at += components.to(tl.int64)[None, :] * component_stride
         tile = tl.load(at, mask=is_token[:, None] & is_component[None, :], other=0)
         codes_high, codes_low = _bytes(tile)
         code_sums = tl.sum(tile.to(tl.int32), 1)
@@ -104,13 +105,13 @@ def invert(
 ) -> Tensor:
     """`[num_kv_heads, num_tokens, head_dim]` as `inverse.inverse_transform_reference` gives it."""
     num_tokens, num_kv_heads, half = codes.shape[0], rows.shape[1] // head_dim, head_dim // 2
-    codes, rows = (part if part.stride(1) == 1 else part.contiguous() for part in (codes, rows))
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     cosines, sines = (scale, scale) if angles is None else (part.contiguous() for part in angles)
     out = torch.empty((num_kv_heads, num_tokens, head_dim), dtype=dtype, device=codes.device)
     if num_tokens:
         invert_block[(triton.cdiv(num_tokens, BLOCK_TOKENS), num_kv_heads)](
             codes, rows, scale.contiguous(), mean.contiguous(), cosines, sines, out, num_tokens, codes.shape[1],
-            codes.stride(0), rows.stride(0), half=half, num_pairs=0 if angles is None else cosines.shape[1],
+            *codes.stride(), rows.stride(0), half=half, num_pairs=0 if angles is None else cosines.shape[1],
             adjacent=pairing == "adjacent", block_half=max(16, triton.next_power_of_2(half)),
             block_tokens=BLOCK_TOKENS, block_components=BLOCK_COMPONENTS, num_warps=8 if half > 64 else 4,
             enable_fp_fusion=False,

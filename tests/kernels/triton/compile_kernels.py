@@ -18,10 +18,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cag_kernels import DensePrefix, PagedTails, quantize_prefix
+from cag_kernels.rans import RansSegments
 from cag_kernels.rotation import angles
 from cag_kernels.triton_inverse import invert
 from cag_kernels.triton_launch import attend
 from cag_kernels.triton_quantize import dequantize_on_device, quantize_on_device
+from cag_kernels.triton_rans import decode_on_device
 from cag_kernels.triton_rotation import rotate
 
 TYPES = {
@@ -96,6 +98,11 @@ def launch_everything():
     tables = angles(torch.zeros(64, dtype=torch.int64), torch.ones(64))
     codes, rows = torch.zeros(64, 700, dtype=torch.int16), torch.zeros(700, 1024, dtype=torch.int16)
     invert(codes, rows, torch.ones(1024), torch.ones(1024), tables, 128, torch.bfloat16, "halves")
+    counts = torch.tensor([0, 64], dtype=torch.int32)
+    shifts = torch.zeros(64, dtype=torch.int8), torch.zeros(1, 700, dtype=torch.int8)
+    numbers = torch.zeros(1, 32, dtype=torch.int32), torch.zeros(64, dtype=torch.int16)
+    segments = RansSegments(*numbers, counts, numbers[1], counts, counts, *shifts)
+    decode_on_device(segments, torch.zeros(64, 4096, dtype=torch.int32), *shifts[1].expand(2, -1))
     rotate(keys, *angles(torch.zeros(1024, dtype=torch.int64), torch.ones(64)), "halves")
 
 

@@ -23,7 +23,16 @@ def test_every_launch_compiles(capability):
     assert ran.returncode == 0, ran.stderr
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     kernels = {row["kernel"] for row in found}
-    assert {"attend_prefix", "attend_tails", "merge", "decode", "turn", "invert_block", "code_token_groups"} <= kernels
+    assert {
+        "attend_prefix",
+        "attend_tails",
+        "merge",
+        "decode",
+        "turn",
+        "invert_block",
+        "decode_segment",
+        "code_token_groups",
+    } <= kernels
     assert {(row["block_rows"], row["key_bits"]) for row in found if row["kernel"] == "attend_prefix"} == {
         (rows, bits) for rows in (16, 128) for bits in (16, 8, 4)
     }

@@ -29,9 +29,11 @@ def test_layers_are_the_references(device, pairing, num_pairs, dtype):
     kwargs = {"head_dim": 96, "dtype": dtype, "pairing": pairing}
     expected = inverse_transform_reference(codes, rows, scale, mean, angles=tables, **kwargs)
     moved = None if tables is None else tuple(table.to(device) for table in tables)
-    found = invert(*(part.to(device) for part in (codes, rows, scale, mean)), moved, 96, dtype, pairing)
-    assert found.dtype == dtype
-    assert torch.equal(found.cpu(), expected)
+    operands = [part.to(device) for part in (rows, scale, mean)]
+    for given in (codes, codes.t().contiguous().t()):
+        found = invert(given.to(device), *operands, moved, 96, dtype, pairing)
+        assert found.dtype == dtype
+        assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("pairing", ["halves", "adjacent"])
