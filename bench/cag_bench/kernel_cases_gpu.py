@@ -19,8 +19,11 @@ from cag_kernels import (
     DensePrefix,
     PagedTails,
     QuantizedPrefix,
+    RansSegments,
     cascade_attention,
+    decode_segments,
     dequantize_prefix,
+    inverse_transform,
     merge_segments,
     move_keys,
     prefix_attention,
@@ -28,9 +31,12 @@ from cag_kernels import (
     segment_attention,
 )
 from cag_kernels.flash import fused_attention
+from cag_kernels.inverse import inverse_transform_reference
 from cag_kernels.prefix_reference import cascade_attention_reference, prefix_attention_reference
+from cag_kernels.rans import LANES, decode_segments_reference
 
 PAGE_TOKENS = 16
+COMPONENTS_PER_CHANNEL = 0.6  # of a layer's channels, what the codec `transform` keeps at a mild step
 KINDS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "int8": {"key_bits": 8, "value_bits": 8, "group_channels": 256},
@@ -51,6 +57,8 @@ class GpuSizes:
     head_dim: int = 128
     question_tokens: int = 32
     tail_tokens: int = 256
+    chunk_tokens: int = 512
+    num_sides: int = 12  # keys and values of 6 groups of layers, decoded at once
 
 
 def gpu_cases(sizes: GpuSizes) -> Iterator[KernelCase]:
@@ -68,6 +76,8 @@ def gpu_cases(sizes: GpuSizes) -> Iterator[KernelCase]:
             yield _quantize_case(kind, sizes, plain, codes or {}, prefix)
             yield _dequantize_case(kind, sizes, prefix)
     yield _move_case(sizes, plain.keys)
+    yield _inverse_case(sizes)
+    yield _entropy_case(sizes)
 
 
 def _query(sizes: GpuSizes, num_queries: int) -> Tensor:
@@ -187,3 +197,64 @@ def _move_case(sizes: GpuSizes, keys: Tensor) -> KernelCase:
 
     arms = {"move_keys": partial(move_keys, keys, distances, frequencies)}
     return KernelCase("move keys", {"num_tokens": sizes.num_tokens}, 2 * keys.nbytes, arms, error, MAX_ERROR)
+
+
+def _inverse_case(sizes: GpuSizes) -> KernelCase:
+    """One layer's keys from their codes: what the codec `transform` does behind its entropy decoder."""
+    num_channels, dtype = sizes.num_kv_heads * sizes.head_dim, torch.bfloat16
+    shape = (sizes.num_tokens, round(num_channels * COMPONENTS_PER_CHANNEL))
+    codes = torch.randint(-64, 64, shape, dtype=torch.int16, device=sizes.device)
+    rows = torch.randint(-(1 << 14), 1 << 14, (shape[1], num_channels), dtype=torch.int16, device=sizes.device)
+    scale, mean = torch.rand(2, num_channels, device=sizes.device) * 1e-6
+    invert = partial(inverse_transform, codes, rows, scale, mean, head_dim=sizes.head_dim, dtype=dtype)
+
+    def error() -> float:
+        few = (part.cpu() for part in (codes[:64], rows, scale, mean))
+        expected = inverse_transform_reference(*few, head_dim=sizes.head_dim, dtype=dtype)
+        return 0.0 if torch.equal(invert()[:, :64].cpu(), expected) else 1.0
+
+    moved = _bytes(codes, rows, scale, mean) + 2 * sizes.num_tokens * num_channels
+    sizes_of = {"num_tokens": sizes.num_tokens, "num_components": shape[1]}
+    return KernelCase("inverse transform", sizes_of, moved, {"inverse_transform": invert}, error, 0.0)
+
+
+def _entropy_case(sizes: GpuSizes) -> KernelCase:
+    """Segments of one chunk each, every code of 7 bits out of random words: as much to read as such codes have.
+
+    Such a stream does not end where a writer's would, which the decoder says and which costs it nothing.
+    """
+    num_segments = -(-sizes.num_tokens // sizes.chunk_tokens) * sizes.num_sides
+    num_components, num_tokens = sizes.num_kv_heads * sizes.head_dim, num_segments * sizes.chunk_tokens
+    segments = _random_segments(sizes, num_segments, num_components)
+    slot = torch.arange(4096, dtype=torch.int32, device=sizes.device)
+    slots = (slot // 32 << 24 | 32 << 12 | slot % 32)[None].contiguous()
+    zeros = torch.zeros(2, num_components, dtype=torch.int8, device=sizes.device)
+    decode = partial(decode_segments, segments, slots, zeros[0], zeros[1])
+
+    def error() -> float:
+        ends = {name: getattr(segments, name)[:2] for name in ("word_starts", "escape_starts", "token_starts")}
+        rows = {name: getattr(segments, name)[:1] for name in ("states", "component_shifts")}
+        first = segments._replace(**ends, **rows, token_shifts=segments.token_shifts[: sizes.chunk_tokens])
+        on_host = (part.cpu() for part in (*first, slots, zeros[0], zeros[1]))
+        parts = list(on_host)
+        expected, _ = decode_segments_reference(RansSegments(*parts[:8]), *parts[8:])
+        return 0.0 if torch.equal(decode()[0][:, : sizes.chunk_tokens].cpu(), expected) else 1.0
+
+    moved = _bytes(segments.words) + 2 * num_tokens * num_components
+    shape = {"num_segments": num_segments, "num_components": num_components, "num_tokens": num_tokens}
+    return KernelCase("entropy decoding", shape, moved, {"decode_segments": decode}, error, 0.0)
+
+
+def _random_segments(sizes: GpuSizes, num_segments: int, num_components: int) -> RansSegments:
+    num_words = sizes.chunk_tokens * num_components * 7 // 16
+    device, shorts = sizes.device, 1 << 15
+    return RansSegments(
+        states=torch.randint(1 << 16, 1 << 31, (num_segments, LANES), dtype=torch.int32, device=device),
+        words=torch.randint(-shorts, shorts, (num_segments * num_words,), dtype=torch.int16, device=device),
+        word_starts=torch.arange(num_segments + 1, dtype=torch.int32, device=device) * num_words,
+        escapes=torch.zeros(0, dtype=torch.int16, device=device),
+        escape_starts=torch.zeros(num_segments + 1, dtype=torch.int32, device=device),
+        token_starts=torch.arange(num_segments + 1, dtype=torch.int32, device=device) * sizes.chunk_tokens,
+        token_shifts=torch.zeros(num_segments * sizes.chunk_tokens, dtype=torch.int8, device=device),
+        component_shifts=torch.zeros(num_segments, num_components, dtype=torch.int8, device=device),
+    )

@@ -20,7 +20,15 @@ from cag_bench.provenance import commit, device_facts, load_average, versions
 from cag_bench.rows import TABLE, ResultRows
 
 GPU_TOKENS, CPU_TOKENS = 85_000, 4_096
-NEEDS_GPU = ("prefix attention", "cascade attention", "quantize", "dequantize", "move keys")
+NEEDS_GPU = (
+    "prefix attention",
+    "cascade attention",
+    "quantize",
+    "dequantize",
+    "move keys",
+    "inverse transform",
+    "entropy decoding",
+)
 
 
 @dataclass(frozen=True)

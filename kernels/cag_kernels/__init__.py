@@ -5,13 +5,15 @@ This package knows torch and Triton, and no type of the project. `segment_attent
 `packed_linear` multiplies a question's rows by a weight that `pack_weight` laid out for it.
 
 `prefix_attention`, `paged_attention` and both together, `cascade_attention`, serve the queries of many sessions over
-one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys to other positions. What they mean is in
-`prefix_reference`, `quantize` and `rotation`. Triton is imported by the first call that it serves on a CUDA device.
+one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys to other positions; `decode_segments` and
+`inverse_transform` make them from entropy-coded integers. What they mean is in `prefix_reference`, `quantize`,
+`rotation`, `rans` and `inverse`. Triton is imported by the first call that it serves on a CUDA device.
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
 from cag_kernels.cpu import has_compiler, warm_up, warm_up_tiles
 from cag_kernels.device import prefix_paths
+from cag_kernels.inverse import inverse_transform
 from cag_kernels.linear import (
     FEW_ROWS,
     linear_without_packing,
@@ -25,6 +27,7 @@ from cag_kernels.packed import PackedWeight, can_pack, pack_weight
 from cag_kernels.prefix import cascade_attention, choose_prefix_path, paged_attention, prefix_attention
 from cag_kernels.prefixes import DensePrefix, PagedTails, QuantizedPrefix
 from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize, quantize_prefix
+from cag_kernels.rans import RansSegments, decode_segments
 from cag_kernels.reference import segment_attention_reference
 from cag_kernels.rotation import move_keys
 
@@ -35,14 +38,17 @@ __all__ = [
     "PackedWeight",
     "PagedTails",
     "QuantizedPrefix",
+    "RansSegments",
     "available_paths",
     "can_pack",
     "cascade_attention",
     "choose_path",
     "choose_prefix_path",
+    "decode_segments",
     "dequantize",
     "dequantize_prefix",
     "has_compiler",
+    "inverse_transform",
     "linear_without_packing",
     "merge_segments",
     "move_keys",

@@ -16,12 +16,8 @@ from cag_kernels.attention import segment_attention
 from cag_kernels.cpu import cpu_quantized_attention, quantized_attention_serves
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
-from cag_kernels.prefix_reference import (
-    cascade_attention_reference,
-    paged_attention_reference,
-    prefix_attention_reference,
-    query_positions,
-)
+from cag_kernels.merge import merge_segments
+from cag_kernels.prefix_reference import prefix_attention_reference, query_positions, session_by_session
 from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix, QuantizedPrefix, check_prefix, check_tails
 
 
@@ -66,7 +62,7 @@ def paged_attention(
     check_tails(tails, query)
     kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if not triton_serves(query):
-        return paged_attention_reference(query, tails, **kwargs)
+        return session_by_session(query, tails, segment_attention, **kwargs)
     from cag_kernels.triton_launch import attend
 
     return attend(query, None, tails, num_processors(query.device), positions=None, **kwargs)
@@ -91,14 +87,15 @@ def cascade_attention(
     check_tails(tails, query)
     check_prefix(prefix, query.shape[2])
     kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    positions = None if window is None else query_positions(tails, prefix.num_tokens, query.shape[1])
     if not triton_serves(query):
-        return cascade_attention_reference(query, prefix, tails, **kwargs)
+        shared = prefix_attention(query, prefix, positions=positions, **kwargs)
+        return merge_segments([shared, paged_attention(query, tails, **kwargs)]).to(query.dtype)
     from cag_kernels.triton_launch import attend
 
-    positions = None if window is None else query_positions(tails, prefix.num_tokens, query.shape[1])
-    return attend(query, prefix, tails, num_processors(query.device), positions=positions, dtype=query.dtype, **kwargs)[
-        0
-    ]
+    kwargs |= {"positions": positions, "dtype": query.dtype}
+    out, _ = attend(query, prefix, tails, num_processors(query.device), **kwargs)
+    return out
 
 
 def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, softcap: float | None) -> str:

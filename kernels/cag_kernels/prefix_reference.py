@@ -5,6 +5,9 @@ The Triton kernels are tested against these evaluated in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,18 +79,22 @@ def paged_attention_reference(
     Returns:
         `(out, lse)` as there, for all queries side by side. Queries of no session get zeros and `-inf`.
     """
+    return session_by_session(query, tails, segment_attention_reference, scale=scale, window=window, softcap=softcap)
+
+
+def session_by_session(
+    query: Tensor, tails: PagedTails, attend: Callable[..., tuple[Tensor, Tensor]], **masks: Any
+) -> tuple[Tensor, Tensor]:
+    """`attend(query, keys, values, offset=..., **masks)` over the tail of each session, put side by side."""
     out = query.new_zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
     lse = out.new_full(query.shape[:2], -torch.inf)
     starts = tails.query_starts.tolist()
     for session, length in enumerate(tails.lengths.tolist()):
         own = slice(starts[session], starts[session + 1])
-        if own.stop == own.start:
-            continue
-        keys, values = tail_of(tails, session, length)
-        offset = length - (own.stop - own.start)
-        out[:, own], lse[:, own] = segment_attention_reference(
-            query[:, own], keys, values, scale=scale, offset=offset, window=window, softcap=softcap
-        )
+        if own.stop > own.start:
+            keys, values = tail_of(tails, session, length)
+            offset = length - (own.stop - own.start)
+            out[:, own], lse[:, own] = attend(query[:, own], keys, values, offset=offset, **masks)
     return out, lse
 
 

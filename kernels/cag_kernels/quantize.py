@@ -142,10 +142,7 @@ def dequantize_reference(coded: Coded, *, group_tokens: int, group_channels: int
     """
     codes = unpacked(coded.codes).to(torch.promote_types(dtype, torch.float32))
     scale, offset = (spread(part.to(codes.dtype), codes, group_tokens, group_channels) for part in coded[1:])
-    numbers = codes * scale + offset
-    if dtype == torch.bfloat16:
-        return narrowed(numbers, 0x8000)
-    return numbers.clamp(-LARGEST_HALF, LARGEST_HALF).half() if dtype == torch.float16 else numbers
+    return narrowed_to(codes * scale + offset, dtype)
 
 
 def unpacked(codes: Tensor) -> Tensor:
@@ -162,6 +159,13 @@ def packed(codes: Tensor) -> Tensor:
 def narrowed(numbers: Tensor, addend: int) -> Tensor:
     """float32 to bfloat16: `addend` to the bit patterns, of which the upper 16 stay. 0x8000 rounds to nearest."""
     return (numbers.view(torch.int32) + addend >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def narrowed_to(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to a storage dtype as the store rounds: bfloat16 halves away from zero, float16 without infinities."""
+    if dtype == torch.bfloat16:
+        return narrowed(numbers, 0x8000)
+    return numbers.clamp(-LARGEST_HALF, LARGEST_HALF).half() if dtype == torch.float16 else numbers
 
 
 def spread(parts: Tensor, numbers: Tensor, group_tokens: int, group_channels: int) -> Tensor:

@@ -45,16 +45,18 @@ def move_keys_reference(
     Source: RoFormer, arXiv:2104.09864.
     """
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    cosines, sines = (table.to(dtype) for table in angles(distances, inverse_frequencies, dtype))
-    num_pairs = inverse_frequencies.shape[0]
-    wide = keys.to(dtype)
-    moved = wide.clone()
-    channels = torch.arange(2 * num_pairs, device=keys.device)
+    return move_by(keys.to(dtype), *angles(distances, inverse_frequencies, dtype), pairing).to(keys.dtype)
+
+
+def move_by(keys: Tensor, cosines: Tensor, sines: Tensor, pairing: str) -> Tensor:
+    """New keys, each pair of channels turned by its angle `[num_tokens, num_pairs]`; all of one dtype."""
+    num_pairs = cosines.shape[1]
+    moved, channels = keys.clone(), torch.arange(2 * num_pairs, device=keys.device)
     pairs = channels.view(2, num_pairs) if pairing == "halves" else channels.view(num_pairs, 2).t()
-    first, second = wide[..., pairs[0]], wide[..., pairs[1]]
+    first, second = keys[..., pairs[0]], keys[..., pairs[1]]
     moved[..., pairs[0]] = first * cosines - second * sines
     moved[..., pairs[1]] = second * cosines + first * sines
-    return moved.to(keys.dtype)
+    return moved
 
 
 def angles(distances: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from cag_kernels.triton_numbers import code_bias, code_middle, converted, nibbles, product, rounded
-from cag_kernels.triton_tiles import halves, row_scores
+from cag_kernels.triton_tiles import capped, halves, row_scores, weighed
 
 
 @triton.jit
@@ -131,3 +131,20 @@ def take_code_values(
         high = dequantized_half(high, scales, offsets, is_token, half, half, group_channels, bits)
         low_sum, high_sum = product(weights, low, low_sum), product(weights, high, high_sum)
     return low_sum, high_sum
+
+
+@triton.jit
+def take_codes(
+    low, high, keys, key_scales, key_offsets, values, value_scales, value_offsets, is_token, visible, scale, softcap,
+    maximum, denominator, low_sum, high_sum, half: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
+    value_bits: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
+):  # fmt: skip
+    """A tile of codes; pointers lead to its tokens, those of key scales to its group. The new state of the rows."""
+    scores = code_scores(low, high, keys, key_scales, key_offsets, is_token, half, key_bits, folded)
+    scores = capped(scores * scale, softcap, has_cap)
+    weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)
+    low_sum, high_sum = take_code_values(
+        weights, factor, low_sum, high_sum, values, value_scales, value_offsets, is_token, low.dtype, half,
+        group_channels, value_bits,
+    )  # fmt: skip
+    return maximum, denominator, low_sum, high_sum

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
-from cag_kernels.triton_codes import code_scores, take_code_values
-from cag_kernels.triton_tiles import capped, halves, store_part, take_plain, weighed
+from cag_kernels.triton_codes import take_codes
+from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
@@ -71,15 +71,11 @@ def attend_prefix(
             )  # fmt: skip
         else:
             group = (kv_head * num_groups + start // group_tokens) * (2 * half)
-            scores = code_scores(
-                low, high, tile_keys, key_scales + group, key_offsets + group, is_token, half, key_bits, folded
-            )
-            scores = capped(scores * scale, softcap, has_cap)
-            weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)
             at = (kv_head * num_tokens + tokens) * ((2 * half + group_channels - 1) // group_channels)
-            low_sum, high_sum = take_code_values(
-                weights, factor, low_sum, high_sum, tile_values, value_scales + at, value_offsets + at, is_token,
-                low.dtype, half, group_channels, value_bits,
+            maximum, denominator, low_sum, high_sum = take_codes(
+                low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
+                value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
+                half, group_channels, key_bits, value_bits, has_cap, folded,
             )  # fmt: skip
     row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
     store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
@@ -132,7 +128,7 @@ def attend_prefix_parts(
         group_size=num_q_heads // num_kv_heads, half=half, block_half=max(16, triton.next_power_of_2(half)),
         block_rows=plan.block_rows, block_tokens=plan.block_tokens, has_window=window is not None,
         has_cap=softcap is not None, folded=plan.block_rows <= MAX_FOLDED_ROWS,
-        num_warps=8 if plan.block_rows == 128 else 4, num_stages=3, **sizes,
+        num_warps=8 if plan.block_rows == 128 or head_dim > 128 else 4, num_stages=3, **sizes,
     )  # fmt: skip
 
 

@@ -156,7 +156,12 @@ def decode(
 def _decoded(codes, scales, offsets, at, mask, dtype: tl.constexpr):
     scale = converted(tl.load(scales + at, mask=mask, other=0.0), tl.float32)
     offset = converted(tl.load(offsets + at, mask=mask, other=0.0), tl.float32)
-    numbers = codes.to(tl.float32) * scale + offset
+    return narrow_to(codes.to(tl.float32) * scale + offset, dtype)
+
+
+@triton.jit
+def narrow_to(numbers, dtype: tl.constexpr):
+    """float32 to a storage dtype as the store rounds: bfloat16 halves away from zero, float16 without infinities."""
     if dtype == tl.bfloat16:
         numbers = _narrowed(numbers, 0x8000)
     elif dtype == tl.float16:

@@ -52,13 +52,15 @@ def test_a_wrong_kernel_is_not_timed(clock, error):
 
 def test_the_cases_of_a_gpu_run_and_are_right(clock):
     """At small sizes, on the CPU, where the same operations are served by torch."""
-    sizes = GpuSizes(torch.device("cpu"), 600, (1, 3), 4, 2, 32, question_tokens=5, tail_tokens=20)
+    sizes = GpuSizes(
+        torch.device("cpu"), 600, (1, 3), 4, 2, 32, question_tokens=5, tail_tokens=20, chunk_tokens=120, num_sides=1
+    )
     with torch.inference_mode():
         rows = [measure_case(case, clock, 1e9, num_samples=1, seed=0) for case in gpu_cases(sizes)]
     names = [row["name"] for row in rows]
     assert names.count("prefix attention, int4") == 3
     assert names.count("cascade attention, bf16") == 2
-    assert {"quantize, int8", "dequantize, int4", "move keys"} <= set(names)
+    assert {"quantize, int8", "dequantize, int4", "move keys", "inverse transform", "entropy decoding"} <= set(names)
     moved = {row["name"]: row["bytes_moved"] for row in rows if row["shape"].get("num_queries", 1) == 1}
     plain = 2 * 2 * 600 * 32 * 2
     assert plain < moved["prefix attention, bf16"] < 1.1 * plain

@@ -18,14 +18,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cag_kernels import DensePrefix, PagedTails, quantize_prefix
+from cag_kernels.rans import RansSegments
 from cag_kernels.rotation import angles
+from cag_kernels.triton_inverse import invert
 from cag_kernels.triton_launch import attend
 from cag_kernels.triton_quantize import dequantize_on_device, quantize_on_device
+from cag_kernels.triton_rans import decode_on_device
 from cag_kernels.triton_rotation import rotate
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int32: "*i32",
+    torch.int16: "*i16", torch.int32: "*i32",
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -39,7 +42,7 @@ def compile_launch(kernel, *args, grid, warmup, **kwargs):
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # a launch makes a constant of 1 too
             signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
         signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else type_of(value)
@@ -88,6 +91,18 @@ def launch_everything():
         dequantize_on_device(*prefix[:3], **sizes, dtype=torch.bfloat16)
         quantize_on_device(keys, bits=bits, num_exact=4, **sizes)
         quantize_on_device(values, bits=bits, num_exact=4, group_tokens=1, group_channels=64)
+    window = {"scale": 0.1, "positions": counts[1:], "window": 64, "softcap": 5.0}
+    attend(query[:, :1], DensePrefix(keys, values), tails, 132, **window, dtype=torch.bfloat16)
+    wide = torch.zeros(2, 1, 128, 256, dtype=torch.float16)
+    attend(wide[0, :, :1], quantize_prefix(*wide, key_bits=4, value_bits=4), None, 132, **window)
+    tables = angles(torch.zeros(64, dtype=torch.int64), torch.ones(64))
+    codes, rows = torch.zeros(64, 700, dtype=torch.int16), torch.zeros(700, 1024, dtype=torch.int16)
+    invert(codes, rows, torch.ones(1024), torch.ones(1024), tables, 128, torch.bfloat16, "halves")
+    counts = torch.tensor([0, 64], dtype=torch.int32)
+    shifts = torch.zeros(64, dtype=torch.int8), torch.zeros(1, 700, dtype=torch.int8)
+    numbers = torch.zeros(1, 32, dtype=torch.int32), torch.zeros(64, dtype=torch.int16)
+    segments = RansSegments(*numbers, counts, numbers[1], counts, counts, *shifts)
+    decode_on_device(segments, torch.zeros(64, 4096, dtype=torch.int32), *shifts[1].expand(2, -1))
     rotate(keys, *angles(torch.zeros(1024, dtype=torch.int64), torch.ones(64)), "halves")
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles to a GPU's machine code as the product launches it, with next to no register spilled.
+"""Every kernel compiles to a GPU's machine code as the product launches it, on sm_90 without spilling a register.
 
 The interpreter proves what the kernels compute; this, that a compiler takes them. No GPU is needed.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}  # of a program, by compute capability
-MAX_SPILLED_BYTES = 8  # two registers of the widest kernel, 4-bit codes for 128 rows
+SPILLED_BYTES = {90: 0, 80: 216}  # of a thread at most: 8-bit codes for 128 rows
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
@@ -24,10 +24,19 @@ def test_every_launch_compiles(capability):
     assert ran.returncode == 0, ran.stderr
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     kernels = {row["kernel"] for row in found}
-    assert {"attend_prefix", "attend_tails", "merge", "decode", "turn", "code_token_groups"} <= kernels
+    assert {
+        "attend_prefix",
+        "attend_tails",
+        "merge",
+        "decode",
+        "turn",
+        "invert_block",
+        "decode_segment",
+        "code_token_groups",
+    } <= kernels
     assert {(row["block_rows"], row["key_bits"]) for row in found if row["kernel"] == "attend_prefix"} == {
         (rows, bits) for rows in (16, 128) for bits in (16, 8, 4)
     }
     for row in found:
-        assert row["spilled_bytes"] <= MAX_SPILLED_BYTES, row
+        assert row["spilled_bytes"] <= SPILLED_BYTES[capability], row
         assert row["shared_bytes"] <= SHARED_BYTES[capability], row

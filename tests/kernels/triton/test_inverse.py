@@ -1,0 +1,62 @@
+"""Layers made of integer codes are the reference's, to the bit, and the store's own arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+
+from cag_kernels.inverse import inverse_transform, inverse_transform_reference
+from cag_kernels.rotation import angles
+from cag_kernels.triton_inverse import invert
+from cag_store.codecs.transform.product import finish_reference, product_reference
+from oracle import normal
+
+
+def make(num_tokens, num_components, num_channels):
+    """Codes and rows over all 16 bits, so that sums wrap around; a scale that keeps values finite."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    codes = torch.randint(-(1 << 15), 1 << 15, (num_tokens, num_components), generator=generator).short()
+    rows = torch.randint(-(1 << 15), 1 << 15, (num_components, num_channels), generator=generator).short()
+    codes[0, 0], rows[0, 0] = -(1 << 15), -(1 << 15)
+    return codes, rows, normal(num_channels).abs() * 1e-8, normal(num_channels)
+
+
+@pytest.mark.parametrize("pairing", ["halves", "adjacent"])
+@pytest.mark.parametrize("num_pairs", [None, 48, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_layers_are_the_references(device, pairing, num_pairs, dtype):
+    codes, rows, scale, mean = make(39, 70, 2 * 96)
+    tables = None if num_pairs is None else angles(torch.arange(39) * 31, 0.5 ** torch.arange(num_pairs))
+    kwargs = {"head_dim": 96, "dtype": dtype, "pairing": pairing}
+    expected = inverse_transform_reference(codes, rows, scale, mean, angles=tables, **kwargs)
+    moved = None if tables is None else tuple(table.to(device) for table in tables)
+    operands = [part.to(device) for part in (rows, scale, mean)]
+    for given in (codes, codes.t().contiguous().t()):
+        found = invert(given.to(device), *operands, moved, 96, dtype, pairing)
+        assert found.dtype == dtype
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("pairing", ["halves", "adjacent"])
+def test_the_reference_is_the_stores(pairing):
+    codes, rows, scale, mean = make(5, 40, 3 * 16)
+    tables = angles(torch.arange(5), 0.5 ** torch.arange(6))
+    channels = np.arange(12).reshape(2, 6).T if pairing == "halves" else np.arange(12).reshape(6, 2)
+    out = torch.empty(3, 5, 16, dtype=torch.bfloat16)
+    sums = product_reference(codes.numpy(), rows.numpy())
+    arrays = [part.numpy() for part in (scale, mean, *tables)]
+    finish_reference(sums, *arrays, channels, out.view(torch.uint16).numpy())
+    kwargs = {"head_dim": 16, "dtype": torch.bfloat16, "angles": tables, "pairing": pairing}
+    assert torch.equal(inverse_transform(codes, rows, scale, mean, **kwargs), out)
+
+
+@pytest.mark.parametrize(
+    "change", [{"head_dim": 15}, {"head_dim": 32}, {"dtype": torch.float64}, {"pairing": "thirds"}, {"angles": 9}]
+)
+def test_what_does_not_fit_is_refused(change):
+    codes, rows, scale, mean = make(5, 40, 3 * 16)
+    if "angles" in change:
+        change = {"angles": angles(torch.arange(5), torch.ones(9))}
+    with pytest.raises(ValueError, match="do not fit"):
+        inverse_transform(codes, rows, scale, mean, **{"head_dim": 16, "dtype": torch.float32, **change})
+    with pytest.raises(ValueError, match="do not fit"):
+        inverse_transform(codes, rows.int(), scale, mean, head_dim=16, dtype=torch.float32)

@@ -1,0 +1,155 @@
+"""Entropy decoding by the Triton kernel and by the reference, of streams that an encoder written here made."""
+
+import numpy as np
+import pytest
+import torch
+
+from cag_kernels.rans import RansSegments, decode_segments, decode_segments_reference
+from cag_kernels.triton_rans import decode_on_device
+
+NUM_TABLES = 5
+LOW_BITS = np.array([3, 1, 0, 0, 0, 2], np.int8)
+TABLES = np.array([4, 4, 3, 2, 0, 4], np.int8)
+
+
+def make_frequencies():
+    """Two-sided geometric tables of growing width; each symbol that is used, and the escape, has a frequency."""
+    symbols = np.abs(np.arange(128) - 64)
+    rows = []
+    for width in range(1, NUM_TABLES + 1):
+        row = np.maximum((4000 * 0.5 ** (symbols / width) / (3 * width)).astype(np.int64), symbols < 12)
+        row[0] = 1
+        row[64] += 4096 - row.sum()
+        rows.append(row)
+    return np.stack(rows)
+
+
+FREQUENCIES = make_frequencies()
+STARTS = np.cumsum(FREQUENCIES, axis=1) - FREQUENCIES
+
+
+def make_slots():
+    rows = []
+    for row in FREQUENCIES:
+        symbols = np.repeat(np.arange(128), row)
+        places = np.concatenate([np.arange(count) for count in row])
+        rows.append(symbols << 24 | row[symbols] << 12 | places)
+    return torch.from_numpy(np.stack(rows).astype(np.uint32).view(np.int32))
+
+
+def encode(codes, token_shifts, component_shifts):
+    """States, words and escapes of one segment: every step of a decoder undone, the last one first."""
+    num_tokens, num_components = codes.shape
+    states, words, escapes = [1 << 16] * 32, [], []
+
+    def push(lane, limit):
+        if states[lane] >= limit:
+            words.append(states[lane] & 0xFFFF)
+            states[lane] >>= 16
+
+    for begin in reversed(range(0, num_tokens, 32)):
+        tokens = range(begin, min(begin + 32, num_tokens))
+        for component in reversed(range(num_components)):
+            low = int(LOW_BITS[component])
+            for token in reversed(tokens):
+                if low:
+                    push(token - begin, 1 << 32 - low)
+                    states[token - begin] = states[token - begin] << low | int(codes[token, component]) & (1 << low) - 1
+            for token in reversed(tokens):
+                number = int(TABLES[component]) + int(component_shifts[component]) + int(token_shifts[token])
+                table, symbol = min(max(number, 0), NUM_TABLES - 1), (int(codes[token, component]) >> low) + 64
+                if not 0 < symbol < 128 or FREQUENCIES[table, symbol] == 0:
+                    symbol = 0
+                    escapes.append(codes[token, component])
+                frequency = int(FREQUENCIES[table, symbol])
+                push(token - begin, frequency << 20)
+                whole, rest = divmod(states[token - begin], frequency)
+                states[token - begin] = (whole << 12) + rest + int(STARTS[table, symbol])
+    return states, words[::-1], escapes[::-1]
+
+
+def make_segments(counts, seed=0):
+    """Segments of as many tokens, and their codes `[num_components, num_tokens]`."""
+    generator = np.random.default_rng(seed)
+    scale = np.array([40, 6, 3, 2, 1, 20])
+    coded, parts, shifts = [], [], []
+    for count in counts:
+        codes = np.rint(generator.laplace(size=(count, len(scale))) * scale).astype(np.int16)
+        codes[generator.random(codes.shape) < 0.02] = 3000
+        shifts.append((generator.integers(-2, 3, count).astype(np.int8), generator.integers(-2, 3, 6).astype(np.int8)))
+        parts.append(encode(codes, *shifts[-1]))
+        coded.append(codes)
+
+    def joined(index, dtype):
+        return torch.from_numpy(np.concatenate([np.asarray(part[index]) for part in parts]).astype(dtype))
+
+    def starts(sizes):
+        return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+
+    states = torch.from_numpy(np.array([part[0] for part in parts]).astype(np.uint32).view(np.int32))
+    words = joined(1, np.uint16).view(torch.int16)
+    segments = RansSegments(
+        states, words, starts([len(part[1]) for part in parts]),
+        joined(2, np.int16), starts([len(part[2]) for part in parts]), starts(counts),
+        torch.from_numpy(np.concatenate([pair[0] for pair in shifts])),
+        torch.from_numpy(np.stack([pair[1] for pair in shifts])),
+    )  # fmt: skip
+    return segments, torch.from_numpy(np.concatenate(coded).T.copy())
+
+
+COUNTS = [70, 1, 32]
+STATIC = make_slots(), torch.from_numpy(TABLES), torch.from_numpy(LOW_BITS)
+
+
+def test_the_reference_reads_what_was_written():
+    segments, codes = make_segments(COUNTS)
+    assert len(segments.words) > 100
+    assert len(segments.escapes) > 3
+    found, whole = decode_segments(segments, *STATIC)
+    assert torch.equal(found, codes)
+    assert whole.all()
+
+
+def test_the_kernel_reads_what_was_written(device):
+    segments, codes = make_segments(COUNTS)
+    on_device = RansSegments(*(part.to(device) for part in segments))
+    found, whole = decode_on_device(on_device, *(part.to(device) for part in STATIC))
+    assert torch.equal(found.cpu(), codes)
+    assert whole.all()
+
+
+@pytest.mark.parametrize("part, index", [("words", 9), ("words", 60), ("states", (0, 5)), ("token_shifts", 40)])
+def test_a_changed_segment_harms_itself_only(device, part, index):
+    """What comes out is the reference's even then, and the other segments are as they were."""
+    segments, codes = make_segments(COUNTS)
+    getattr(segments, part)[index] += 1
+    expected, whole = decode_segments_reference(segments, *STATIC)
+    assert whole[1:].all()
+    assert not whole[0] or not torch.equal(expected[:, :70], codes[:, :70])  # a change may stay within low bits
+    assert torch.equal(expected[:, 70:], codes[:, 70:])
+    on_device = RansSegments(*(one.to(device) for one in segments))
+    found, found_whole = decode_on_device(on_device, *(one.to(device) for one in STATIC))
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(found_whole.cpu(), whole)
+
+
+def test_a_segment_cut_short_is_not_whole(device):
+    segments, _ = make_segments([40])
+    segments = segments._replace(word_starts=torch.tensor([0, 5], dtype=torch.int32))
+    for decode in (decode_segments_reference, decode_on_device):
+        target = device if decode is decode_on_device else "cpu"
+        parts = [one.to(target) for one in (*segments, *STATIC)]
+        _, whole = decode(RansSegments(*parts[:8]), *parts[8:])
+        assert not whole.any()
+
+
+def test_what_does_not_fit_is_refused():
+    segments, _ = make_segments([3])
+    for change in (
+        {"states": segments.states[:, :31]},
+        {"words": segments.words.int()},
+        {"token_starts": segments.token_starts[:1]},
+        {"component_shifts": segments.component_shifts[:, :2]},
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            decode_segments(segments._replace(**change), *STATIC)
