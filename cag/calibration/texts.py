@@ -31,12 +31,10 @@ def own_texts() -> list[str]:
     articles = (Path(__file__).parent / "prose.txt").read_text("utf-8").split("\n\n")
     third = -(-len(articles) // 3)
     prose = ["\n\n".join(articles[first : first + third]) for first in range(0, len(articles), third)]
-    code, packages, chapters, licences = (
-        iter(texts) for texts in (_sources(), _descriptions(), _topics(), _licences())
-    )
+    kinds = [_sources(), _descriptions(), _topics(), _licences()]
+    code, packages, chapters, licences = (iter(texts) for texts in kinds)
     order = cycle((code, packages, chapters, code, packages, licences))
-    rounds = 6 * max(len(_SOURCES), 1)
-    technical = (next(kind, None) for kind in islice(order, rounds))
+    technical = (next(kind, None) for kind in islice(order, 6 * max(map(len, kinds))))
     return prose + [text for text in technical if text is not None]
 
 
