@@ -14,75 +14,67 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cag.calibration.observe import LayerSamples
+from cag.calibration.counting import Counts
+from cag.calibration.observe import GroupSamples, LayerSamples
 from cag_store.codecs.transform import Basis, GroupBasis, Rotation
 from cag_store.codecs.transform import symbols as code
-from cag_store.codecs.transform.basis import FULL_SHRINK
-from cag_store.codecs.transform.rans import TOTAL, Tables
-from cag_store.codecs.transform.shifts import chosen_shifts
-from cag_store.codecs.transform.symbols import NUM_SYMBOLS
 
-NUM_TABLES = 32
-_VALUE_WEIGHT = 4.0  # errors of the values of like tokens add up in attention, which curvature a token does not see
+_VALUE_WEIGHT = 2.0  # errors of the values of like tokens add up in attention, which curvature a token does not see
 _RIDGE = 0.05  # of a head's mean curvature, added to all of its directions
 _ROW_MAGNITUDE = 2047
 _ROW_ERROR = 0.15  # of a quantization error, at most, from rounding a row
 _ROWS_FOR_TABLES = 4096
-_SMOOTHING = 0.01
-_LEAST_SHARE = 2e-5
-_SEGMENT_TOKENS = 512
-_ROUNDS = 3  # of choosing shifts and counting with them
 
 
 class FittedSide(NamedTuple):
-    """A side of a group, and its coefficients in units of a step of 1: `[num_rows, num_components]`."""
+    """A side of a group, and coefficients of sample rows in units of a step of 1: `[num_rows, num_components]`."""
 
     group: GroupBasis
-    coefficients: Tensor
+    coefficients: NDArray[np.float32]
 
 
 def fit_basis(
-    samples: Sequence[tuple[LayerSamples, LayerSamples]],
+    samples: Sequence[tuple[GroupSamples, GroupSamples]],
     rotations: tuple[Rotation, ...],
     layer_rotation: tuple[int, ...],
     joint_layers: int,
     least_step: int,
 ) -> Basis:
     """The basis for all steps from `2 ** (least_step / 64)` on."""
-    groups, counts = [], _Counts()
-    for first in range(0, len(samples), joint_layers):
-        layers = samples[first : first + joint_layers]
-        sides = [_fit_side([pair[side] for pair in layers], least_step) for side in (0, 1)]
+    groups, counts = [], Counts()
+    for pair in samples:
+        sides = [_fit_side(side, least_step) for side in pair]
         for side in sides:
             for step in range(least_step, least_step + 4 * 64, 64):
-                counts.add(side, step)
+                counts.add(side.group.log_deviation, side.coefficients, step)
         groups.append((sides[0].group, sides[1].group))
+    layers = [layer for keys, _ in samples for layer in keys.layers]
     return Basis(
         joint_layers,
-        tuple(keys.num_kv_heads for keys, _ in samples),
-        tuple(keys.head_dim for keys, _ in samples),
+        tuple(layer.num_kv_heads for layer in layers),
+        tuple(layer.head_dim for layer in layers),
         rotations,
         layer_rotation,
         counts.frequencies(),
-        counts.shrink(),
         tuple(groups),
     )
 
 
-def _fit_side(layers: Sequence[LayerSamples], least_step: int) -> FittedSide:
-    rows = torch.cat([torch.cat(layer.rows).float() for layer in layers], dim=1)
-    mean = rows.mean(0)
-    centered = rows - mean
-    root, inverse = _roots([block for layer in layers for block in _metric_blocks(layer)])
-    weighted = centered @ root
-    variances, vectors = torch.linalg.eigh((weighted.T @ weighted / len(rows)).double())
-    vectors = vectors.flip(1).float()
-    deviation = variances.flip(0).clamp_min(1e-30).sqrt()
+def _fit_side(samples: GroupSamples, least_step: int) -> FittedSide:
+    metric = [block for layer in samples.layers for block in _metric_blocks(layer)]
+    roots = [_root(block) for block in metric]
+    weighted = _by_blocks(samples.covariance, [root for root, _ in roots])
+    variances, vectors = torch.linalg.eigh(_by_blocks(weighted.T.contiguous(), [root for root, _ in roots]))
+    vectors = vectors.flip(1)
+    deviation = variances.flip(0).double().clamp_min(1e-30).sqrt()
     log_deviation = torch.floor(64 * torch.log2(deviation)).clamp(-4096, 4096).short().numpy()
     kept = len(code.component_levels(log_deviation, least_step))
-    directions = (vectors.T @ inverse)[:kept]
-    group = _integers(directions, deviation[:kept] / 2.0 ** (least_step / 64), mean, log_deviation[:kept], layers)
-    return FittedSide(group, (weighted[:_ROWS_FOR_TABLES] @ vectors[:, :kept]))
+    directions = _by_blocks(vectors.T.contiguous(), [inverse for _, inverse in roots])[:kept]
+    ratio = deviation[:kept] / 2.0 ** (least_step / 64)
+    group = _integers(directions, ratio, samples.mean, log_deviation[:kept], samples.layers)
+    rows = torch.cat(samples.rows)[:: -(-sum(map(len, samples.rows)) // _ROWS_FOR_TABLES)].float() - samples.mean
+    forward = _by_blocks(rows, [root for root, _ in roots]) @ vectors[:, :kept]
+    return FittedSide(group, forward.numpy())
 
 
 def _metric_blocks(layer: LayerSamples) -> list[Tensor]:
@@ -98,20 +90,17 @@ def _metric_blocks(layer: LayerSamples) -> list[Tensor]:
     return [block + _RIDGE * size * eye for block, size in zip(found, level, strict=True)]
 
 
-def _roots(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Symmetric root of a block-diagonal metric, and its inverse; float32."""
-    roots, inverses = [], []
-    for block in blocks:
-        values, vectors = torch.linalg.eigh(block)
-        values = values.clamp_min(float(values.max()) * 1e-9).sqrt()
-        roots.append((vectors * values @ vectors.T).float())
-        inverses.append((vectors / values @ vectors.T).float())
-    return _block_diagonal(roots), _block_diagonal(inverses)
+def _root(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric root of a head's metric, and its inverse; float32."""
+    values, vectors = torch.linalg.eigh(block)
+    values = values.clamp_min(float(values.max()) * 1e-9).sqrt()
+    return (vectors * values @ vectors.T).float(), (vectors / values @ vectors.T).float()
 
 
-def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return joined
+def _by_blocks(rows: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """`rows` times the block-diagonal matrix of `blocks`."""
+    parts = torch.split(rows, [len(block) for block in blocks], dim=1)
+    return torch.cat([part @ block for part, block in zip(parts, blocks, strict=True)], dim=1)
 
 
 def _integers(
@@ -152,74 +141,3 @@ def _stored_metric(layers: Sequence[LayerSamples]) -> tuple[NDArray[np.float32],
         scales.append(scale.flatten().float().numpy())
         correlations.append(torch.round(127 * blocks / (scale[:, :, None] * scale[:, None])).to(torch.int8).numpy())
     return np.concatenate(scales), tuple(correlations)
-
-
-class _Counts:
-    """How often each symbol occurs with each table, and how far from its code the middle of what is rounded to it
-    lies.
-
-    Which table a code is written with depends on the shifts of its segment, and those on the tables: counted first
-    without shifts, then with those that the tables so far make cheapest.
-    """
-
-    def __init__(self) -> None:
-        self.counts = np.zeros((NUM_TABLES, NUM_SYMBOLS))
-        self.product = np.zeros(NUM_TABLES)
-        self.square = np.zeros(NUM_TABLES)
-        self._coded: list[tuple[NDArray[np.uint8], NDArray[np.int32]]] = []
-
-    def add(self, side: FittedSide, step: int) -> None:
-        """Count the coefficients of a side at a step."""
-        levels = code.component_levels(side.group.log_deviation, step)
-        low, numbers = code.low_bits(levels), code.table_numbers(levels, NUM_TABLES)
-        values = side.coefficients[:, : len(levels)].numpy() / np.float32(2.0 ** (step / 64))
-        codes = np.clip(np.rint(values), -code.MAX_CODE, code.MAX_CODE)
-        for number in np.unique(numbers):
-            columns = numbers == number
-            self.product[number] += float((values[:, columns] * codes[:, columns]).sum(dtype=np.float64))
-            self.square[number] += float((codes[:, columns] ** 2).sum(dtype=np.float64))
-        kinds = code.symbols_of(codes.astype(np.int16), low)
-        for first in range(0, len(kinds), _SEGMENT_TOKENS):
-            self._coded.append((np.ascontiguousarray(kinds[first : first + _SEGMENT_TOKENS]), numbers))
-
-    def frequencies(self) -> NDArray[np.uint16]:
-        """Of the tables that the codes agree with."""
-        self._count(None)
-        for _ in range(_ROUNDS):
-            self._count(Tables.of(self._frequencies()))
-        return self._frequencies()
-
-    def _count(self, tables: Tables | None) -> None:
-        self.counts[:] = 0
-        for kinds, numbers in self._coded:
-            used = np.broadcast_to(numbers, kinds.shape)
-            if tables is not None:
-                by_component, by_token = chosen_shifts(kinds, numbers, tables)
-                used = np.clip(numbers + by_component + by_token[:, None].astype(np.int32), 0, NUM_TABLES - 1)
-            places = (used * NUM_SYMBOLS + kinds).ravel()
-            self.counts += np.bincount(places, minlength=self.counts.size).reshape(self.counts.shape)
-
-    def _frequencies(self) -> NDArray[np.uint16]:
-        """Counts, mirrored and smoothed, as frequencies that sum to TOTAL. Symbols too far out for a table are left to
-        escapes."""
-        counts = self.counts.copy()
-        counts[:, 1:] += counts[:, :0:-1]
-        distance = np.abs(np.arange(NUM_SYMBOLS) - code.MIDDLE)
-        spread = 2.0 ** (np.arange(NUM_TABLES) / code.LEVELS_PER_OCTAVE - code.OCTAVES_BELOW)
-        model = np.exp(-distance / np.maximum(0.8 * spread, 0.25)[:, None])
-        model /= model.sum(axis=1, keepdims=True)
-        seen = counts.sum(axis=1, keepdims=True)
-        shares = counts + model * (_SMOOTHING * seen + 50)
-        shares /= shares.sum(axis=1, keepdims=True)
-        found = np.floor(shares * (TOTAL - NUM_SYMBOLS)).astype(np.int64)
-        found[(found == 0) & (model > _LEAST_SHARE)] = 1
-        found[:, code.ESCAPE] = np.maximum(found[:, code.ESCAPE], 1)
-        found[:, code.MIDDLE] += TOTAL - found.sum(axis=1)
-        tables: NDArray[np.uint16] = found.astype(np.uint16)
-        return tables
-
-    def shrink(self) -> NDArray[np.uint16]:
-        """What a code is multiplied by when it is decoded, in units of 2**-15."""
-        ratio = np.divide(self.product, self.square, out=np.ones(NUM_TABLES), where=self.square > 50)
-        factors: NDArray[np.uint16] = np.rint(np.clip(ratio, 0.6, 1.0) * FULL_SHRINK).astype(np.uint16)
-        return factors

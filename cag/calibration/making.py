@@ -24,15 +24,18 @@ MIN_WINDOW_TOKENS = 16 * SKIPPED_TOKENS
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How a basis is made: `num_windows` windows of the corpus and as many of our own texts, three times
-    as many without a corpus. `least_step` is the finest step it will serve, in 64ths of an octave."""
+    """How a basis is made: of `num_windows` windows of our own texts, and `corpus_windows` of the corpus where there is
+    one; `gradient_windows` of all say what predictions depend on. `least_step` is the finest step it will serve, in
+    64ths of an octave."""
 
-    joint_layers: int = 6
-    num_windows: int = 8
+    joint_layers: int = 10
+    num_windows: int = 96
+    corpus_windows: int = 8
     own_texts: bool = True
     window_tokens: int = 1024
-    least_step: int = -576
-    step: int = -520
+    gradient_windows: int = 24
+    least_step: int = -620
+    step: int = -540
     exact_tokens: int = 4
     seed: int = 0
 
@@ -72,16 +75,18 @@ def calibrate(
 
 def make_basis(model: LanguageModel, texts: Sequence[str], options: CalibrationOptions) -> tuple[Basis, int]:
     """The basis of `calibrate`, and how many tokens it was made from. Raises: UsageError."""
-    corpus = token_windows(model, list(texts), options.num_windows, options.window_tokens) if texts else []
+    corpus = token_windows(model, list(texts), options.corpus_windows, options.window_tokens) if texts else []
     general = own_texts() if options.own_texts or not texts else []
-    windows = corpus + token_windows(model, general, options.num_windows * (1 if corpus else 3), options.window_tokens)
+    windows = corpus + token_windows(model, general, options.num_windows, options.window_tokens)
     windows = [window for window in windows if len(window) >= MIN_WINDOW_TOKENS]
     if not windows:
         raise UsageError(
             f"calibration needs a text of at least {MIN_WINDOW_TOKENS} tokens.", hint="Leave it out for a general one."
         )
     rotations, layer_rotation = find_rotations(model)
-    samples = observe(model, windows, rotations, layer_rotation, options.seed)
+    samples = observe(
+        model, windows, rotations, layer_rotation, options.joint_layers, options.gradient_windows, options.seed
+    )
     basis = fit_basis(samples, rotations, layer_rotation, options.joint_layers, options.least_step)
     return basis, sum(map(len, windows))
 

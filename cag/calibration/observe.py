@@ -17,19 +17,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cag.model import LanguageModel
+from cag.prefill import prefill
 from cag_store.codecs.transform import Rotation
 
 SKIPPED_TOKENS = 4  # attention sinks: codecs keep them exact
+_KEPT_WINDOWS = 8  # windows whose rows are kept, for the frequency tables
 
 
 @dataclass
 class LayerSamples:
-    """One side of one layer.
+    """How much predictions depend on one side of one layer.
 
     reading: `[num_kv_heads, head_dim, head_dim]` float64, the second moment of the output projection's columns that
-    read each head of the
-    values; None where it is not known, and for keys.
-    rows: `[num_tokens, num_kv_heads * head_dim]` a window.
+    read each head of the values; None where it is not known, and for keys.
     metric: `[num_kv_heads, head_dim, head_dim]` float64, a sum over `num_gradients` tokens of outer products of
     gradients.
     """
@@ -37,18 +37,61 @@ class LayerSamples:
     num_kv_heads: int
     head_dim: int
     reading: Tensor | None = None
-    rows: list[Tensor] = field(default_factory=list)
     metric: Tensor = field(init=False)
     num_gradients: int = 0
 
     def __post_init__(self) -> None:
         self.metric = torch.zeros(self.num_kv_heads, self.head_dim, self.head_dim, dtype=torch.float64)
 
-    def add(self, array: Tensor, gradient: Tensor) -> None:
-        """Rows of a window, and gradients of its first tokens, `[num_kv_heads, num_tokens, head_dim]` each."""
-        self.rows.append(array.transpose(0, 1).flatten(1).to("cpu", torch.bfloat16))
+    def add(self, gradient: Tensor) -> None:
+        """Gradients by tokens, `[num_kv_heads, num_tokens, head_dim]`."""
         self.metric += (gradient.transpose(1, 2) @ gradient).double().cpu()
         self.num_gradients += gradient.shape[1]
+
+
+@dataclass
+class GroupSamples:
+    """Mean and covariance of one side of a group of layers, and some of the rows themselves.
+
+    A row has the channels of a token, layer by layer, head by head: `num_channels`.
+    """
+
+    layers: list[LayerSamples]
+    rows: list[Tensor] = field(default_factory=list)
+    num_rows: int = 0
+    _origin: Tensor | None = None  # near the mean, so that float32 products keep the small variances
+    _sum: Tensor = field(init=False)
+    _product: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        num_channels = sum(layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        self._sum = torch.zeros(num_channels, dtype=torch.float64)
+        self._product = torch.zeros(num_channels, num_channels)
+
+    def add(self, arrays: Sequence[Tensor], keep: bool) -> None:
+        """Tokens of all layers, each `[num_kv_heads, num_tokens, head_dim]`; they stay as rows if `keep`."""
+        rows = torch.cat([array.float().transpose(0, 1).flatten(1) for array in arrays], dim=1)
+        if self._origin is None:
+            self._origin = rows.mean(0)
+            self._product = self._product.to(rows.device)
+        centered = rows - self._origin
+        self._sum += centered.sum(0, dtype=torch.float64).cpu()
+        self._product.addmm_(centered.T, centered)
+        self.num_rows += len(rows)
+        if keep:
+            self.rows.append(rows.to("cpu", torch.bfloat16))
+
+    @property
+    def mean(self) -> Tensor:
+        """`[num_channels]` float32."""
+        assert self._origin is not None
+        return self._origin.cpu() + (self._sum / self.num_rows).float()
+
+    @property
+    def covariance(self) -> Tensor:
+        """`[num_channels, num_channels]` float32."""
+        shift = (self._sum / self.num_rows).float()
+        return self._product.cpu() / self.num_rows - torch.outer(shift, shift)
 
 
 class _ObservedSequence:
@@ -98,30 +141,73 @@ def observe(
     windows: Sequence[Sequence[int]],
     rotations: Sequence[Rotation],
     layer_rotation: Sequence[int],
+    joint_layers: int,
+    num_gradient_windows: int,
     seed: int = 0,
-) -> list[tuple[LayerSamples, LayerSamples]]:
-    """Samples of keys (before rotation) and values of each layer.
+) -> list[tuple[GroupSamples, GroupSamples]]:
+    """Samples of keys (before rotation) and values of each group of `joint_layers` layers.
 
-    The second half of each window is predicted; the gradients are those by its first half, which stands for a cache.
+    `num_gradient_windows` of the windows, evenly spread, also give gradients, and some of those their rows. The second
+    half of such a window is predicted; the gradients are those by its first half, which stands for a cache.
     """
-    readings = _readings(model)
-    samples = [
-        (LayerSamples(s.num_kv_heads, s.head_dim), LayerSamples(s.num_kv_heads, s.head_dim, reading))
-        for s, reading in zip(model.kv_shapes, readings, strict=True)
-    ]
+    groups = _empty_samples(model, joint_layers)
     generator = torch.Generator(model.device).manual_seed(seed)
-    for window in windows:
-        sequence, gradients = _gradients(model, window, generator)
-        half = len(window) // 2
-        for layer, sides in enumerate(samples):
-            index = layer_rotation[layer]
-            rotation = rotations[index] if index >= 0 else None
-            for side, sample in enumerate(sides):
-                array, gradient = sequence.arrays[layer][side], gradients[2 * layer + side]
-                if side == 0 and rotation is not None:
-                    array, gradient = _unrotated(array, rotation), _unrotated(gradient, rotation)
-                sample.add(array[:, SKIPPED_TOKENS:].float(), gradient[:, SKIPPED_TOKENS:half].float())
-    return samples
+    every = -(-len(windows) // max(1, num_gradient_windows))
+    for number, window in enumerate(windows):
+        gradients: Sequence[Tensor] = ()
+        if number % every == 0:
+            sequence, gradients = _gradients(model, window, generator)
+            arrays = [sequence.arrays[layer] for layer in range(len(model.kv_shapes))]
+        else:
+            arrays = _arrays(model, window)
+        plain = [
+            (_plain(pair[0], layer, rotations, layer_rotation), pair[1][:, SKIPPED_TOKENS:])
+            for layer, pair in enumerate(arrays)
+        ]
+        keep = number % (every * -(-num_gradient_windows // _KEPT_WINDOWS)) == 0
+        for first, sides in zip(range(0, len(plain), joint_layers), groups, strict=True):
+            for side, group in enumerate(sides):
+                group.add([pair[side] for pair in plain[first : first + joint_layers]], keep)
+        if gradients:
+            _add_gradients(groups, gradients, len(window) // 2, rotations, layer_rotation)
+    return groups
+
+
+def _empty_samples(model: LanguageModel, joint_layers: int) -> list[tuple[GroupSamples, GroupSamples]]:
+    shapes, readings = model.kv_shapes, _readings(model)
+    keys = [LayerSamples(shape.num_kv_heads, shape.head_dim) for shape in shapes]
+    values = [LayerSamples(s.num_kv_heads, s.head_dim, reading) for s, reading in zip(shapes, readings, strict=True)]
+    spans = [slice(first, first + joint_layers) for first in range(0, len(shapes), joint_layers)]
+    return [(GroupSamples(keys[span]), GroupSamples(values[span])) for span in spans]
+
+
+def _arrays(model: LanguageModel, window: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, without gradients."""
+    state = model.new_state(capacity=len(window))
+    prefill(model, state, window)
+    tail = state.tail
+    return [(k[:, : len(window)], v[:, : len(window)]) for k, v in zip(tail.keys, tail.values, strict=True)]
+
+
+def _plain(array: Tensor, layer: int, rotations: Sequence[Rotation], layer_rotation: Sequence[int]) -> Tensor:
+    """Keys of a window, or gradients by them, without the rotation of their layer; the first tokens are left out."""
+    index = layer_rotation[layer]
+    return (_unrotated(array, rotations[index]) if index >= 0 else array)[:, SKIPPED_TOKENS:]
+
+
+def _add_gradients(
+    groups: Sequence[tuple[GroupSamples, GroupSamples]],
+    gradients: Sequence[Tensor],
+    num_tokens: int,
+    rotations: Sequence[Rotation],
+    layer_rotation: Sequence[int],
+) -> None:
+    """Gradients by keys and values, layer by layer; only those of the first `num_tokens` tokens count."""
+    pairs = [pair for keys, values in groups for pair in zip(keys.layers, values.layers, strict=True)]
+    for layer, (keys, values) in enumerate(pairs):
+        by_keys, by_values = gradients[2 * layer][:, :num_tokens], gradients[2 * layer + 1][:, :num_tokens]
+        keys.add(_plain(by_keys, layer, rotations, layer_rotation).float())
+        values.add(by_values[:, SKIPPED_TOKENS:].float())
 
 
 def _gradients(

@@ -50,7 +50,9 @@ CONFIGS = {
         **SIZES, sliding_window=64, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
 }
-OPTIONS = CalibrationOptions(joint_layers=2, num_windows=3, window_tokens=160, least_step=-1280, step=-1280)
+OPTIONS = CalibrationOptions(
+    joint_layers=2, num_windows=9, corpus_windows=2, window_tokens=160, least_step=-1280, step=-1280
+)
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name.replace(" ", "-"))
@@ -89,14 +91,31 @@ def test_gradients_are_those_of_the_likelihood(model):
     """The metric is a sum of outer products: positive, and larger for what the predictions read."""
     windows = token_windows(model, own_texts()[:1], 2, 64)
     rotations, layer_rotation = find_rotations(model)
-    samples = observe(model, windows, rotations, layer_rotation)
-    for keys, values in samples:
+    samples = observe(model, windows, rotations, layer_rotation, 2, 2)
+    assert [len(keys.layers) for keys, _ in samples] == [2, 1]
+    for keys, values in (pair for group in samples for pair in zip(*(side.layers for side in group), strict=True)):
         for side in (keys, values):
             assert torch.linalg.eigvalsh(side.metric).min() > -1e-6 * side.metric.abs().max()
             assert side.metric.diagonal(dim1=1, dim2=2).sum() > 0
             assert side.num_gradients == 2 * (32 - 4)
         assert keys.reading is None
         assert values.reading is not None
+
+
+def test_mean_and_covariance_are_those_of_the_rows(model):
+    """Whether a window gives gradients or not, its tokens count in the same way."""
+    windows = token_windows(model, own_texts()[:2], 4, 64)
+    rotations, layer_rotation = find_rotations(model)
+    every = observe(model, windows, rotations, layer_rotation, 3, 4)
+    some = observe(model, windows, rotations, layer_rotation, 3, 2)
+    for all_rows, few_rows in zip(every[0], some[0], strict=True):
+        rows = torch.cat(all_rows.rows).double()
+        assert len(rows) == all_rows.num_rows == few_rows.num_rows == 4 * 60
+        for side in (all_rows, few_rows):
+            scale = rows.var(0).sqrt()
+            assert torch.allclose(side.mean.double(), rows.mean(0), atol=0.02 * float(scale.max()))
+            difference = side.covariance.double() - torch.cov(rows.T, correction=0)
+            assert float((difference / torch.outer(scale, scale)).abs().max()) < 0.03
 
 
 def test_the_codec_keeps_more_the_finer_the_step(model):
@@ -128,7 +147,7 @@ def test_the_codec_keeps_more_the_finer_the_step(model):
 def test_the_same_texts_give_the_same_basis(model):
     store = Store.in_memory()
     texts = ["A text of the corpus. " * 60]
-    options = replace(OPTIONS, own_texts=False, num_windows=2)
+    options = replace(OPTIONS, own_texts=False)
     first, second = (calibrate(model, store, texts, options).codec for _ in range(2))
     assert first == second
     assert first != calibrate(model, store, ["Another one, quite different? " * 60], options).codec

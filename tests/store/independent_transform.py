@@ -50,7 +50,7 @@ class Bytes:
 
 
 def read_basis(blob):
-    """The header, frequencies, shrink, and [(keys, values), one a group]."""
+    """The header, frequencies, and [(keys, values), one a group]."""
     magic = b"cag-transform-basis 1\n"
     need(blob.startswith(magic), "magic of a basis")
     start = len(magic) + 4
@@ -60,8 +60,6 @@ def read_basis(blob):
     frequencies = rest.take("<u2", header["num_tables"], 128)
     need((frequencies.sum(axis=1, dtype=int) == 4096).all() and (frequencies < 4096).all(), "frequencies")
     need((frequencies[:, 0] > 0).all(), "frequencies of escapes")
-    shrink = rest.take("<u2", header["num_tables"])
-    need((shrink <= 32768).all(), "shrink")
     groups = []
     for index, counts in enumerate(header["num_components"]):
         first = index * header["joint_layers"]
@@ -70,7 +68,7 @@ def read_basis(blob):
         wide = header["num_wide"][index]
         groups.append([read_side(rest, shapes, counts[side], wide[side]) for side in (0, 1)])
     rest.end()
-    return header, frequencies, shrink, groups
+    return header, frequencies, groups
 
 
 def read_side(rest, shapes, num_components, num_wide):
@@ -90,21 +88,18 @@ def transform_values(segment, shapes, config, itemsize, side, start, first_layer
 
     shapes: (num_kv_heads, num_tokens, head_dim) of each layer.
     """
-    header, frequencies, shrink, groups = read_basis(blob)
+    header, frequencies, groups = read_basis(blob)
     need(header["joint_layers"] == config["joint_layers"], "joint layers")
     need(all(header["head_dim"][first_layer + i] == shape[2] for i, shape in enumerate(shapes)), "geometry")
     found = groups[first_layer // config["joint_layers"]][side]
-    numbers, low = components(found.log_deviation, config["step"], len(shrink))
+    numbers, low = components(found.log_deviation, config["step"], len(frequencies))
     center, exact, rows, codes = read_segment(Bytes(segment), shapes, itemsize, side, numbers, low, frequencies)
     width = np.float32(2.0 ** (config["step"] / 64))
     scale = found.unit * width
     mean = found.mean + center.astype("<f4") * np.float32(64) * scale if len(center) else found.mean
-    integers = [
-        ((int(c) << int(s)) * int(shrink[k]) + 16384) >> 15
-        for mantissas, s, k in zip(found.mantissas, found.row_shift, numbers, strict=False)
-        for c in mantissas
-    ]
-    sums = codes @ np.array(integers, np.int64).reshape(len(numbers), -1)
+    count = len(numbers)
+    rows_of = found.mantissas[:count].astype(np.int64) << found.row_shift[:count, None].astype(np.int64)
+    sums = codes @ rows_of
     tokens = np.zeros((shapes[0][1], len(mean)), "<f4")
     tokens[np.setdiff1d(np.arange(len(tokens)), exact)] = sums.astype("<i4").astype("<f4") * scale + mean
     layers, channel = [], 0

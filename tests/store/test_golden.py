@@ -39,3 +39,16 @@ def test_a_whole_store():
         assert reader.token_ids().tolist() == golden["token_ids"]
     decoded = b"".join(side.tobytes() for pair in buffers for side in pair)
     assert hashlib.sha256(decoded).hexdigest() == golden["decoded_sha256"]
+
+
+def test_segments_of_a_codec_with_a_basis():
+    golden = json.loads((GOLDEN / "transform-1.json").read_text())
+    basis = base64.b64decode(golden["basis"])
+    assert hashlib.sha256(basis).hexdigest() == golden["codec"]["basis"]
+    codec = codec_from_config(golden["codec"], lambda digest: basis)
+    for segment in golden["segments"]:
+        outs = [np.empty(shape, dtype=storage_dtype(segment["dtype"])) for shape in segment["shapes"]]
+        data = base64.b64decode(segment["encoded"])
+        codec.decode_layers_into(data, outs, segment["side"], segment["first_layer"], segment["start"])
+        decoded = b"".join(out.tobytes() for out in outs)
+        assert hashlib.sha256(decoded).hexdigest() == segment["decoded_sha256"]

@@ -15,7 +15,7 @@ import independent_reader
 import independent_transform
 from cag_store import Store, codec_ids
 from cag_store.testing.bases import sample_basis
-from independent_reader import DECODERS, Folder, decode, read_cache
+from independent_reader import DECODERS, Folder, decode, decode_group, read_cache
 from independent_transform import FormatError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -143,6 +143,16 @@ def test_golden_segments(path):
         start, layer = segment.get("start", 0), segment.get("layer", 0)
         found = decode(data, segment["shape"], segment["codec"], segment["dtype"], side, start, layer)
         assert hashlib.sha256(found.tobytes()).hexdigest() == segment["decoded_sha256"]
+
+
+def test_golden_segments_with_a_basis():
+    golden = json.loads((GOLDEN / "transform-1.json").read_text())
+    basis = base64.b64decode(golden["basis"])
+    for segment in golden["segments"]:
+        side, data = ("keys", "values").index(segment["side"]), base64.b64decode(segment["encoded"])
+        place = side, segment["start"], segment["first_layer"], basis
+        found = decode_group(data, segment["shapes"], golden["codec"], segment["dtype"], *place)
+        assert hashlib.sha256(b"".join(array.tobytes() for array in found)).hexdigest() == segment["decoded_sha256"]
 
 
 def test_it_refuses_what_the_store_refuses(small):

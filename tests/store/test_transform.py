@@ -211,7 +211,6 @@ def test_a_hostile_basis_is_refused(basis):
         "frequency": data.replace(b"[1.0,0.5]", b"[9.0,0.5]"),
         "tables": replace(basis, frequencies=bad_tables).to_bytes(),
         "one symbol only": replace(basis, frequencies=lone).to_bytes(),
-        "shrink": replace(basis, shrink=np.full_like(basis.shrink, 65535)).to_bytes(),
         "mean": with_side(mean=np.full_like(side.mean, np.nan)),
         "unit": with_side(unit=np.full_like(side.unit, np.inf)),
         "order": with_side(log_deviation=side.log_deviation[::-1]),
@@ -352,7 +351,7 @@ def test_shifts_are_those_that_cost_least():
     assert len(shifts.pack_shifts(by_token[:7])) == shifts.packed_size(7) == 4
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 65, 16), (70, 130, 40), (33, 64, 100)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 65, 16), (70, 190, 40), (33, 128, 100)])
 @pytest.mark.parametrize("largest", [100, 30000])
 def test_every_product_gives_the_same_sums(shape, largest, monkeypatch):
     if transform_loops.compiled() is None:

@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.codecs.transform import Basis, GroupBasis, Rotation
-from cag_store.codecs.transform.basis import FULL_SHRINK
 from cag_store.codecs.transform.rans import TOTAL
 from cag_store.codecs.transform.symbols import ESCAPE, NUM_SYMBOLS
 
@@ -71,6 +70,5 @@ def sample_basis(
         (rotation,),
         tuple(-(layer % 2) for layer in range(num_layers)),
         frequencies(),
-        np.full(NUM_TABLES, FULL_SHRINK, np.uint16),
         tuple(groups),
     )

@@ -26,7 +26,6 @@ MAX_LAYERS = 999
 MAX_CHANNELS = 1 << 16
 MAX_DEVIATION = 1 << 13
 MAX_ROW = (1 << 15) - 1
-FULL_SHRINK = 1 << 15
 
 _PAIRINGS = ("halves", "adjacent")
 _LENGTH_BYTES = 4
@@ -96,7 +95,7 @@ class Basis:
     """A whole basis. `groups[g]` holds keys and values; `rotations[layer_rotation[layer]]` is taken off the keys of
     a layer, nothing for -1.
 
-    frequencies: uint16 [num_tables, NUM_SYMBOLS]; shrink: uint16 [num_tables], in units of 2**-15.
+    frequencies: uint16 [num_tables, NUM_SYMBOLS].
     """
 
     joint_layers: int
@@ -105,7 +104,6 @@ class Basis:
     rotations: tuple[Rotation, ...]
     layer_rotation: tuple[int, ...]
     frequencies: NDArray[np.uint16]
-    shrink: NDArray[np.uint16]
     groups: tuple[tuple[GroupBasis, GroupBasis], ...]
 
     @property
@@ -129,7 +127,6 @@ class Basis:
         }
         text = canonical_bytes(header)
         parts = [MAGIC, len(text).to_bytes(_LENGTH_BYTES, "little"), text, _bytes(self.frequencies, "<u2")]
-        parts.append(_bytes(self.shrink, "<u2"))
         for group in self.groups:
             for side in group:
                 parts += _side_parts(side)
@@ -189,9 +186,6 @@ class _Reader:
         sums = frequencies.sum(axis=1, dtype=np.int64)
         if np.any(sums != TOTAL) or np.any(frequencies >= TOTAL) or np.any(frequencies[:, ESCAPE] == 0):
             raise self._wrong("frequencies", f"rows that sum to {TOTAL}, each below it, with one for escapes")
-        shrink = self._take("<u2", num_tables)
-        if np.any(shrink > FULL_SHRINK):
-            raise self._wrong("shrink", f"at most {FULL_SHRINK}")
         groups = []
         for (first, last), (num_keys, num_values), widths in zip(spans, counts, wide, strict=True):
             shape = [(h, d) for h, d in zip(heads[first:last], dims[first:last], strict=True)]
@@ -199,7 +193,7 @@ class _Reader:
             groups.append((keys, self._side(shape, num_values, widths[1])))
         if self._offset != len(self._data):
             raise self._wrong("length", f"{self._offset} bytes")
-        return Basis(joint, heads, dims, rotations, rotation_of, frequencies, shrink, tuple(groups))
+        return Basis(joint, heads, dims, rotations, rotation_of, frequencies, tuple(groups))
 
     def _side(self, shape: list[tuple[int, int]], num_components: int, num_wide: int) -> GroupBasis:
         num_channels = sum(heads * dim for heads, dim in shape)

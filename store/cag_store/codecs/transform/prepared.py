@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cag_store.codecs import loops as store_loops
 from cag_store.codecs.transform import loops, rans, symbols
-from cag_store.codecs.transform.basis import FULL_SHRINK, Basis, GroupBasis
+from cag_store.codecs.transform.basis import Basis, GroupBasis
 from cag_store.codecs.transform.product import ROWS, finish_reference, product_reference
 from cag_store.dtypes import Array
 
@@ -132,7 +132,6 @@ def prepare_side(basis: Basis, index: int, side: int, step: int, tables: rans.Ta
     first, last = basis.spans[index]
     levels = symbols.component_levels(group.log_deviation, step)
     numbers = symbols.table_numbers(levels, len(basis.frequencies))
-    shrunk = (group.rows[: len(levels)] * basis.shrink[numbers][:, None].astype(np.int32) + FULL_SHRINK // 2) >> 15
     width = np.float32(2.0 ** (step / 64))
     return PreparedSide(
         range(first, last),
@@ -142,7 +141,7 @@ def prepare_side(basis: Basis, index: int, side: int, step: int, tables: rans.Ta
         tables,
         group.mean.astype(np.float32),
         (group.unit * width).astype(np.float32),
-        shrunk.astype(np.int16),
+        group.rows[: len(levels)].astype(np.int16),
         group,
         float(width),
     )
