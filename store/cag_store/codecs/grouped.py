@@ -9,7 +9,6 @@ first tokens exact as in KVQuant (arXiv:2401.18079).
 from __future__ import annotations
 
 import math
-import struct
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -29,11 +28,11 @@ from cag_store.codecs.base import (
     corrupt_segment,
 )
 from cag_store.codecs.coded import CodedShape, CodedSide
+from cag_store.codecs.places import HEAD, SegmentPlace, bad_scales, table
 from cag_store.codecs.widths import CodeWidth, to_bfloat16
 from cag_store.dtypes import Array, narrow_into, widen
 from cag_store.errors import UnencodableArray
 
-_HEAD = struct.Struct("<BBHII")
 _SIDES: tuple[Side, Side] = ("keys", "values")
 _LARGEST = np.float32(1e38)
 _BLOCK_TOKENS = 256  # decoded at once: float32 scratch that stays in the cache of a core
@@ -63,17 +62,6 @@ class _Parsed(NamedTuple):
     num_first: int
 
 
-class _Place(NamedTuple):
-    """Of a segment with codes alone: its head and length; for each part of a `CodedSide` its number, where the chunk
-    begins in a head of it (bytes), where a head's part begins in the segment, and bytes a head."""
-
-    head: bytes
-    num_bytes: int
-    parts: tuple[tuple[int, int, int, int], ...]
-    offsets_at: int
-    num_scales: int
-
-
 class GroupedIntegers(Codec):
     """A codec of groups. `widths` says which numbers in the head of a segment stand for which width of its codes."""
 
@@ -84,7 +72,9 @@ class GroupedIntegers(Codec):
         self.group_tokens = group_tokens
         self.exact_tokens = exact_tokens
         self.packer = packer
-        self._places: dict[tuple[Side, int, tuple[int, int, int], int], _Place] = {}  # found once a shape and chunk
+        self._places: dict[
+            tuple[Side, int, tuple[int, int, int], int], SegmentPlace
+        ] = {}  # found once a shape and chunk
 
     @classmethod
     def _common(cls, config: Mapping[str, Any]) -> tuple[int, int, Packer | None]:
@@ -178,15 +168,37 @@ class GroupedIntegers(Codec):
                     target, step = out[array].ctypes.data + first, out[array].strides[0]
                     heads = range(out.codes.shape[0])
                     spans += [(source + offset + i * num_bytes, target + i * step, num_bytes) for i in heads]
-                checks += [(source + _HEAD.size, place.num_scales, 1), (source + place.offsets_at, place.num_scales, 0)]
-        if fast is not None and not fast.copy_checked(_table(spans), _table(checks)):
-            raise corrupt_segment("scales and offsets", "finite, no scale below 0", "others")
+                checks += place.checks(source)
+        if fast is not None and not fast.copy_checked(table(spans), table(checks)):
+            raise bad_scales()
 
-    def _plain_place(self, segment: EncodedSegment, num_tokens: int) -> _Place | None:
+    def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
+        """See `Codec`. Scales of all plain segments are checked in one step, so a segment takes few calls of Python."""
+        fast, plain, checks = loops.compiled(), [], []
+        for segment in segments:
+            out = cast(Array, segment.outs[0])
+            place = None
+            if fast is not None and out.dtype != np.float16 and loops.compiled_for(out) and out.shape[2] % 2 == 0:
+                place = self._plain_place(segment, out.shape[1])
+            if place is None:
+                super().decode_segments([segment])
+            else:
+                plain.append((segment, place))
+                checks += place.checks(np.frombuffer(segment.data, np.uint8).ctypes.data)
+        if fast is not None and not fast.copy_checked(table([]), table(checks)):
+            raise bad_scales()
+        for (data, outs, side, layer, _), place in plain:
+            assert fast is not None
+            out, width = cast(Array, outs[0]), self.widths[self._mark(side, layer)]
+            codes = np.frombuffer(data, width.dtype, offset=place.codes_at).reshape(*out.shape[:2], -1)
+            patterns = np.frombuffer(data, "<u2", 2 * place.num_scales, HEAD.size).astype(np.uint16)
+            size = self.group_tokens if side == "keys" else self._channels(out.shape[2])
+            width.dequantize(fast, side, codes, patterns.reshape(2, out.shape[0], *place.groups), size, out)
+
+    def _plain_place(self, segment: EncodedSegment, num_tokens: int) -> SegmentPlace | None:
         """Where the parts of a segment lie and belong, when it has codes alone, neither packed nor exact."""
         data, (out,), side, layer, start = segment
-        assert isinstance(out, CodedSide)
-        num_heads, _, head_dim = out.recent.shape
+        num_heads, _, head_dim = (out.recent if isinstance(out, CodedSide) else out).shape
         mark, num_first = self._mark(side, layer), self._num_first(num_tokens, start)
         if num_first or self._num_recent(num_tokens, num_first):
             return None
@@ -194,22 +206,22 @@ class GroupedIntegers(Codec):
         if key not in self._places:
             self._places[key] = self._place(*key)
         place = self._places[key]
-        return place if data[: _HEAD.size] == place.head and len(data) == place.num_bytes else None
+        return place if data[: HEAD.size] == place.head and len(data) == place.num_bytes else None
 
-    def _place(self, side: Side, mark: int, shape: tuple[int, int, int], start: int) -> _Place:
+    def _place(self, side: Side, mark: int, shape: tuple[int, int, int], start: int) -> SegmentPlace:
         num_heads, num_tokens, head_dim = shape
         groups, row_bytes = self._groups(side, num_tokens, head_dim), self.widths[mark].row_bytes(head_dim)
         first = start // self.group_tokens if side == "keys" else start
         num_scales, codes_bytes = num_heads * math.prod(groups), num_heads * num_tokens * row_bytes
-        offsets_at, codes_at = _HEAD.size + 2 * num_scales, _HEAD.size + 4 * num_scales
+        offsets_at, codes_at = HEAD.size + 2 * num_scales, HEAD.size + 4 * num_scales
         scale_bytes = 2 * math.prod(groups)
         parts = (
             (0, start * row_bytes, codes_at, num_tokens * row_bytes),
-            (1, 2 * first * groups[1], _HEAD.size, scale_bytes),
+            (1, 2 * first * groups[1], HEAD.size, scale_bytes),
             (2, 2 * first * groups[1], offsets_at, scale_bytes),
         )
-        head = _HEAD.pack(_SIDES.index(side), 0, mark, 0, codes_bytes)
-        return _Place(head, codes_at + codes_bytes, parts, offsets_at, num_scales)
+        head = HEAD.pack(_SIDES.index(side), 0, mark, 0, codes_bytes)
+        return SegmentPlace(head, codes_at + codes_bytes, parts, offsets_at, codes_at, num_scales, groups)
 
     def _keep(self, segment: EncodedSegment, num_tokens: int) -> None:
         """Any segment; numpy moves it."""
@@ -243,7 +255,7 @@ class GroupedIntegers(Codec):
         packed = codes if self.packer is None else self.packer.pack(codes)
         smaller = len(packed) < len(codes)
         stored = packed if smaller else codes
-        head = _HEAD.pack(_SIDES.index(side), int(smaller), mark, first, len(stored))
+        head = HEAD.pack(_SIDES.index(side), int(smaller), mark, first, len(stored))
         parameters = [to_bfloat16(groups.scales).tobytes(), to_bfloat16(groups.offsets).tobytes()]
         exact = np.concatenate([array[:, :first], array[:, end:]], axis=1)
         return b"".join([head, *parameters, exact.tobytes(), stored])
@@ -325,21 +337,21 @@ class GroupedIntegers(Codec):
 
     def _parse(self, view: memoryview, out: Array) -> _Parsed:
         num_heads, num_tokens, head_dim = out.shape
-        if len(view) < _HEAD.size:
-            raise corrupt_segment("length", f"at least {_HEAD.size}", len(view))
-        side, packed, mark, num_exact, stored = _HEAD.unpack_from(view)
+        if len(view) < HEAD.size:
+            raise corrupt_segment("length", f"at least {HEAD.size}", len(view))
+        side, packed, mark, num_exact, stored = HEAD.unpack_from(view)
         known = side < 2 and packed < 2 and mark in (self.widths if side == 0 else {self._mark("values", None)})
         if not known or num_exact > min(num_tokens, self.exact_tokens):
             raise corrupt_segment(
                 "head", "side, flag, codes and number of exact tokens in range", (side, packed, mark, num_exact)
             )
         shape = num_heads, *self._groups(_SIDES[side], num_tokens, head_dim)
-        exact_at = _HEAD.size + 4 * math.prod(shape)
+        exact_at = HEAD.size + 4 * math.prod(shape)
         exact_shape = num_heads, num_exact + self._num_recent(num_tokens, num_exact), head_dim
         codes_at = exact_at + math.prod(exact_shape) * out.itemsize
         if codes_at + stored != len(view):
             raise corrupt_segment("length", codes_at + stored, len(view))
-        parameters = _checked_bfloat16(view[_HEAD.size : exact_at]).reshape(2, *shape)
+        parameters = _checked_bfloat16(view[HEAD.size : exact_at]).reshape(2, *shape)
         exact = np.frombuffer(view[exact_at:codes_at], dtype=out.dtype).reshape(exact_shape)
         width = self.widths[mark]
         codes = self._codes(view[codes_at:], bool(packed), width, out)
@@ -356,10 +368,6 @@ class GroupedIntegers(Codec):
         codes = np.frombuffer(unpacked, dtype=width.dtype).reshape(*out.shape[:2], row_bytes)
         width.check(codes, out.shape[2])
         return codes
-
-
-def _table(rows: list[tuple[int, int, int]]) -> NDArray[np.int64]:
-    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _checked_bfloat16(data: memoryview) -> NDArray[np.uint16]:
