@@ -1,4 +1,4 @@
-"""Where the parts of a segment of grouped integers lie (docs/format.md 5.2), found once a shape and not once a segment."""
+"""Where the parts of a segment of grouped integers lie (docs/format.md 5.2): found once a shape, not a segment."""
 
 from __future__ import annotations
 
