@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,18 @@ def warm_up_tiles(head_dims: Iterable[int]) -> None:
                 tile_kernel(head_dim)
 
 
+def run_on_threads(function: Callable[[Any], None], address: int, call: Any, num_tasks: int) -> None:
+    """Run compiled code, of which `address` is the entry, on all of torch's threads; they share out its tasks."""
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or num_tasks == 1:
+        function(call)
+    elif (parallel := openmp_parallel()) is not None:
+        # all of torch's threads even for fewer tasks: another size would rebuild the team
+        parallel(address, ctypes.addressof(call), num_threads, 0)
+    else:
+        list(thread_pool(num_threads).map(lambda _: function(call), range(num_threads)))
+
+
 class CompiledKernel:
     """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads."""
 
@@ -219,15 +231,8 @@ class CompiledKernel:
     def run(self, fields: tuple[int, ...], num_tasks: int) -> None:
         """Serve one call; `fields` are `cpu_call.Field` in order."""
         call = (ctypes.c_int64 * len(fields))(*fields)
-        num_threads = torch.get_num_threads()
         self._prepare(call)
-        if num_threads == 1 or num_tasks == 1:
-            self._attend(call)
-        elif (parallel := openmp_parallel()) is not None:
-            # all of torch's threads even for fewer tasks: another size would rebuild the team
-            parallel(self._attend_address, ctypes.addressof(call), num_threads, 0)
-        else:
-            list(thread_pool(num_threads).map(lambda _: self._attend(call), range(num_threads)))
+        run_on_threads(self._attend, self._attend_address, call, num_tasks)
         self._finish(call)
 
 

@@ -17,7 +17,7 @@ import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from cag_kernels.cpu import openmp_parallel, thread_pool
+from cag_kernels.cpu import run_on_threads
 from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Program, Value, function_blocks
 from cag_kernels.cpu_panel import host_blocking
 from cag_kernels.packed import PANEL
@@ -56,13 +56,7 @@ class LinearKernel:
     def run(self, fields: tuple[int, ...]) -> None:
         """Serve one call; `fields` are `Field` in order."""
         call = (ctypes.c_int64 * len(Field))(*fields)
-        num_threads = torch.get_num_threads()
-        if num_threads == 1 or fields[Field.OUT_FEATURES] <= PANEL * TASK:
-            self._function(call)
-        elif (parallel := openmp_parallel()) is not None:
-            parallel(self._address, ctypes.addressof(call), num_threads, 0)
-        else:
-            list(thread_pool(num_threads).map(lambda _: self._function(call), range(num_threads)))
+        run_on_threads(self._function, self._address, call, -(-fields[Field.OUT_FEATURES] // (PANEL * TASK)))
 
 
 def compiled_linear(rows: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:

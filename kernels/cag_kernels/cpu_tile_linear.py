@@ -17,7 +17,7 @@ import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from cag_kernels.cpu import openmp_parallel, thread_pool
+from cag_kernels.cpu import run_on_threads
 from cag_kernels.cpu_emit import INT8, INT32, INT64, POINTER, Program, Value, function_blocks
 from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter, has_tiles
 
@@ -77,14 +77,8 @@ class TileLinearKernel:
     def run(self, fields: tuple[int, ...]) -> None:
         """Serve one call; `fields` are `Field` in order."""
         call = (ctypes.c_int64 * len(Field))(*fields)
-        num_threads = torch.get_num_threads()
         self._prepare(call)
-        if num_threads == 1 or fields[Field.OUT_FEATURES] <= TASK_FEATURES:
-            self._multiply(call)
-        elif (parallel := openmp_parallel()) is not None:
-            parallel(self._address, ctypes.addressof(call), num_threads, 0)
-        else:
-            list(thread_pool(num_threads).map(lambda _: self._multiply(call), range(num_threads)))
+        run_on_threads(self._multiply, self._address, call, -(-fields[Field.OUT_FEATURES] // TASK_FEATURES))
 
 
 def compiled_kernel() -> TileLinearKernel:

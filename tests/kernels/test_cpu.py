@@ -53,14 +53,6 @@ def assert_close(found, query, keys, values, scale):
         assert (got.double() - want).abs().max() <= bound
 
 
-@pytest.fixture
-def threads():
-    """Set torch's number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_matches_oracle_and_reads_nothing_around_the_keys(shape, num_threads, threads):
