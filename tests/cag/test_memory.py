@@ -12,6 +12,7 @@ from cag.home import cag_home as user_home
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 USER_HOME = user_home()
 SLACK_BYTES = 120e6  # activations of a block, scratch of one layer, allocator
+PREPARED_BYTES = 1.4e9  # what trials of `transform` prepare from a basis; far more than a chunk, and stated as such
 PROBED_BYTES = 2 * GROUP_PROBES * 49152 * 4  # logits of one group of probes, and a copy on their way to the file
 
 MEASURE = """
@@ -75,5 +76,6 @@ def test_building_holds_one_copy_and_loading_at_most_one_more(codec, tmp_path, s
     for work, facts in (("build", built), ("open", loaded)):
         extra = facts["peak"] - facts["before"]
         print(f"{codec} {work}: cache {facts['raw'] / 1e6:.0f} MB, peak {extra / 1e6:.0f} MB above the model")
-    assert built["peak"] - built["before"] <= built["raw"] + SLACK_BYTES + PROBED_BYTES
+    prepared = PREPARED_BYTES if codec == "auto" else 0
+    assert built["peak"] - built["before"] <= built["raw"] + SLACK_BYTES + PROBED_BYTES + prepared
     assert loaded["peak"] - loaded["before"] <= 2 * loaded["raw"] + SLACK_BYTES
