@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from cag_store.codecs import Codec, JointTransform, codec_from_config
+from cag_store.codecs.transform import Basis
 from cag_store.dtypes import widen
+from cag_store.errors import CorruptEntry
 from cag_store.testing import CodecConformance
 from cag_store.testing.bases import sample_basis
 
@@ -50,3 +52,15 @@ class TestTransform(CodecConformance):
 def test_a_codec_without_its_basis_is_still_its_configuration(exact_tokens):
     codec = codec_of_shape(2, 8, exact_tokens)
     assert codec_from_config(codec.config()) == codec
+
+
+def test_a_basis_has_one_spelling():
+    """An integer among the frequencies would be written again as a float, under another address."""
+    data = sample_basis((2, 1), (8, 16), 2).to_bytes()
+    start = data.index(b"{")
+    size = int.from_bytes(data[start - 4 : start], "little")
+    header = data[start : start + size].replace(b"[1.0,", b"[1,", 1)
+    assert len(header) == size - 2
+    forged = data[: start - 4] + len(header).to_bytes(4, "little") + header + data[start + size :]
+    with pytest.raises(CorruptEntry, match="inverse_frequencies"):
+        Basis.from_bytes(forged)

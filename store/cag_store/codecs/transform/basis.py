@@ -225,8 +225,8 @@ class _Reader:
         fields.done()
         if pairing not in _PAIRINGS:
             raise fields.wrong("pairing", " or ".join(_PAIRINGS), pairing)
-        if not all(type(number) in (int, float) and math.isfinite(number) and abs(number) <= 8 for number in found):
-            raise fields.wrong("inverse_frequencies", "numbers of magnitude up to 8", found)
+        if not all(type(number) is float and math.isfinite(number) and abs(number) <= 8 for number in found):
+            raise fields.wrong("inverse_frequencies", "numbers with a decimal point, of magnitude up to 8", found)
         return Rotation(pairing, tuple(float(number) for number in found))
 
     def _pairs(self, key: str, count: int) -> list[tuple[int, int]]:
