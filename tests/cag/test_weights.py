@@ -161,14 +161,12 @@ def test_another_formula_is_noticed(part, factor, each_product, tmp_path):
     """A network that has Llama's parts but computes something else keeps its own forward."""
     model = bfloat16_model(tmp_path, CONFIGS["llama"]())
     assert model.decoder is not None
-    module = model.network.model.get_submodule(part)
-    module.register_forward_hook(lambda _module, _inputs, output: output * factor)
-    if part == "embed_tokens":  # whose output the quick forward asks for too
-        module._forward_hooks.clear()
-        model.decoder._network = model.network
-        model.network.model.layers[0].register_forward_pre_hook(
-            lambda _module, inputs: (inputs[0] * factor, *inputs[1:])
-        )
+    if part == "embed_tokens":  # whose output the quick forward asks for too: scale what the first layer is given
+        layer = model.network.model.layers[0]
+        layer.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * factor, *inputs[1:]))
+    else:
+        module = model.network.model.get_submodule(part)
+        module.register_forward_hook(lambda _module, _inputs, output: output * factor)
     assert model._checked_decoder() is None
 
 
