@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels import DensePrefix, QuantizedPrefix, dequantize_prefix
+from cag_kernels.cpu import compiles_codes
+from cag_kernels.prefixes import Codes
 from cag_store.codecs import CodedShape, CodedSide
 
 if TYPE_CHECKING:
@@ -86,10 +88,7 @@ class CodedBuffers:
 
     def views(self) -> list[tuple[CodedSide, CodedSide]]:
         """Writable arrays of all layers, as the store wants them."""
-        return [
-            (CodedSide(*map(storage_view, keys)), CodedSide(*map(storage_view, values)))
-            for keys, values in self._tensors
-        ]
+        return [(_coded_view(keys), _coded_view(values)) for keys, values in self._tensors]
 
     def layers(self) -> list[tuple[PrefixSegment, ...]]:
         """See `HostBuffers`: codes, and behind them what is exact."""
@@ -103,6 +102,11 @@ class CodedBuffers:
 
     def arrived(self, layer: int) -> None:
         """Codes lie where they are attended to."""
+
+
+def _attended(keys: CodedShape, values: CodedShape) -> bool:
+    codes = Codes(keys.bits, values.bits, keys.group_tokens, values.group_channels)
+    return compiles_codes(keys.head_dim, codes)
 
 
 def _coded_view(side: list[Tensor]) -> CodedSide:
@@ -203,6 +207,7 @@ class ResidentPrefix:
         """
         token_ids = reader.token_ids().astype(np.int64)
         coded = reader.coded_shapes() if in_codes and device.type == "cpu" and dtype == torch.bfloat16 else None
+        coded = coded if coded is not None and all(_attended(*both) for both in coded) else None
         host: HostBuffers | CodedBuffers
         if coded is not None:
             host = CodedBuffers(coded)

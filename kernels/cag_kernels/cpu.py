@@ -114,22 +114,23 @@ def cpu_attention(
 
 def quantized_attention_serves(query: Tensor, prefix: QuantizedPrefix) -> bool:
     """Whether `cpu_quantized_attention` takes these tensors; that they fit together is not looked at."""
-    head_dim = query.shape[2]
-    codes = _codes(prefix)
-    vectors = 2 * HEAD_DIM_MULTIPLE if 4 in (codes.key_bits, codes.value_bits) else HEAD_DIM_MULTIPLE
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)
         and prefix.exact_keys.dtype == torch.bfloat16
         and prefix.num_tokens > 0
         and query.shape[1] > 0
-        and head_dim % vectors == 0
-        and head_dim <= MAX_HEAD_DIM
-        and codes.group_tokens % HEAD_DIM_MULTIPLE == 0
-        and codes.group_channels % HEAD_DIM_MULTIPLE == 0
         and not query.requires_grad
-        and has_compiler()
+        and compiles_codes(query.shape[2], _codes(prefix))
     )
+
+
+def compiles_codes(head_dim: int, codes: Codes) -> bool:
+    """Whether there is compiled attention over a prefix that is kept like this."""
+    vectors = 2 * HEAD_DIM_MULTIPLE if 4 in (codes.key_bits, codes.value_bits) else HEAD_DIM_MULTIPLE
+    groups = codes.group_tokens, codes.group_channels
+    whole = head_dim % vectors == 0 and not any(size % HEAD_DIM_MULTIPLE for size in groups)
+    return whole and head_dim <= MAX_HEAD_DIM and has_compiler()
 
 
 def cpu_quantized_attention(query: Tensor, prefix: QuantizedPrefix, *, scale: float) -> tuple[Tensor, Tensor]:

@@ -249,6 +249,15 @@ def test_a_prefix_in_codes_takes_the_bytes_of_its_codec(bfloat16_engine, corpus_
     assert answer.usage.cached_tokens == report.num_tokens
 
 
+@pytest.mark.parametrize("codec", [{"id": "int8", "group_tokens": 8}, {"id": "int4", "group_channels": 8}])
+def test_codes_in_groups_that_no_kernel_takes_are_decoded(bfloat16_engine, corpus_dir, codec):
+    report = bfloat16_engine.build([corpus_dir], name="handbook", codec=codec)
+    with bfloat16_engine.open("handbook") as prefix:
+        prefix.resident.wait()
+        assert prefix.resident.num_bytes == report.raw_bytes
+        assert prefix.ask(QUESTION, max_tokens=2).usage.cached_tokens == report.num_tokens
+
+
 def test_a_model_with_windows_attends_to_numbers(tmp_path, corpus_dir):
     config = MistralConfig(**tiny_config(hidden_size=64, head_dim=32).to_dict() | {"sliding_window": 50})
     directory = write_tiny_model(tmp_path / "model", config=config)
