@@ -18,7 +18,7 @@ import cag_store
 from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
 from cag.resident import HostBuffers, ResidentPrefix, storage_view
-from cag.state import SequenceState
+from cag.state import WholeState
 from cag_store import ChunkContext, ChunkEntry, ChunkHeader, Store
 from cag_store.errors import CorruptEntry, EntryNotFound
 
@@ -33,7 +33,7 @@ class PrefixChunks:
     model: LanguageModel
     store: Store
     token_ids: NDArray[np.int64]
-    state: SequenceState
+    state: WholeState
 
     @property
     def num_tokens(self) -> int:

@@ -1,14 +1,13 @@
-"""A question's forward without a framework's overhead: the layers of a Llama-like network over few rows, on a CPU.
+"""A forward of few rows without a framework's overhead: the layers of a Llama-like network on a CPU.
 
 For a dozen rows the calls of a network's hundreds of small operators cost as much as its products. Here a layer is four
-products, one attention over the prefix, and four compiled steps between them; what is passed on between layers is
-float32 also where products are of bfloat16. Recognized by structure and then checked: a network whose own forward gives
-other logits keeps its own forward.
+products, one attention over each prefix, and four compiled steps between them; what is passed on between layers is
+float32 also where products are of bfloat16. The rows may be of many sequences (`cag.batch`). Recognized by structure
+and then checked: a network whose own forward gives other logits keeps its own forward.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cag.state import AttentionRule, PrefixSegment, SequenceState, attend_prefix
+from cag.batch import Batch, RowGroup
+from cag.state import AttentionRule, PrefixSegment, attend_prefix
 from cag.weights import Product, joined_product
-from cag_kernels import FEW_ROWS, DensePrefix
-from cag_kernels.cpu import MAX_FEW_ROWS, cpu_attention_serves
+from cag_kernels import FEW_ROWS, DensePrefix, has_numba, has_tiles
+from cag_kernels.attention import COMPILED_MAX_ROWS
+from cag_kernels.cpu import MAX_FEW_ROWS, TILE_DEPTH, cpu_attention, cpu_attention_serves
 
-OWN_PAIRS = 2048  # queries x keys of the tail up to which one pass over the tail is quicker than two
 PROBED_LAYERS = 2  # compared closely; behind all layers a network in bfloat16 may be far from itself in float32
 CLOSE, FAR = 2e-2, 0.5  # of the logits' norm; another formula is far above the first after two layers
 
@@ -57,108 +57,120 @@ class Layer:
 
 
 class FewRowsDecoder:
-    """Runs up to `FEW_ROWS` tokens. Not for several threads at once: the model's lock is held around it."""
+    """Runs up to `FEW_ROWS` tokens of each sequence. Not for several threads at once: the model's lock is held."""
 
     def __init__(
         self, network: Any, layers: list[Layer], head: Product, head_dim: int, attends_in: torch.dtype
     ) -> None:
-        from cag_kernels import cpu_rows
+        from cag_kernels import cpu_paged, cpu_rows
 
         self._steps = cpu_rows
+        self._tails = cpu_paged.Tails
         self._network = network
         self._layers = layers
         self._head = head
         self._head_dim = head_dim
         self._attends_in = attends_in
+        self._by_tiles = attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and has_tiles()
         self._norm = _norm(network.model.norm)
         self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
 
-    def serves(self, num_tokens: int, state: SequenceState) -> bool:
-        """Whether `forward` takes a forward of `num_tokens` tokens behind `state`."""
-        fits = 0 < num_tokens <= FEW_ROWS
-        return fits and all(state.num_tokens + num_tokens <= window for window in self._windows)
+    def serves(self, batch: Batch) -> bool:
+        """Whether `forward` takes a batch."""
+        return all(
+            0 < count <= FEW_ROWS and all(state.num_tokens + count <= window for window in self._windows)
+            for state, count in zip(batch.states, batch.counts, strict=True)
+        )
 
     def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        state: SequenceState,
-        num_logits: int,
-        num_layers: int | None = None,
+        self, token_ids: Tensor, batch: Batch, wanted: list[int] | slice, num_layers: int | None = None
     ) -> Tensor:
-        """Logits of the last `num_logits` of the tokens (all if 0), `[num_logits, vocab_size]` float32.
+        """Logits of the `wanted` rows of a batch, `[num_wanted, vocab_size]` float32.
 
-        The keys and values of the tokens join the tail's buffers; `token_ids` and `positions` are `[num_tokens]`. Only
-        a check runs less than all layers.
+        The keys and values of the tokens go to the pages of their sequences; `token_ids` is `[num_rows]`. Only a check
+        runs less than all layers.
         """
         hidden = self._network.model.embed_tokens(token_ids).float()
-        cosines, sines = self._network.model.rotary_emb(hidden[None], positions[None])
+        cosines, sines = self._network.model.rotary_emb(hidden[None], batch.positions(hidden.device)[None])
         rotation = cosines[0].float().contiguous().numpy(), sines[0].float().contiguous().numpy()
+        tails = self._tails(batch.pages, batch.lengths, batch.starts, batch.skipped)
         update, normed = torch.zeros_like(hidden), torch.empty_like(hidden)
+        residual, out = hidden.numpy(), normed.numpy()
         for index, layer in enumerate(self._layers[:num_layers]):
-            self._add_and_norm(hidden, update, layer.before_attention, normed)
-            update = self._attend(index, layer, normed, rotation, state)
-            self._add_and_norm(hidden, update, layer.before_mlp, normed)
+            self._add_and_norm(residual, update, layer.before_attention, out)
+            update = self._attend(index, layer, normed, rotation, batch, tails)
+            self._add_and_norm(residual, update, layer.before_mlp, out)
             update = self._mlp(layer, normed)
-        self._add_and_norm(hidden, update, self._norm, normed)
-        return self._head(normed[-num_logits:])
+        self._add_and_norm(residual, update, self._norm, out)
+        return self._head(normed[wanted])
 
-    def _add_and_norm(self, hidden: Tensor, update: Tensor, norm: Norm, out: Tensor) -> None:
-        self._steps.add_and_norm(hidden.numpy(), update.numpy(), norm.weight, norm.epsilon, out.numpy())
+    def _add_and_norm(self, residual: NDArray[Any], update: Tensor, norm: Norm, out: NDArray[Any]) -> None:
+        self._steps.add_and_norm(residual, update.numpy(), norm.weight, norm.epsilon, out)
 
     def _attend(
-        self, index: int, layer: Layer, normed: Tensor, rotation: tuple[Any, Any], state: SequenceState
+        self, index: int, layer: Layer, normed: Tensor, rotation: tuple[Any, Any], batch: Batch, tails: Any
     ) -> Tensor:
         projected = layer.projections(normed)
-        keys, values = state.tail.keys[index], state.tail.values[index]
-        num_rows, head_dim = normed.shape[0], self._head_dim
-        num_q_heads = projected.shape[1] // head_dim - 2 * keys.shape[0]
+        keys, values = batch.sides(index)
+        num_rows, head_dim, num_kv_heads = normed.shape[0], self._head_dim, keys.shape[1]
+        num_q_heads = projected.shape[1] // head_dim - 2 * num_kv_heads
         for norm, first, count in (
             (layer.query_norm, 0, num_q_heads),
-            (layer.key_norm, num_q_heads * head_dim, keys.shape[0]),
+            (layer.key_norm, num_q_heads * head_dim, num_kv_heads),
         ):
             if norm is not None:
                 self._steps.head_norm(projected.numpy(), first, count, norm.weight, norm.epsilon)
         query = projected.new_empty(num_q_heads, num_rows, head_dim)
-        tail = keys.view(torch.uint16).numpy(), values.view(torch.uint16).numpy()
-        self._steps.rotate_and_store(projected.numpy(), *rotation, query.numpy(), *tail, state.num_tail)
-        first, parts, logsumexps = self._attend_before(index, layer, query, state)
-        out = normed.new_empty(num_rows, num_q_heads * head_dim)
-        self._steps.attend_and_merge(
-            query.numpy(),
-            *tail,
-            first,
-            state.num_tail,
-            layer.rule.scale,
-            parts.numpy(),
-            logsumexps.numpy(),
-            out.numpy(),
+        pool = keys.view(torch.uint16).numpy(), values.view(torch.uint16).numpy()
+        self._steps.rotate_and_store(
+            projected.numpy(), *rotation, query.numpy(), *pool, batch.row_pages, batch.row_places
         )
+        out, logsumexps = normed.new_empty(num_rows, num_q_heads * head_dim), query.new_empty(num_q_heads, num_rows)
+        for group in batch.groups:
+            parts = self._attend_before(index, layer, query, batch, group)
+            sessions = group.sequences.start, group.sequences.stop
+            tails.attend(query, keys, values, layer.rule.scale, *parts, out, logsumexps, sessions)
         return layer.output(out)
 
     def _attend_before(
-        self, index: int, layer: Layer, query: Tensor, state: SequenceState
-    ) -> tuple[int, Tensor, Tensor]:
-        """Attention over the prefix, and over a long tail's earlier tokens: from which token of the tail on nothing was
-        attended to yet, parts `[num_parts, num_q_heads, num_rows, head_dim]` and their logsumexps."""
-        segments = [] if state.prefix is None else list(state.prefix.segments(index))
-        first = 0 if state.num_tail * query.shape[1] <= OWN_PAIRS else state.num_tail
-        if first:
-            tail = state.tail
-            segments.append(DensePrefix(tail.keys[index][:, :first], tail.values[index][:, :first]))
-        rounded = self._rounded(query, segments[0]) if segments else query
-        parts = attend_prefix(rounded, segments, layer.rule.scale)
-        if not parts:
-            return first, query.new_empty(0, *query.shape), query.new_empty(0, *query.shape[:2])
+        self, index: int, layer: Layer, query: Tensor, batch: Batch, group: RowGroup
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of a group's rows over its prefix, and over a long tail's earlier tokens: parts `[num_parts,
+        num_q_heads, num_rows, head_dim]` and their logsumexps."""
+        segments = [] if group.prefix is None else list(group.prefix.segments(index))
+        segments += batch.earlier(group, index)
+        own = query if len(batch.groups) == 1 else query[:, group.rows]
+        if not segments:
+            return query.new_empty(0, *own.shape), query.new_empty(0, *own.shape[:2])
+        parts = self._over_segments(own, segments, layer.rule.scale)
         if len(parts) == 1:
-            return first, parts[0][0][None], parts[0][1][None]
-        return first, torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
+            return parts[0][0][None], parts[0][1].contiguous()[None]
+        return torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
+
+    def _over_segments(self, query: Tensor, segments: list[PrefixSegment], scale: float) -> list[tuple[Tensor, Tensor]]:
+        """As `attend_prefix`, in blocks of rows that compiled attention takes."""
+        rounded = self._rounded(query, segments[0])
+        most = COMPILED_MAX_ROWS * segments[0][0].shape[0] // query.shape[0]
+        if query.shape[1] <= most:
+            return [self._over_segment(rounded, segment, scale) for segment in segments]
+        blocks = [attend_prefix(block, segments, scale) for block in torch.split(rounded, most, dim=1)]
+        return [
+            (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
+            for parts in zip(*blocks, strict=True)
+        ]
+
+    def _over_segment(self, query: Tensor, segment: PrefixSegment, scale: float) -> tuple[Tensor, Tensor]:
+        if isinstance(segment, DensePrefix) and cpu_attention_serves(query, segment.keys):
+            return cpu_attention(query, *segment, scale=scale, offset=segment.num_tokens)
+        return attend_prefix(query, [segment], scale)[0]
 
     def _rounded(self, query: Tensor, segment: PrefixSegment) -> Tensor:
-        """The query in the type that the network attends in, where that is quicker: not for a single token."""
-        few = query.shape[0] // segment[0].shape[0] * query.shape[1] <= MAX_FEW_ROWS
-        few = few and isinstance(segment, DensePrefix) and cpu_attention_serves(query, segment.keys)
-        return query if few else query.to(self._attends_in)
+        """The query in the type that the network attends in; unrounded where only code for a few float32 rows serves a
+        single token quickly."""
+        if query.dtype == self._attends_in or not isinstance(segment, DensePrefix) or self._by_tiles:
+            return query.to(self._attends_in)
+        few = query.shape[0] // segment.keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS
+        return query if few and cpu_attention_serves(query, segment.keys) else query.to(self._attends_in)
 
     def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
         projected = layer.gate_and_up(normed)
@@ -176,7 +188,7 @@ def recognize(
     layer attends, as the network itself told the attention.
     """
     model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
-    if importlib.util.find_spec("numba") is None or model is None or head is None:
+    if not has_numba() or model is None or head is None:
         return None
     if _children(model) != _MODEL or _children(network) != {"model", "lm_head"}:
         return None

@@ -11,6 +11,7 @@ from dataclasses import replace
 from cag.answer import Answer, CacheOrigin, Timings, Usage
 from cag.generate import Generation, SamplingOptions
 from cag.model import LanguageModel
+from cag.prefill import PROMPT_BLOCK_TOKENS
 from cag.prompt import SYSTEM_TEXT, PrefixLayout, lay_out, question_ids
 from cag.retrieval import Retriever
 
@@ -27,7 +28,9 @@ def ask_fresh(
     begin = time.perf_counter() if started_at is None else started_at
     prompt = layout.token_ids.tolist() + question_ids(model.tokenizer, layout.template, question)
     state = model.new_state(capacity=len(prompt))
-    generation = Generation(model, state, prompt, options or SamplingOptions(), started_at=begin).run()
+    generation = Generation(
+        model, state, prompt, options or SamplingOptions(), started_at=begin, block_tokens=PROMPT_BLOCK_TOKENS
+    ).run()
     return Answer(
         text=generation.text.strip(),
         citations=(),

@@ -1,4 +1,5 @@
-"""The token loop: suffix in, tokens out, with sampling and stop rules. The same loop serves every path of the engine.
+"""The token loop: suffix in, tokens out, with sampling and stop rules. The same steps serve every path of the engine,
+an answer by itself and many at once.
 
 Knows a model and a sequence state; knows no documents, no store and no templates beyond their stop strings.
 """
@@ -17,10 +18,10 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from cag.errors import RequestTooLong, UsageError
 from cag.model import LanguageModel
-from cag.prefill import PROMPT_BLOCK_TOKENS, prefill
 from cag.state import SequenceState
 
 DEFAULT_MAX_TOKENS = 128
+QUESTION_BLOCK_TOKENS = 256  # of what is read before an answer in one forward; others wait for it at most
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,16 @@ class Sampler:
 
 
 class Generation:
-    """One running answer. Iterating yields pieces of text; afterwards the counts and times are set.
+    """One answer in the making, step by step: `next_tokens` are run behind the state, then `advance` takes the logits.
+
+    Iterating does so to the end and yields pieces of text; `cag.scheduler.Scheduler` does so for many at once.
 
     Attributes:
         token_ids: tokens of the answer, the stop token left out.
         text: the whole answer so far.
-        prefill_s, ttft_s, tpot_s, total_s: seconds, counted from `started_at`.
+        prefill_s, ttft_s, tpot_s, total_s: seconds, counted from `started_at`; the first of these from the first step.
         finish_reason: "stop" or "length".
+        finished: whether nothing is left to do.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Generation:
         options: SamplingOptions,
         *,
         started_at: float | None = None,
+        block_tokens: int = QUESTION_BLOCK_TOKENS,
     ) -> None:
         room = model.window_tokens - state.num_tokens - len(suffix_ids)
         if room < 1:
@@ -97,6 +102,7 @@ class Generation:
         self.model = model
         self.state = state
         self.suffix_ids = suffix_ids
+        self.block_tokens = block_tokens
         self.max_tokens = min(options.max_tokens, room)
         self.sampler = Sampler(options, model.device)
         self.stop_strings = (*model.template.stop_strings, *options.stop)
@@ -104,23 +110,18 @@ class Generation:
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason = "length"
+        self.finished = False
         self.prefill_s = self.ttft_s = self.tpot_s = self.total_s = 0.0
+        self._num_read = 0  # of the suffix
+        self._begun_at = self._first_at = 0.0
+        self._detokenizer = DecodeStream(skip_special_tokens=True)
+        self._num_decoded = self._num_shown = 0  # characters
 
     def __iter__(self) -> Iterator[str]:
-        emitted = 0
-        for piece in self._pieces():
-            self.text += piece
-            cut = self._find_stop()
-            if cut is not None:
-                self.text, self.finish_reason = self.text[:cut], "stop"
-                break
-            safe = max(emitted, len(self.text) - self._held_back())
-            if safe > emitted:
-                yield self.text[emitted:safe]
-                emitted = safe
-        self.total_s = time.perf_counter() - self.started_at
-        if emitted < len(self.text):
-            yield self.text[emitted:]
+        while not self.finished:
+            logits = self.model.forward(self.next_tokens(), self.state)
+            if piece := self.advance(logits[-1]):
+                yield piece
 
     def run(self) -> Generation:
         """Generate to the end, for callers that do not stream."""
@@ -128,39 +129,84 @@ class Generation:
             pass
         return self
 
-    def _pieces(self) -> Iterator[str]:
-        """Text as soon as whole characters are there; empty pieces are kept so that stop strings are checked."""
-        stream = DecodeStream(skip_special_tokens=True)
-        backend = self.model.tokenizer.backend_tokenizer
-        decoded = 0
-        for token in self._tokens():
-            piece = stream.step(backend, token) or ""
-            decoded += len(piece)
-            yield piece
-        rest = self.model.tokenizer.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if len(rest) > decoded:  # bytes of a character that the last token left open
-            yield rest[decoded:]
+    @property
+    def is_answering(self) -> bool:
+        """Whether the next step is one of the answer's own tokens."""
+        return self._num_read == len(self.suffix_ids)
 
-    def _tokens(self) -> Iterator[int]:
-        begin = time.perf_counter()
-        logits = prefill(self.model, self.state, self.suffix_ids, block_tokens=PROMPT_BLOCK_TOKENS)
-        token = self.sampler(logits)
-        first_at = time.perf_counter()
-        self.prefill_s, self.ttft_s = first_at - begin, first_at - self.started_at
-        while True:
-            if token in self.model.stop_ids:
-                self.finish_reason = "stop"
-                return
+    @property
+    def num_next(self) -> int:
+        """Tokens of the next step."""
+        return 1 if self.is_answering else min(self.block_tokens, len(self.suffix_ids) - self._num_read)
+
+    def next_tokens(self) -> list[int]:
+        """What the next forward runs behind the state: a block of the suffix, later the last token.
+
+        Blocks depend on the suffix alone, so that whoever else is answered does not show in the result.
+        """
+        self._begun_at = self._begun_at or time.perf_counter()
+        if self.is_answering:
+            return self.token_ids[-1:]
+        return self.suffix_ids[self._num_read : self._num_read + self.block_tokens]
+
+    def advance(self, logits: Tensor, token: int | None = None) -> str:
+        """Take the logits `[vocab_size]` of the last of `next_tokens`, and `token` if it was chosen from them already.
+
+        Returns the text that can be shown now: maybe none.
+        """
+        if not self.is_answering:
+            self._num_read = min(self._num_read + self.block_tokens, len(self.suffix_ids))
+            if not self.is_answering:
+                return ""
+        return self._take(self.sampler(logits) if token is None else token)
+
+    def _take(self, token: int) -> str:
+        self._count_time()
+        ends = token in self.model.stop_ids
+        if not ends:
             self.token_ids.append(token)
-            yield token
-            if len(self.token_ids) >= self.max_tokens:
-                return
-            token = self.sampler(self.model.forward([token], self.state)[-1])
-            self.tpot_s = (time.perf_counter() - first_at) / len(self.token_ids)
+            piece = self._detokenizer.step(self.model.tokenizer.backend_tokenizer, token) or ""
+            self._num_decoded += len(piece)
+            self.text += piece
+        stopped = self._cut_at_stop()
+        if not stopped and (ends or len(self.token_ids) >= self.max_tokens):
+            self._add_rest()
+            stopped = self._cut_at_stop() or ends
+            self.finished = True
+        if stopped:
+            self.finish_reason, self.finished = "stop", True
+        if self.finished:
+            self.total_s = time.perf_counter() - self.started_at
+        return self._shown()
 
-    def _find_stop(self) -> int | None:
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        if not self.token_ids:
+            self._first_at = now
+            self.prefill_s, self.ttft_s = now - self._begun_at, now - self.started_at
+        else:
+            self.tpot_s = (now - self._first_at) / len(self.token_ids)
+
+    def _add_rest(self) -> None:
+        """Bytes of a character that the last token left open."""
+        rest = self.model.tokenizer.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if len(rest) > self._num_decoded:
+            self.text += rest[self._num_decoded :]
+            self._num_decoded = len(rest)
+
+    def _cut_at_stop(self) -> bool:
+        """End the text before the first stop string, if one is there."""
         found = [at for at in (self.text.find(stop) for stop in self.stop_strings) if at >= 0]
-        return min(found, default=None)
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found)
+
+    def _shown(self) -> str:
+        """Text that was not shown yet and certainly is no beginning of a stop string."""
+        begin = self._num_shown
+        safe = len(self.text) - (0 if self.finished else self._held_back())
+        self._num_shown = max(begin, safe)
+        return self.text[begin : self._num_shown]
 
     def _held_back(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""

@@ -19,20 +19,23 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cag.batch import Batch, BatchState
 from cag.decoder import CLOSE, FAR, PROBED_LAYERS, FewRowsDecoder, recognize, relative_difference
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
+from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
-from cag.state import AttentionRule, BranchedState, KvShape, SequenceState, Tail
+from cag.state import AttentionRule, BranchedState, KvShape, SequenceState, Tail, WholeState
 from cag.weights import (
     Float32Products,
+    SequencesApart,
     join_network,
     loses_in_bfloat16,
     pack_network,
     use_transposed_products,
 )
-from cag_kernels import has_compiler, warm_up, warm_up_linear, warm_up_tiles
+from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
 
 ATTENTION_NAME = "cag_segments"
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -113,8 +116,10 @@ class LanguageModel:
         probe = self._probe_layers()
         self.kv_shapes = [shape for shape, _ in probe]
         self._rules = [rule for _, rule in probe]
+        self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device)
         self._compile_kernels()
         self.decoder = self._checked_decoder()
+        self._apart = SequencesApart(self.network if self.device.type == "cpu" and self.decoder is None else None)
         self.stop_ids = _stop_ids(network, tokenizer, self.template)
 
     @classmethod
@@ -181,11 +186,20 @@ class LanguageModel:
         config = self.network.config.get_text_config()
         return {"parameters": getattr(config, "rope_parameters", None), "positions": "contiguous from 0"}
 
-    def new_state(self, prefix: Any = None, *, capacity: int = 0) -> SequenceState:
-        """An empty sequence behind `prefix` (or behind nothing), with room for `capacity` tokens of its own."""
-        return SequenceState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix)
+    def new_state(self, prefix: Any = None, *, capacity: int = 0) -> WholeState:
+        """An empty sequence behind `prefix` (or behind nothing), with room for `capacity` tokens of its own in one
+        piece."""
+        return WholeState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix)
 
-    @torch.inference_mode()
+    def new_session_state(self, prefix: Any = None) -> SequenceState:
+        """An empty sequence whose own tokens take pages of the model's pool; several of them fit into one forward."""
+        return SequenceState(PagedTail(self.pages), prefix)
+
+    def settle_pages(self) -> None:
+        """Give back the memory of pages that nobody has, if nobody has any; for a moment without work."""
+        with self._forward_lock:
+            self.pages.settle()
+
     def forward(self, token_ids: list[int] | Tensor, state: SequenceState, *, num_logits: int = 1) -> Tensor:
         """Run new tokens of a sequence; their keys and values join its tail.
 
@@ -194,18 +208,44 @@ class LanguageModel:
         Returns:
             Logits of the last `num_logits` tokens (all if 0), `[num_logits, vocab_size]` float32.
         """
-        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
-        num_tokens = ids.shape[0]
-        state.begin(num_tokens)
-        positions = torch.arange(state.num_tokens, state.num_tokens + num_tokens, device=self.device)
-        with self._forward_lock, self.plan.threads(num_tokens):
-            if self.decoder is not None and self.decoder.serves(num_tokens, state):
-                logits = self.decoder.forward(ids, positions, state, num_logits)
-            else:
-                logits = self._network_forward(ids, positions, state, num_logits)
-        state.finish(num_tokens)
-        self.most_read_tokens = max(self.most_read_tokens, state.num_tail)
+        return self.forward_together([(token_ids, state)], num_logits=num_logits)
+
+    @torch.inference_mode()
+    def forward_together(
+        self, chunks: Sequence[tuple[list[int] | Tensor, SequenceState]], *, num_logits: int | None = None
+    ) -> Tensor:
+        """Run new tokens of several sequences in one forward; their keys and values join their tails.
+
+        Args:
+            chunks: new tokens and the sequence they belong to; several only of `new_session_state`, with at most
+                `FEW_ROWS` tokens each, and neighbours where they stand behind one prefix.
+            num_logits: of a single sequence, as in `forward`.
+
+        Returns:
+            Logits of the last token of each sequence, `[num_sequences, vocab_size]` float32; or of `num_logits` tokens.
+        """
+        pieces = [torch.as_tensor(token_ids, dtype=torch.long, device=self.device) for token_ids, _ in chunks]
+        states, counts = [state for _, state in chunks], [len(piece) for piece in pieces]
+        ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        with self._forward_lock, self.plan.threads(len(ids)):
+            for state, count in zip(states, counts, strict=True):
+                state.begin(count)
+            batch = BatchState(states, counts)
+            logits = self._run(ids, batch, num_logits)
+            batch.finish()
+        self.most_read_tokens = max(self.most_read_tokens, *(state.num_tail for state in states))
         return logits
+
+    def _run(self, ids: Tensor, batch: BatchState, num_logits: int | None) -> Tensor:
+        every = list(range(len(ids)))
+        wanted = batch.last_rows if num_logits is None else every[-num_logits:]
+        if self.decoder is not None and self.decoder.serves(batch):
+            return self.decoder.forward(ids, batch, wanted)
+        positions = batch.positions(self.device)
+        if batch.num_sequences == 1 and (len(ids) > FEW_ROWS or isinstance(batch.states[0].tail, Tail)):
+            return self._network_forward(ids, positions, batch.states[0], 1 if num_logits is None else num_logits)
+        with self._apart(batch.counts):
+            return self._network_forward(ids, positions, batch, torch.tensor(wanted, device=self.device))
 
     @torch.inference_mode()
     def forward_branches(self, branches: Sequence[list[int]], prefix: Any, rows: list[int]) -> Tensor:
@@ -229,7 +269,11 @@ class LanguageModel:
             return self._network_forward(ids, positions, state, wanted)
 
     def _network_forward(
-        self, ids: Tensor, positions: Tensor, state: SequenceState | BranchedState, num_logits: int | Tensor
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        state: SequenceState | BranchedState | BatchState,
+        num_logits: int | Tensor,
     ) -> Tensor:
         output = self.network(
             input_ids=ids[None],
@@ -262,15 +306,14 @@ class LanguageModel:
         """How far a decoder's logits on probe tokens are from the network's own, behind its first layers or all."""
         vocab_size = self.network.config.get_text_config().vocab_size
         ids, positions = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES), torch.arange(NUM_PROBES)
-        expected_state, state = self.new_state(), self.new_state()
-        expected_state.begin(NUM_PROBES)
-        state.begin(NUM_PROBES)
+        expected_state, state = self.new_state(capacity=NUM_PROBES), self.new_state(capacity=NUM_PROBES)
         with _first_layers(self.network, num_layers):
             expected = self._network_forward(ids, positions, expected_state, 0)
         found = []
         for span in (slice(0, NUM_PROBES - 1), slice(NUM_PROBES - 1, NUM_PROBES)):
-            found.append(decoder.forward(ids[span], positions[span], state, 0, num_layers))
-            state.finish(len(ids[span]))
+            batch = Batch([state], [len(ids[span])])
+            found.append(decoder.forward(ids[span], batch, slice(None), num_layers))
+            batch.finish()
         return relative_difference(expected, torch.cat(found))
 
     def _compile_kernels(self) -> None:

@@ -1,13 +1,13 @@
 """A session behind a prefix: turns of question and answer, each answer with its proof.
 
-A session owns only its tail; the prefix is shared. Later questions stand behind the earlier ones, whose keys and values
-are kept, so they count as cached.
+A session owns only its tail, in pages of the model's pool; the prefix is shared. Later questions stand behind the
+earlier ones, whose keys and values are kept, so they count as cached.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from cag.answer import Answer, CacheOrigin, Timings, Usage
 from cag.errors import UsageError
 from cag.generate import Generation, SamplingOptions
 from cag.prompt import conversation_ids, next_question_ids
+from cag.scheduler import Request, Scheduler
 
 if TYPE_CHECKING:
     from cag.prefix import Prefix
@@ -42,6 +43,33 @@ class AnswerStream:
     def __iter__(self) -> Iterator[str]:
         with self._session.turn(self._generation):
             yield from self._generation
+        self._end()
+
+    def submit(self, scheduler: Scheduler, on_piece: Callable[[str], None]) -> Request:
+        """Let `scheduler` make the answer, together with others; `finish` behind it.
+
+        Raises:
+            UsageError: another answer of this session is still running.
+        """
+        self._session.begin_turn()
+        try:
+            return scheduler.submit(self._generation, on_piece)
+        except BaseException:
+            self._session.end_turn(self._generation)
+            raise
+
+    def finish(self, request: Request) -> Answer | None:
+        """Wait until a submitted answer has left the scheduler. None: it was cancelled. Raises what went wrong."""
+        request.wait()
+        self._session.end_turn(self._generation)
+        if request.error is not None:
+            raise request.error
+        if not self._generation.finished:
+            return None
+        self._end()
+        return self.answer
+
+    def _end(self) -> None:
         self._answer = self._compose()
         self._session.turns.extend([*self._history, (self._question, self._answer.text)])
 
@@ -84,8 +112,9 @@ class Session:
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
         self.turns: list[tuple[str, str]] = []
-        self._state = prefix.model.new_state(prefix.resident)
+        self._state = prefix.model.new_session_state(prefix.resident)
         self._busy = False
+        self._begun_at = 0  # tokens of the tail before the running answer
         self._answered = False
         self._unread: list[int] = []  # tokens of the last answer that no forward has seen yet
 
@@ -101,20 +130,27 @@ class Session:
         Raises:
             UsageError: another answer of this session is still running.
         """
-        if self._busy:
-            raise UsageError("another answer of this session is still running.", hint="Open a second session.")
-        self._busy = True
-        before = self._state.num_tail
+        self.begin_turn()
         try:
             yield
         finally:
-            forwarded = self._state.num_tail - before - len(generation.suffix_ids)
-            if forwarded < 0:  # the question itself was not read to its end: as if it had not been asked
-                self._state.rewind(before)
-            else:
-                self._answered = True
-                self._unread = generation.token_ids[forwarded:]
-            self._busy = False
+            self.end_turn(generation)
+
+    def begin_turn(self) -> None:
+        """See `turn`."""
+        if self._busy:
+            raise UsageError("another answer of this session is still running.", hint="Open a second session.")
+        self._busy, self._begun_at = True, self._state.num_tail
+
+    def end_turn(self, generation: Generation) -> None:
+        """See `turn`."""
+        forwarded = self._state.num_tail - self._begun_at - len(generation.suffix_ids)
+        if forwarded < 0:  # the question itself was not read to its end: as if it had not been asked
+            self._state.rewind(self._begun_at)
+        else:
+            self._answered = True
+            self._unread = generation.token_ids[forwarded:]
+        self._busy = False
 
     def ask(
         self,

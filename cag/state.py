@@ -1,7 +1,8 @@
 """Keys and values of one sequence while it runs: an immutable prefix that may be shared, and a tail of its own.
 
-The prefix is attended where it lies; only the tail grows, and only the tail is ever copied (when it doubles). Knows
-kernels and tensors; knows no text, no model and no store.
+The prefix is attended where it lies; only the tail grows. A tail lies in one piece (`Tail`), as a prefix that is being
+built does, or in pages of a pool (`cag.pages.PagedTail`), as those of sessions do; whoever attends sees pages in both.
+Knows kernels and tensors; knows no text, no model and no store.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class PrefixLayers(Protocol):
     def num_tokens(self) -> int:
         """Tokens of the prefix."""
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all layers are there, or will not come."""
+
     def segments(self, index: int) -> tuple[PrefixSegment, ...]:
         """Keys and values of a layer, as segments that follow each other; waits until they have arrived."""
 
@@ -53,14 +58,59 @@ class PrefixLayers(Protocol):
         """All of them as numbers, `[num_kv_heads, num_tokens, head_dim]`."""
 
 
+class SequenceTail(Protocol):
+    """Growing keys and values of one sequence: pages of `page_tokens` tokens, the last one not always full."""
+
+    pages: list[int]
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+
+    def reserve(self, num_tokens: int, used: int) -> None:
+        """Make room for `num_tokens` in all, keeping the first `used`."""
+
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that `pages` counts in, `[num_pages, num_kv_heads, page_tokens, head_dim]`, borrowed."""
+
+    def gathered(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The first tokens side by side, `[num_kv_heads, num_tokens, head_dim]`; a copy where they do not lie so."""
+
+    def store(self, layer: int, place: int, keys: Tensor, values: Tensor) -> None:
+        """Put `[num_kv_heads, num_new, head_dim]`, rounded to the tail's dtype, at token `place` and behind it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+
 class Tail:
-    """Growing keys and values of one sequence, one pair of buffers a layer, in the storage dtype of the cache."""
+    """One page that grows by doubling: a pair of buffers a layer, in the storage dtype of the cache."""
 
     def __init__(self, shapes: list[KvShape], dtype: torch.dtype, device: torch.device, capacity: int) -> None:
         self.shapes = shapes
         self.capacity = capacity
+        self.pages = [0]
         self.keys = [torch.empty(s.num_kv_heads, capacity, s.head_dim, dtype=dtype, device=device) for s in shapes]
         self.values = [torch.empty_like(keys) for keys in self.keys]
+
+    @property
+    def page_tokens(self) -> int:
+        """All that there is room for."""
+        return self.capacity
+
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Of a layer, as one page `[1, num_kv_heads, capacity, head_dim]`."""
+        return self.keys[layer][None], self.values[layer][None]
+
+    def gathered(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The first tokens of a layer, borrowed."""
+        return self.keys[layer][:, :num_tokens], self.values[layer][:, :num_tokens]
+
+    def store(self, layer: int, place: int, keys: Tensor, values: Tensor) -> None:
+        """See `SequenceTail`."""
+        end = place + keys.shape[1]
+        self.keys[layer][:, place:end], self.values[layer][:, place:end] = keys, values
 
     def reserve(self, num_tokens: int, used: int) -> None:
         """Make room for `num_tokens` in all, keeping the first `used`."""
@@ -81,7 +131,7 @@ class Tail:
 class SequenceState:
     """One sequence: `num_prefix` tokens of a shared prefix, then `num_tail` tokens of its own."""
 
-    def __init__(self, tail: Tail, prefix: PrefixLayers | None = None) -> None:
+    def __init__(self, tail: SequenceTail, prefix: PrefixLayers | None = None) -> None:
         self.prefix = prefix
         self.tail = tail
         self.num_prefix = prefix.num_tokens if prefix is not None else 0
@@ -130,18 +180,21 @@ class SequenceState:
         Returns:
             `[num_q_heads, num_new, head_dim]` in the query's dtype.
         """
-        end = self.num_tail + query.shape[1]
-        tail_keys, tail_values = self.tail.keys[layer][:, :end], self.tail.values[layer][:, :end]
-        tail_keys[:, self.num_tail :] = keys
-        tail_values[:, self.num_tail :] = values
+        self.tail.store(layer, self.num_tail, keys, values)
         attend = partial(segment_attention, query, scale=scale, window=window, softcap=softcap)
-        parts = [attend(tail_keys, tail_values, offset=self.num_tail)]
+        parts = [attend(*self.tail.gathered(layer, self.num_tail + query.shape[1]), offset=self.num_tail)]
         if self.prefix is not None and window is None and softcap is None:
             parts += attend_prefix(query, self.prefix.segments(layer), scale)
         elif self.prefix is not None:
             prefix_keys, prefix_values = self.prefix.layer(layer)
             parts.append(attend(prefix_keys, prefix_values, offset=self.num_tokens))
         return merge_segments(parts).to(query.dtype)
+
+
+class WholeState(SequenceState):
+    """A sequence whose own tokens lie in one piece, as those of a prefix that is being built."""
+
+    tail: Tail
 
 
 def attend_prefix(query: Tensor, segments: Sequence[PrefixSegment], scale: float) -> list[tuple[Tensor, Tensor]]:

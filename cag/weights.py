@@ -8,6 +8,7 @@ twice the memory and twice the reading for each token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -22,8 +23,8 @@ from cag_kernels import (
     linear_without_packing,
     pack_weight,
     packed_linear,
-    tile_linear,
     tile_linear_serves,
+    tile_product,
 )
 from cag_kernels.packed import PANEL
 
@@ -92,6 +93,38 @@ class Float32Products(TorchFunctionMode):
         return result.float() if func in (nn.functional.embedding, torch.embedding) else result
 
 
+class SequencesApart:
+    """Lets the linear layers of a network multiply the rows of each sequence by themselves, as if it were alone.
+
+    A library's product of many rows rounds otherwise than the same rows' products one by one, so that what a sequence
+    is answered would depend on who else is there. Calling it gives a context manager; without a network it does
+    nothing. One thread at a time.
+    """
+
+    def __init__(self, network: nn.Module | None) -> None:
+        self._counts: Sequence[int] | None = None
+        for module in network.modules() if network is not None else ():
+            if isinstance(module, nn.Linear | PackedLinear):
+                module.forward = partial(self._forward, module.forward)  # type: ignore[method-assign]
+
+    @contextmanager
+    def __call__(self, counts: Sequence[int]) -> Iterator[None]:
+        """Around a forward of `counts[i]` rows of sequence `i`, side by side."""
+        self._counts = counts if len(counts) > 1 else None
+        try:
+            yield
+        finally:
+            self._counts = None
+
+    def _forward(self, forward: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
+        counts = self._counts
+        if counts is None:
+            return forward(block)
+        if block.shape[-2] == len(counts):  # one row of each, as the output matrix has
+            counts = [1] * len(counts)
+        return torch.cat([forward(part) for part in torch.split_with_sizes(block, list(counts), dim=-2)], dim=-2)
+
+
 def _widened_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`nn.functional.linear`, whose names these are, in float32."""
     rows = max(1, _PIECE_WEIGHTS // weight.shape[1])
@@ -155,7 +188,7 @@ def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
     if weight is None:
         return None
     if kind == "tiles" and tile_linear_serves(weight):
-        return partial(tile_linear, weight=weight, bias=bias)
+        return tile_product(weight, bias)
     multiply = nn.functional.linear if kind == "plain" else linear_without_packing
     return partial(_rounded_product, multiply, weight, bias)
 

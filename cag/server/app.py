@@ -30,6 +30,7 @@ def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> Fas
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
         preloading = asyncio.create_task(service.preload())
         try:
             yield

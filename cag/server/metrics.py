@@ -13,6 +13,7 @@ from cag.answer import Answer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+ANSWERS = (1, 2, 4, 8, 16, 32, 64)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -54,7 +55,7 @@ class Gauge:
 
 
 class Histogram:
-    """Counts of observations up to each bound, in seconds."""
+    """Counts of observations up to each bound."""
 
     kind = "histogram"
 
@@ -92,6 +93,7 @@ class ServerMetrics:
         self.completion_tokens = Counter("cag_completion_tokens_total", "Tokens generated for whole answers.")
         self.waited = Histogram("cag_queue_wait_seconds", "From a request to its slot.")
         self.first_token = Histogram("cag_time_to_first_token_seconds", "From the slot to the first token.")
+        self.batch_size = Histogram("cag_step_answers", "Answers that shared a step of the model.", ANSWERS)
         self._all: list[Counter | Gauge | Histogram] = [
             self.requests,
             self.answers,
@@ -99,6 +101,7 @@ class ServerMetrics:
             self.completion_tokens,
             self.waited,
             self.first_token,
+            self.batch_size,
         ]
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:

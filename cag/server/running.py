@@ -1,14 +1,15 @@
-"""Answers in progress: computed on worker threads, read on the event loop, which is never blocked.
+"""Answers in progress: computed together by one scheduler, read on the event loop, which is never blocked.
 
-    request -> AnswerRun.begin: slot -> worker thread: cache, session, tokens -> queue -> AnswerRun.pieces -> response
+    request -> AnswerRun.begin: slot -> worker thread: cache, session -> scheduler's thread: tokens -> queue
+            -> AnswerRun.pieces -> response
 
-An answer that nobody wants any more stops at its next token, and its slot is free when it has stopped.
+A worker thread sleeps while tokens are made; it composes the answer in the end. An answer that nobody wants any more
+leaves at the next step, and its slot is free when it has left.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 
 from cag.answer import Answer
 from cag.generate import SamplingOptions
+from cag.scheduler import Request
 from cag.server.caches import ResidentCaches
+from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.slots import Slots
 
@@ -38,6 +41,7 @@ class Workplace:
     """Where answers are computed."""
 
     caches: ResidentCaches
+    loop: SchedulerLoop
     slots: Slots
     threads: ThreadPoolExecutor
     metrics: ServerMetrics
@@ -51,7 +55,8 @@ class AnswerRun:
         self.question = question
         self._at = workplace
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._cancelled = threading.Event()
+        self._cancelled = False
+        self._request: Request | None = None
         self._first: Event = ""
         self._answer: Answer | None = None
 
@@ -97,8 +102,10 @@ class AnswerRun:
         return self._answer
 
     def cancel(self) -> None:
-        """Stop at the next token, if it is still running."""
-        self._cancelled.set()
+        """Leave at the next step, if it is still running."""
+        self._cancelled = True
+        if self._request is not None:
+            self._request.cancel()
 
     def _start(self, started_at: float) -> None:
         loop = asyncio.get_running_loop()
@@ -134,20 +141,21 @@ class AnswerRun:
     def _generate(self, emit: Callable[[Event], None]) -> Answer | None:
         """The answer, or None when it was cancelled."""
         question, trim = self.question, EdgeTrimmer()
+
+        def show(piece: str) -> None:
+            if text := trim(piece):
+                emit(text)
+
         with self._at.caches.use(question.cache) as use:
-            if self._at.slots.running > 1:  # a forward that waits for its layers would hold up the others
-                use.prefix.resident.wait()
             stream = use.prefix.session().stream(
                 question.text, question.options, started_at=use.opened_at, history=question.history
             )
-            if self._cancelled.is_set():
+            if self._cancelled:
                 return None
-            for piece in stream:
-                if self._cancelled.is_set():
-                    return None
-                if text := trim(piece):
-                    emit(text)
-            return stream.answer
+            self._request = stream.submit(self._at.loop.scheduler, show)
+            if self._cancelled:  # meanwhile
+                self._request.cancel()
+            return stream.finish(self._request)
 
 
 class EdgeTrimmer:

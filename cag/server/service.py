@@ -10,6 +10,7 @@ from cag.engine import Engine
 from cag.errors import CagError
 from cag.server.caches import ResidentCaches
 from cag.server.errors import public_message
+from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.running import AnswerRun, Question, Workplace
 from cag.server.settings import ServerSettings
@@ -37,9 +38,14 @@ class AnswerService:
         self.preloading = list(settings.preload)
         self.preload_errors: dict[str, str] = {}
         threads = ThreadPoolExecutor(settings.num_slots, "cag-answer")
-        self._workplace = Workplace(self.caches, self.slots, threads, self.metrics, self.runs)
+        self.loop = SchedulerLoop(engine.model, self.metrics)
+        self._workplace = Workplace(self.caches, self.loop, self.slots, threads, self.metrics, self.runs)
         self._closing = False
         self._add_gauges()
+
+    def start(self) -> None:
+        """Begin to answer; what is asked before waits."""
+        self.loop.start()
 
     def run(self, question: Question) -> AnswerRun:
         """An answer to begin."""
@@ -57,16 +63,19 @@ class AnswerService:
             self.preloading.remove(name)
 
     async def close(self) -> None:
-        """Stop running answers at their next token, wait for them, close the caches."""
+        """Let running answers leave at the next step, wait for them, close the caches."""
         self._closing = True
         for run in list(self.runs):
             run.cancel()
         await asyncio.to_thread(self._workplace.threads.shutdown)
+        await asyncio.to_thread(self.loop.stop)
         self.caches.close()
 
     def _add_gauges(self) -> None:
         gauge = self.metrics.gauge
         gauge("cag_answers_running", "Answers being computed.", lambda: self.slots.running)
+        gauge("cag_step_rows", "Tokens that were computed in all steps.", lambda: self.loop.scheduler.num_rows)
+        gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_resident_caches", "Open caches.", lambda: self.caches.num_resident)
         gauge("cag_resident_bytes", "Bytes of their keys and values.", lambda: self.caches.num_bytes)

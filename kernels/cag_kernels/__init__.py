@@ -11,7 +11,7 @@ one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys t
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
-from cag_kernels.cpu import has_compiler, warm_up, warm_up_tiles
+from cag_kernels.cpu import has_compiler, has_numba, has_tiles, warm_up, warm_up_tiles
 from cag_kernels.device import prefix_paths
 from cag_kernels.inverse import inverse_transform
 from cag_kernels.linear import (
@@ -20,11 +20,12 @@ from cag_kernels.linear import (
     packed_linear,
     tile_linear,
     tile_linear_serves,
+    tile_product,
     warm_up_linear,
 )
 from cag_kernels.merge import merge_segments
 from cag_kernels.packed import PackedWeight, can_pack, pack_weight
-from cag_kernels.prefix import cascade_attention, choose_prefix_path, paged_attention, prefix_attention
+from cag_kernels.prefix import cascade_attention, choose_prefix_path, paged_attention, prefix_attention, rows_stay_apart
 from cag_kernels.prefixes import DensePrefix, PagedTails, QuantizedPrefix
 from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize, quantize_prefix
 from cag_kernels.rans import RansSegments, decode_segments
@@ -48,6 +49,8 @@ __all__ = [
     "dequantize",
     "dequantize_prefix",
     "has_compiler",
+    "has_numba",
+    "has_tiles",
     "inverse_transform",
     "linear_without_packing",
     "merge_segments",
@@ -59,10 +62,12 @@ __all__ = [
     "prefix_paths",
     "quantize",
     "quantize_prefix",
+    "rows_stay_apart",
     "segment_attention",
     "segment_attention_reference",
     "tile_linear",
     "tile_linear_serves",
+    "tile_product",
     "warm_up",
     "warm_up_linear",
     "warm_up_tiles",

@@ -7,6 +7,7 @@ are awake from the layer's products. The number of threads does not show in the 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import struct
 import threading
 from collections.abc import Callable, Iterable
@@ -54,6 +55,12 @@ def has_compiler() -> bool:
     except (ImportError, OSError):
         return False
     return True
+
+
+@cache
+def has_numba() -> bool:
+    """Whether numba is there, for the small steps between products and for tails in pages."""
+    return importlib.util.find_spec("numba") is not None and has_compiler()
 
 
 def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
@@ -170,13 +177,14 @@ def _run(
     query = query.contiguous()
     out = torch.empty_like(query, dtype=torch.float32)
     num_tasks = num_kv_heads * num_ranges
-    counts = [num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim]
-    parts = torch.split_with_sizes(_scratch.take(sum(counts) * num_lanes).view(-1, num_lanes), counts)
-    tensors = (query, keys, values, *parts, out)
+    counts = (num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim)  # of num_lanes float32 each
+    scratch = _scratch.take(sum(counts) * num_lanes)
+    places = [scratch.data_ptr() + 4 * num_lanes * sum(counts[:index]) for index in range(4)]
     sizes = (num_kv_heads, num_keys, num_rows, num_lanes, num_ranges, keys.stride(0), values.stride(0))
-    pointers = (tensor.data_ptr() for tensor in tensors)
+    pointers = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), *places, out.data_ptr())
     kernel.run((0, *pointers, *sizes, _float_bits(scale), *codes_fields), num_tasks)
-    maximum, denominator = (part[::num_ranges, :num_rows] for part in parts[1:3])
+    sums = scratch[counts[0] * num_lanes :][: 2 * num_tasks * num_lanes].view(2, num_tasks, num_lanes)
+    maximum, denominator = sums[:, ::num_ranges, :num_rows]
     return out, denominator.log().add_(maximum).view(num_q_heads, num_queries)
 
 
@@ -302,5 +310,6 @@ def thread_pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="cag-kernel")
 
 
+@cache
 def _float_bits(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])

@@ -98,17 +98,25 @@ def head_norm(projected: Array, first: int, num_heads: int, weight: Array, epsil
 
 @_compiled
 def rotate_and_store(
-    projected: Array, cosines: Array, sines: Array, query: Array, keys: Array, values: Array, place: int
+    projected: Array,
+    cosines: Array,
+    sines: Array,
+    query: Array,
+    keys: Array,
+    values: Array,
+    pages: Array,
+    places: Array,
 ) -> None:
     """Queries, keys and values of new tokens, side by side in `projected`, to where attention wants them.
 
     projected: `[num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim]`; cosines, sines: `[num_rows, head_dim]`, pairs
-    half a head apart; query (out): `[num_q_heads, num_rows, head_dim]`; keys, values (out): `[num_kv_heads, capacity,
-    head_dim]`, written from token `place` on.
+    half a head apart; query (out): `[num_q_heads, num_rows, head_dim]`; keys, values (out): `[num_pages, num_kv_heads,
+    page_tokens, head_dim]`, row `r` written to token `places[r]` of page `pages[r]`, int64 `[num_rows]` both.
     """
     num_q_heads, num_rows, head_dim = query.shape
-    num_kv_heads, half = keys.shape[0], head_dim // 2
+    num_kv_heads, half = keys.shape[1], head_dim // 2
     for row in range(num_rows):
+        page, place = pages[row], places[row]
         for head in range(num_q_heads + num_kv_heads):
             start = head * head_dim
             for index in range(half):
@@ -119,72 +127,12 @@ def rotate_and_store(
                     query[head, row, index] = turned_low
                     query[head, row, half + index] = turned_high
                 else:
-                    keys[head - num_q_heads, place + row, index] = narrowed(turned_low)
-                    keys[head - num_q_heads, place + row, half + index] = narrowed(turned_high)
+                    keys[page, head - num_q_heads, place, index] = narrowed(turned_low)
+                    keys[page, head - num_q_heads, place, half + index] = narrowed(turned_high)
         for head in range(num_kv_heads):
             start = (num_q_heads + num_kv_heads + head) * head_dim
             for index in range(head_dim):
-                values[head, place + row, index] = narrowed(projected[row, start + index])
-
-
-@_compiled
-def attend_and_merge(
-    query: Array,
-    keys: Array,
-    values: Array,
-    first: int,
-    place: int,
-    scale: float,
-    parts: Array,
-    logsumexps: Array,
-    out: Array,
-) -> None:
-    """Causal attention over tokens `[first, place + num_rows)` of the tail, joined with what other segments gave.
-
-    query: `[num_q_heads, num_rows, head_dim]`, row `r` sees the tail up to token `place + r`; parts: `[num_parts,
-    num_q_heads, num_rows, head_dim]` with their logsumexps `[num_parts, num_q_heads, num_rows]`; out: `[num_rows,
-    num_q_heads * head_dim]`.
-    """
-    num_q_heads, num_rows, head_dim = query.shape
-    group = num_q_heads // keys.shape[0]
-    num_keys = place + num_rows - first
-    wide_keys = np.empty((num_keys, head_dim), np.float32)
-    wide_values = np.empty((num_keys, head_dim), np.float32)
-    scores = np.empty(num_keys, np.float32)
-    for head in range(num_q_heads):
-        if head % group == 0:
-            for key in range(num_keys):
-                for index in range(head_dim):
-                    wide_keys[key, index] = widened(keys[head // group, first + key, index])
-                    wide_values[key, index] = widened(values[head // group, first + key, index])
-        for row in range(num_rows):
-            seen = num_keys - num_rows + row + 1
-            maximum = np.float32(-np.inf)
-            for key in range(seen):
-                score = np.float32(0)
-                for index in range(head_dim):
-                    score += query[head, row, index] * wide_keys[key, index]
-                scores[key] = score * np.float32(scale)
-                maximum = max(maximum, scores[key])
-            for part in range(parts.shape[0]):
-                maximum = max(maximum, logsumexps[part, head, row])
-            total = np.float32(0)
-            for key in range(seen):
-                scores[key] = exponential(scores[key] - maximum)
-                total += scores[key]
-            target = out[row, head * head_dim : (head + 1) * head_dim]
-            for index in range(head_dim):
-                target[index] = np.float32(0)
-            for key in range(seen):
-                for index in range(head_dim):
-                    target[index] += scores[key] * wide_values[key, index]
-            for part in range(parts.shape[0]):
-                share = exponential(logsumexps[part, head, row] - maximum)
-                total += share
-                for index in range(head_dim):
-                    target[index] += share * parts[part, head, row, index]
-            for index in range(head_dim):
-                target[index] /= total
+                values[page, head, place, index] = narrowed(projected[row, start + index])
 
 
 @_compiled

@@ -41,6 +41,9 @@ class Field(IntEnum):
     OUT_FEATURES = 8
 
 
+Call = ctypes.c_int64 * len(Field)
+
+
 def serves(weight: Tensor) -> bool:
     """Whether `compiled_linear` takes this bfloat16 weight, on this processor."""
     large = weight.shape[0] >= TASK_FEATURES and weight.shape[1] % DEPTH == 0
@@ -57,6 +60,32 @@ def compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     pointers = [tensor.data_ptr() for tensor in (rows, pairs, weight, bias, out)]
     compiled_kernel().run((0, *pointers, num_rows, in_features, out_features))
     return out
+
+
+class TileProduct:
+    """`compiled_linear` with one weight, made ready once: few calls cost more than short products. Not for several
+    threads at once."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._operands = weight, _zeros(self.out_features) if bias is None else bias.contiguous()
+        weight_at, bias_at = (operand.data_ptr() for operand in self._operands)
+        self._call = Call(0, 0, 0, weight_at, bias_at, 0, 0, self.in_features, self.out_features)
+        self._pairs = torch.empty(0, dtype=torch.bfloat16)
+        self._kernel = compiled_kernel()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`[num_rows, in_features]` float32, contiguous and not empty, to `[num_rows, out_features]`."""
+        num_rows, call = rows.shape[0], self._call
+        out = rows.new_empty(num_rows, self.out_features)
+        count = -(-num_rows // TILE) * TILE * self.in_features
+        if self._pairs.numel() < count:
+            with torch.inference_mode(False):
+                self._pairs = torch.empty(count, dtype=torch.bfloat16)
+            call[Field.PAIRS] = self._pairs.data_ptr()
+        call[0], call[1], call[5], call[6] = 0, rows.data_ptr(), out.data_ptr(), num_rows
+        self._kernel.serve(call)
+        return out
 
 
 @cache
@@ -76,9 +105,12 @@ class TileLinearKernel:
 
     def run(self, fields: tuple[int, ...]) -> None:
         """Serve one call; `fields` are `Field` in order."""
-        call = (ctypes.c_int64 * len(Field))(*fields)
+        self.serve(Call(*fields))
+
+    def serve(self, call: ctypes.Array[ctypes.c_int64]) -> None:
+        """As `run`, with the fields in place."""
         self._prepare(call)
-        run_on_threads(self._multiply, self._address, call, -(-fields[Field.OUT_FEATURES] // TASK_FEATURES))
+        run_on_threads(self._multiply, self._address, call, -(-call[Field.OUT_FEATURES] // TASK_FEATURES))
 
 
 def compiled_kernel() -> TileLinearKernel:

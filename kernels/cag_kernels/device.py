@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from cag_kernels.cpu import has_numba
+
 MAX_HEAD_DIM = 256
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -47,9 +49,10 @@ def prefix_paths(device: torch.device) -> dict[str, str]:
     """What serves each operation on prefixes on `device`, for reports: operation -> implementation."""
     on_device = triton_runs_on(device)
     kernel = "Triton" if on_device else "torch"
+    tails = "compiled, all sessions at once" if device.type == "cpu" and has_numba() else "torch, session by session"
     return {
         "prefix, 16 bits": "Triton or flash-attn, split" if on_device else "as prefill, question and answer",
         "prefix, 8 and 4 bits": f"{kernel}, dequantized in the tile" if on_device else "torch, dequantized as a whole",
-        "tails in pages": f"{kernel}, all sessions at once" if on_device else "torch, session by session",
+        "tails in pages": f"{kernel}, all sessions at once" if on_device else tails,
         "quantize, rotate, decode": kernel,
     }

@@ -6,6 +6,8 @@ cost more than the product. A weight that was packed once serves few rows by com
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,20 @@ def tile_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     rows = block.reshape(-1, block.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
     return cpu_tile_linear.compiled_linear(rows, weight, bias).view(*block.shape[:-1], weight.shape[0])
+
+
+def tile_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """`tile_linear` with one weight, its operands checked once: for contiguous `[num_rows, in_features]` float32, and
+    not for several threads at once.
+
+    Raises:
+        ValueError: a weight that is not served.
+    """
+    if not tile_linear_serves(weight):
+        raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} is not served by tiles")
+    from cag_kernels.cpu_tile_linear import TileProduct
+
+    return TileProduct(weight, bias)
 
 
 def tile_linear_reference(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

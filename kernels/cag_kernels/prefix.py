@@ -9,16 +9,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cag_kernels.attention import segment_attention
-from cag_kernels.cpu import cpu_quantized_attention, quantized_attention_serves
+from cag_kernels.attention import COMPILED_MAX_ROWS, segment_attention
+from cag_kernels.cpu import cpu_attention_serves, cpu_quantized_attention, has_numba, quantized_attention_serves
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
 from cag_kernels.merge import merge_segments
 from cag_kernels.prefix_reference import prefix_attention_reference, query_positions, session_by_session
-from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix, QuantizedPrefix, check_prefix, check_tails
+from cag_kernels.prefixes import (
+    BLOCK_TOKENS,
+    DensePrefix,
+    PagedTails,
+    Prefix,
+    QuantizedPrefix,
+    check_prefix,
+    check_tails,
+)
 
 
 def prefix_attention(
@@ -62,6 +71,8 @@ def paged_attention(
     check_tails(tails, query)
     kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if not triton_serves(query):
+        if window is None and softcap is None and _compiled_tails_serve(query, tails):
+            return _compiled_tails(query, tails, scale)
         return session_by_session(query, tails, segment_attention, **kwargs)
     from cag_kernels.triton_launch import attend
 
@@ -107,6 +118,47 @@ def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, sof
     if isinstance(prefix, QuantizedPrefix) and window is None and softcap is None:
         return "compiled" if quantized_attention_serves(query, prefix) else "torch"
     return "segment" if plain else "torch"
+
+
+def rows_stay_apart(query: Tensor, prefix: Prefix) -> bool:
+    """Whether `prefix_attention` without window and cap gives a query the same bits, however many others there are.
+
+    On a CPU compiled code does, but for float32 queries over a plain prefix, of which a single one has code of its
+    own. Elsewhere it is not promised; on a GPU queries are taken together all the same.
+    """
+    if query.device.type != "cpu":
+        return True
+    path = choose_prefix_path(query, prefix, window=None, softcap=None)
+    if path == "compiled":
+        return True
+    rows = query.shape[0] // prefix[0].shape[0] * query.shape[1]
+    tiles = query.dtype == torch.bfloat16 and rows <= COMPILED_MAX_ROWS
+    return tiles and path == "segment" and cpu_attention_serves(query, prefix[0])
+
+
+def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
+    page_tokens = tails.keys.shape[2]
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and tails.keys.dtype == torch.bfloat16
+        and all(part.is_contiguous() for part in tails[:5])
+        and (page_tokens % BLOCK_TOKENS == 0 or tails.pages.shape[1] == 1)
+        and not query.requires_grad
+        and has_numba()
+    )
+
+
+def _compiled_tails(query: Tensor, tails: PagedTails, scale: float) -> tuple[Tensor, Tensor]:
+    from cag_kernels import cpu_paged
+
+    num_q_heads, num_queries, head_dim = query.shape
+    out, lse = torch.zeros(num_queries, num_q_heads, head_dim), torch.full((num_q_heads, num_queries), -torch.inf)
+    pages, lengths, starts = (part.numpy() for part in (tails.pages, tails.lengths, tails.query_starts))
+    sessions = cpu_paged.Tails(pages, lengths, starts, np.zeros_like(lengths))
+    nothing = torch.empty(0), torch.empty(0)
+    sessions.attend(query.float().contiguous(), *tails[:2], scale, *nothing, out, lse)
+    return out.transpose(0, 1), lse
 
 
 def _check(query: Tensor, prefix: Prefix, positions: Tensor | None, window: int | None) -> None:

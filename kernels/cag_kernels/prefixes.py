@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK_TOKENS = 32  # of a tail, that compiled code on a CPU takes at a time; its pages hold a multiple of it
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 

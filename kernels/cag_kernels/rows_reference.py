@@ -1,4 +1,5 @@
-"""What the steps of `cpu_rows` mean, in plain torch and any floating dtype: the specification that tests compare with.
+"""What the steps of `cpu_rows` and `cpu_paged` mean, in plain torch and any floating dtype: the specification that
+tests compare with.
 
 Keys and values are tensors here, in the dtype that they are kept in.
 """
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cag_kernels.merge import merge_segments
+from cag_kernels.prefix_reference import tail_of
+from cag_kernels.prefixes import PagedTails
 from cag_kernels.reference import segment_attention_reference
 
 
@@ -30,16 +33,24 @@ def rotate_reference(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return heads * cosines + torch.cat([-high, low], dim=-1) * sines
 
 
-def attend_and_merge_reference(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, parts: list[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Causal attention of the last tokens of a tail `[num_kv_heads, num_tokens, head_dim]`, joined with `parts`.
+def attend_tails_reference(
+    query: Tensor, tails: PagedTails, skipped: list[int], scale: float, parts: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of each session's rows over its tail behind the first `skipped` tokens, joined with `parts`.
 
-    Returns `[num_rows, num_q_heads * head_dim]`.
+    `query` is `[num_q_heads, num_rows, head_dim]`. Returns `[num_rows, num_q_heads * head_dim]` and the logsumexps
+    `[num_q_heads, num_rows]` of all that a row saw.
     """
-    offset = keys.shape[1] - query.shape[1]
-    own = segment_attention_reference(query, keys, values, scale=scale, offset=offset)
-    return merge_segments([*parts, own]).transpose(0, 1).flatten(1)
+    outs, lses = [], []
+    for session, length in enumerate(tails.lengths.tolist()):
+        rows = slice(*tails.query_starts[session : session + 2].tolist())
+        first, count = skipped[session], rows.stop - rows.start
+        keys, values = (side[:, first:].to(query.dtype) for side in tail_of(tails, session, length))
+        own = segment_attention_reference(query[:, rows], keys, values, scale=scale, offset=length - count - first)
+        found = [own, *((out[:, rows], lse[:, rows]) for out, lse in parts)]
+        outs.append(merge_segments(found))
+        lses.append(torch.stack([lse for _, lse in found]).logsumexp(0))
+    return torch.cat(outs, dim=1).transpose(0, 1).flatten(1), torch.cat(lses, dim=1)
 
 
 def gate_reference(projected: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from cag import model as model_module
-from cag.decoder import OWN_PAIRS, recognize
+from cag.batch import TAIL_PAIRS, Batch
+from cag.decoder import recognize
 from cag.model import LanguageModel, ModelOptions
 from cag.runtime import RuntimePlan
 from cag.state import AttentionRule
@@ -137,22 +138,22 @@ def test_the_quick_forward_gives_the_networks_own_logits(kind, tmp_path):
 
 
 def test_a_long_tail_is_attended_in_two_parts(tmp_path):
-    """Above `OWN_PAIRS` the tail's earlier tokens are a segment of their own."""
+    """Above `TAIL_PAIRS` the tail's earlier tokens are a segment of their own."""
     model = bfloat16_model(tmp_path, CONFIGS["llama"]())
-    ids = random_ids(OWN_PAIRS // 8 + 40)
+    ids = random_ids(TAIL_PAIRS // 8 + 40)
     state = model.new_state()
-    parts = [ids[: OWN_PAIRS // 8], ids[OWN_PAIRS // 8 :]]
+    parts = [ids[: TAIL_PAIRS // 8], ids[TAIL_PAIRS // 8 :]]
     found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
     assert_same(found, plain_logits(tmp_path, ids))
 
 
 def test_beyond_a_sliding_window_the_network_runs_itself(tmp_path):
     model = bfloat16_model(tmp_path, CONFIGS["mistral"]())
-    state = model.new_state()
-    assert model.decoder.serves(20, state)
+    state = model.new_state(capacity=160)
+    assert model.decoder.serves(Batch([state], [20]))
     model.forward(random_ids(140), state)
-    assert not model.decoder.serves(20, state)
-    assert model.decoder.serves(10, state)
+    assert not model.decoder.serves(Batch([state], [20]))
+    assert model.decoder.serves(Batch([state], [10]))
 
 
 @pytest.mark.parametrize("part", ["norm", "layers.0.mlp", "layers.1.self_attn.o_proj", "embed_tokens"])

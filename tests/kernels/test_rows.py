@@ -50,26 +50,29 @@ def test_head_norm_touches_its_heads_only():
 @pytest.mark.parametrize("head_dim", [2, 64, 96])
 def test_rotate_and_store(num_rows, heads, head_dim):
     num_q_heads, num_kv_heads = heads
-    place, capacity = 5, num_rows + 9
+    page_tokens, num_pages = 4, num_rows + 2
     projected = normal(num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim)
     angles = normal(num_rows, head_dim // 2)
     cosines, sines = torch.cat([angles.cos()] * 2, dim=1), torch.cat([angles.sin()] * 2, dim=1)
     query = torch.full((num_q_heads, num_rows, head_dim), math.nan)
-    keys, values = torch.zeros(2, num_kv_heads, capacity, head_dim, dtype=torch.bfloat16).unbind()
-    arrays = (query.numpy(), keys.view(torch.uint16).numpy(), values.view(torch.uint16).numpy())
-    cpu_rows.rotate_and_store(projected.numpy(), cosines.numpy(), sines.numpy(), *arrays, place)
+    pool = torch.zeros(2, num_pages, num_kv_heads, page_tokens, head_dim, dtype=torch.bfloat16)
+    order = torch.randperm(num_pages * page_tokens, generator=torch.Generator().manual_seed(num_rows))[:num_rows]
+    pages, places = (order // page_tokens).numpy(), (order % page_tokens).numpy()
+    arrays = (query.numpy(), *(side.view(torch.uint16).numpy() for side in pool))
+    cpu_rows.rotate_and_store(projected.numpy(), cosines.numpy(), sines.numpy(), *arrays, pages, places)
     by_head = projected.view(num_rows, -1, head_dim).transpose(0, 1)
     turned = rows_reference.rotate_reference(by_head, cosines, sines)
     exact = rows_reference.rotate_reference(by_head.double(), cosines.double(), sines.double())
     assert_close(query, exact[:num_q_heads], turned[:num_q_heads])
-    written = slice(place, place + num_rows)
+    keys, values = (side.transpose(1, 2).flatten(0, 1) for side in pool)  # [tokens of all pages, heads, head_dim]
     expected = exact[num_q_heads : num_q_heads + num_kv_heads]
     step = expected.abs().clamp_min(1e-30).log2().floor().exp2() * 2**-7  # distance of neighbours in bfloat16
-    assert ((keys[:, written].double() - expected).abs() <= 0.5 * step + 1e-6).all()
-    assert torch.equal(values[:, written], by_head[num_q_heads + num_kv_heads :].bfloat16())
+    assert ((keys[order].transpose(0, 1).double() - expected).abs() <= 0.5 * step + 1e-6).all()
+    assert torch.equal(values[order].transpose(0, 1), by_head[num_q_heads + num_kv_heads :].bfloat16())
     for tensor in (keys, values):
-        assert not tensor[:, :place].any()
-        assert not tensor[:, place + num_rows :].any()
+        untouched = torch.ones(len(tensor), dtype=torch.bool)
+        untouched[order] = False
+        assert not tensor[untouched].any()
 
 
 def test_rounding_is_torchs_own():
@@ -77,29 +80,6 @@ def test_rounding_is_torchs_own():
     numbers = torch.from_numpy(patterns.view(np.float32)[np.isfinite(patterns.view(np.float32))])
     found = np.array([cpu_rows.narrowed(number) for number in numbers.numpy()], dtype=np.uint16)
     assert torch.equal(torch.from_numpy(found).view(torch.bfloat16), numbers.bfloat16())
-
-
-@pytest.mark.parametrize("num_rows", ROWS)
-@pytest.mark.parametrize("first, place", [(0, 0), (0, 3), (4, 4), (2, 40)])
-@pytest.mark.parametrize("num_parts", [0, 1, 2])
-def test_attend_and_merge(num_rows, first, place, num_parts):
-    num_q_heads, num_kv_heads, head_dim = 6, 2, 32
-    query = normal(num_q_heads, num_rows, head_dim, scale=2)
-    keys, values = normal(2, num_kv_heads, place + num_rows + 3, head_dim).bfloat16().unbind()
-    parts, logsumexps = normal(num_parts, num_q_heads, num_rows, head_dim), normal(num_parts, num_q_heads, num_rows) * 3
-    out = torch.full((num_rows, num_q_heads * head_dim), math.nan)
-    tail = keys.view(torch.uint16).numpy(), values.view(torch.uint16).numpy()
-    arrays = (parts.numpy(), logsumexps.numpy(), out.numpy())
-    cpu_rows.attend_and_merge(query.numpy(), *tail, first, place, 0.25, *arrays)
-
-    def reference(dtype):
-        seen = slice(first, place + num_rows)
-        others = [(part.to(dtype), lse.to(dtype)) for part, lse in zip(parts, logsumexps, strict=True)]
-        return rows_reference.attend_and_merge_reference(
-            query.to(dtype), keys[:, seen].to(dtype), values[:, seen].to(dtype), 0.25, others
-        )
-
-    assert_close(out, reference(torch.float64), reference(torch.float32))
 
 
 @pytest.mark.parametrize("num_rows", ROWS)

@@ -77,7 +77,7 @@ def serving(engine: Engine) -> Callable[..., AbstractAsyncContextManager[Served]
 
 
 class Gate:
-    """Each forward of the model waits here until it is let through."""
+    """Each forward of the model, whoever shares it, waits here until it is let through."""
 
     def __init__(self) -> None:
         self.num_forwards = 0
@@ -105,13 +105,13 @@ class Gate:
 
 @pytest.fixture
 def gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate, forward = Gate(), engine.model.forward
+    gate, forward = Gate(), engine.model.forward_together
 
     def gated(*arguments: Any, **options: Any) -> Any:
         gate.through()
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(engine.model, "forward", gated)
+    monkeypatch.setattr(engine.model, "forward_together", gated)
     yield gate
     gate.open()
 

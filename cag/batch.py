@@ -1,0 +1,212 @@
+"""New tokens of several sequences in one forward: whose rows they are, where their keys go, what they attend to.
+
+Rows of sequences behind one prefix stand side by side, and attend to it in one operation; each then sees its own tail
+in its pages. What a row sees is never looked up by what else is in the batch. Knows kernels and states; no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cag.state import PrefixLayers, PrefixSegment, SequenceState, attend_prefix
+from cag_kernels import (
+    DensePrefix,
+    PagedTails,
+    cascade_attention,
+    merge_segments,
+    paged_attention,
+    rows_stay_apart,
+    segment_attention,
+)
+
+TAIL_PAIRS = 2048  # new tokens x earlier ones of a tail, from which several new tokens see the earlier as a segment
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Neighbouring sequences behind one prefix: sequences `[sequences)` with rows `[rows)`.
+
+    `earlier`, of a single sequence only, is how many tokens of its tail are attended to as a segment of their own.
+    """
+
+    prefix: PrefixLayers | None
+    sequences: slice
+    rows: slice
+    earlier: int = 0
+
+
+class Batch:
+    """`counts[i]` new tokens of `states[i]`; those behind one prefix must be neighbours.
+
+    The states have made room, and share one pool of pages unless there is only one. Attributes: `states`, `counts`;
+    int32 arrays `pages [num_sequences, max_pages]`, `lengths`, `skipped` `[num_sequences]` and `starts
+    [num_sequences + 1]` as `cag_kernels.cpu_paged.Tails` has them; int64 `row_pages`, `row_places` `[num_rows]`: where
+    each row's key and value go; `groups`.
+    """
+
+    def __init__(self, states: Sequence[SequenceState], counts: Sequence[int]) -> None:
+        self.states, self.counts = states, counts
+        self.starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        self.num_rows = int(self.starts[-1])
+        self.lengths = np.array([s.num_tail + n for s, n in zip(states, counts, strict=True)], dtype=np.int32)
+        tails = [state.tail for state in states]
+        used = [tail.pages[: -(-int(n) // tail.page_tokens)] for tail, n in zip(tails, self.lengths, strict=True)]
+        self.pages = np.zeros((len(states), max(map(len, used))), dtype=np.int32)
+        for row, pages in zip(self.pages, used, strict=True):
+            row[: len(pages)] = pages
+        owners = np.repeat(np.arange(len(states)), counts)
+        places = np.arange(self.num_rows) + np.repeat(self.lengths - self.starts[1:], counts)
+        page_tokens = tails[0].page_tokens
+        self.row_pages = self.pages[owners, places // page_tokens].astype(np.int64)
+        self.row_places = (places % page_tokens).astype(np.int64)
+        self.groups = list(self._grouped())
+        self.skipped = np.zeros(len(states), dtype=np.int32)
+        for group in self.groups:
+            self.skipped[group.sequences] = group.earlier
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the batch."""
+        return len(self.states)
+
+    @property
+    def last_rows(self) -> list[int]:
+        """The last row of each sequence."""
+        return [int(stop) - 1 for stop in self.starts[1:]]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Of all rows, `[num_rows]` int64."""
+        before = [state.num_tokens for state in self.states]
+        shifts = np.repeat(np.asarray(before, dtype=np.int64) - self.starts[:-1], self.counts)
+        return torch.from_numpy(np.arange(self.num_rows) + shifts).to(device)
+
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The pages of a layer, keys and values."""
+        return self.states[0].tail.sides(layer)
+
+    def earlier(self, group: RowGroup, layer: int) -> list[PrefixSegment]:
+        """The segment that `group.earlier` speaks of, if any."""
+        if not group.earlier:
+            return []
+        return [DensePrefix(*self.states[group.sequences.start].tail.gathered(layer, group.earlier))]
+
+    def finish(self) -> None:
+        """All layers have seen the rows."""
+        for state, count in zip(self.states, self.counts, strict=True):
+            state.finish(count)
+
+    def _grouped(self) -> Iterator[RowGroup]:
+        """Sequences with many new tokens behind a long tail apart; that depends on the sequence alone."""
+        start = 0
+        for index, state in enumerate(self.states):
+            own = self._earlier(index)
+            following = self.states[index + 1] if index + 1 < len(self.states) else None
+            ends = following is None or following.prefix is not state.prefix or own or self._earlier(index + 1)
+            if ends:
+                rows = slice(int(self.starts[start]), int(self.starts[index + 1]))
+                yield RowGroup(state.prefix, slice(start, index + 1), rows, own)
+                start = index + 1
+
+    def _earlier(self, index: int) -> int:
+        count, before = self.counts[index], self.states[index].num_tail
+        return before if count > 1 and count * before > TAIL_PAIRS else 0
+
+
+class BatchState(Batch):
+    """A batch that a network's own forward attends with; see `SequenceState.attend`, of which it gives the same."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Store the keys and values of all rows, `[num_kv_heads, num_rows, head_dim]`, and attend."""
+        pages, places = self._row_targets(query.device)
+        for side, new in zip(self.sides(layer), (keys, values), strict=True):
+            side[pages, :, places] = new.transpose(0, 1).to(side.dtype)
+        rule: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        tails = self._tails(layer, query.device)
+        shared = self._shared_prefix(layer) if query.is_cuda else None
+        if shared is not None:
+            return cascade_attention(query, shared, tails, **rule)
+        found = [paged_attention(query, tails, **rule), *self._before(layer, query, rule)]
+        return merge_segments(found).to(query.dtype)
+
+    def _row_targets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.row_pages).to(device), torch.from_numpy(self.row_places).to(device)
+
+    def _tails(self, layer: int, device: torch.device) -> PagedTails:
+        arrays = (torch.from_numpy(array).to(device) for array in (self.pages, self.lengths, self.starts))
+        (keys, values), (pages, lengths, starts) = self.sides(layer), arrays
+        return PagedTails(keys, values, pages, lengths, starts, max(self.counts))
+
+    def _shared_prefix(self, layer: int) -> PrefixSegment | None:
+        """The one segment that all rows stand behind, if it is so."""
+        prefixes = {id(state.prefix): state.prefix for state in self.states}
+        prefix = self.states[0].prefix
+        segments = prefix.segments(layer) if len(prefixes) == 1 and prefix is not None else ()
+        return segments[0] if len(segments) == 1 else None
+
+    def _before(self, layer: int, query: Tensor, rule: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """What all rows find in their prefixes, as many parts as the prefix with most segments has."""
+        found = [(group.rows, self._group_before(group, layer, query[:, group.rows], rule)) for group in self.groups]
+        parts = []
+        for index in range(max(len(of_group) for _, of_group in found)):
+            out = query.new_zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
+            lse = out.new_full(query.shape[:2], -torch.inf)
+            for rows, of_group in found:
+                if index < len(of_group):
+                    out[:, rows], lse[:, rows] = of_group[index]
+            parts.append((out, lse))
+        return parts
+
+    def _group_before(
+        self, group: RowGroup, layer: int, query: Tensor, rule: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor]]:
+        if group.prefix is None:
+            return []
+        if rule["window"] is None and rule["softcap"] is None:
+            return attend_prefix_by_rows(query, group.prefix.segments(layer), rule["scale"], self._counts_of(group))
+        sides = group.prefix.layer(layer)
+        parts = [
+            segment_attention(query[:, rows], *sides, offset=state.num_tokens, **rule)
+            for state, rows in zip(self.states[group.sequences], self._rows_of(group), strict=True)
+        ]
+        return [(torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))]
+
+    def _counts_of(self, group: RowGroup) -> Sequence[int]:
+        return self.counts[group.sequences]
+
+    def _rows_of(self, group: RowGroup) -> Iterator[slice]:
+        first = int(self.starts[group.sequences.start])
+        for index in range(group.sequences.start, group.sequences.stop):
+            yield slice(int(self.starts[index]) - first, int(self.starts[index + 1]) - first)
+
+
+def attend_prefix_by_rows(
+    query: Tensor, segments: Sequence[PrefixSegment], scale: float, counts: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """`cag.state.attend_prefix` for rows of several sequences, `counts` of each: in one operation where a row's result
+    does not depend on how many there are, else sequence by sequence."""
+    if len(counts) == 1 or all(rows_stay_apart(query, segment) for segment in segments):
+        return attend_prefix(query, segments, scale)
+    found = [attend_prefix(part, segments, scale) for part in torch.split_with_sizes(query, list(counts), dim=1)]
+    return [
+        (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
+        for parts in zip(*found, strict=True)
+    ]

@@ -1,0 +1,189 @@
+"""Compiled attention over paged tails: the reference's numbers, and each row's bits whatever shares the call."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cag_kernels import paged_attention, prefix_attention, rows_stay_apart
+from cag_kernels.cpu_paged import Tails
+from cag_kernels.linear import tile_linear, tile_linear_serves, tile_product
+from cag_kernels.prefix_reference import paged_attention_reference
+from cag_kernels.prefixes import BLOCK_TOKENS, DensePrefix, PagedTails
+from cag_kernels.quantize import quantize_prefix
+from cag_kernels.rows_reference import attend_tails_reference
+
+SCALE = 0.25
+SESSIONS = {  # (tokens of the tail, of which new, of which skipped)
+    "one": [(1, 1, 0)],
+    "decoding": [(33, 1, 0), (1, 1, 0), (32, 1, 0), (100, 1, 0)],
+    "questions and answers": [(20, 20, 0), (65, 1, 0), (70, 33, 0), (31, 1, 0)],
+    "behind what was seen": [(70, 7, 63), (40, 1, 0), (90, 2, 88)],
+}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + math.prod(shape)))
+
+
+def paged(sessions, num_kv_heads, head_dim, page_tokens=BLOCK_TOKENS):
+    """A pool of poisoned pages with the sessions' tokens in scattered ones."""
+    lengths, counts, skipped = (np.array(column, dtype=np.int32) for column in zip(*sessions, strict=True))
+    needed = [-(-int(length) // page_tokens) for length in lengths]
+    order = np.random.default_rng(sum(needed)).permutation(sum(needed) + 3)
+    pages = np.full((len(sessions), max(needed)), -1, dtype=np.int32)
+    pool = torch.full((2, len(order), num_kv_heads, page_tokens, head_dim), math.nan, dtype=torch.bfloat16)
+    first = 0
+    for row, count, length in zip(pages, needed, lengths, strict=True):
+        row[:count] = order[first : first + count]
+        first += count
+        for token in range(length):
+            pool[:, row[token // page_tokens], :, token % page_tokens] = normal(2, num_kv_heads, head_dim, seed=token)
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    arrays = [torch.from_numpy(array) for array in (pages, lengths, starts)]
+    return PagedTails(*pool, *arrays, int(counts.max())), skipped
+
+
+def attend(query, tails, skipped, parts=None, sessions=None, num_threads=1):
+    num_q_heads, num_rows, head_dim = query.shape
+    before, lses = parts or (query.new_empty(0, num_q_heads, num_rows, head_dim), query.new_empty(0))
+    out = torch.full((num_rows, num_q_heads * head_dim), math.nan)
+    logsumexps = torch.full((num_q_heads, num_rows), math.nan)
+    arrays = Tails(*(part.numpy() for part in tails[2:5]), skipped)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        arrays.attend(query, *tails[:2], SCALE, before, lses, out, logsumexps, sessions)
+    finally:
+        torch.set_num_threads(threads)
+    return out, logsumexps
+
+
+def assert_close(found, expected, in_float32):
+    rounding = 8 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    assert (found.double() - expected).abs().max() <= 2 * (in_float32.double() - expected).abs().max() + rounding
+
+
+@pytest.mark.parametrize("kind", SESSIONS)
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (6, 1)])
+@pytest.mark.parametrize("head_dim", [16, 64, 96])
+@pytest.mark.parametrize("num_parts", [0, 1, 2])
+def test_numbers_are_those_of_the_reference(kind, heads, head_dim, num_parts):
+    if num_parts == 0 and any(skipped for _, _, skipped in SESSIONS[kind]):
+        pytest.skip("what was skipped is in a part")
+    num_q_heads, num_kv_heads = heads
+    tails, skipped = paged(SESSIONS[kind], num_kv_heads, head_dim)
+    num_rows = int(tails.query_starts[-1])
+    query = normal(num_q_heads, num_rows, head_dim)
+    parts = normal(num_parts, num_q_heads, num_rows, head_dim), normal(num_parts, num_q_heads, num_rows) * 3
+    found = attend(query, tails, skipped, parts if num_parts else None)
+
+    def reference(dtype):
+        others = [(out.to(dtype), lse.to(dtype)) for out, lse in zip(*parts, strict=True)]
+        return attend_tails_reference(query.to(dtype), tails, skipped.tolist(), SCALE, others)
+
+    for mine, exact, plain in zip(found, reference(torch.float64), reference(torch.float32), strict=True):
+        assert_close(mine, exact, plain)
+
+
+def test_scores_far_apart_stay_finite():
+    """An online softmax meets its largest score in the first block, in the last, or nowhere near zero."""
+    tails, skipped = paged([(100, 3, 0)], 1, 16)
+    tails.keys[tails.pages[0, 3].item()] *= 400
+    query = normal(2, 3, 16) * 30
+    found = attend(query, tails, skipped)
+    exact = attend_tails_reference(query.double(), tails, [0], SCALE, [])
+    plain = attend_tails_reference(query, tails, [0], SCALE, [])
+    for mine, expected, in_float32 in zip(found, exact, plain, strict=True):
+        assert mine.isfinite().all()
+        assert_close(mine, expected, in_float32)
+
+
+@pytest.mark.parametrize("page_tokens", [BLOCK_TOKENS, 4 * BLOCK_TOKENS])
+def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(page_tokens):
+    sessions = [(45, 1, 0), (150, 40, 0), (600, 1, 0), (64, 3, 0)]
+    tails, skipped = paged(sessions, 2, 64, page_tokens)
+    query = normal(6, int(tails.query_starts[-1]), 64)
+    together, lses = attend(query, tails, skipped, num_threads=1)
+    assert all(map(torch.equal, attend(query, tails, skipped, num_threads=3), (together, lses)))
+    for index, (length, count, _) in enumerate(sessions):
+        begin = int(tails.query_starts[index])
+        for first, last in ((0, count), (count - 1, count), (0, count // 2)):  # other rows of its own are company too
+            if first == last:
+                continue
+            alone = PagedTails(
+                *tails[:2],
+                tails.pages[index : index + 1],
+                torch.tensor([length - count + last], dtype=torch.int32),
+                torch.tensor([0, last - first], dtype=torch.int32),
+                last - first,
+            )
+            rows = slice(begin + first, begin + last)
+            out, lse = attend(query[:, rows].contiguous(), alone, skipped[:1])
+            assert torch.equal(out, together[rows])
+            assert torch.equal(lse, lses[:, rows])
+
+
+def test_pages_of_one_size_or_another_and_one_long_page_give_the_same_bits():
+    sessions, query = [(90, 5, 0)], normal(4, 5, 32)
+    found = [attend(query, *paged(sessions, 2, 32, page_tokens)) for page_tokens in (32, 64, 90, 128)]
+    assert all(torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1]) for out, lse in found[1:])
+
+
+def test_only_the_sessions_of_a_call_are_written():
+    tails, skipped = paged(SESSIONS["questions and answers"], 2, 32)
+    query = normal(4, int(tails.query_starts[-1]), 32)
+    whole, _ = attend(query, tails, skipped)
+    out, _ = attend(query, tails, skipped, sessions=(1, 3))
+    rows = slice(int(tails.query_starts[1]), int(tails.query_starts[3]))
+    assert torch.equal(out[rows], whole[rows])
+    assert out[: rows.start].isnan().all()
+    assert out[rows.stop :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_public_operation_takes_it(dtype, monkeypatch):
+    tails, _ = paged(SESSIONS["questions and answers"], 2, 32)
+    query = normal(4, int(tails.query_starts[-1]) + 2, 32).to(dtype)  # the last two belong to nobody
+    expected = paged_attention_reference(query.double(), tails, scale=SCALE)
+    plain = paged_attention_reference(query.float(), tails, scale=SCALE)
+    monkeypatch.setattr("cag_kernels.prefix.session_by_session", None)  # the compiled path is the one
+    found = paged_attention(query, tails, scale=SCALE)
+    for mine, exact, in_float32 in zip(found, expected, plain, strict=True):
+        seen = exact.isfinite()
+        assert torch.equal(mine.isfinite(), seen)
+        assert_close(mine[seen], exact[seen], in_float32[seen])
+
+
+@pytest.mark.parametrize("codec", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("num_tokens", [70, 1500])
+def test_queries_that_stay_apart_have_the_same_bits_in_any_company(codec, num_tokens):
+    keys, values = normal(2, 2, num_tokens, 64).bfloat16().unbind()
+    prefix = DensePrefix(keys, values)
+    if codec != "plain":
+        bits = int(codec[3:])
+        prefix = quantize_prefix(keys, values, key_bits=bits, value_bits=bits, group_tokens=64, num_exact=4)
+    checked = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        query = normal(6, 60, 64).to(dtype)
+        if not rows_stay_apart(query, prefix):
+            continue
+        checked += 1
+        out, lse = prefix_attention(query, prefix, scale=SCALE)
+        for first, last in ((0, 1), (7, 9), (59, 60), (3, 40)):
+            mine = prefix_attention(query[:, first:last], prefix, scale=SCALE)
+            assert torch.equal(mine[0], out[:, first:last])
+            assert torch.equal(mine[1], lse[:, first:last])
+    assert checked or codec == "plain"
+
+
+def test_products_by_tiles_give_a_row_the_same_bits_in_any_company():
+    weight, bias = normal(200, 96).bfloat16(), normal(200)
+    if not tile_linear_serves(weight):
+        pytest.skip("this processor has no tiles")
+    rows, product = normal(50, 96), tile_product(weight, bias)
+    whole = product(rows)
+    assert torch.equal(whole, tile_linear(rows, weight, bias))
+    for first, last in ((0, 1), (17, 18), (0, 16), (5, 40), (49, 50)):
+        assert torch.equal(product(rows[first:last].contiguous()), whole[first:last])
