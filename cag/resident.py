@@ -14,7 +14,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,25 +77,25 @@ class CodedBuffers:
     def __init__(self, shapes: Sequence[tuple[CodedShape, CodedShape]]) -> None:
         self._shapes = shapes
         sides = [side for both in shapes for side in both]
-        sizes = [math.prod(size) * itemsize for side in sides for size, itemsize in _coded_arrays(side)]
-        padded = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-        whole = _allocate([(1, 1, sum(padded))], torch.uint8, torch.device("cpu"))[0].view(-1)
-        parts = iter([part[:size] for part, size in zip(torch.split(whole, padded), sizes, strict=True)])
-        self._tensors = [tuple(self._side(side, parts) for side in both) for both in shapes]
-
-    def _side(self, shape: CodedShape, parts: Iterator[Tensor]) -> list[Tensor]:
-        codes = torch.int8 if shape.bits == 8 else torch.uint8
-        dtypes = (codes, *[torch.bfloat16] * 4)
-        return [next(parts).view(dtype).view(size) for dtype, size in zip(dtypes, shape.shapes, strict=True)]
+        starts = list(accumulate((_side_layout(side)[0] for side in sides), initial=0))
+        whole = _allocate([(1, 1, starts[-1])], torch.uint8, torch.device("cpu"))[0].view(-1)
+        self._whole = {dtype: whole.view(dtype) for dtype in (torch.uint8, torch.int8, torch.bfloat16)}
+        self._starts = starts
 
     def views(self) -> list[tuple[CodedSide, CodedSide]]:
         """Writable arrays of all layers, as the store wants them."""
-        return [(_coded_view(keys), _coded_view(values)) for keys, values in self._tensors]
+        memory = self._whole[torch.uint8].numpy()
+        found = [
+            CodedSide(*[np.ndarray(p.size, _NUMPY[p.dtype], memory, start + p.first_byte) for p in places])
+            for start, places in self._sides()
+        ]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def layers(self) -> list[tuple[PrefixSegment, ...]]:
         """See `HostBuffers`: codes, and behind them what is exact."""
+        tensors = [[self._tensor(place, start) for place in places] for start, places in self._sides()]
         found: list[tuple[PrefixSegment, ...]] = []
-        for (shape, along), (keys, values) in zip(self._shapes, self._tensors, strict=True):
+        for (shape, along), keys, values in zip(self._shapes, tensors[::2], tensors[1::2], strict=True):
             parts = (*keys[:3], *values[:3], keys[3], values[3])
             coded = QuantizedPrefix(*parts, shape.group_tokens, along.group_channels)  # type: ignore[call-arg, arg-type]
             recent = DensePrefix(keys[4], values[4])
@@ -103,19 +105,43 @@ class CodedBuffers:
     def arrived(self, layer: int) -> None:
         """Codes lie where they are attended to."""
 
+    def _tensor(self, place: _Place, start: int) -> Tensor:
+        whole = self._whole[place.dtype]
+        first = whole.storage_offset() + (start + place.first_byte) // place.dtype.itemsize
+        return whole.as_strided(place.size, place.strides, first)
+
+    def _sides(self) -> Iterator[tuple[int, tuple[_Place, ...]]]:
+        """First byte and places of each side: keys, then values, layer by layer."""
+        sides = (side for both in self._shapes for side in both)
+        return ((start, _side_layout(side)[1]) for start, side in zip(self._starts, sides, strict=False))
+
+
+class _Place(NamedTuple):
+    """An array of a side: its type, shape, strides in elements, and first byte within the side."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    first_byte: int
+
+
+_NUMPY = {torch.uint8: np.uint8, torch.int8: np.int8, torch.bfloat16: np.uint16}
+
+
+@lru_cache(maxsize=64)
+def _side_layout(shape: CodedShape) -> tuple[int, tuple[_Place, ...]]:
+    """Bytes of a side, and where its arrays lie in it. The layers of a model have few shapes."""
+    codes = torch.int8 if shape.bits == 8 else torch.uint8
+    places, first = [], 0
+    for dtype, size in zip((codes, *[torch.bfloat16] * 4), shape.shapes, strict=True):
+        places.append(_Place(dtype, size, (size[1] * size[2], size[2], 1), first))
+        first += -(-math.prod(size) * dtype.itemsize // _ALIGNED) * _ALIGNED
+    return first, tuple(places)
+
 
 def _attended(keys: CodedShape, values: CodedShape) -> bool:
     codes = Codes(keys.bits, values.bits, keys.group_tokens, values.group_channels)
     return compiles_codes(keys.head_dim, codes)
-
-
-def _coded_view(side: list[Tensor]) -> CodedSide:
-    return CodedSide(*map(storage_view, side))
-
-
-def _coded_arrays(shape: CodedShape) -> list[tuple[tuple[int, ...], int]]:
-    """Shape and bytes of an element of each array of a side in bfloat16."""
-    return list(zip(shape.shapes, (1, 2, 2, 2, 2), strict=True))
 
 
 class _Memory:
@@ -223,7 +249,8 @@ class ResidentPrefix:
     def _load(self, reader: CacheReader, host: HostBuffers | CodedBuffers) -> None:
         start = time.perf_counter()
         try:
-            reader.load(host.views(), lambda layer: self._arrived(layer, host))
+            arrived = partial(self._arrived, host=host)
+            reader.load(host.views(), arrived, first_layer_soon=self._overlap)
             self.load_s, self.tier = time.perf_counter() - start, reader.tier
         except BaseException as error:  # handed to whoever waits for a layer
             self._error = error
@@ -265,6 +292,15 @@ class ResidentPrefix:
         self._ready[index].wait()
         if self._error is not None:
             raise self._error
+        return self._layers[index]
+
+    @property
+    def arrives_layer_by_layer(self) -> bool:
+        """Whether layers are still on their way, and may be used one by one."""
+        return self._overlap and not self.is_loaded
+
+    def places(self, index: int) -> tuple[PrefixSegment, ...]:
+        """As `segments`, without waiting: where the layer lies, or will lie when it has arrived."""
         return self._layers[index]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

@@ -249,10 +249,11 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
     if not num_layers == header.num_layers == len(header.head_dim):
         raise fields.wrong("num_layers", num_layers, (header.num_layers, len(header.head_dim)))
-    if max(map(header.side_bytes, range(num_layers))) > MAX_SIDE_BYTES:
+    side_bytes = tuple(map(header.side_bytes, range(num_layers)))
+    if max(side_bytes) > MAX_SIDE_BYTES:
         raise fields.wrong("num_kv_heads", f"at most {MAX_SIDE_BYTES} bytes a layer and side", header.num_kv_heads)
     rows = fields.list("segments")
-    sizes = [header.group_bytes(*group) for group in header.groups for _ in range(2)]
+    sizes = _segment_sizes(side_bytes, config_joint_layers(context.codec))
     if len(rows) != len(sizes):
         raise fields.wrong("segments", f"{len(sizes)} rows", len(rows))
     codec_id = context.codec.get("id")
@@ -261,6 +262,13 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
             _segment(row, raw_bytes, codec_id, fields)
     fields.done()
     return ChunkIndex(header, tuple(map(Segment._make, rows)))
+
+
+@lru_cache(maxsize=64)
+def _segment_sizes(side_bytes: tuple[int, ...], joint_layers: int) -> list[int]:
+    """Raw bytes of each segment, from those of each layer's side; the chunks of a cache have few geometries."""
+    groups = layer_groups(len(side_bytes), joint_layers)
+    return [sum(side_bytes[first:last]) for first, last in groups for _ in range(2)]
 
 
 def _context(value: object, where: str) -> ChunkContext:

@@ -7,7 +7,8 @@
 A job stays with one thread, which reads, verifies and decodes it in three long steps: between them it needs the
 interpreter's lock, for which threads wait. There is one thread more than workers: a core decodes while another job
 waits for the disk. A backend that wants many reads at the same time gets as many threads, of which no more than
-workers decode. Memory beyond the buffers: one reused buffer of an encoded job a thread, and the scratch of the codecs.
+workers decode. Memory beyond the buffers: one buffer of an encoded job a thread, which the next load uses again, and
+the scratch of the codecs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from cag_store.backends import ReadableBackend
+from cag_store.backends import SCRATCH_BYTES, ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
 from cag_store.codecs import CodedSide, EncodedSegment
 from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry
+from cag_store.scratch import Scratch
 
 Buffers = Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]]
 
 _JOB_BYTES = 4 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
+_scratch = Scratch(keep=4)  # threads of one load
 
 
 @dataclass
@@ -75,13 +78,16 @@ class Pipeline:
         buffers: Buffers,
         workers: int,
         timings: LoadTimings,
+        first_layer_soon: bool = True,
     ) -> None:
+        """With `first_layer_soon` layer 0 has jobs of its own, which costs small reads."""
         self._backend = backend
         self._buffers = buffers
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
         self._groups = chunks[0].index.header.groups
-        spans = list(_group_spans(chunks, len(self._groups), max(_JOB_BYTES, backend.read_bytes)))
+        job_bytes = max(_JOB_BYTES, backend.read_bytes)
+        spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
         self._num_threads = min(max(workers + 1, backend.parallel_reads), len(self._jobs))
@@ -127,26 +133,25 @@ class Pipeline:
     def _work(self) -> None:
         """A thread: job after job until none is left."""
         try:
-            buffer = memoryview(bytearray(max(job.num_bytes for job in self._jobs)))
-            while not self._stopped:
-                index = next(self._next_job)
-                if index >= len(self._jobs):
-                    return
-                self._do(self._jobs[index], buffer)
+            with _scratch.taken(SCRATCH_BYTES + max(job.num_bytes for job in self._jobs)) as buffer:
+                while not self._stopped:
+                    index = next(self._next_job)
+                    if index >= len(self._jobs):
+                        return
+                    self._do(self._jobs[index], buffer)
         except BaseException as error:
             self._stop(error)
 
     def _do(self, job: Job, buffer: memoryview) -> None:
         """Load a job; once more from the backend itself when a copy kept nearby proved wrong."""
-        data = buffer[: job.num_bytes]
         taken = LoadTimings()
         try:
-            self._load(job, data, taken)
+            self._load(job, buffer, taken)
         except CorruptEntry:
             nearby = taken.bytes_by_tier.keys() - {self._backend.tier}
             if not (self._backend.forget(job.chunk.path) or nearby):
                 raise
-            self._load(job, data, taken)
+            self._load(job, buffer, taken)
         with self._changed:
             self._timings.add(taken)
             first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
@@ -155,11 +160,12 @@ class Pipeline:
             if not self._missing[first]:  # the layers of a job become whole together
                 self._changed.notify_all()
 
-    def _load(self, job: Job, data: memoryview, taken: LoadTimings) -> None:
+    def _load(self, job: Job, buffer: memoryview, taken: LoadTimings) -> None:
         """Read, verify and decode a job; adds to `taken` where the bytes came from, and the time. Raises:
         CorruptEntry."""
         started = time.perf_counter()
-        tier = self._backend.get_range_into(job.chunk.path, job.chunk.offsets[2 * job.first], data)
+        offset = job.chunk.offsets[2 * job.first]
+        data, tier = self._backend.read_range(job.chunk.path, offset, job.num_bytes, buffer)
         taken.bytes_read += job.num_bytes
         taken.bytes_by_tier[tier] = taken.bytes_by_tier.get(tier, 0) + job.num_bytes
         taken.read_s += time.perf_counter() - started
@@ -188,12 +194,14 @@ class Pipeline:
             yield EncodedSegment(encoded, outs, side_of(position), first, start)
 
 
-def _group_spans(chunks: Sequence[OpenChunk], num_groups: int, job_bytes: int) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring groups of at most `job_bytes` in every chunk. The group of layer 0 has one of its own, as
+def _group_spans(
+    chunks: Sequence[OpenChunk], num_groups: int, job_bytes: int, first_layer_soon: bool
+) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring groups of at most `job_bytes` in every chunk. The group of layer 0 has one of its own where
     the caller waits for it first."""
     first = 0
     for group in range(1, num_groups + 1):
-        whole = group == num_groups or first == 0
+        whole = group == num_groups or (first == 0 and first_layer_soon)
         if whole or any(Job(chunk, first, group + 1).num_bytes > job_bytes for chunk in chunks):
             yield first, group
             first = group

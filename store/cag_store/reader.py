@@ -70,24 +70,28 @@ class CacheReader:
         """The token ids, verified by the chain of keys."""
         return np.concatenate([chunk.token_ids for chunk in self._chunks]).astype(np.int64)
 
-    def load(self, buffers: Buffers, on_layer: Callable[[int], None] | None = None) -> None:
+    def load(
+        self, buffers: Buffers, on_layer: Callable[[int], None] | None = None, *, first_layer_soon: bool = True
+    ) -> None:
         """Fill `buffers[layer] = (keys, values)`, each writable `[num_kv_heads, at least num_tokens, head_dim]`.
 
         Their dtype is the numpy carrier of the storage dtype; the last axis is contiguous. Or each is a `CodedSide` of
         `coded_shapes`, and codes are kept as they are stored.
         Layers become whole in order;
-        `on_layer(i)` is then called on this thread. Raises: CorruptEntry, EntryNotFound;
-        the buffers are then undefined.
+        `on_layer(i)` is then called on this thread. Who has no use for the first layers before the last ones are there
+        is served sooner without `first_layer_soon`. Raises: CorruptEntry, EntryNotFound; the buffers are then
+        undefined.
         """
         self._check_buffers(buffers)
-        Pipeline(self._backend, self._chunks, buffers, self._workers, self.timings).run(on_layer)
+        loading = Pipeline(self._backend, self._chunks, buffers, self._workers, self.timings, first_layer_soon)
+        loading.run(on_layer)
 
     def coded_shapes(self) -> list[tuple[CodedShape, CodedShape]] | None:
         """How keys and values of each layer can be kept in codes; None if the codec cannot do that for all."""
-        header, codec = self.header, self._chunks[0].codec
+        header, codec, num_tokens = self.header, self._chunks[0].codec, self.num_tokens
         sizes = zip(header.num_kv_heads, header.head_dim, strict=True)
         found = [
-            codec.coded_shape((num_heads, self.num_tokens, head_dim), side, layer, header.context.chunk_tokens)
+            codec.coded_shape((num_heads, num_tokens, head_dim), side, layer, header.context.chunk_tokens)
             for layer, (num_heads, head_dim) in enumerate(sizes)
             for side in SIDES
         ]

@@ -11,22 +11,24 @@ from cag_store.codecs import Lossless
 from cag_store.errors import EntryNotFound
 
 
-def spans_of(store, manifest):
+def spans_of(store, manifest, first_layer_soon=True):
     chunks = [open_chunk(store.backend, entry) for entry in manifest.chunks]
-    return list(pipeline._group_spans(chunks, len(manifest.kv.head_dim), pipeline._JOB_BYTES))
+    return list(pipeline._group_spans(chunks, len(manifest.kv.head_dim), pipeline._JOB_BYTES, first_layer_soon))
 
 
 def test_layers_are_read_together_but_the_first_alone(store, small, monkeypatch):
     manifest = small().build(store)
     assert spans_of(store, manifest) == [(0, 1), (1, 3)]
+    assert spans_of(store, manifest, first_layer_soon=False) == [(0, 3)]
     monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
     assert spans_of(store, manifest) == [(0, 1), (1, 2), (2, 3)]
 
 
+@pytest.mark.parametrize("first_layer_soon", [True, False])
 @pytest.mark.parametrize("job_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("workers", [1, 5])
 @pytest.mark.parametrize("codec", ["lossless", "int8", {"id": "int4", "recent_tokens": 1, "wide_key_layers": [1]}])
-def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, workers, codec):
+def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, workers, codec, first_layer_soon):
     monkeypatch.setattr(pipeline, "_JOB_BYTES", job_bytes)
     cache = small(codec, num_tokens=60)
     manifest = cache.build(store)
@@ -39,7 +41,7 @@ def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, 
             arrived.append(layer)
 
         with store.reader(manifest, workers) as again:
-            again.load(buffers, on_layer)
+            again.load(buffers, on_layer, first_layer_soon=first_layer_soon)
             stored = sum(chunk.stored_bytes - chunk.header_bytes - 4 * chunk.num_tokens for chunk in manifest.chunks)
             assert again.timings.bytes_read == stored
     assert arrived == [0, 1, 2]

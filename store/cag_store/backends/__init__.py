@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from cag_store.backends.base import Backend, Lease, ObjectInfo, ReadableBackend
+from cag_store.backends.base import SCRATCH_BYTES, Backend, Lease, ObjectInfo, ReadableBackend
 from cag_store.backends.local import LocalBackend
 from cag_store.backends.memory import MemoryBackend
 from cag_store.errors import UnsupportedBackend
 
 __all__ = [
+    "SCRATCH_BYTES",
     "Backend",
     "Lease",
     "LocalBackend",

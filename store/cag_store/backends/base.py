@@ -22,6 +22,8 @@ _PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)
 
 Parts = Sequence[bytes | memoryview]
 
+SCRATCH_BYTES = 2 << 12  # a page before and a page behind a range
+
 
 @dataclass(frozen=True)
 class ObjectInfo:
@@ -71,6 +73,15 @@ class ReadableBackend(ABC):
         """`get_range` of `len(out)` bytes into `out`, which spares the allocation; returns the tier they came from."""
         out[:] = self.get_range(path, offset, len(out))
         return self.tier
+
+    def read_range(self, path: str, offset: int, length: int, scratch: memoryview) -> tuple[memoryview, str]:
+        """`get_range` into a part of `scratch`; that part, and the tier the bytes came from.
+
+        `scratch` is writable, begins at a page, and has `SCRATCH_BYTES` more than `length`, as a backend may have to
+        read some bytes around the range.
+        """
+        data = scratch[:length]
+        return data, self.get_range_into(path, offset, data)
 
     def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """`get_range` for each (offset, length), in their order."""

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from pathlib import Path
 
 import pytest
 
-from cag_store.backends import Backend
+from cag_store.backends import SCRATCH_BYTES, Backend
 from cag_store.errors import CorruptEntry, EntryNotFound, InvalidName, StoreBusy
+
+
+def _scratch(length: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, length + SCRATCH_BYTES))
 
 
 class BackendConformance:
@@ -32,6 +37,8 @@ class BackendConformance:
         out = bytearray(4)
         backend.get_range_into("chunks/ab/c", 1, memoryview(out))
         assert out == b"ello"
+        data, tier = backend.read_range("chunks/ab/c", 1, 4, _scratch(4))
+        assert (bytes(data), tier) == (b"ello", backend.tier)
         assert backend.stat("chunks/ab/c").size_bytes == 11
 
     def test_objects_are_written_once(self, backend: Backend) -> None:
@@ -58,6 +65,7 @@ class BackendConformance:
             lambda: backend.stat("chunks/x"),
             lambda: backend.touch("chunks/x"),
             lambda: backend.get_range_into("chunks/x", 0, memoryview(bytearray(1))),
+            lambda: backend.read_range("chunks/x", 0, 1, _scratch(1)),
         ):
             with pytest.raises(EntryNotFound):
                 call()
@@ -77,6 +85,9 @@ class BackendConformance:
                 backend.get_range("chunks/x", offset, length)
         with pytest.raises(CorruptEntry):
             backend.get_range_into("chunks/x", 4, memoryview(bytearray(2)))
+        for offset, length in ((4, 2), (5, 1), (100, 1), (0, 10_000)):
+            with pytest.raises(CorruptEntry):
+                backend.read_range("chunks/x", offset, length, _scratch(length))
         with pytest.raises(CorruptEntry):
             backend.get("chunks/x", 4)
         assert backend.get("chunks/x", 5) == b"12345"
