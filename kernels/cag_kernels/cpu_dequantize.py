@@ -7,6 +7,7 @@ half a unit of bfloat16 added and the lower half dropped (docs/format.md 5.2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -59,10 +60,13 @@ class Dequantizer:
                 parameters = keys or self._value_parameters(head, builder.add(first, token.index))
                 row = emit.at(source, builder.mul(token.index, emit.integer(row_bytes)), INT8)
                 target = emit.at(scratch, builder.mul(token.index, emit.integer(self.call.head_dim)), INT16)
-                for channel, code in self._row_codes(row, bits):
-                    scale, offset = parameters[channel]
-                    value = builder.fadd(builder.fmul(code, scale), offset)
-                    builder.store(self._rounded(value), emit.at(target, channel, INT16), align=2)
+                values = {
+                    channel: builder.fadd(builder.fmul(code, parameters[channel][0]), parameters[channel][1])
+                    for channel, code in self._row_codes(row, bits)
+                }
+                for channel, width in self._stores:
+                    vectors = [values[channel + first] for first in range(0, width, emit.lanes)]
+                    builder.store(self._rounded(vectors), emit.at(target, channel, INT16), align=2)
         self._emit_exact(self.call[fields.exact], scratch, head, first, count)
         self._emit_zeros(scratch, count)
         return scratch
@@ -130,10 +134,25 @@ class Dequantizer:
     def _constant(self, value: int) -> Any:
         return ir.Constant(self.emit.integers, [value] * self.emit.lanes)
 
-    def _rounded(self, value: Value) -> Value:
-        bits = self.builder.add(self.builder.bitcast(value, self.emit.integers), self._constant(0x8000))
-        upper = self.builder.lshr(bits, self._constant(16))
-        return self.builder.trunc(upper, ir.VectorType(INT16, self.emit.lanes))
+    @property
+    def _stores(self) -> list[tuple[int, int]]:
+        """First channel and number of channels of what is stored at once: two vectors where there are two."""
+        lanes, head_dim = self.emit.lanes, self.call.head_dim
+        width = 2 * lanes if head_dim % (2 * lanes) == 0 else lanes
+        return [(channel, width) for channel in range(0, head_dim, width)]
+
+    def _rounded(self, values: Sequence[Value]) -> Value:
+        """One vector or two behind each other, the upper halves of their numbers after half a unit was added."""
+        halves = ir.VectorType(INT16, 2 * self.emit.lanes)
+        parts = [
+            self.builder.bitcast(
+                self.builder.add(self.builder.bitcast(value, self.emit.integers), self._constant(0x8000)), halves
+            )
+            for value in values
+        ]
+        upper = list(range(1, 2 * self.emit.lanes * len(parts), 2))
+        chosen = ir.Constant(ir.VectorType(INT32, len(upper)), upper)
+        return self.builder.shuffle_vector(parts[0], parts[-1], chosen)
 
     def _emit_exact(self, exact: Value, scratch: Value, head: Value, first: Value, count: Value) -> None:
         """Put the exact first tokens in the place of what their codes gave."""

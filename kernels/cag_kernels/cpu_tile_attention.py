@@ -15,14 +15,13 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from cag_kernels.cpu_call import Call, Field
 from cag_kernels.cpu_dequantize import Dequantizer
 from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
-from cag_kernels.cpu_loops import emit_factors, emit_tasks
+from cag_kernels.cpu_loops import emit_factors, emit_logsumexps, emit_tasks
 from cag_kernels.cpu_panel import MAX_WIDTH, Blocking
-from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
+from cag_kernels.cpu_tiles import DEPTH, FEW_TERMS, TILE, TileEmitter
 from cag_kernels.prefixes import Codes
 
 PIECE = 128  # keys of one softmax step: scores, turned values and weights of them stay in the first two caches
 TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=1024)
-_EXPONENTIAL_TERMS = 5  # 4e-5, against 2e-3 of the rounding to bfloat16
 _LOG2_E = 1 / math.log(2)
 _OF_ROWS, _SHARED = 3, 6  # tiles 0 to 2 hold sums, 3 to 5 operands of rows, 6 the one that all rows meet
 
@@ -288,7 +287,7 @@ class _Piece:
     def _weight(self, score: Value, maximum: Value) -> Value:
         """The difference first: a product of its own for each would round huge scores to more than the maximum."""
         exponent = self.emit.builder.fmul(self.emit.builder.fsub(score, maximum), self.factor)
-        return self.emit.power_of_two(exponent, _EXPONENTIAL_TERMS)
+        return self.emit.power_of_two(exponent, FEW_TERMS)
 
     def _emit_left(self) -> None:
         """Weights as left operands: `[blocks of 32 keys, width, 16 rows, 32 keys]`."""
@@ -369,4 +368,5 @@ def _emit_finish(call: Call) -> None:
         place = call.index(base, (lanes, first))
         emit.store(largest, emit.at(call[Field.MAXIMUM], place))
         emit.store(total, emit.at(call[Field.DENOMINATOR], place))
+    emit_logsumexps(call)
     builder.ret_void()
