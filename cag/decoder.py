@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cag.batch import Batch, RowGroup
+from cag.recorded import RecordedForwards, attends_rounded
 from cag.state import AttentionRule, PrefixSegment, attend_prefix
 from cag.weights import Product, joined_product
-from cag_kernels import FEW_ROWS, DensePrefix, has_numba, has_tiles
+from cag_kernels import FEW_ROWS, DensePrefix, has_numba
 from cag_kernels.attention import COMPILED_MAX_ROWS
-from cag_kernels.cpu import MAX_FEW_ROWS, TILE_DEPTH, cpu_attention, cpu_attention_serves
+from cag_kernels.cpu import cpu_attention, cpu_attention_serves
 
 PROBED_LAYERS = 2  # compared closely; behind all layers a network in bfloat16 may be far from itself in float32
 CLOSE, FAR = 2e-2, 0.5  # of the logits' norm; another formula is far above the first after two layers
@@ -55,6 +56,15 @@ class Layer:
     down: Product
     rule: AttentionRule
 
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """All of them."""
+        return self.projections, self.output, self.gate_and_up, self.down
+
+    def num_q_heads(self, head_dim: int) -> int:
+        """Heads of the query: what the output projection takes."""
+        return self.output.in_features // head_dim
+
 
 class FewRowsDecoder:
     """Runs up to `FEW_ROWS` tokens of each sequence. Not for several threads at once: the model's lock is held."""
@@ -71,8 +81,8 @@ class FewRowsDecoder:
         self._head = head
         self._head_dim = head_dim
         self._attends_in = attends_in
-        self._by_tiles = attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and has_tiles()
         self._norm = _norm(network.model.norm)
+        self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
         self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
 
     def serves(self, batch: Batch) -> bool:
@@ -92,7 +102,17 @@ class FewRowsDecoder:
         """
         hidden = self._network.model.embed_tokens(token_ids).float()
         cosines, sines = self._network.model.rotary_emb(hidden[None], batch.positions(hidden.device)[None])
-        rotation = cosines[0].float().contiguous().numpy(), sines[0].float().contiguous().numpy()
+        turning = cosines[0].float().contiguous(), sines[0].float().contiguous()
+        normed = self._recorded.forward(hidden, turning, batch, num_layers)
+        if normed is None:
+            normed = self._step_by_step(hidden, turning, batch, num_layers)
+        return self._head(normed[wanted])
+
+    def _step_by_step(
+        self, hidden: Tensor, turning: tuple[Tensor, Tensor], batch: Batch, num_layers: int | None
+    ) -> Tensor:
+        """As `RecordedForwards.forward`, for any batch."""
+        rotation = turning[0].numpy(), turning[1].numpy()
         tails = self._tails(batch.pages, batch.lengths, batch.starts, batch.skipped)
         update, normed = torch.zeros_like(hidden), torch.empty_like(hidden)
         residual, out = hidden.numpy(), normed.numpy()
@@ -102,7 +122,7 @@ class FewRowsDecoder:
             self._add_and_norm(residual, update, layer.before_mlp, out)
             update = self._mlp(layer, normed)
         self._add_and_norm(residual, update, self._norm, out)
-        return self._head(normed[wanted])
+        return normed
 
     def _add_and_norm(self, residual: NDArray[Any], update: Tensor, norm: Norm, out: NDArray[Any]) -> None:
         self._steps.add_and_norm(residual, update.numpy(), norm.weight, norm.epsilon, out)
@@ -167,10 +187,7 @@ class FewRowsDecoder:
     def _rounded(self, query: Tensor, segment: PrefixSegment) -> Tensor:
         """The query in the type that the network attends in; unrounded where only code for a few float32 rows serves a
         single token quickly."""
-        if query.dtype == self._attends_in or not isinstance(segment, DensePrefix) or self._by_tiles:
-            return query.to(self._attends_in)
-        few = query.shape[0] // segment.keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS
-        return query if few and cpu_attention_serves(query, segment.keys) else query.to(self._attends_in)
+        return query.to(self._attends_in) if attends_rounded(query, segment, self._attends_in) else query
 
     def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
         projected = layer.gate_and_up(normed)

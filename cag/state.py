@@ -57,6 +57,16 @@ class PrefixLayers(Protocol):
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """All of them as numbers, `[num_kv_heads, num_tokens, head_dim]`."""
 
+    @property
+    def arrives_layer_by_layer(self) -> bool:
+        """Whether layers are still on their way, and may be used one by one."""
+
+    def places(self, index: int) -> tuple[PrefixSegment, ...]:
+        """As `segments`, without waiting: where the layer lies, or will lie."""
+
+    def wait(self) -> None:
+        """Wait until all layers are there."""
+
 
 class SequenceTail(Protocol):
     """Growing keys and values of one sequence: pages of `page_tokens` tokens, the last one not always full."""

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cag_kernels import (
+    PackedProduct,
     PackedWeight,
     can_pack,
     linear_without_packing,
@@ -32,7 +33,45 @@ FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
 _PIECE_WEIGHTS = 1 << 22  # widened at once
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kept side by side: one product serves all
 
-Product = Callable[[Tensor], Tensor]
+
+class Product(Protocol):
+    """A linear layer, or several side by side, over few rows: contiguous float32 `[num_rows, in_features]`.
+
+    Attributes:
+        in_features, out_features: sizes of a row.
+        is_recordable: whether `into` is made of compiled steps (`cag_kernels.cpu_tape`).
+    """
+
+    in_features: int
+    out_features: int
+    is_recordable: bool
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`[num_rows, out_features]` float32, contiguous."""
+
+    def into(self, rows: Tensor, out: Tensor) -> None:
+        """The same to `out`."""
+
+
+class LibraryProduct:
+    """A `Product` by torch's own multiplication, over a weight in 16 bits."""
+
+    is_recordable = False
+
+    def __init__(self, multiply: Callable[..., Tensor], weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._multiply, self._weight, self._bias = multiply, weight, bias
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See `Product`."""
+        product = self._multiply(rows.to(self._weight.dtype), self._weight).float()
+        return product if self._bias is None else product.add_(self._bias)
+
+    def into(self, rows: Tensor, out: Tensor) -> None:
+        """See `Product`."""
+        out.copy_(self(rows))
+
+
 """A linear layer for few rows: `[num_rows, in_features]` float32 to `[num_rows, out_features]` float32, contiguous."""
 
 
@@ -181,7 +220,7 @@ def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
     if all(isinstance(layer, PackedLinear) for layer in layers):
         panels = _spanned([layer.packed.panels for layer in layers])
         packed = None if panels is None else PackedWeight(panels, sum(layer.out_features for layer in layers))
-        return None if packed is None else partial(packed_linear, packed=packed, bias=bias)
+        return None if packed is None else PackedProduct(packed, bias)
     if not all(isinstance(layer, nn.Linear) and layer.weight.dtype == torch.bfloat16 for layer in layers):
         return None
     weight = _spanned([layer.weight.detach() for layer in layers])
@@ -190,12 +229,7 @@ def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
     if kind == "tiles" and tile_linear_serves(weight):
         return tile_product(weight, bias)
     multiply = nn.functional.linear if kind == "plain" else linear_without_packing
-    return partial(_rounded_product, multiply, weight, bias)
-
-
-def _rounded_product(multiply: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    product = multiply(rows.to(weight.dtype), weight).float()
-    return product if bias is None else product.add_(bias)
+    return LibraryProduct(multiply, weight, bias)
 
 
 def _spanned(parts: Sequence[Tensor]) -> Tensor | None:

@@ -16,6 +16,7 @@ from cag_kernels.device import prefix_paths
 from cag_kernels.inverse import inverse_transform
 from cag_kernels.linear import (
     FEW_ROWS,
+    PackedProduct,
     linear_without_packing,
     packed_linear,
     tile_linear,
@@ -36,6 +37,7 @@ __all__ = [
     "FEW_ROWS",
     "Coded",
     "DensePrefix",
+    "PackedProduct",
     "PackedWeight",
     "PagedTails",
     "QuantizedPrefix",

@@ -6,18 +6,17 @@ are awake from the layer's products. The number of threads does not show in the 
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import struct
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from cag_kernels.cpu_tape import CompiledStep, new_call, scratch_memory
 from cag_kernels.prefixes import Codes, QuantizedPrefix, code_bits
 
 if TYPE_CHECKING:
@@ -28,23 +27,9 @@ TILE_DEPTH = 32  # of the summed axis of one product of tiles
 MAX_HEAD_DIM = 512  # the scratch of a thread stays far below the smallest of usual stacks
 MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
 
+Result = tuple[Tensor, Tensor]  # outputs and their log-sum-exps
+
 _lock = threading.Lock()
-
-
-class _Scratch(threading.local):
-    """Memory of the calling thread for sums under way; fresh memory at each call would cost more than short calls."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def take(self, count: int) -> Tensor:
-        """`count` float32 of any content."""
-        if self._memory.numel() < count:
-            self._memory = torch.empty(count)
-        return self._memory[:count]
-
-
-_scratch = _Scratch()
 
 
 @cache
@@ -101,12 +86,14 @@ def cpu_attention(
     offset: int,
     window: int | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    into: Result | None = None,
+) -> Result:
     """As `reference.segment_attention_reference`, for queries that stand behind the whole segment.
 
     Takes what `cpu_attention_serves` accepts, with `offset >= num_keys - 1`, no window and no cap. A float32 query
     meets widened keys; a bfloat16 query meets tiles, and weights are rounded to bfloat16 before they meet the values.
-    Accumulates in float32, and gives float32. Safe to call from several Python threads.
+    Accumulates in float32, and gives float32, in the tensors of `into` if given (contiguous). Safe to call from
+    several Python threads.
     """
     assert window is None and softcap is None and offset >= keys.shape[1] - 1, "every query sees every key"
     num_q_heads, num_queries, head_dim = query.shape
@@ -116,7 +103,7 @@ def cpu_attention(
         num_rows = num_q_heads // keys.shape[0] * num_queries
         kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None)
     values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
-    return _run(kernel, query, keys, values, scale)
+    return _run(kernel, query, keys, values, scale, into=into)
 
 
 def quantized_attention_serves(query: Tensor, prefix: QuantizedPrefix) -> bool:
@@ -140,7 +127,9 @@ def compiles_codes(head_dim: int, codes: Codes) -> bool:
     return whole and head_dim <= MAX_HEAD_DIM and has_compiler()
 
 
-def cpu_quantized_attention(query: Tensor, prefix: QuantizedPrefix, *, scale: float) -> tuple[Tensor, Tensor]:
+def cpu_quantized_attention(
+    query: Tensor, prefix: QuantizedPrefix, *, scale: float, into: Result | None = None
+) -> Result:
     """As `prefix_reference.prefix_attention_reference` without window and cap, for what `quantized_attention_serves`.
 
     Codes become numbers a stretch at a time, on the stack, with the bits that the store's codecs decode to; then all is
@@ -153,7 +142,7 @@ def cpu_quantized_attention(query: Tensor, prefix: QuantizedPrefix, *, scale: fl
     scales = (prefix.key_scales, prefix.key_offsets, prefix.value_scales, prefix.value_offsets)
     pointers = [tensor.data_ptr() for tensor in (*scales, *exact)]
     codes_fields = (prefix.key_scales.shape[1], exact[0].shape[1], *pointers)
-    return _run(kernel, query, prefix.key_codes, prefix.value_codes, scale, codes_fields)
+    return _run(kernel, query, prefix.key_codes, prefix.value_codes, scale, codes_fields, (*scales, *exact), into)
 
 
 def _codes(prefix: QuantizedPrefix) -> Codes:
@@ -168,24 +157,27 @@ def _run(
     values: Tensor,
     scale: float,
     codes_fields: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensor]:
+    codes_memory: tuple[Tensor, ...] = (),
+    into: Result | None = None,
+) -> Result:
     num_q_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_keys, _ = keys.shape
     num_rows = num_q_heads // num_kv_heads * num_queries
     num_lanes = -(-num_rows // kernel.blocking.lanes) * kernel.blocking.lanes
     num_ranges = -(-num_keys // kernel.blocking.range_tokens)
     query = query.contiguous()
-    out = torch.empty_like(query, dtype=torch.float32)
+    if into is None:
+        into = torch.empty_like(query, dtype=torch.float32), torch.empty(num_q_heads, num_queries)
+    out, logsumexps = into
     num_tasks = num_kv_heads * num_ranges
     counts = (num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim)  # of num_lanes float32 each
-    scratch = _scratch.take(sum(counts) * num_lanes)
+    scratch = scratch_memory(sum(counts) * num_lanes)
     places = [scratch.data_ptr() + 4 * num_lanes * sum(counts[:index]) for index in range(4)]
     sizes = (num_kv_heads, num_keys, num_rows, num_lanes, num_ranges, keys.stride(0), values.stride(0))
-    pointers = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), *places, out.data_ptr())
-    kernel.run((0, *pointers, *sizes, _float_bits(scale), *codes_fields), num_tasks)
-    sums = scratch[counts[0] * num_lanes :][: 2 * num_tasks * num_lanes].view(2, num_tasks, num_lanes)
-    maximum, denominator = sums[:, ::num_ranges, :num_rows]
-    return out, denominator.log().add_(maximum).view(num_q_heads, num_queries)
+    pointers = (*(tensor.data_ptr() for tensor in (query, keys, values)), *places, out.data_ptr())
+    fields = (0, *pointers, logsumexps.data_ptr(), *sizes, _float_bits(scale), *codes_fields)
+    kernel.run(fields, num_tasks, (query, keys, values, scratch, out, logsumexps, *codes_memory))
+    return out, logsumexps
 
 
 def warm_up(head_dims: Iterable[int], group_sizes: Iterable[int] = ()) -> None:
@@ -211,18 +203,6 @@ def warm_up_tiles(head_dims: Iterable[int]) -> None:
                 tile_kernel(head_dim)
 
 
-def run_on_threads(function: Callable[[Any], None], address: int, call: Any, num_tasks: int) -> None:
-    """Run compiled code, of which `address` is the entry, on all of torch's threads; they share out its tasks."""
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or num_tasks == 1:
-        function(call)
-    elif (parallel := openmp_parallel()) is not None:
-        # all of torch's threads even for fewer tasks: another size would rebuild the team
-        parallel(address, ctypes.addressof(call), num_threads, 0)
-    else:
-        list(thread_pool(num_threads).map(lambda _: function(call), range(num_threads)))
-
-
 class CompiledKernel:
     """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads."""
 
@@ -230,19 +210,17 @@ class CompiledKernel:
         from cag_kernels.cpu_emit import Program
 
         self.blocking = blocking
-        self._program = Program(module)
-        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-        self._attend_address = self._program.address("attend")
+        program = Program(module)
         self._prepare, self._attend, self._finish = (
-            function(self._program.address(name)) for name in ("prepare", "attend", "finish")
+            CompiledStep(program.address(name), program) for name in ("prepare", "attend", "finish")
         )
 
-    def run(self, fields: tuple[int, ...], num_tasks: int) -> None:
-        """Serve one call; `fields` are `cpu_call.Field` in order."""
-        call = (ctypes.c_int64 * len(fields))(*fields)
-        self._prepare(call)
-        run_on_threads(self._attend, self._attend_address, call, num_tasks)
-        self._finish(call)
+    def run(self, fields: tuple[int, ...], num_tasks: int, memory: tuple[Tensor, ...]) -> None:
+        """Serve one call; `fields` are `cpu_call.Field` in order, `memory` is what their addresses are of."""
+        call = new_call(fields, memory)
+        self._prepare.alone(call)
+        self._attend.shared(call, num_tasks)
+        self._finish.alone(call)
 
 
 def compiled_kernel(head_dim: int, single_query_rows: int | None = None) -> CompiledKernel:
@@ -290,24 +268,6 @@ def _compile_codes(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
         return CompiledKernel(tile_attention_module(head_dim, codes), TILE_BLOCKING)
     blocking = host_blocking()
     return CompiledKernel(attention_module(head_dim, blocking, codes=codes), blocking)
-
-
-@cache
-def openmp_parallel() -> ctypes._NamedFuncPointer | None:
-    """The entry of the OpenMP library that torch has loaded, or None where it is not GNU's."""
-    try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return parallel
-
-
-@cache
-def thread_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Python threads for where there is no OpenMP of GNU; kept for the life of the process."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="cag-kernel")
 
 
 @cache

@@ -11,7 +11,7 @@ from cag_kernels.cpu_panel import Blocking
 
 
 class Field(IntEnum):
-    """Places in the array of int64 that describes a call to the compiled code; `QUERY` to `OUT` are addresses."""
+    """Places in the array of int64 that describes a call to the compiled code; `QUERY` to `LOGSUMEXPS`: addresses."""
 
     NEXT_TASK = 0
     QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32 (bfloat16 for tiles)
@@ -22,23 +22,24 @@ class Field(IntEnum):
     DENOMINATOR = 6  # as MAXIMUM
     WEIGHTED = 7  # [num_kv_heads, num_ranges, head_dim, num_lanes] float32
     OUT = 8  # as QUERY, float32
-    NUM_KV_HEADS = 9
-    NUM_KEYS = 10
-    NUM_ROWS = 11
-    NUM_LANES = 12  # rows rounded up to whole vectors
-    NUM_RANGES = 13
-    KEYS_STRIDE = 14  # elements from one head to the next
-    VALUES_STRIDE = 15
-    SCALE = 16  # the bits of a float32
+    LOGSUMEXPS = 9  # [num_kv_heads, num_rows] float32
+    NUM_KV_HEADS = 10
+    NUM_KEYS = 11
+    NUM_ROWS = 12
+    NUM_LANES = 13  # rows rounded up to whole vectors
+    NUM_RANGES = 14
+    KEYS_STRIDE = 15  # elements from one head to the next
+    VALUES_STRIDE = 16
+    SCALE = 17  # the bits of a float32
     # of a prefix in codes (`cpu_dequantize`), where KEYS and VALUES are codes and their strides bytes:
-    NUM_GROUPS = 17  # groups of keys along the tokens
-    NUM_EXACT = 18  # first tokens that stand in EXACT_KEYS and EXACT_VALUES
-    KEY_SCALES = 19  # [num_kv_heads, num_groups, head_dim] bfloat16
-    KEY_OFFSETS = 20
-    VALUE_SCALES = 21  # [num_kv_heads, num_keys, num_channel_groups] bfloat16
-    VALUE_OFFSETS = 22
-    EXACT_KEYS = 23  # [num_kv_heads, num_exact, head_dim] bfloat16
-    EXACT_VALUES = 24
+    NUM_GROUPS = 18  # groups of keys along the tokens
+    NUM_EXACT = 19  # first tokens that stand in EXACT_KEYS and EXACT_VALUES
+    KEY_SCALES = 20  # [num_kv_heads, num_groups, head_dim] bfloat16
+    KEY_OFFSETS = 21
+    VALUE_SCALES = 22  # [num_kv_heads, num_keys, num_channel_groups] bfloat16
+    VALUE_OFFSETS = 23
+    EXACT_KEYS = 24  # [num_kv_heads, num_exact, head_dim] bfloat16
+    EXACT_VALUES = 25
 
 
 class Call:
@@ -60,7 +61,7 @@ class Call:
 
     def _read(self, field: Field) -> Value:
         value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
-        is_address = Field.QUERY <= field <= Field.OUT or field >= Field.KEY_SCALES
+        is_address = Field.QUERY <= field <= Field.LOGSUMEXPS or field >= Field.KEY_SCALES
         return self.emit.builder.inttoptr(value, POINTER) if is_address else value
 
     def place(self, field: Field) -> Value:

@@ -8,7 +8,6 @@ torch's threads; no number depends on which thread computes it.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from enum import IntEnum
 from functools import cache
@@ -17,9 +16,9 @@ import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from cag_kernels.cpu import run_on_threads
 from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Program, Value, function_blocks
 from cag_kernels.cpu_panel import host_blocking
+from cag_kernels.cpu_tape import CompiledStep, new_call
 from cag_kernels.packed import PANEL
 
 MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
@@ -49,24 +48,26 @@ class LinearKernel:
     """Machine code for every shape and one type of weight, run on several threads."""
 
     def __init__(self, is_bfloat16: bool) -> None:
-        self._program = Program(linear_module(host_blocking().lanes, is_bfloat16))
-        self._address = self._program.address("linear")
-        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        program = Program(linear_module(host_blocking().lanes, is_bfloat16))
+        self._multiply = CompiledStep(program.address("linear"), program)
 
-    def run(self, fields: tuple[int, ...]) -> None:
-        """Serve one call; `fields` are `Field` in order."""
-        call = (ctypes.c_int64 * len(Field))(*fields)
-        run_on_threads(self._function, self._address, call, -(-fields[Field.OUT_FEATURES] // (PANEL * TASK)))
+    def run(self, fields: tuple[int, ...], memory: tuple[Tensor, ...]) -> None:
+        """Serve one call; `fields` are `Field` in order, `memory` is what their addresses are of."""
+        self._multiply.shared(new_call(fields, memory), -(-fields[Field.OUT_FEATURES] // (PANEL * TASK)))
 
 
-def compiled_linear(rows: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """`rows [num_rows, in_features] @ weight.T + bias`, all contiguous, rows and bias float32, nothing empty."""
+def compiled_linear(
+    rows: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, out: Tensor | None = None
+) -> Tensor:
+    """`rows [num_rows, in_features] @ weight.T + bias`, all contiguous, rows and bias float32, nothing empty; into
+    `out [num_rows, out_features]` float32 if given."""
     num_rows, in_features = rows.shape
-    out = rows.new_empty(num_rows, out_features)
+    out = rows.new_empty(num_rows, out_features) if out is None else out
     start = 0 if bias is None else bias.data_ptr()
     pointers = (rows.data_ptr(), panels.data_ptr(), start, out.data_ptr())
     kernel = compiled_kernel(panels.dtype == torch.bfloat16)
-    kernel.run((0, *pointers, num_rows, in_features, out_features, int(bias is not None)))
+    fields = (0, *pointers, num_rows, in_features, out_features, int(bias is not None))
+    kernel.run(fields, (rows, panels, out) if bias is None else (rows, panels, bias, out))
     return out
 
 

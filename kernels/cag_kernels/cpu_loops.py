@@ -153,7 +153,26 @@ def _emit_finish(call: Call) -> None:
             number = emit.builder.load(merged, typ=FLOAT, align=4)
             target = call.index(head.index, (call[Field.NUM_ROWS], row.index), (call.head_dim, channel.index))
             emit.builder.store(number, emit.at(call[Field.OUT], target), align=4)
+    emit_logsumexps(call)
     emit.builder.ret_void()
+
+
+def emit_logsumexps(call: Call) -> None:
+    """From the maximum and the denominator in range 0 of each head."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    logarithm = call.function.module.declare_intrinsic("llvm.log.f32", fnty=ir.FunctionType(FLOAT, [FLOAT]))
+    with (
+        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
+        emit.loop(zero, call[Field.NUM_ROWS], 1) as row,
+    ):
+        base = builder.mul(head.index, call[Field.NUM_RANGES])
+        maximum, denominator = (
+            builder.load(_row_place(call, field, base, zero, row.index), typ=FLOAT, align=4)
+            for field in (Field.MAXIMUM, Field.DENOMINATOR)
+        )
+        target = call.index(head.index, (call[Field.NUM_ROWS], row.index))
+        found = builder.fadd(builder.call(logarithm, [denominator]), maximum)
+        builder.store(found, emit.at(call[Field.LOGSUMEXPS], target), align=4)
 
 
 def _weighted_at(call: Call, task: Value, channel: Value, row: Value) -> Value:

@@ -9,17 +9,16 @@ depends on other sessions, on other rows or on threads.
 
 from __future__ import annotations
 
-import ctypes
 from enum import IntEnum
 from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from cag_kernels.cpu import run_on_threads
 from cag_kernels.cpu_rows import Array, exponential, numba, widened
+from cag_kernels.cpu_steps import compiled_step, float_bits, memory, take_task
+from cag_kernels.cpu_tape import CompiledStep, new_call
 from cag_kernels.prefixes import BLOCK_TOKENS
 
 THREADS_PAIRS = 1 << 12  # rows of query heads x keys from which a second thread is worth its start
@@ -58,7 +57,6 @@ class Field(IntEnum):
 
 
 NUM_FIELDS = len(Field)
-_Call = ctypes.c_int64 * NUM_FIELDS
 (
     _NEXT_TASK, _QUERY, _KEYS, _VALUES, _PAGES, _LENGTHS, _STARTS, _SKIPPED, _PARTS, _PART_LOGSUMEXPS, _OUT,
     _LOGSUMEXPS, _NUM_Q_HEADS, _NUM_ROWS, _HEAD_DIM, _NUM_PAGES, _NUM_KV_HEADS, _PAGE_TOKENS, _NUM_SESSIONS,
@@ -109,54 +107,23 @@ class Tails:
         first, last = (0, len(self)) if sessions is None else sessions
         num_pages, num_kv_heads, page_tokens, head_dim = keys.shape
         num_q_heads, num_rows, _ = query.shape
-        call = _Call(
+        kept = (query, keys, values, *self.arrays, parts, part_logsumexps, out, logsumexps)
+        fields = (
             0, query.data_ptr(), keys.data_ptr(), values.data_ptr(), *self._addresses, parts.data_ptr(),
             part_logsumexps.data_ptr(), out.data_ptr(), logsumexps.data_ptr(), num_q_heads, num_rows, head_dim,
             num_pages, num_kv_heads, page_tokens, len(self), self._max_pages, len(parts), first, last,
-            _float_bits(scale),
+            float_bits(scale),
         )  # fmt: skip
-        function, address = _kernel()
         one_thread = self.num_pairs(first, last) * num_q_heads < THREADS_PAIRS
-        run_on_threads(function, address, call, 1 if one_thread else (last - first) * num_kv_heads)
+        _step().shared(new_call(fields, kept), 1 if one_thread else (last - first) * num_kv_heads)
 
 
 @cache
-def _float_bits(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
-
-
-@cache
-def _kernel() -> tuple[Any, int]:
-    """The compiled function as something to call, and its address."""
-    try:
-        compiled = numba.cfunc(types.void(types.voidptr), cache=True, **_OPTIONS)(_attend_sessions)
-    except RuntimeError:  # no folder to keep it in
-        compiled = numba.cfunc(types.void(types.voidptr), **_OPTIONS)(_attend_sessions)
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address), compiled.address
+def _step() -> CompiledStep:
+    return compiled_step(_attend_sessions, **_OPTIONS)
 
 
 _OPTIONS = {"fastmath": {"reassoc", "contract"}, "error_model": "numpy"}
-
-
-@numba.extending.intrinsic  # type: ignore[untyped-decorator]
-def _memory(_context: Any, address: Any) -> Any:
-    """An address as a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(address), generate
-
-
-@numba.extending.intrinsic  # type: ignore[untyped-decorator]
-def _take_task(_context: Any, call: Any) -> Any:
-    """The number at the beginning of a call's fields, which is one more for whoever comes next."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(call), generate
 
 
 def _attend_sessions(call: Any) -> None:
@@ -164,10 +131,10 @@ def _attend_sessions(call: Any) -> None:
     fields: Any = carray(call, NUM_FIELDS, np.int64)
     num_kv_heads, first = fields[_NUM_KV_HEADS], fields[_FIRST_SESSION]
     num_tasks = (fields[_LAST_SESSION] - first) * num_kv_heads
-    task = _take_task(call)
+    task = take_task(call)
     while task < num_tasks:
         _attend_head(fields, first + task // num_kv_heads, task % num_kv_heads)
-        task = _take_task(call)
+        task = take_task(call)
 
 
 @numba.njit(nogil=True, **_OPTIONS)  # type: ignore[untyped-decorator]
@@ -175,17 +142,17 @@ def _attend_head(fields: Any, session: Any, kv_head: Any) -> None:
     """One key/value head of one session: block by block for all rows, then joined with the parts, row by row."""
     num_q_heads, num_rows, head_dim = fields[_NUM_Q_HEADS], fields[_NUM_ROWS], fields[_HEAD_DIM]
     num_sessions, max_pages, page_tokens = fields[_NUM_SESSIONS], fields[_MAX_PAGES], fields[_PAGE_TOKENS]
-    pages = carray(_memory(fields[_PAGES]), (num_sessions, max_pages), np.int32)[session]
-    starts = carray(_memory(fields[_STARTS]), num_sessions + 1, np.int32)
-    length: Any = np.int64(carray(_memory(fields[_LENGTHS]), num_sessions, np.int32)[session])
-    skipped: Any = np.int64(carray(_memory(fields[_SKIPPED]), num_sessions, np.int32)[session])
+    pages = carray(memory(fields[_PAGES]), (num_sessions, max_pages), np.int32)[session]
+    starts = carray(memory(fields[_STARTS]), num_sessions + 1, np.int32)
+    length: Any = np.int64(carray(memory(fields[_LENGTHS]), num_sessions, np.int32)[session])
+    skipped: Any = np.int64(carray(memory(fields[_SKIPPED]), num_sessions, np.int32)[session])
     pool = (fields[_NUM_PAGES], fields[_NUM_KV_HEADS], page_tokens, head_dim)
-    keys = carray(_memory(fields[_KEYS]), pool, np.uint16)
-    values = carray(_memory(fields[_VALUES]), pool, np.uint16)
-    query = carray(_memory(fields[_QUERY]), (num_q_heads, num_rows, head_dim), np.float32)
-    out = carray(_memory(fields[_OUT]), (num_rows, num_q_heads, head_dim), np.float32)
-    logsumexps = carray(_memory(fields[_LOGSUMEXPS]), (num_q_heads, num_rows), np.float32)
-    scale = carray(_memory(fields[_SCALE:].ctypes.data), 1, np.float32)[0]
+    keys = carray(memory(fields[_KEYS]), pool, np.uint16)
+    values = carray(memory(fields[_VALUES]), pool, np.uint16)
+    query = carray(memory(fields[_QUERY]), (num_q_heads, num_rows, head_dim), np.float32)
+    out = carray(memory(fields[_OUT]), (num_rows, num_q_heads, head_dim), np.float32)
+    logsumexps = carray(memory(fields[_LOGSUMEXPS]), (num_q_heads, num_rows), np.float32)
+    scale = carray(memory(fields[_SCALE:].ctypes.data), 1, np.float32)[0]
     begin: Any = np.int64(starts[session])
     count: Any = np.int64(starts[session + 1]) - begin
     group = num_q_heads // fields[_NUM_KV_HEADS]
@@ -215,8 +182,8 @@ def _attend_head(fields: Any, session: Any, kv_head: Any) -> None:
     first_row = np.int64(starts[fields[_FIRST_SESSION]])
     part_rows = np.int64(starts[fields[_LAST_SESSION]]) - first_row
     part_shape = (fields[_NUM_PARTS], num_q_heads, part_rows, head_dim)
-    parts = carray(_memory(fields[_PARTS]), part_shape, np.float32)
-    others = carray(_memory(fields[_PART_LOGSUMEXPS]), part_shape[:3], np.float32)
+    parts = carray(memory(fields[_PARTS]), part_shape, np.float32)
+    others = carray(memory(fields[_PART_LOGSUMEXPS]), part_shape[:3], np.float32)
     for row in range(count):
         for head in range(group):
             place = kv_head * group + head

@@ -8,7 +8,6 @@ it.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from enum import IntEnum
 from functools import cache
@@ -17,8 +16,8 @@ import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from cag_kernels.cpu import run_on_threads
 from cag_kernels.cpu_emit import INT8, INT32, INT64, POINTER, Program, Value, function_blocks
+from cag_kernels.cpu_tape import CompiledStep, new_call, scratch_memory
 from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter, has_tiles
 
 TASK_FEATURES = 64  # four tiles of sums under way hide the latency of a product
@@ -41,51 +40,42 @@ class Field(IntEnum):
     OUT_FEATURES = 8
 
 
-Call = ctypes.c_int64 * len(Field)
-
-
 def serves(weight: Tensor) -> bool:
     """Whether `compiled_linear` takes this bfloat16 weight, on this processor."""
     large = weight.shape[0] >= TASK_FEATURES and weight.shape[1] % DEPTH == 0
     return large and weight.is_contiguous() and has_tiles()
 
 
-def compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows [num_rows, in_features] @ weight.T + bias`, all contiguous, rows and bias float32, nothing empty."""
+def compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`rows [num_rows, in_features] @ weight.T + bias`, all contiguous, rows and bias float32, nothing empty; into
+    `out [num_rows, out_features]` float32 if given."""
     num_rows, in_features = rows.shape
     out_features = weight.shape[0]
-    out = rows.new_empty(num_rows, out_features)
-    pairs = rows.new_empty(-(-num_rows // TILE) * TILE * in_features, dtype=torch.bfloat16)
+    out = rows.new_empty(num_rows, out_features) if out is None else out
+    pairs = scratch_memory(-(-num_rows // TILE) * TILE * in_features // 2)  # two bfloat16 in the place of a float32
     bias = _zeros(out_features) if bias is None else bias
-    pointers = [tensor.data_ptr() for tensor in (rows, pairs, weight, bias, out)]
-    compiled_kernel().run((0, *pointers, num_rows, in_features, out_features))
+    memory = (rows, pairs, weight, bias, out)
+    pointers = [tensor.data_ptr() for tensor in memory]
+    compiled_kernel().run((0, *pointers, num_rows, in_features, out_features), memory)
     return out
 
 
 class TileProduct:
-    """`compiled_linear` with one weight, made ready once: few calls cost more than short products. Not for several
-    threads at once."""
+    """`compiled_linear` with one weight, made ready once."""
+
+    is_recordable = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
-        self._operands = weight, _zeros(self.out_features) if bias is None else bias.contiguous()
-        weight_at, bias_at = (operand.data_ptr() for operand in self._operands)
-        self._call = Call(0, 0, 0, weight_at, bias_at, 0, 0, self.in_features, self.out_features)
-        self._pairs = torch.empty(0, dtype=torch.bfloat16)
-        self._kernel = compiled_kernel()
+        self._weight, self._bias = weight, _zeros(self.out_features) if bias is None else bias.contiguous()
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[num_rows, in_features]` float32, contiguous and not empty, to `[num_rows, out_features]`."""
-        num_rows, call = rows.shape[0], self._call
-        out = rows.new_empty(num_rows, self.out_features)
-        count = -(-num_rows // TILE) * TILE * self.in_features
-        if self._pairs.numel() < count:
-            with torch.inference_mode(False):
-                self._pairs = torch.empty(count, dtype=torch.bfloat16)
-            call[Field.PAIRS] = self._pairs.data_ptr()
-        call[0], call[1], call[5], call[6] = 0, rows.data_ptr(), out.data_ptr(), num_rows
-        self._kernel.serve(call)
-        return out
+        return compiled_linear(rows, self._weight, self._bias)
+
+    def into(self, rows: Tensor, out: Tensor) -> None:
+        """The same, to `out`."""
+        compiled_linear(rows, self._weight, self._bias, out)
 
 
 @cache
@@ -98,19 +88,16 @@ class TileLinearKernel:
     """Machine code for every shape, run on several threads."""
 
     def __init__(self) -> None:
-        self._program = Program(tile_linear_module())
-        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-        self._address = self._program.address("multiply")
-        self._prepare, self._multiply = (function(self._program.address(name)) for name in ("prepare", "multiply"))
+        program = Program(tile_linear_module())
+        self._prepare, self._multiply = (
+            CompiledStep(program.address(name), program) for name in ("prepare", "multiply")
+        )
 
-    def run(self, fields: tuple[int, ...]) -> None:
-        """Serve one call; `fields` are `Field` in order."""
-        self.serve(Call(*fields))
-
-    def serve(self, call: ctypes.Array[ctypes.c_int64]) -> None:
-        """As `run`, with the fields in place."""
-        self._prepare(call)
-        run_on_threads(self._multiply, self._address, call, -(-call[Field.OUT_FEATURES] // TASK_FEATURES))
+    def run(self, fields: tuple[int, ...], memory: tuple[Tensor, ...]) -> None:
+        """Serve one call; `fields` are `Field` in order, `memory` is what their addresses are of."""
+        call = new_call(fields, memory)
+        self._prepare.alone(call)
+        self._multiply.shared(call, -(-fields[Field.OUT_FEATURES] // TASK_FEATURES))
 
 
 def compiled_kernel() -> TileLinearKernel:

@@ -6,13 +6,16 @@ cost more than the product. A weight that was packed once serves few rows by com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cag_kernels.cpu import has_compiler
 from cag_kernels.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from cag_kernels.cpu_tile_linear import TileProduct
 
 FEW_ROWS = 128  # up to which reading the packed weight is quicker than unpacking it; see docs/log.md
 
@@ -40,6 +43,26 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
         product = _piece_by_piece(rows, packed)
         product = product if bias is None else product.add_(bias)
     return product.view(*block.shape[:-1], packed.out_features)
+
+
+class PackedProduct:
+    """`packed_linear` with one weight. Contiguous float32 rows on the CPU; not for gradients."""
+
+    is_recordable = True
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = packed.out_features, packed.in_features
+        self._packed, self._bias = packed, bias
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`[num_rows, in_features]` to `[num_rows, out_features]`."""
+        return packed_linear(rows, self._packed, self._bias)
+
+    def into(self, rows: Tensor, out: Tensor) -> None:
+        """The same to `out`, of at most `FEW_ROWS` rows, by compiled code."""
+        from cag_kernels.cpu_linear import compiled_linear
+
+        compiled_linear(rows, self._packed.panels, self._bias, self.out_features, out)
 
 
 def packed_linear_reference(block: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -85,7 +108,7 @@ def tile_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return cpu_tile_linear.compiled_linear(rows, weight, bias).view(*block.shape[:-1], weight.shape[0])
 
 
-def tile_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+def tile_product(weight: Tensor, bias: Tensor | None = None) -> TileProduct:
     """`tile_linear` with one weight, its operands checked once: for contiguous `[num_rows, in_features]` float32, and
     not for several threads at once.
 

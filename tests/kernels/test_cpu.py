@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cag_kernels import attention as dispatch
-from cag_kernels import available_paths, choose_path, cpu, segment_attention, segment_attention_reference
+from cag_kernels import available_paths, choose_path, cpu, cpu_threads, segment_attention, segment_attention_reference
 from cag_kernels.cpu import CompiledKernel, cpu_attention, cpu_attention_serves, warm_up
 
 pytest.importorskip("llvmlite")
@@ -123,7 +123,7 @@ def test_threads_of_python_where_there_is_no_openmp_of_gnu(monkeypatch, threads)
     threads(3)
     query, keys, values = make((9, 3, 64, 15, 1500))
     expected = cpu_attention(query, keys, values, scale=0.1, offset=1500)
-    monkeypatch.setattr(cpu, "openmp_parallel", lambda: None)
+    monkeypatch.setattr(cpu_threads, "openmp_parallel", lambda: None)
     found = cpu_attention(query, keys, values, scale=0.1, offset=1500)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

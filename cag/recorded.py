@@ -1,0 +1,227 @@
+"""Forwards of few rows, recorded once and run again: what CUDA graphs are to a GPU (`cag_kernels.cpu_tape`).
+
+Everything between the embedding and the output matrix is written down as compiled steps over memory that stays. The
+next forward of as many rows behind the same prefix only puts its rows and places there. Knows the decoder's layers;
+what a batch needs beyond that, the decoder itself computes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cag_kernels import DensePrefix, QuantizedPrefix
+from cag_kernels.attention import COMPILED_MAX_ROWS
+from cag_kernels.cpu import (
+    MAX_FEW_ROWS,
+    TILE_DEPTH,
+    cpu_attention,
+    cpu_attention_serves,
+    cpu_quantized_attention,
+    has_tiles,
+    quantized_attention_serves,
+)
+from cag_kernels.cpu_tape import Tape
+
+if TYPE_CHECKING:
+    from cag.batch import Batch
+    from cag.decoder import Layer, Norm
+    from cag.state import PrefixSegment
+
+MAX_RECORDINGS = 16  # each holds activations of its rows and a few hundred bytes a step
+_PAGES_STEP = 8  # a table of pages grows by so many, or every page would be another recording
+
+
+class RecordedForwards:
+    """Recordings of a network's layers, the least recently used forgotten first. One forward at a time."""
+
+    def __init__(self, layers: Sequence[Layer], norm: Norm, head_dim: int, attends_in: torch.dtype) -> None:
+        self._layers, self._norm = layers, norm
+        self._head_dim, self._attends_in = head_dim, attends_in
+        self._recordable = all(product.is_recordable for layer in layers for product in layer.products)
+        self._found: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
+        self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # where tails lay when recorded
+
+    def forward(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], batch: Batch, num_layers: int | None
+    ) -> Tensor | None:
+        """Normalized rows behind the layers, `[num_rows, size]` float32 until the next forward; None if this batch
+        cannot be recorded.
+
+        hidden: embedded rows, float32; rotation: cosines and sines `[num_rows, head_dim]` float32.
+        """
+        if not self._recordable or len(batch.groups) != 1 or batch.groups[0].earlier:
+            return None
+        prefix = batch.groups[0].prefix
+        if prefix is not None and prefix.arrives_layer_by_layer:
+            return None
+        tails = self._owner_of_tails(batch)
+        max_pages = -(-batch.pages.shape[1] // _PAGES_STEP) * _PAGES_STEP
+        key = (id(tails), batch.num_rows, batch.num_sequences, max_pages, id(prefix), num_layers)
+        recording = self._found.get(key)
+        if recording is None:
+            recording = self._record(batch, max_pages, hidden.shape[1], num_layers)
+            if recording is None:
+                return None
+            self._keep(key, recording, (tails, prefix))
+        self._found.move_to_end(key)
+        if prefix is not None:
+            prefix.wait()  # only here: a forward is recorded while its prefix is loading
+        return recording.run(hidden, rotation, batch)
+
+    def _owner_of_tails(self, batch: Batch) -> Any:
+        """Whose memory the tails are in: a pool of pages, or a tail of its own. Recordings are forgotten when the
+        memory has moved."""
+        tail = batch.states[0].tail
+        owner, place = getattr(tail, "pool", tail), batch.sides(0)[0].data_ptr()
+        if self._places.setdefault(owner, place) != place:
+            self._places[owner] = place
+            for key in [key for key in self._found if key[0] == id(owner)]:
+                del self._found[key]
+        return owner
+
+    def _record(self, batch: Batch, max_pages: int, size: int, num_layers: int | None) -> _Recording | None:
+        layers = self._layers[:num_layers]
+        segments = [self._segments(batch, index) for index in range(len(layers))]
+        if any(found is None for found in segments):
+            return None
+        return _Recording(self, batch, max_pages, size, [found or [] for found in segments])
+
+    def _segments(self, batch: Batch, layer: int) -> list[PrefixSegment] | None:
+        """What a layer's rows attend to before their tails; None where compiled code does not serve that."""
+        prefix = batch.groups[0].prefix
+        segments = [] if prefix is None else list(prefix.places(layer))
+        keys = batch.sides(layer)[0]
+        group = self._layers[layer].num_q_heads(self._head_dim) // keys.shape[1]
+        if group * batch.num_rows > COMPILED_MAX_ROWS:
+            return None
+        query = torch.empty(group * keys.shape[1], batch.num_rows, self._head_dim, dtype=self._attends_in)
+        for segment in segments:
+            if isinstance(segment, QuantizedPrefix):
+                served = quantized_attention_serves(query, segment)
+            else:
+                served = cpu_attention_serves(query, segment.keys) and segment.values.is_contiguous()
+            if not served:
+                return None
+        return segments
+
+    def _keep(self, key: tuple[Any, ...], recording: _Recording, owners: tuple[Any, ...]) -> None:
+        """Until one of those is gone whose memory the recording holds; it does not hold themselves."""
+        self._found[key] = recording
+        for owner in owners:
+            if owner is not None:
+                weakref.finalize(owner, self._found.pop, key, None).atexit = False
+        while len(self._found) > MAX_RECORDINGS:
+            self._found.popitem(last=False)
+
+
+class _Recording:
+    """One forward: the memory of its rows, and the tape over it."""
+
+    def __init__(
+        self, owner: RecordedForwards, batch: Batch, max_pages: int, size: int, segments: list[list[PrefixSegment]]
+    ) -> None:
+        from cag_kernels import cpu_paged, cpu_steps
+
+        num_rows, num_sequences = batch.num_rows, batch.num_sequences
+        self._steps = cpu_steps
+        self._head_dim, self._attends_in = owner._head_dim, owner._attends_in
+        self.hidden = torch.zeros(num_rows, size)
+        self.normed = torch.empty_like(self.hidden)
+        self.rotation = torch.empty(2, num_rows, self._head_dim)
+        self.pages = np.zeros((num_sequences, max_pages), dtype=np.int32)
+        self.lengths, self.starts, self.skipped = batch.lengths.copy(), batch.starts.copy(), batch.skipped.copy()
+        self._targets = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
+        self._tails = cpu_paged.Tails(self.pages, self.lengths, self.starts, self.skipped)
+        self._nothing = torch.zeros_like(self.hidden)
+        self._updates = [torch.empty_like(self.hidden) for _ in range(2)]
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._tape = Tape()
+        with self._tape.recording():
+            update = self._nothing
+            for index, layer in enumerate(owner._layers[: len(segments)]):
+                self._add_and_norm(update, layer.before_attention)
+                self._attend(layer, batch.sides(index), segments[index])
+                self._add_and_norm(self._updates[0], layer.before_mlp)
+                self._mlp(layer)
+                update = self._updates[1]
+            self._add_and_norm(update, owner._norm)
+
+    def run(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """See `RecordedForwards.forward`."""
+        self.hidden.copy_(hidden)
+        for target, source in zip(self.rotation, rotation, strict=True):
+            target.copy_(source)
+        self.pages[:, : batch.pages.shape[1]] = batch.pages
+        self.lengths[:], self.starts[:], self.skipped[:] = batch.lengths, batch.starts, batch.skipped
+        for rows, found in zip(self._targets, (batch.row_pages, batch.row_places), strict=True):
+            rows.numpy()[:] = found
+        self._tape.run()
+        return self.normed
+
+    def _add_and_norm(self, update: Tensor, norm: Norm) -> None:
+        self._steps.add_and_norm(self.hidden, update, torch.from_numpy(norm.weight), norm.epsilon, self.normed)
+
+    def _attend(self, layer: Layer, pool: tuple[Tensor, Tensor], segments: list[PrefixSegment]) -> None:
+        num_rows, head_dim, num_kv_heads = len(self.hidden), self._head_dim, pool[0].shape[1]
+        num_q_heads = layer.num_q_heads(head_dim)
+        projected = self._memory("projected", num_rows, layer.projections.out_features)
+        layer.projections.into(self.normed, projected)
+        for norm, first, count in (
+            (layer.query_norm, 0, num_q_heads),
+            (layer.key_norm, num_q_heads * head_dim, num_kv_heads),
+        ):
+            if norm is not None:
+                self._steps.head_norm(projected, first, count, torch.from_numpy(norm.weight), norm.epsilon)
+        shape = num_q_heads, num_rows, head_dim
+        query, rounded = self._memory("query", *shape), self._memory("rounded", *shape, dtype=torch.bfloat16)
+        cosines, sines = self.rotation
+        self._steps.rotate_and_store(projected, cosines, sines, query, rounded, pool, self._targets)
+        parts = self._memory("parts", len(segments), *shape)
+        logsumexps = self._memory("part_logsumexps", len(segments), *shape[:2])
+        attending = rounded if self._rounds(query, segments) else query
+        for index, segment in enumerate(segments):
+            _attend_segment(attending, segment, layer.rule.scale, (parts[index], logsumexps[index]))
+        out, own = self._memory("attended", num_rows, num_q_heads * head_dim), self._memory("logsumexps", *shape[:2])
+        self._tails.attend(query, *pool, layer.rule.scale, parts, logsumexps, out, own)
+        layer.output.into(out, self._updates[0])
+
+    def _mlp(self, layer: Layer) -> None:
+        projected = self._memory("gate_and_up", len(self.hidden), layer.gate_and_up.out_features)
+        layer.gate_and_up.into(self.normed, projected)
+        gated = self._memory("gated", len(self.hidden), layer.gate_and_up.out_features // 2)
+        self._steps.gate(projected, gated)
+        layer.down.into(gated, self._updates[1])
+
+    def _rounds(self, query: Tensor, segments: list[PrefixSegment]) -> bool:
+        return bool(segments) and attends_rounded(query, segments[0], self._attends_in)
+
+    def _memory(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same memory for all layers, as none needs it any more when the next one writes it."""
+        found = self._buffers.get((name, shape))
+        if found is None:
+            found = self._buffers[name, shape] = torch.empty(*shape, dtype=dtype)
+        return found
+
+
+def attends_rounded(query: Tensor, segment: PrefixSegment, attends_in: torch.dtype) -> bool:
+    """Whether a float32 query is rounded to the type that the network attends in: not where only code for a few
+    float32 rows serves a single token quickly."""
+    if attends_in == query.dtype or not isinstance(segment, DensePrefix):
+        return attends_in != query.dtype
+    by_tiles = attends_in == torch.bfloat16 and query.shape[2] % TILE_DEPTH == 0 and has_tiles()
+    few = query.shape[0] // segment.keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS
+    return by_tiles or not (few and cpu_attention_serves(query, segment.keys))
+
+
+def _attend_segment(query: Tensor, segment: PrefixSegment, scale: float, into: tuple[Tensor, Tensor]) -> None:
+    if isinstance(segment, QuantizedPrefix):
+        cpu_quantized_attention(query, segment, scale=scale, into=into)
+    else:
+        cpu_attention(query, *segment, scale=scale, offset=segment.num_tokens, into=into)

@@ -1,0 +1,174 @@
+"""Recorded forwards give the bits of the same steps taken one by one, whatever has changed since they were recorded."""
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from test_weights import CONFIGS, bfloat16_model, random_ids, use_plan
+
+from cag.recorded import MAX_RECORDINGS
+from cag.resident import ResidentPrefix
+from cag.state import SequenceState
+from cag_kernels import DensePrefix, has_compiler, quantize_prefix
+from cag_store.errors import CorruptEntry
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
+
+
+@pytest.fixture(params=["packed", "tiles", "transposed"])
+def product(request, monkeypatch):
+    use_plan(monkeypatch, "float32" if request.param == "packed" else "bfloat16", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["llama", "llama with biases", "qwen3"])
+def model(request, tmp_path, product):
+    return bfloat16_model(tmp_path, CONFIGS[request.param]())
+
+
+def prefix_of(model, num_tokens, seed=0, bits=None, recent=0):
+    """Random keys and values: numbers, or codes with exact tokens behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for shape in model.kv_shapes:
+        sides = [torch.randn(shape.num_kv_heads, num_tokens, shape.head_dim, generator=generator) for _ in range(2)]
+        keys, values = (side.bfloat16() for side in sides)
+        coded = num_tokens - recent
+        segments = [DensePrefix(keys, values)]
+        if bits is not None:
+            head, rest = (keys[:, :coded], values[:, :coded]), (keys[:, coded:], values[:, coded:])
+            codes = quantize_prefix(*head, key_bits=bits, value_bits=bits, group_channels=32)
+            segments = [codes, *([DensePrefix(*(side.contiguous() for side in rest))] if recent else [])]
+        layers.append(tuple(segments))
+    prefix = ResidentPrefix(layers, np.arange(num_tokens))
+    prefix.mark_loaded()
+    return prefix
+
+
+def both(model, chunks_of, monkeypatch):
+    """Logits of the same forwards, recorded and step by step."""
+    found = [model.forward_together(chunks).clone() for chunks in chunks_of()]
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder._recorded, "forward", lambda *_: None)
+        expected = [model.forward_together(chunks).clone() for chunks in chunks_of()]
+    return found, expected
+
+
+def assert_equal(found, expected):
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("bits", "recent"), [(None, 0), (8, 0), (4, 0), (4, 40)])
+def test_a_session_behind_a_prefix(model, product, monkeypatch, bits, recent):
+    prefix = prefix_of(model, 200, bits=bits, recent=recent)
+
+    def chunks_of():
+        state = model.new_session_state(prefix)
+        pieces = [random_ids(9), random_ids(1, 1), random_ids(1, 2), random_ids(9, 3), *random_ids(60, 4).split(1)]
+        return ([(piece, state)] for piece in pieces)
+
+    found, expected = both(model, chunks_of, monkeypatch)
+    assert_equal(found, expected)
+    assert bool(model.decoder._recorded._found) == model.decoder._recorded._recordable == (product != "transposed")
+
+
+def test_many_sessions_that_change_places(model, monkeypatch):
+    prefix = prefix_of(model, 150, bits=8)
+
+    def chunks_of():
+        states = [model.new_session_state(prefix) for _ in range(4)]
+        yield [(random_ids(5, seed), state) for seed, state in enumerate(states)]
+        for seed in range(6):
+            order = torch.randperm(4, generator=torch.Generator().manual_seed(seed)).tolist()
+            yield [(random_ids(1, 10 * seed + place), states[place]) for place in order]
+
+    assert_equal(*both(model, chunks_of, monkeypatch))
+
+
+def test_two_prefixes_in_turn_and_none(model, monkeypatch):
+    prefixes = [prefix_of(model, 150), prefix_of(model, 90, seed=1), None]
+
+    def chunks_of():
+        states = [model.new_session_state(prefix) for prefix in prefixes]
+        for seed in range(3):
+            for state in states:
+                yield [(random_ids(4, seed), state)]
+
+    assert_equal(*both(model, chunks_of, monkeypatch))
+
+
+def test_a_tail_of_its_own_that_moves_when_it_grows(model, monkeypatch):
+    prefix = prefix_of(model, 100)
+
+    def chunks_of():
+        state = model.new_state(prefix)
+        assert isinstance(state, SequenceState)
+        return ([(piece, state)] for piece in random_ids(300).split(3))
+
+    assert_equal(*both(model, chunks_of, monkeypatch))
+
+
+def test_a_prefix_that_is_gone_takes_its_recordings_along(model):
+    recorded = model.decoder._recorded
+    prefix = prefix_of(model, 120)
+    memory = weakref.ref(prefix.segments(0)[0].keys)
+    model.forward_together([(random_ids(3), model.new_session_state(prefix))])
+    assert any(key[4] == id(prefix) for key in recorded._found) == bool(recorded._recordable)
+    place = id(prefix)
+    del prefix
+    gc.collect()
+    assert not any(key[4] == place for key in recorded._found)
+    assert memory() is None
+
+
+def test_only_so_many_are_kept(model):
+    prefix = prefix_of(model, 64)
+    for count in range(1, MAX_RECORDINGS + 5):
+        model.forward_together([(random_ids(count), model.new_session_state(prefix))])
+    assert len(model.decoder._recorded._found) <= MAX_RECORDINGS
+
+
+def loading(prefix, overlap):
+    """As if its last layer were still on its way; without overlap, all are there together."""
+    prefix._overlap = overlap
+    for event in prefix._ready[-1 if overlap else 0 :]:
+        event.clear()
+    return prefix
+
+
+def test_layers_that_arrive_one_by_one_are_used_one_by_one(model):
+    prefix, expected = loading(prefix_of(model, 64), overlap=True), prefix_of(model, 64)
+    forgotten = len(model.decoder._recorded._found)
+    threading.Timer(0.2, prefix._ready[-1].set).start()
+    found = model.forward_together([(random_ids(3), model.new_session_state(prefix))]).clone()
+    assert len(model.decoder._recorded._found) == forgotten
+    assert torch.equal(found, model.forward_together([(random_ids(3), model.new_session_state(expected))]))
+
+
+def test_a_forward_is_recorded_while_its_prefix_is_loading(model):
+    whole = prefix_of(model, 64)
+    expected = model.forward_together([(random_ids(3), model.new_session_state(whole))]).clone()
+    prefix = loading(prefix_of(model, 64), overlap=False)
+    keys = [segments[0].keys for segments in prefix._layers]
+    values = [tensor.clone() for tensor in keys]
+    for tensor in keys:
+        tensor.fill_(torch.nan)
+
+    def arrive():
+        for tensor, value in zip(keys, values, strict=True):
+            tensor.copy_(value)
+        prefix.mark_loaded()
+
+    threading.Timer(0.2, arrive).start()
+    assert torch.equal(model.forward_together([(random_ids(3), model.new_session_state(prefix))]), expected)
+
+
+def test_a_prefix_that_cannot_be_loaded_says_so(model):
+    prefix = loading(prefix_of(model, 64), overlap=False)
+    prefix._error = CorruptEntry("cut")
+    prefix.mark_loaded()
+    with pytest.raises(CorruptEntry, match="cut"):
+        model.forward_together([(random_ids(3), model.new_session_state(prefix))])
