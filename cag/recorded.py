@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels import DensePrefix, QuantizedPrefix
@@ -27,7 +28,7 @@ from cag_kernels.cpu import (
     has_tiles,
     quantized_attention_serves,
 )
-from cag_kernels.cpu_tape import Tape
+from cag_kernels.cpu_tape import Tape, wait_for
 
 if TYPE_CHECKING:
     from cag.batch import Batch
@@ -59,8 +60,6 @@ class RecordedForwards:
         if not self._recordable or len(batch.groups) != 1 or batch.groups[0].earlier:
             return None
         prefix = batch.groups[0].prefix
-        if prefix is not None and prefix.arrives_layer_by_layer:
-            return None
         tails = self._owner_of_tails(batch)
         max_pages = -(-batch.pages.shape[1] // _PAGES_STEP) * _PAGES_STEP
         key = (id(tails), batch.num_rows, batch.num_sequences, max_pages, id(prefix), num_layers)
@@ -72,8 +71,11 @@ class RecordedForwards:
             self._keep(key, recording, (tails, prefix))
         self._found.move_to_end(key)
         if prefix is not None:
-            prefix.wait()  # only here: a forward is recorded while its prefix is loading
-        return recording.run(hidden, rotation, batch)
+            prefix.wait_for_first()  # only here: a forward is recorded while its prefix is loading
+        found = recording.run(hidden, rotation, batch)
+        if prefix is not None:
+            prefix.wait()  # says what went wrong
+        return found
 
     def _owner_of_tails(self, batch: Batch) -> Any:
         """Whose memory the tails are in: a pool of pages, or a tail of its own. Recordings are forgotten when the
@@ -91,7 +93,9 @@ class RecordedForwards:
         segments = [self._segments(batch, index) for index in range(len(layers))]
         if any(found is None for found in segments):
             return None
-        return _Recording(self, batch, max_pages, size, [found or [] for found in segments])
+        prefix = batch.groups[0].prefix
+        arrivals = None if prefix is None or prefix.is_loaded else prefix.arrivals
+        return _Recording(self, batch, max_pages, size, [found or [] for found in segments], arrivals)
 
     def _segments(self, batch: Batch, layer: int) -> list[PrefixSegment] | None:
         """What a layer's rows attend to before their tails; None where compiled code does not serve that."""
@@ -125,7 +129,13 @@ class _Recording:
     """One forward: the memory of its rows, and the tape over it."""
 
     def __init__(
-        self, owner: RecordedForwards, batch: Batch, max_pages: int, size: int, segments: list[list[PrefixSegment]]
+        self,
+        owner: RecordedForwards,
+        batch: Batch,
+        max_pages: int,
+        size: int,
+        segments: list[list[PrefixSegment]],
+        arrivals: NDArray[np.int64] | None,
     ) -> None:
         from cag_kernels import cpu_paged, cpu_steps
 
@@ -147,6 +157,8 @@ class _Recording:
             update = self._nothing
             for index, layer in enumerate(owner._layers[: len(segments)]):
                 self._add_and_norm(update, layer.before_attention)
+                if arrivals is not None:
+                    wait_for(arrivals, index)
                 self._attend(layer, batch.sides(index), segments[index])
                 self._add_and_norm(self._updates[0], layer.before_mlp)
                 self._mlp(layer)

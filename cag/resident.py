@@ -195,6 +195,7 @@ class ResidentPrefix:
         token_ids: `[num_tokens]` int64.
         load_s: seconds from the start of loading until the last layer was there; 0 for a prefix that was computed here.
         tier: the slowest place that the layers were loaded from: "memory", "disk" or "object-store".
+        arrivals: `[num_layers]` int64, 1 for each layer that is there; for compiled code, which waits by looking.
     """
 
     def __init__(self, layers: Sequence[tuple[PrefixSegment, ...]], token_ids: NDArray[np.int64]) -> None:
@@ -204,6 +205,8 @@ class ResidentPrefix:
         self.tier = "memory"
         self._overlap = True
         self._ready = [threading.Event() for _ in layers]
+        self._begun = threading.Event()  # the first layer is there
+        self.arrivals = np.zeros(len(layers), dtype=np.int64)
         self._error: BaseException | None = None
 
     @classmethod
@@ -259,11 +262,15 @@ class ResidentPrefix:
 
     def _arrived(self, layer: int, host: HostBuffers | CodedBuffers) -> None:
         host.arrived(layer)
+        self.arrivals[layer] = 1
+        self._begun.set()
         if self._overlap and layer < len(self._ready) - 1:  # the last layer is set with `load_s`
             self._ready[layer].set()
 
     def mark_loaded(self) -> None:
         """All layers are there."""
+        self.arrivals[:] = 1
+        self._begun.set()
         for event in self._ready:
             event.set()
 
@@ -294,11 +301,6 @@ class ResidentPrefix:
             raise self._error
         return self._layers[index]
 
-    @property
-    def arrives_layer_by_layer(self) -> bool:
-        """Whether layers are still on their way, and may be used one by one."""
-        return self._overlap and not self.is_loaded
-
     def places(self, index: int) -> tuple[PrefixSegment, ...]:
         """As `segments`, without waiting: where the layer lies, or will lie when it has arrived."""
         return self._layers[index]
@@ -316,6 +318,10 @@ class ResidentPrefix:
         if len(dense) == 1:
             return dense[0].keys, dense[0].values
         return torch.cat([segment.keys for segment in dense], 1), torch.cat([segment.values for segment in dense], 1)
+
+    def wait_for_first(self) -> None:
+        """Wait until the first layer is there, or will not come."""
+        self._begun.wait()
 
     def wait(self) -> None:
         """Wait until all layers are there."""

@@ -13,7 +13,9 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels import DensePrefix, QuantizedPrefix, merge_segments, prefix_attention, segment_attention
@@ -57,12 +59,14 @@ class PrefixLayers(Protocol):
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """All of them as numbers, `[num_kv_heads, num_tokens, head_dim]`."""
 
-    @property
-    def arrives_layer_by_layer(self) -> bool:
-        """Whether layers are still on their way, and may be used one by one."""
-
     def places(self, index: int) -> tuple[PrefixSegment, ...]:
         """As `segments`, without waiting: where the layer lies, or will lie."""
+
+    arrivals: NDArray[np.int64]
+    """`[num_layers]`, 1 for each layer that is there."""
+
+    def wait_for_first(self) -> None:
+        """Wait until the first layer is there, or will not come."""
 
     def wait(self) -> None:
         """Wait until all layers are there."""

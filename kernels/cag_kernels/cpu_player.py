@@ -26,7 +26,7 @@ class _Entry(ir.Value):  # type: ignore[misc]
 
 
 def player_module() -> ir.Module:
-    """Module with `play`, of one pointer to the memory of a tape: what each thread of a team runs.
+    """Module with `play`, of one pointer to the memory of a tape: what each thread of a team runs; and `wait`, a step.
 
     Whoever arrives last behind a step sets its counter back, so that its call may be used by the next step, and lets
     the others go on.
@@ -60,7 +60,17 @@ def player_module() -> ir.Module:
             builder.atomic_rmw("xchg", behind, following, "acq_rel")
         _emit_wait(emit, behind, following)
     builder.ret_void()
+    _emit_waiter(module, step_type)
     return module
+
+
+def _emit_waiter(module: ir.Module, step_type: ir.FunctionType) -> None:
+    """`wait`, a step: until the int64 at the address behind the counter is not 0."""
+    function = ir.Function(module, step_type, name="wait")
+    emit = Emitter(function, 1)
+    place = emit.builder.load(emit.at(function.args[0], 1, INT64), typ=POINTER)
+    _emit_wait(emit, place, emit.integer(1))
+    emit.builder.ret_void()
 
 
 def _team_size(emit: Emitter, stated: Value) -> Value:

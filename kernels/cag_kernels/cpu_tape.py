@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels.cpu_threads import openmp_parallel, run_on_threads, thread_pool
@@ -112,6 +113,12 @@ class Tape:
         self._memory[Header.FIRST_STEP :] = np.array(rows, dtype=np.int64).reshape(-1)
 
 
+def wait_for(places: NDArray[np.int64], index: int) -> None:
+    """Go on when `places[index]`, which another thread writes, is not 0."""
+    step = _waiter()
+    step.alone(new_call([0, places.ctypes.data + places.itemsize * index], [places]))
+
+
 class _Scratch(threading.local):
     """Memory of the calling thread for sums under way; fresh memory at each call would cost more than short calls."""
 
@@ -177,9 +184,18 @@ def _run_in_pool(memory: int, num_threads: int) -> None:
 
 
 @cache
-def _player() -> CompiledStep:
+def _program() -> Any:
     from cag_kernels.cpu_emit import Program
     from cag_kernels.cpu_player import player_module
 
-    program = Program(player_module())
-    return CompiledStep(program.address("play"), program)
+    return Program(player_module())
+
+
+@cache
+def _player() -> CompiledStep:
+    return CompiledStep(_program().address("play"), _program())
+
+
+@cache
+def _waiter() -> CompiledStep:
+    return CompiledStep(_program().address("wait"), _program())

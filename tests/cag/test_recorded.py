@@ -2,7 +2,9 @@
 
 import gc
 import threading
+import time
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +57,9 @@ def both(model, chunks_of, monkeypatch):
         patch.setattr(model.decoder._recorded, "forward", lambda *_: None)
         expected = [model.forward_together(chunks).clone() for chunks in chunks_of()]
     return found, expected
+
+
+NOWHERE = SimpleNamespace(arrived=lambda layer: None)
 
 
 def assert_equal(found, expected):
@@ -132,38 +137,35 @@ def test_only_so_many_are_kept(model):
 
 
 def loading(prefix, overlap):
-    """As if its last layer were still on its way; without overlap, all are there together."""
+    """As if its layers were still on their way."""
     prefix._overlap = overlap
-    for event in prefix._ready[-1 if overlap else 0 :]:
+    prefix.arrivals[:] = 0
+    for event in (*prefix._ready, prefix._begun):
         event.clear()
     return prefix
 
 
-def test_layers_that_arrive_one_by_one_are_used_one_by_one(model):
-    prefix, expected = loading(prefix_of(model, 64), overlap=True), prefix_of(model, 64)
-    forgotten = len(model.decoder._recorded._found)
-    threading.Timer(0.2, prefix._ready[-1].set).start()
-    found = model.forward_together([(random_ids(3), model.new_session_state(prefix))]).clone()
-    assert len(model.decoder._recorded._found) == forgotten
-    assert torch.equal(found, model.forward_together([(random_ids(3), model.new_session_state(expected))]))
-
-
-def test_a_forward_is_recorded_while_its_prefix_is_loading(model):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_layers_that_arrive_one_by_one(model, overlap):
+    """A forward is recorded before they are there, and uses none of them too early; the next one waits no more."""
     whole = prefix_of(model, 64)
     expected = model.forward_together([(random_ids(3), model.new_session_state(whole))]).clone()
-    prefix = loading(prefix_of(model, 64), overlap=False)
+    prefix = loading(prefix_of(model, 64), overlap)
     keys = [segments[0].keys for segments in prefix._layers]
     values = [tensor.clone() for tensor in keys]
     for tensor in keys:
         tensor.fill_(torch.nan)
 
     def arrive():
-        for tensor, value in zip(keys, values, strict=True):
+        for layer, (tensor, value) in enumerate(zip(keys, values, strict=True)):
+            time.sleep(0.1)
             tensor.copy_(value)
+            prefix._arrived(layer, NOWHERE)
         prefix.mark_loaded()
 
-    threading.Timer(0.2, arrive).start()
-    assert torch.equal(model.forward_together([(random_ids(3), model.new_session_state(prefix))]), expected)
+    threading.Thread(target=arrive).start()
+    for _ in range(2):
+        assert torch.equal(model.forward_together([(random_ids(3), model.new_session_state(prefix))]), expected)
 
 
 def test_a_prefix_that_cannot_be_loaded_says_so(model):
