@@ -16,6 +16,7 @@ from cag_store.codecs import CodedShape, CodedSide, Side
 from cag_store.dtypes import storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray
 from cag_store.keys import ROOT, ChunkContext
+from cag_store.paths import chunk_path
 from cag_store.pipeline import Buffers, LoadTimings, Pipeline
 
 SIDES: tuple[Side, Side] = ("keys", "values")
@@ -148,6 +149,8 @@ def _described(side: object) -> str:
 def _opened(backend: ReadableBackend, entries: Sequence[ChunkEntry], codecs: CodecSource) -> list[OpenChunk]:
     """All chunks, as many at the same time as the backend is good for."""
     if backend.parallel_reads == 1:
+        for entry in entries:
+            backend.will_read(chunk_path(entry.key), entry.header_bytes + 4 * entry.num_tokens)
         return [open_chunk(backend, entry, codecs) for entry in entries]
     with ThreadPoolExecutor(backend.parallel_reads, "cag-open") as pool:
         return list(pool.map(lambda entry: open_chunk(backend, entry, codecs), entries))

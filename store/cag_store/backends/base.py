@@ -83,6 +83,10 @@ class ReadableBackend(ABC):
         data = scratch[:length]
         return data, self.get_range_into(path, offset, data)
 
+    def will_read(self, path: str, length: int) -> None:  # noqa: B027
+        """The first `length` bytes of an object are read soon; where that helps, they are fetched meanwhile. Never
+        raises."""
+
     def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """`get_range` for each (offset, length), in their order."""
         return [self.get_range(path, offset, length) for offset, length in ranges]

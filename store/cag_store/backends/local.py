@@ -65,6 +65,12 @@ class LocalBackend(Backend):
             self._fill(path, descriptor, offset, out)
         return self.tier
 
+    def will_read(self, path: str, length: int) -> None:
+        """See `ReadableBackend`."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError), self._descriptor(path) as descriptor:
+                os.posix_fadvise(descriptor, 0, length, os.POSIX_FADV_WILLNEED)
+
     def read_range(self, path: str, offset: int, length: int, scratch: memoryview) -> tuple[memoryview, str]:
         """See `ReadableBackend`. What is not in memory is read past the page cache, which spares the processor the copy
         and the cache's upkeep, and the machine a second copy of a cache that is resident."""

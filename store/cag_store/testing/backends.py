@@ -37,6 +37,7 @@ class BackendConformance:
         out = bytearray(4)
         backend.get_range_into("chunks/ab/c", 1, memoryview(out))
         assert out == b"ello"
+        backend.will_read("chunks/ab/c", 100)
         data, tier = backend.read_range("chunks/ab/c", 1, 4, _scratch(4))
         assert (bytes(data), tier) == (b"ello", backend.tier)
         assert backend.stat("chunks/ab/c").size_bytes == 11
@@ -69,6 +70,7 @@ class BackendConformance:
         ):
             with pytest.raises(EntryNotFound):
                 call()
+        backend.will_read("chunks/x", 1)
         assert not backend.delete("chunks/x")
         assert list(backend.list("chunks")) == []
 
