@@ -246,7 +246,7 @@ def build_cache(
             build = Build(chunks, layout, documents, options, on_progress, started_at)
             cache = build.run(build.named_codec(), _previous(store, name))
             build.report("commit", build.chunks.num_tokens)
-            manifest = _manifest(build, cache)
+            manifest = manifest_of(build, cache)
             digest = store.commit(name, manifest, cag_store.utc_after(ttl_s))
         except KeyboardInterrupt as interrupt:
             raise BuildInterrupted(
@@ -305,7 +305,8 @@ def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
         )
 
 
-def _manifest(build: Build, cache: BuiltCache) -> Manifest:
+def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
+    """What is committed of a build that ended in `cache`."""
     model, store = build.chunks.model, build.store
     context = build.chunks.context(cache.codec)
     blobs = [store.put_blob(document.text.encode()) for document in build.documents]

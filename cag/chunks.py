@@ -19,6 +19,7 @@ from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
 from cag.resident import HostBuffers, ResidentPrefix, storage_view
 from cag.state import SequenceState
+from cag_kernels import DensePrefix
 from cag_store import ChunkContext, ChunkEntry, ChunkHeader, Store
 from cag_store.errors import CorruptEntry, EntryNotFound
 
@@ -44,6 +45,15 @@ class PrefixChunks:
     def resident(self) -> ResidentPrefix:
         """The prefix as sequences stand behind it; it has whatever the buffers hold."""
         return ResidentPrefix.from_tail(self.state.tail, self.token_ids)
+
+    def resident_start(self, num_tokens: int) -> ResidentPrefix:
+        """The first `num_tokens` tokens of the prefix, as sequences stand behind them."""
+        tail = self.state.tail
+        pairs = zip(tail.keys, tail.values, strict=True)
+        segments = [(DensePrefix(keys[:, :num_tokens], values[:, :num_tokens]),) for keys, values in pairs]
+        prefix = ResidentPrefix(segments, self.token_ids[:num_tokens])
+        prefix.mark_loaded()
+        return prefix
 
     def context(self, codec: dict[str, Any]) -> ChunkContext:
         """What decides the chunks' bytes besides the tokens, with the full configuration of a codec."""

@@ -14,6 +14,7 @@ from typing import Any
 from cag.chunks import PrefixChunks
 from cag.fidelity import FidelityProbe, same_bits
 from cag.ladder import Trial
+from cag.memory import return_free_memory
 from cag.probes import Branch
 from cag_store import ROOT, ChunkContext, ChunkEntry, codec_from_config, config_resources
 from cag_store.errors import CorruptEntry, UnencodableArray
@@ -85,7 +86,7 @@ class CodecTrials:
         try:
             return self._tried(config, limit_bytes)
         finally:
-            self._chunks.store.forget_codec(config)  # what it has prepared may be larger than a chunk
+            self._forget(config)
 
     def _tried(self, config: dict[str, Any], limit_bytes: int | None) -> Trial:
         context = self._chunks.context(config)
@@ -97,6 +98,7 @@ class CodecTrials:
         except UnencodableArray:
             return Trial(config, None, basis_bytes, None, "refused", encode_s=time.perf_counter() - begin)
         encode_s = time.perf_counter() - begin
+        self._forget(config)  # decoding prepares other things than encoding
         if limit_bytes is not None and size >= limit_bytes:
             return Trial(config, None, basis_bytes, None, "larger", encode_s=encode_s)
         probe = self._exact_probe()
@@ -108,6 +110,11 @@ class CodecTrials:
         return Trial(
             config, size, basis_bytes, fidelity, outcome, tuple(entries), encode_s, time.perf_counter() - begin
         )
+
+    def _forget(self, config: dict[str, Any]) -> None:
+        """Free what the codec has prepared, which may be larger than a chunk."""
+        self._chunks.store.forget_codec(config)
+        return_free_memory()
 
     def _exact_probe(self) -> FidelityProbe:
         """The probes behind the exact values, which the buffers hold the first time."""

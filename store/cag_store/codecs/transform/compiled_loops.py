@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cag_store.codecs.compiled_loops import narrowing, row_pointer
 from cag_store.codecs.transform import compiled_decode
+from cag_store.codecs.transform.compiled_costs import add_costs
 from cag_store.codecs.transform.compiled_decode import decode_block
 from cag_store.codecs.transform.compiled_product import Operand, PackedRows, integer_product
 from cag_store.codecs.transform.emitting import array, compiled, numba, types
@@ -25,6 +26,7 @@ __all__ = ["Operand", "PackedRows", "decode_codes", "encode_codes", "finish", "i
 
 _SLOT_MASK = (1 << PROBABILITY_BITS) - 1
 _FULL_SHIFT = 32 - PROBABILITY_BITS
+_COST_COLUMNS = 1 << 16  # whose costs, of 28 bits at most each, cannot overflow a sum of 32
 
 
 def _encode(
@@ -153,15 +155,24 @@ def _decode_vectors(
 
 
 def _shift_costs(symbols: Any, across: Any, own: Any, costs: Any, found: Any) -> None:
+    """Costs of a row are added up in one vector of 32 bits, a block of columns at a time."""
+    width = np.int64(4 * costs.shape[1])
+    held = np.empty(SHIFTS, np.int32)
     for row in range(symbols.shape[0]):
         total = found[row]
         total[:] = 0
-        base = own[row] + (SHIFTS + LEAST_SHIFT)
-        for column in range(symbols.shape[1]):
-            first = across[column] + base
-            line = costs[symbols[row, column], first : first + SHIFTS]
+        first = costs.ctypes.data + 4 * (np.int64(own[row]) + (SHIFTS + LEAST_SHIFT))
+        for column in range(0, symbols.shape[1], _COST_COLUMNS):
+            add_costs(
+                np.int64(symbols[row, column:].ctypes.data),
+                np.int64(across[column:].ctypes.data),
+                np.int64(min(_COST_COLUMNS, symbols.shape[1] - column)),
+                np.int64(first),
+                width,
+                np.int64(held.ctypes.data),
+            )
             for shift in range(SHIFTS):
-                total[shift] += line[shift]
+                total[shift] += held[shift]
 
 
 def _finish(sums: Any, scale: Any, mean: Any, cosines: Any, sines: Any, first: Any, second: Any, out: Any) -> None:
