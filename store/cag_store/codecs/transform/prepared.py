@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cag_store.codecs import loops as store_loops
 from cag_store.codecs.transform import loops, rans, symbols
 from cag_store.codecs.transform.basis import Basis, GroupBasis, Rotation
-from cag_store.codecs.transform.product import ROWS, finish_reference, product_reference
+from cag_store.codecs.transform.product import code_buffer, finish_reference, product_reference
 from cag_store.codecs.transform.solving import solve_positive
 from cag_store.dtypes import Array
 
@@ -57,8 +57,8 @@ class PreparedSide:
         return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
     def code_buffer(self, num_tokens: int) -> NDArray[np.int16]:
-        """Zeros for the codes of `num_tokens` tokens, with the spare rows and column that the compiled loops use."""
-        return np.zeros((num_tokens + ROWS, self.num_components + self.num_components % 2), np.int16)
+        """Zeros for the codes of `num_tokens` tokens; see `product.code_buffer`."""
+        return code_buffer(num_tokens, self.num_components)
 
     def center_of(self, values: NDArray[np.float32], codes: NDArray[np.int16]) -> NDArray[np.int8]:
         """What the mean of `values` `[num_tokens, num_channels]` has beyond that of their codes, in units of
