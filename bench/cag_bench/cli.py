@@ -144,6 +144,43 @@ def quality(
     typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
 
 
+@app.command(name="store")
+def store_command(
+    corpus: Annotated[list[str], typer.Option(help="Folder, file, glob or JSON lines; may be repeated.")],
+    codec: Annotated[
+        list[str] | None, typer.Option(help="ID, ID@STEP or a JSON object; may be repeated.  [default: a ladder]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="The corpus is cut to so many tokens.")] = 6144,
+    cores: Annotated[str, typer.Option(help="On how many codecs are timed; comma-separated.")] = "1,2",
+    samples: Annotated[int, typer.Option(help="Timings of each figure.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/store-TIME]")] = None,
+    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Store to write to and to keep.  [default: a temporary one in --out]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+) -> None:
+    """Encoding and decoding from memory to memory, and loads against reading and decoding alone."""
+    from cag.engine import Engine
+    from cag.models import DEFAULT_MODEL
+    from cag_bench.codec_list import parse_codecs
+    from cag_bench.corpus import read_corpus
+    from cag_bench.progress import ConsoleProgress
+    from cag_bench.store_bench import CODECS, StoreOptions, run_store
+    from cag_bench.store_table import markdown
+
+    counts = [int(count) for count in _numbers("cores", cores)]
+    options = StoreOptions(parse_codecs(codec or CODECS), tokens, counts, samples, seed)
+    documents = read_corpus(corpus)
+    folder = out or Path("results") / f"store-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
+        progress("load model", 0, 0)
+        engine = Engine.load(model or DEFAULT_MODEL, store=store_directory, device="cpu", progress=progress)
+        summary = run_store(engine, documents, options, folder, progress)
+    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
+
+
 def _numbers(name: str, text: str) -> list[float]:
     from cag.errors import UsageError
 

@@ -63,8 +63,8 @@ def run_quality(
     rows: list[dict[str, Any]] = []
     with ResultRows(directory, origin) as results, engine.store.build_lease():
         progress("prepare codecs", 0, 0)
-        codecs, basis_s = _ready_codecs(engine, options.codecs)
-        _warm_up(engine)
+        codecs, basis_s = ready_codecs(engine, options.codecs)
+        warm_up(engine)
         for corpus in corpora:
             cut = cut_corpus(engine.model, corpus.documents, min(options.num_tokens, _room(engine)))
             for row in MeasuredCorpus(engine, corpus, cut, progress).rows(codecs):
@@ -165,7 +165,7 @@ class MeasuredCorpus:
         return found | {"total": sum(found.values())}
 
 
-def _ready_codecs(engine: Engine, codecs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+def ready_codecs(engine: Engine, codecs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
     """Full configurations, and the seconds that the model's basis took: to make it, or to find it made."""
     begin, base = time.perf_counter(), None
     found = []
@@ -178,7 +178,7 @@ def _ready_codecs(engine: Engine, codecs: Sequence[dict[str, Any]]) -> tuple[lis
     return found, time.perf_counter() - begin if base else 0.0
 
 
-def _warm_up(engine: Engine) -> None:
+def warm_up(engine: Engine) -> None:
     """What is compiled or first touched, before any clock runs."""
     for thread in threading.enumerate():
         if thread.name == "cag-warm-up":
