@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 
 import cag_store
 from cag.model import LanguageModel
@@ -118,6 +119,18 @@ class PrefixChunks:
         with self.store.chunk_reader(entries, context) as reader:
             host = HostBuffers(tail.keys, tail.values)
             reader.load(host.views(), host.arrived)
+
+    def decoded_keys(self, codec: dict[str, Any], layer: int) -> Tensor:
+        """Keys of one layer as a codec of one layer a segment gives them back, `[num_kv_heads, num_tokens, head_dim]`
+        on the CPU; nothing is stored."""
+        context, ready = self.context(codec), self.store.codec(codec)
+        decoded = self.state.tail.keys[layer][:, : self.num_tokens].cpu().clone()
+        keys = storage_view(decoded)
+        for start in range(0, self.num_tokens, context.chunk_tokens):
+            part = keys[:, start : start + context.chunk_tokens]
+            data = ready.encode_layers([part], context.dtype, "keys", layer, start)
+            ready.decode_layers_into(data, [part], "keys", layer, start)
+        return decoded
 
     def checksum(self) -> str:
         """Of all keys and values that the buffers hold."""

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from cag.chunks import PrefixChunks
 from cag.fidelity import FidelityProbe, same_bits
+from cag.key_errors import key_errors, most_hurt
 from cag.ladder import Trial
 from cag.memory import return_free_memory
 from cag.probes import Branch
 from cag_store import ROOT, ChunkContext, ChunkEntry, codec_from_config, config_resources
 from cag_store.errors import CorruptEntry, UnencodableArray
 
+_WIDE_LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 Report = Callable[[str, int], None]
 """`report(stage, done_tokens)`."""
 
@@ -87,6 +90,15 @@ class CodecTrials:
             return self._tried(config, limit_bytes)
         finally:
             self._forget(config)
+
+    def finer(self, codec: dict[str, Any]) -> list[dict[str, Any]]:
+        """`int4` with the keys of more and more layers in 8 bits: those first whose keys it hurts most. See
+        `cag.ladder.Refine`."""
+        self._restore()
+        chunks, config = self._chunks, codec_from_config(codec).config()
+        errors = key_errors(chunks.model, chunks.resident, self._branches, partial(chunks.decoded_keys, config))
+        counts = [count for count in _WIDE_LAYERS if count < len(errors)] + [len(errors)]
+        return [{**config, "wide_key_layers": most_hurt(errors, count)} for count in counts]
 
     def _tried(self, config: dict[str, Any], limit_bytes: int | None) -> Trial:
         context = self._chunks.context(config)
