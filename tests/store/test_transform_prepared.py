@@ -3,11 +3,12 @@
 import gc
 import hashlib
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from cag_store.codecs import codec_from_config
+from cag_store.codecs import blas, codec_from_config
 from cag_store.codecs.transform import loops, prepared, rans, shifts, symbols
 from cag_store.codecs.transform.prepared import PreparedBasis
 from cag_store.codecs.transform.solving import solve_positive
@@ -83,3 +84,29 @@ def test_a_codec_that_goes_frees_what_it_prepared(basis):
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_products_have_one_thread_while_something_is_encoded():
+    threads = blas._threads()
+    if threads is None:
+        pytest.skip("numpy has no OpenBLAS here")
+    before = threads.get()
+    try:
+        threads.set(2)
+        with blas.one_thread_a_product():
+            with ThreadPoolExecutor(1) as pool, blas.one_thread_a_product():
+                assert pool.submit(threads.get).result() == 1
+            assert threads.get() == 1
+        assert threads.get() == 2
+        with pytest.raises(ValueError, match="left"), blas.one_thread_a_product():
+            raise ValueError("left")
+        assert threads.get() == 2
+    finally:
+        threads.set(before)
+
+
+def test_without_openblas_nothing_is_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(blas, "_MAPS", tmp_path / "none")
+    monkeypatch.setattr(blas, "_threads", blas._threads.__wrapped__)
+    with blas.one_thread_a_product():
+        assert np.array_equal(np.eye(3) @ np.eye(3), np.eye(3))

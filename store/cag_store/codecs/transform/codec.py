@@ -30,6 +30,7 @@ from cag_store.codecs.base import (
     corrupt_segment,
     refuse_unknown_keys,
 )
+from cag_store.codecs.blas import one_thread_a_product
 from cag_store.codecs.transform import loops, rans, shifts, symbols
 from cag_store.codecs.transform.basis import Basis
 from cag_store.codecs.transform.prepared import Angles, PreparedBasis, PreparedSide
@@ -115,6 +116,10 @@ class JointTransform(Codec):
     def encode_layers(self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int = 0) -> bytes:
         """See `Codec`. Raises: UnencodableArray for NaN, infinities, magnitudes above 1e38, and shapes that are not
         the basis'."""
+        with one_thread_a_product():
+            return self._encoded(arrays, dtype, side, first_layer, start)
+
+    def _encoded(self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int) -> bytes:
         prepared = self._side(side, first_layer)
         for array in arrays:
             checked_array(array, dtype)
