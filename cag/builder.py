@@ -28,7 +28,7 @@ from cag.ladder import CodecChoice, Rung, Trial, choose, describe_codec
 from cag.model import LanguageModel
 from cag.probes import make_probes
 from cag.prompt import PrefixLayout, lay_out
-from cag.rungs import codec_of, ladder_of
+from cag.rungs import REFINED, codec_of, ladder_of
 from cag.runtime import processor_name, usable_cores
 from cag.trials import CodecTrials
 from cag_store import (
@@ -151,7 +151,7 @@ class Build:
             if choice is not None:
                 trial = choice.trial
             elif codec is not None and codec != lossless.codec:
-                trial = trials(codec)
+                trial = self._named(trials, lossless, codec)
         encode_s = self.seconds.encode_s + trial.encode_s
         measure_s = trials.exact_s + trial.measure_s
         search_s = self.seconds.search_s + time.perf_counter() - begin - trial.encode_s - measure_s
@@ -167,7 +167,16 @@ class Build:
             if kept.outcome == "within":
                 return CodecChoice(kept, bound, (kept,), kept=True)
             self.rungs = self._ladder()
-        return choose(trials, self.rungs, lossless, bound)
+        return choose(trials, self.rungs, lossless, bound, trials.finer)
+
+    def _named(self, trials: CodecTrials, lossless: Trial, codec: dict[str, Any]) -> Trial:
+        """The codec that was named; where `int4` alone misses the bound, with the keys of some layers in 8 bits."""
+        bound = self.options.bound
+        if bound is None or self.options.force or self.options.codec not in REFINED:
+            return trials(codec)
+        _, first, *finer = choose(trials, [Rung(codec, refines=True)], lossless, bound, trials.finer).tried
+        within = [trial for trial in (first, *finer) if trial.outcome == "within"]
+        return min(within, key=lambda trial: trial.stored_bytes or 0) if within else first
 
     def _check_bound(self, trial: Trial, fidelity: Fidelity) -> None:
         bound = self.options.bound
@@ -246,7 +255,7 @@ def build_cache(
             build = Build(chunks, layout, documents, options, on_progress, started_at)
             cache = build.run(build.named_codec(), _previous(store, name))
             build.report("commit", build.chunks.num_tokens)
-            manifest = _manifest(build, cache)
+            manifest = manifest_of(build, cache)
             digest = store.commit(name, manifest, cag_store.utc_after(ttl_s))
         except KeyboardInterrupt as interrupt:
             raise BuildInterrupted(
@@ -305,7 +314,8 @@ def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
         )
 
 
-def _manifest(build: Build, cache: BuiltCache) -> Manifest:
+def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
+    """What is committed of a build that ended in `cache`."""
     model, store = build.chunks.model, build.store
     context = build.chunks.context(cache.codec)
     blobs = [store.put_blob(document.text.encode()) for document in build.documents]

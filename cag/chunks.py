@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 
 import cag_store
 from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
 from cag.resident import HostBuffers, ResidentPrefix, storage_view
 from cag.state import WholeState
+from cag_kernels import DensePrefix
 from cag_store import ChunkContext, ChunkEntry, ChunkHeader, Store
 from cag_store.errors import CorruptEntry, EntryNotFound
 
@@ -44,6 +46,15 @@ class PrefixChunks:
     def resident(self) -> ResidentPrefix:
         """The prefix as sequences stand behind it; it has whatever the buffers hold."""
         return ResidentPrefix.from_tail(self.state.tail, self.token_ids)
+
+    def resident_start(self, num_tokens: int) -> ResidentPrefix:
+        """The first `num_tokens` tokens of the prefix, as sequences stand behind them."""
+        tail = self.state.tail
+        pairs = zip(tail.keys, tail.values, strict=True)
+        segments = [(DensePrefix(keys[:, :num_tokens], values[:, :num_tokens]),) for keys, values in pairs]
+        prefix = ResidentPrefix(segments, self.token_ids[:num_tokens])
+        prefix.mark_loaded()
+        return prefix
 
     def context(self, codec: dict[str, Any]) -> ChunkContext:
         """What decides the chunks' bytes besides the tokens, with the full configuration of a codec."""
@@ -108,6 +119,18 @@ class PrefixChunks:
         with self.store.chunk_reader(entries, context) as reader:
             host = HostBuffers(tail.keys, tail.values)
             reader.load(host.views(), host.arrived)
+
+    def decoded_keys(self, codec: dict[str, Any], layer: int) -> Tensor:
+        """Keys of one layer as a codec of one layer a segment gives them back, `[num_kv_heads, num_tokens, head_dim]`
+        on the CPU; nothing is stored."""
+        context, ready = self.context(codec), self.store.codec(codec)
+        decoded = self.state.tail.keys[layer][:, : self.num_tokens].cpu().clone()
+        keys = storage_view(decoded)
+        for start in range(0, self.num_tokens, context.chunk_tokens):
+            part = keys[:, start : start + context.chunk_tokens]
+            data = ready.encode_layers([part], context.dtype, "keys", layer, start)
+            ready.decode_layers_into(data, [part], "keys", layer, start)
+        return decoded
 
     def checksum(self) -> str:
         """Of all keys and values that the buffers hold."""

@@ -7,7 +7,7 @@ choice and everything that was tried on the way. Knows no buffers and no chunks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,12 @@ _SLOPES = (_SLOPE / 2, 2 * _SLOPE)  # believed of two measured steps
 @dataclass(frozen=True)
 class Rung:
     """A codec configuration; with `steps`, one for each value of its integer `step` in `[first, last]`: the larger the
-    smaller the cache, and the worse. `codec["step"]` is where the search begins."""
+    smaller the cache, and the worse. `codec["step"]` is where the search begins. With `refines`, the codec has finer
+    configurations for a cache that it alone does not keep within the bound (`Refine`)."""
 
     codec: dict[str, Any]
     steps: tuple[int, int] | None = None
+    refines: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Trial:
 TryCodec = Callable[[dict[str, Any], "int | None"], Trial]
 """Tries a configuration; breaks off when it becomes as large as the given number of bytes."""
 
+Refine = Callable[[dict[str, Any]], "Sequence[dict[str, Any]]"]
+"""Finer configurations of a codec for the cache at hand, the smallest and worst first."""
+
 
 @dataclass(frozen=True)
 class CodecChoice:
@@ -108,7 +113,9 @@ class CodecChoice:
 
 def describe_codec(codec: dict[str, Any]) -> str:
     """A configuration in a word or two."""
-    return f"{codec['id']} step {codec['step']}" if "step" in codec else str(codec["id"])
+    label = f"{codec['id']} step {codec['step']}" if "step" in codec else str(codec["id"])
+    wide = codec.get("wide_key_layers")
+    return f"{label} with 8-bit keys in layers {', '.join(map(str, wide))}" if wide else label
 
 
 def _amounts(trial: Trial) -> str:
@@ -122,17 +129,19 @@ def _fate(trial: Trial) -> str:
     return f"{'is ' if trial.outcome == 'larger' else ''}{trial.outcome} ({_amounts(trial)})".removesuffix(" ()")
 
 
-def choose(attempt: TryCodec, rungs: Sequence[Rung], lossless: Trial, max_kl: float) -> CodecChoice:
+def choose(
+    attempt: TryCodec, rungs: Sequence[Rung], lossless: Trial, max_kl: float, refine: Refine | None = None
+) -> CodecChoice:
     """The smallest within `max_kl` of the rungs and `lossless`, which always is.
 
     Rungs that are expected to be the smallest come first: the others are then broken off early.
     """
     search = _Search(attempt, max_kl, [lossless])
     for rung in rungs:
-        if rung.steps is None:
-            search.judge(rung.codec)
-        else:
+        if rung.steps is not None:
             search.find_step(rung.codec, *rung.steps)
+        elif search.judge(rung.codec).outcome == "over" and rung.refines and refine is not None:
+            search.find_finer(refine(rung.codec))
     return CodecChoice(search.best, max_kl, tuple(search.tried))
 
 
@@ -153,6 +162,17 @@ class _Search:
         trial = self.attempt(codec, self.best.stored_bytes)
         self.tried.append(trial)
         return trial
+
+    def find_finer(self, codecs: Sequence[dict[str, Any]]) -> None:
+        """The first of `codecs`, each larger and better than the one before, that stays within the bound: bisection."""
+        first, last = 0, len(codecs)
+        while first < last:
+            middle = (first + last) // 2
+            trial = self.judge(codecs[middle])
+            if trial.outcome == "over":
+                first = middle + 1
+            else:  # within; or larger than another codec, as all behind it are then too
+                last = middle
 
     def find_step(self, codec: dict[str, Any], first: int, last: int) -> None:
         """The largest step within the bound, by `MAX_STEP_TRIALS` trials at most.
@@ -182,9 +202,18 @@ def next_step(measured: dict[int, float], max_kl: float, first: int, last: int) 
     if within in measured and over in measured and over - within <= NARROW_STEPS:
         return within
     octaves = {step: math.log2(max(kl, _LEAST_KL) / max(_AIM * max_kl, _LEAST_KL)) for step, kl in measured.items()}
+    if within in measured and over in measured:
+        return _between(within, over, octaves)
     origin, *others = sorted(octaves, key=lambda step: abs(octaves[step]))
     slope = _SLOPE
     if others:
         rise = (octaves[origin] - octaves[others[0]]) / (origin - others[0])
         slope = min(max(rise, _SLOPES[0]), _SLOPES[1])
     return min(max(origin + math.floor(-octaves[origin] / slope), within + 1), over - 1)
+
+
+def _between(within: int, over: int, octaves: Mapping[int, float]) -> int:
+    """Where a straight line from a step within the bound to one over it says, and at least an eighth away from both."""
+    share = octaves[within] / (octaves[within] - octaves[over]) if octaves[within] < 0 else 0.0
+    margin = max(1, (over - within) // 8)
+    return min(max(within + math.floor(share * (over - within)), within + margin), over - margin)

@@ -7,7 +7,7 @@ the state of the sequence as a keyword of the forward. Knows a directory of mode
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up
 ATTENTION_NAME = "cag_segments"
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 NUM_PROBES = 6  # tokens on which the quick forward is compared with the network's own
+MakeBranches = Callable[[Any, Sequence[int]], BranchedState]
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
 
@@ -248,7 +249,9 @@ class LanguageModel:
             return self._network_forward(ids, positions, batch, torch.tensor(wanted, device=self.device))
 
     @torch.inference_mode()
-    def forward_branches(self, branches: Sequence[list[int]], prefix: Any, rows: list[int]) -> Tensor:
+    def forward_branches(
+        self, branches: Sequence[list[int]], prefix: Any, rows: list[int], make_state: MakeBranches = BranchedState
+    ) -> Tensor:
         """Run several sequences behind `prefix`, apart from each other, in one forward; nothing of them is kept.
 
         Computes in float32 whatever the model computes in: in 16 bits rounding alone makes any two runs differ by more
@@ -258,12 +261,13 @@ class LanguageModel:
             branches: token ids of each.
             prefix: what they stand behind (`PrefixLayers`).
             rows: of which tokens logits are wanted, counted over all branches one behind the other.
+            make_state: from prefix and numbers of tokens, where the state is to do more than attend.
 
         Returns:
             `[len(rows), vocab_size]` float32.
         """
         ids = torch.tensor([token for branch in branches for token in branch], dtype=torch.long, device=self.device)
-        state = BranchedState(prefix, [len(branch) for branch in branches])
+        state = make_state(prefix, [len(branch) for branch in branches])
         with self._forward_lock, self.plan.threads(len(ids)), Float32Products():
             positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device)
             return self._network_forward(ids, positions, state, wanted)

@@ -11,11 +11,14 @@ from cag.errors import InsufficientResources
 from cag.ladder import Rung
 from cag.model import LanguageModel
 from cag_store import Store, codec_from_config, codec_ids
-from cag_store.codecs import JointTransform, Lossless
+from cag_store.codecs import Int4, JointTransform, Lossless
 from cag_store.errors import StoreError, UnknownCodec
 
 LADDER: tuple[dict[str, Any], ...] = ({"id": "int4"}, {"id": "int8"})
 """Codecs without a search, the smallest first. `transform` stands before them, those of other distributions behind."""
+
+REFINED = (Int4.codec_id,)
+"""Codecs with finer configurations for a cache that they alone do not keep within the bound (`CodecTrials.finer`)."""
 
 _SERVED_STEPS = 4 * 64  # from the finest of a basis on, whose tables were made from as many
 _BASIS_BYTES = 0.7  # of one number of a basis, packed
@@ -33,7 +36,7 @@ def ladder_of(model: LanguageModel, store: Store, raw_bytes: int) -> list[Rung]:
         StoreFull: the store cannot take it.
     """
     options = CalibrationOptions()
-    rungs = [Rung(codec) for codec in (*LADDER, *_others())]
+    rungs = [Rung(codec, refines=codec["id"] in REFINED) for codec in (*LADDER, *_others())]
     if raw_bytes < _WORTH * basis_bytes(model, options.joint_layers):
         return rungs
     steps = options.least_step, options.least_step + _SERVED_STEPS

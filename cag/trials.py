@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from cag.chunks import PrefixChunks
 from cag.fidelity import FidelityProbe, same_bits
+from cag.key_errors import key_errors, most_hurt
 from cag.ladder import Trial
+from cag.memory import return_free_memory
 from cag.probes import Branch
 from cag_store import ROOT, ChunkContext, ChunkEntry, codec_from_config, config_resources
 from cag_store.errors import CorruptEntry, UnencodableArray
 
+_WIDE_LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 Report = Callable[[str, int], None]
 """`report(stage, done_tokens)`."""
 
@@ -85,7 +89,16 @@ class CodecTrials:
         try:
             return self._tried(config, limit_bytes)
         finally:
-            self._chunks.store.forget_codec(config)  # what it has prepared may be larger than a chunk
+            self._forget(config)
+
+    def finer(self, codec: dict[str, Any]) -> list[dict[str, Any]]:
+        """`int4` with the keys of more and more layers in 8 bits: those first whose keys it hurts most. See
+        `cag.ladder.Refine`."""
+        self._restore()
+        chunks, config = self._chunks, codec_from_config(codec).config()
+        errors = key_errors(chunks.model, chunks.resident, self._branches, partial(chunks.decoded_keys, config))
+        counts = [count for count in _WIDE_LAYERS if count < len(errors)] + [len(errors)]
+        return [{**config, "wide_key_layers": most_hurt(errors, count)} for count in counts]
 
     def _tried(self, config: dict[str, Any], limit_bytes: int | None) -> Trial:
         context = self._chunks.context(config)
@@ -97,6 +110,7 @@ class CodecTrials:
         except UnencodableArray:
             return Trial(config, None, basis_bytes, None, "refused", encode_s=time.perf_counter() - begin)
         encode_s = time.perf_counter() - begin
+        self._forget(config)  # decoding prepares other things than encoding
         if limit_bytes is not None and size >= limit_bytes:
             return Trial(config, None, basis_bytes, None, "larger", encode_s=encode_s)
         probe = self._exact_probe()
@@ -108,6 +122,11 @@ class CodecTrials:
         return Trial(
             config, size, basis_bytes, fidelity, outcome, tuple(entries), encode_s, time.perf_counter() - begin
         )
+
+    def _forget(self, config: dict[str, Any]) -> None:
+        """Free what the codec has prepared, which may be larger than a chunk."""
+        self._chunks.store.forget_codec(config)
+        return_free_memory()
 
     def _exact_probe(self) -> FidelityProbe:
         """The probes behind the exact values, which the buffers hold the first time."""

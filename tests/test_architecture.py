@@ -24,8 +24,8 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 WALK = [
     "home", "errors", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "weights", "decoder",
     "model", "prefill", "resident", "answer", "citations", "generate", "session", "prefix", "fresh", "calibration",
-    "probes", "fidelity", "ladder", "rungs", "chunks", "trials", "building", "builder", "engine", "describe", "server",
-    "cli",
+    "probes", "fidelity", "key_errors", "ladder", "rungs", "chunks", "memory", "trials", "building", "builder",
+    "engine", "describe", "server", "cli",
 ]  # fmt: skip
 
 

@@ -104,6 +104,92 @@ def kernels(
         _print_kernels(summary, folder)
 
 
+@app.command()
+def quality(
+    corpus: Annotated[
+        list[str], typer.Option(help="A corpus each: folder, file, glob or JSON lines; may be repeated.")
+    ],
+    codec: Annotated[
+        list[str] | None, typer.Option(help="ID, ID@STEP or a JSON object; may be repeated.  [default: a ladder]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Corpora are cut to so many tokens.")] = 6144,
+    max_kl: Annotated[str, typer.Option(help="Limits for which the smallest codec is named.")] = "0.001,0.004,0.02",
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/quality-TIME]")] = None,
+    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Store to write to and to keep.  [default: a temporary one in --out]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+) -> None:
+    """Codecs: bytes of a whole cache against what its answers lose, on several corpora."""
+    from cag.engine import Engine
+    from cag.models import DEFAULT_MODEL
+    from cag_bench.codec_list import LADDER, parse_codecs
+    from cag_bench.corpus import read_corpus
+    from cag_bench.progress import ConsoleProgress
+    from cag_bench.quality import QualityOptions, run_quality
+    from cag_bench.quality_table import markdown
+
+    options = QualityOptions(parse_codecs(codec or LADDER), tokens, _numbers("max-kl", max_kl))
+    corpora = [read_corpus([path]) for path in corpus]
+    folder = out or Path("results") / f"quality-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
+        progress("load model", 0, 0)
+        engine = Engine.load(
+            model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
+        )
+        summary = run_quality(engine, corpora, options, folder, progress)
+    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
+
+
+@app.command(name="store")
+def store_command(
+    corpus: Annotated[list[str], typer.Option(help="Folder, file, glob or JSON lines; may be repeated.")],
+    codec: Annotated[
+        list[str] | None, typer.Option(help="ID, ID@STEP or a JSON object; may be repeated.  [default: a ladder]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="The corpus is cut to so many tokens.")] = 6144,
+    cores: Annotated[str, typer.Option(help="On how many codecs are timed; comma-separated.")] = "1,2",
+    samples: Annotated[int, typer.Option(help="Timings of each figure.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/store-TIME]")] = None,
+    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Store to write to and to keep.  [default: a temporary one in --out]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+) -> None:
+    """Encoding and decoding from memory to memory, and loads against reading and decoding alone."""
+    from cag.engine import Engine
+    from cag.models import DEFAULT_MODEL
+    from cag_bench.codec_list import parse_codecs
+    from cag_bench.corpus import read_corpus
+    from cag_bench.progress import ConsoleProgress
+    from cag_bench.store_bench import CODECS, StoreOptions, run_store
+    from cag_bench.store_table import markdown
+
+    counts = [int(count) for count in _numbers("cores", cores)]
+    options = StoreOptions(parse_codecs(codec or CODECS), tokens, counts, samples, seed)
+    documents = read_corpus(corpus)
+    folder = out or Path("results") / f"store-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
+        progress("load model", 0, 0)
+        engine = Engine.load(model or DEFAULT_MODEL, store=store_directory, device="cpu", progress=progress)
+        summary = run_store(engine, documents, options, folder, progress)
+    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    from cag.errors import UsageError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--{name} is {text!r}, not numbers with commas between.") from error
+
+
 @contextmanager
 def _store_directory(store: Path | None, folder: Path) -> Iterator[Path]:
     """The store that was named, or one beside the results that goes when the run ends."""

@@ -2,7 +2,8 @@
 
 BenchError (cag.errors.CagError)
 ├── KernelWrong (ArithmeticError)       a kernel's result is not its reference's, so it was not timed
-└── PrefixRecomputed (RuntimeError)     an arm that stands for a cache computed tokens that the cache should have served
+├── PrefixRecomputed (RuntimeError)     an arm that stands for a cache computed tokens that the cache should have served
+└── WrongValues (RuntimeError)          a load gave back other keys and values than decoding in memory
 """
 
 from __future__ import annotations
@@ -20,3 +21,7 @@ class PrefixRecomputed(BenchError, RuntimeError):
 
 class KernelWrong(BenchError, ArithmeticError):
     """A kernel is off by more than its arithmetic explains."""
+
+
+class WrongValues(BenchError, RuntimeError):
+    """A load is not what was decoded from memory. Facts: `codec`, `layer`."""

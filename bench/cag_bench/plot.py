@@ -1,9 +1,11 @@
-"""First-token times as a picture: every sample a dot, the median a line, one row an arm, logarithmic seconds."""
+"""Results as pictures. First-token times: every sample a dot, the median a line, one row an arm, logarithmic seconds.
+Quality: loss over size, a line for the steps of a codec on a corpus."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +48,36 @@ def plot_ttft(ttft_s: Mapping[str, Sequence[float]], title: str, path: Path) -> 
     axes.set_xlabel("time to the first token in seconds (line: median)")
     axes.set_title(title, fontsize=9, loc="left")
     axes.grid(visible=True, axis="x", which="both", alpha=0.25)
+    figure.savefig(path, dpi=150)
+
+
+def plot_quality(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw mean KL over raw bytes by stored bytes, the basis apart, to a PNG file; both axes logarithmic. What loses
+    nothing is left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["outcome"] == "measured" and row["fidelity"]["corpus"]["mean_kl"] > 0:
+            name = f"{row['codec']['id']}, {'/'.join(PurePath(row['corpus']['paths'][0]).parts[-2:])}"
+            point = row["raw_over_stored"]["without_basis"], row["fidelity"]["corpus"]["mean_kl"]
+            lines.setdefault(name, []).append(point)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=5, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("uncompressed over stored bytes, the basis apart")
+    axes.set_ylabel("mean KL divergence in nats, probes of the corpus")
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    if lines:
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cag_bench.measure import Sample
 
-RESULTS, SUMMARY, TABLE, PLOT = "results.jsonl", "summary.json", "table.md", "ttft.png"
+RESULTS, SUMMARY, TABLE, PLOT, QUALITY_PLOT = "results.jsonl", "summary.json", "table.md", "ttft.png", "quality.png"
 
 
 class ResultRows:

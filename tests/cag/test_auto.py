@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from cag.building import BuildOptions
 from cag.engine import Engine
@@ -65,7 +66,8 @@ def test_auto_takes_the_smallest_within_its_bound(engine, corpus):
         within = {codec: report for codec, report in named.items() if report.fidelity.mean_kl <= max_kl}
         assert chosen.fidelity.mean_kl <= max_kl
         assert chosen.stored_bytes <= min(report.stored_bytes for report in within.values())
-        if chosen.codec["id"] != "transform":
+        assert chosen.codec["id"] in ("transform", "int4") or chosen.codec == named[chosen.codec["id"]].codec
+        if chosen.codec == named[chosen.codec["id"]].codec:
             assert chosen.stored_bytes == named[chosen.codec["id"]].stored_bytes
             assert chosen.fidelity.mean_kl == named[chosen.codec["id"]].fidelity.mean_kl
 
@@ -85,6 +87,34 @@ def test_the_choice_is_explained_in_report_and_manifest(engine, corpus):
     assert report.search_s > 0
     with engine.open("a") as prefix:
         assert prefix.ask("Anything?", max_tokens=2).usage.cached_tokens == report.num_tokens
+
+
+def test_int4_keeps_wide_keys_where_they_are_needed(engine, corpus):
+    """With a bound between `int4` alone and all keys in 8 bits, named or searched; the second layer attends sharply."""
+    attention = engine.model.network.model.layers[1].self_attn
+    with torch.no_grad():
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight.mul_(6)
+    layers = list(range(len(engine.model.kv_shapes)))
+    plain = engine.build([corpus], name="plain", codec="int4")
+    wide = engine.build([corpus], name="wide", codec={"id": "int4", "wide_key_layers": layers})
+    assert wide.fidelity.mean_kl < plain.fidelity.mean_kl
+    bound = (wide.fidelity.mean_kl + plain.fidelity.mean_kl) / 2
+    named = engine.build([corpus], name="named", codec="int4", max_kl=bound)
+    assert named.codec["id"] == "int4"
+    assert named.codec["wide_key_layers"] == [1]
+    assert named.fidelity.mean_kl <= bound
+    assert plain.stored_bytes < named.stored_bytes <= wide.stored_bytes
+    with engine.open("named") as prefix:
+        assert prefix.ask("Which line?").usage.cached_tokens == named.num_tokens
+    updated = engine.update("named", [corpus])
+    assert updated.codec == named.codec
+    searched = engine.build([corpus], name="searched", codec="auto", max_kl=bound)
+    assert searched.stored_bytes <= named.stored_bytes
+    forced = engine.build([corpus], name="forced", codec="int4", max_kl=bound, force=True)
+    assert forced.codec == plain.codec
+    with pytest.raises(FidelityMissed, match="codec int4 has"):
+        engine.build([corpus], name="none", codec="int4", max_kl=wide.fidelity.mean_kl / 100)
 
 
 def test_a_small_cache_is_not_worth_a_basis(engine, tmp_path):

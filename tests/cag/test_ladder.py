@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cag.fidelity import Fidelity
-from cag.ladder import CLOSE_TO_BOUND, MAX_STEP_TRIALS, NARROW_STEPS, Rung, Trial, choose, next_step
+from cag.ladder import CLOSE_TO_BOUND, MAX_STEP_TRIALS, NARROW_STEPS, Rung, Trial, choose, describe_codec, next_step
 
 FIRST, LAST = -576, -320
 STEPPED = Rung({"id": "transform", "step": -520}, (FIRST, LAST))
@@ -102,6 +102,42 @@ def test_a_step_is_found_near_the_bound_in_few_trials(kl_at_520, slope, max_kl):
 )
 def test_nothing_is_left_to_try(measured, left):
     assert next_step(measured, 0.005, FIRST, LAST) in left
+
+
+@pytest.mark.parametrize("least", range(7))
+def test_the_first_finer_configuration_within_the_bound_is_found(least):
+    """Of six finer ones; with six none is within."""
+    finer = [{"id": "int4", "wide_key_layers": list(range(count))} for count in range(1, 7)]
+
+    class Finer(Codecs):
+        def facts(self, codec):
+            wide = len(codec.get("wide_key_layers", ()))
+            return 280_000 + 1000 * wide, 0.001 if wide > least else 0.05
+
+    codecs = Finer(0.005)
+    asked = []
+    refine = lambda codec: asked.append(codec) or finer  # noqa: E731
+    choice = choose(codecs, [Rung({"id": "int4"}, refines=True)], LOSSLESS, 0.005, refine)
+    assert asked == [{"id": "int4"}]
+    assert choice.trial.codec == (finer[least] if least < 6 else LOSSLESS.codec)
+    assert len(codecs.tried) <= 4
+
+
+def test_no_finer_one_is_tried_where_the_codec_is_within_or_larger():
+    for bound, size in ((0.1, 280_000), (0.005, 2_000_000)):
+        codecs = Codecs(bound, {"int4": (size, 0.05)})
+        choose(codecs, [Rung({"id": "int4"}, refines=True)], LOSSLESS, bound, lambda codec: pytest.fail("asked"))
+
+
+def test_wide_layers_are_told():
+    assert describe_codec({"id": "int4", "wide_key_layers": [7, 18]}) == "int4 with 8-bit keys in layers 7, 18"
+
+
+def test_a_search_with_a_step_on_both_sides_of_the_bound_goes_between_them():
+    """Two steps over the bound with nearly the same KL say nothing of the slope below them (SmolLM2, SQuAD)."""
+    measured = {-540: 0.0075, -561: 0.0071, -596: 0.0026}
+    assert -592 < next_step(measured, 0.005, -620, LAST) < -565
+    assert next_step({-400: 0.3, -416: 0.00499}, 0.005, FIRST, LAST) == -414
 
 
 def test_a_stepped_codec_that_is_larger_than_another_is_not_searched():

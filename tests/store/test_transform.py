@@ -9,7 +9,7 @@ from cag_store import Store
 from cag_store.codecs import codec_from_config
 from cag_store.codecs.transform import Basis, rans, shifts, symbols
 from cag_store.codecs.transform import loops as transform_loops
-from cag_store.codecs.transform.product import ROWS, product_reference
+from cag_store.codecs.transform.product import code_buffer, product_reference
 from cag_store.dtypes import STORAGE_DTYPES, widen
 from cag_store.errors import CorruptEntry, EntryNotFound, UnencodableArray, UnknownCodec
 from cag_store.testing import sample_array
@@ -361,7 +361,7 @@ def test_every_product_gives_the_same_sums(shape, largest, monkeypatch):
     num_tokens, num_components, num_channels = shape
     generator = np.random.default_rng(8)
     rows = generator.integers(-32767, 32640, (num_components, num_channels)).astype(np.int16)
-    buffer = np.zeros((num_tokens + ROWS, num_components + num_components % 2), np.int16)
+    buffer = code_buffer(num_tokens, num_components)
     codes = buffer[:num_tokens, :num_components]
     codes[:] = generator.integers(-largest, largest, codes.shape)
     expected = product_reference(codes, rows)
@@ -377,13 +377,13 @@ def test_numbers_without_digits_are_multiplied_otherwise():
         pytest.skip("numba is not installed")
     from cag_store.codecs.transform import compiled_product
 
-    buffer = np.zeros((2 + ROWS, 2), np.int16)
-    buffer[:2] = [[32767, 1], [-32768, 2]]
+    buffer = code_buffer(2, 2)
+    buffer[:2, :2] = [[32767, 1], [-32768, 2]]
     rows = np.array([[32767, 3], [4, 5]], np.int16)
     operand, packed = compiled_product.Operand(buffer, 2, 2), compiled_product.PackedRows(rows)
     assert operand.digits is None
     assert packed.digits is None
-    assert np.array_equal(compiled_product.integer_product(operand, packed), product_reference(buffer[:2], rows))
+    assert np.array_equal(compiled_product.integer_product(operand, packed), product_reference(buffer[:2, :2], rows))
 
 
 class TestInAStore:

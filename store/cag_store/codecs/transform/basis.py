@@ -206,7 +206,7 @@ class _Reader:
         narrow = self._take("i1", num_components - num_wide, num_channels)
         scale = self._take("<f4", num_channels)
         correlations = tuple(self._take("i1", heads, dim, dim) for heads, dim in shape)
-        mantissas = np.concatenate([wide, narrow.astype(np.int16)])
+        mantissas = np.concatenate([wide, narrow], dtype=np.int16)
         if not all(np.all(np.isfinite(array)) for array in (mean, unit, scale)):
             raise self._wrong("numbers", "finite ones")
         if np.any(np.diff(deviation.astype(np.int32)) > 0) or np.any(
@@ -245,7 +245,7 @@ class _Reader:
             raise self._wrong("length", f"{self._offset + size} bytes at least")
         array = np.frombuffer(self._data, kind, math.prod(shape), self._offset).reshape(shape)
         self._offset += size
-        return array
+        return array.copy()  # so that the bytes need not be kept
 
     def _wrong(self, what: str, expected: object) -> CorruptEntry:
         return CorruptEntry(f"{self._where}: {what}: expected {expected}", where=self._where, expected=expected)

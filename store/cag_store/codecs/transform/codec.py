@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -31,9 +30,10 @@ from cag_store.codecs.base import (
     corrupt_segment,
     refuse_unknown_keys,
 )
+from cag_store.codecs.blas import one_thread_a_product
 from cag_store.codecs.transform import loops, rans, shifts, symbols
 from cag_store.codecs.transform.basis import Basis
-from cag_store.codecs.transform.prepared import Angles, PreparedSide, prepare_side
+from cag_store.codecs.transform.prepared import Angles, PreparedBasis, PreparedSide
 from cag_store.codecs.transform.product import rotated
 from cag_store.dtypes import Array, widen
 from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
@@ -67,10 +67,7 @@ class JointTransform(Codec):
         self.step = step
         self.exact_tokens = exact_tokens
         self._joint_layers = joint_layers
-        self._basis: Basis | None = None
-        self._tables: rans.Tables | None = None
-        self._side = lru_cache(maxsize=None)(self._prepared)
-        self._angles = lru_cache(maxsize=64)(self._computed_angles)
+        self._ready: PreparedBasis | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -104,7 +101,7 @@ class JointTransform(Codec):
                 found=basis.joint_layers,
             )
         codec = JointTransform(self.basis_digest, self._joint_layers, self.step, self.exact_tokens)
-        codec._basis, codec._tables = basis, rans.Tables.of(basis.frequencies)
+        codec._ready = PreparedBasis(basis, self.step)
         return codec
 
     def encode(self, array: Array, dtype: str, side: Side = "keys", start: int = 0) -> bytes:
@@ -119,6 +116,10 @@ class JointTransform(Codec):
     def encode_layers(self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int = 0) -> bytes:
         """See `Codec`. Raises: UnencodableArray for NaN, infinities, magnitudes above 1e38, and shapes that are not
         the basis'."""
+        with one_thread_a_product():
+            return self._encoded(arrays, dtype, side, first_layer, start)
+
+    def _encoded(self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int) -> bytes:
         prepared = self._side(side, first_layer)
         for array in arrays:
             checked_array(array, dtype)
@@ -154,24 +155,21 @@ class JointTransform(Codec):
         prepared.decode(codes, _runs(segment.exact, num_tokens), mean, outs, angles)
         _place_exact(segment, outs)
 
-    def _prepared(self, side: Side, first_layer: int) -> PreparedSide:
-        if self._basis is None or self._tables is None:
+    @property
+    def _prepared(self) -> PreparedBasis:
+        if self._ready is None:
             raise UnknownCodec(f"codec 'transform' works only with its basis {self.basis_digest}: give it resources")
+        return self._ready
+
+    def _side(self, side: Side, first_layer: int) -> PreparedSide:
         index = first_layer // self._joint_layers
-        if first_layer % self._joint_layers or index >= len(self._basis.groups):
+        if first_layer % self._joint_layers or index >= self._prepared.num_groups:
             raise UnencodableArray(f"no group of the basis begins at layer {first_layer}", found=first_layer)
-        return prepare_side(self._basis, index, _SIDES.index(side), self.step, self._tables)
+        return self._prepared.side(index, _SIDES.index(side))
 
     def _turned(self, side: Side, layer: int, start: int, num_tokens: int) -> Angles:
         """What is taken off and put back on a layer's keys; None for values, and for layers without rotation."""
-        assert self._basis is not None
-        index = self._basis.layer_rotation[layer]
-        return self._angles(index, start, num_tokens) if side == "keys" and index >= 0 else None
-
-    def _computed_angles(self, index: int, start: int, num_tokens: int) -> Angles:
-        assert self._basis is not None
-        rotation = self._basis.rotations[index]
-        return (rotation.pairs, *rotation.angles(start, num_tokens))
+        return self._prepared.angles(layer, start, num_tokens) if side == "keys" else None
 
     def _flat(
         self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from cag_store.codecs.compiled_loops import narrowing, row_pointer
 from cag_store.codecs.transform import compiled_decode
+from cag_store.codecs.transform.compiled_costs import add_costs
 from cag_store.codecs.transform.compiled_decode import decode_block
+from cag_store.codecs.transform.compiled_finish import WIDTH, finish_row
 from cag_store.codecs.transform.compiled_product import Operand, PackedRows, integer_product
 from cag_store.codecs.transform.emitting import array, compiled, numba, types
 from cag_store.codecs.transform.rans import LANES, LOWEST_STATE, PROBABILITY_BITS, Layout, Stream, Tables
@@ -25,6 +27,7 @@ __all__ = ["Operand", "PackedRows", "decode_codes", "encode_codes", "finish", "i
 
 _SLOT_MASK = (1 << PROBABILITY_BITS) - 1
 _FULL_SHIFT = 32 - PROBABILITY_BITS
+_COST_COLUMNS = 1 << 16  # whose costs, of 28 bits at most each, cannot overflow a sum of 32
 
 
 def _encode(
@@ -153,15 +156,24 @@ def _decode_vectors(
 
 
 def _shift_costs(symbols: Any, across: Any, own: Any, costs: Any, found: Any) -> None:
+    """Costs of a row are added up in one vector of 32 bits, a block of columns at a time."""
+    width = np.int64(4 * costs.shape[1])
+    held = np.empty(SHIFTS, np.int32)
     for row in range(symbols.shape[0]):
         total = found[row]
         total[:] = 0
-        base = own[row] + (SHIFTS + LEAST_SHIFT)
-        for column in range(symbols.shape[1]):
-            first = across[column] + base
-            line = costs[symbols[row, column], first : first + SHIFTS]
+        first = costs.ctypes.data + 4 * (np.int64(own[row]) + (SHIFTS + LEAST_SHIFT))
+        for column in range(0, symbols.shape[1], _COST_COLUMNS):
+            add_costs(
+                np.int64(symbols[row, column:].ctypes.data),
+                np.int64(across[column:].ctypes.data),
+                np.int64(min(_COST_COLUMNS, symbols.shape[1] - column)),
+                np.int64(first),
+                width,
+                np.int64(held.ctypes.data),
+            )
             for shift in range(SHIFTS):
-                total[shift] += line[shift]
+                total[shift] += held[shift]
 
 
 def _finish(sums: Any, scale: Any, mean: Any, cosines: Any, sines: Any, first: Any, second: Any, out: Any) -> None:
@@ -194,6 +206,26 @@ def _finish(sums: Any, scale: Any, mean: Any, cosines: Any, sines: Any, first: A
             target = numba.carray(row_pointer(out, out[head, token].ctypes.data), (head_dim,))
             for i in range(head_dim):
                 target[i] = (np.float32(values[i]).view(np.uint32) + half) >> shift
+
+
+def _finish_vectors(sums: Any, scale: Any, mean: Any, cosines: Any, sines: Any, out: Any) -> None:
+    """The same for bfloat16, whole vectors of channels, and pairs of halves."""
+    num_heads, num_tokens, head_dim = out.shape
+    turned, vectors = np.int64(cosines.shape[1] // WIDTH), np.int64(head_dim // WIDTH)
+    angle_bytes = np.int64(4 * cosines.shape[1])
+    for head in range(num_heads):
+        at = np.int64(4 * head * head_dim)
+        for token in range(num_tokens):
+            finish_row(
+                np.int64(sums.ctypes.data + token * sums.strides[0] + at),
+                np.int64(scale.ctypes.data + at),
+                np.int64(mean.ctypes.data + at),
+                np.int64(cosines.ctypes.data + token * angle_bytes),
+                np.int64(sines.ctypes.data + token * angle_bytes),
+                turned,
+                vectors,
+                np.int64(out.ctypes.data + head * out.strides[0] + token * out.strides[1]),
+            )
 
 
 _I16, _I32, _I64, _U8, _U16, _U32 = types.int16, types.int32, types.int64, types.uint8, types.uint16, types.uint32
@@ -236,6 +268,17 @@ _finish_loop = compiled(
             out,
         )
         for out in _OUT.values()
+    ),
+)
+_finish_vectors_loop = compiled(
+    _finish_vectors,
+    types.void(
+        types.Array(_I32, 2, "A"),
+        _FLOATS,
+        _FLOATS,
+        array(types.float32, 2),
+        array(types.float32, 2),
+        _OUT[2],
     ),
 )
 
@@ -290,5 +333,15 @@ def finish(
     out: Array,
 ) -> None:
     """See `Loops`."""
+    bits = bit_patterns(out)
+    if _is_whole_vectors(pairs, bits):
+        _finish_vectors_loop(sums, scale, mean, cosines, sines, bits)
+        return
     first, second = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
-    _finish_loop(sums, scale, mean, cosines, sines, first, second, bit_patterns(out))
+    _finish_loop(sums, scale, mean, cosines, sines, first, second, bits)
+
+
+def _is_whole_vectors(pairs: NDArray[np.int64], bits: Array) -> bool:
+    """Whether `_finish_vectors` serves: bfloat16, and channels and pairs of halves in multiples of a vector."""
+    halves = len(pairs) == 0 or pairs[0, 1] == len(pairs)
+    return bits.itemsize == 2 and bits.shape[2] % WIDTH == 0 and len(pairs) % WIDTH == 0 and bool(halves)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.codecs.transform.emitting import (
+    BIT,
     FEATURES,
     INT8,
     INT16,
@@ -25,6 +26,7 @@ from cag_store.codecs.transform.emitting import (
     array,
     cgutils,
     compiled,
+    constant,
     extending,
     intrinsic,
     ir,
@@ -145,7 +147,7 @@ class _Tiles:
 
 
 def _emit_digits(builder: Any, arguments: Any) -> None:
-    low, high, wide, rows, count, sums = arguments
+    low, high, wide, rows, count, held, target, row_bytes, lines, columns = arguments
     tiles = _Tiles(builder)
     upper, lower, left, right = (0, 1), (2, 3), (4, 5), (6, 7)
 
@@ -155,23 +157,41 @@ def _emit_digits(builder: Any, arguments: Any) -> None:
             offset = builder.add(base, INT64(number * _TILE_BYTES))
             tiles.load(left[number], codes, offset)
             tiles.load(right[number], rows, offset)
-        for held, digit in products:
+        for sums, digit in products:
             for number in (0, 1):
-                tiles.add_product(held[number], left[number], right[digit])
+                tiles.add_product(sums[number], left[number], right[digit])
 
     tiles.zero(*upper, *lower)
     with cgutils.for_range(builder, count, intp=INT64) as loop:
         step(loop.index, low, [(upper, 0), (lower, 1)])
     for number in (0, 1):
-        tiles.store(lower[number], sums, number)
+        tiles.store(lower[number], held, number)
     tiles.zero(*lower)
     with cgutils.for_range(builder, count, intp=INT64) as loop:
         flag = load(builder, wide, loop.index, INT8, 1)
         with builder.if_then(builder.icmp_unsigned("!=", flag, INT8(0)), likely=False):
             step(loop.index, high, [(lower, 0), (upper, 1)])
     for number in (0, 1):
-        tiles.store(upper[number], sums, 2 + number)
-        tiles.store(lower[number], sums, 4 + number)
+        tiles.store(upper[number], held, 2 + number)
+        tiles.store(lower[number], held, 4 + number)
+    _emit_joined(builder, held, target, row_bytes, lines, columns)
+
+
+def _emit_joined(builder: Any, held: Any, target: Any, row_bytes: Any, lines: Any, columns: Any) -> None:
+    """`held[0] + (held[1] << 8) + (held[2] << 16)`, the first `lines` rows and `columns` columns, to the target."""
+    vector, mask = ir.VectorType(INT32, TILE), ir.VectorType(BIT, TILE)
+    places = ir.Constant(vector, list(range(TILE)))
+    inside = builder.icmp_signed("<", places, splat(builder, builder.trunc(columns, INT32), vector))
+    with cgutils.for_range(builder, lines, intp=INT64) as loop:
+        at = builder.mul(loop.index, INT64(4 * TILE))
+        parts = [load(builder, held, builder.add(at, INT64(digit * 8 * TILE * TILE)), vector, 4) for digit in range(3)]
+        shifted = [builder.shl(part, constant(vector, 8 * digit)) for digit, part in enumerate(parts)]
+        joined = builder.add(shifted[0], builder.add(shifted[1], shifted[2]))
+        line = pointer(builder, target, builder.mul(loop.index, row_bytes), vector)
+        kind = ir.FunctionType(ir.VoidType(), [vector, line.type, INT32, mask])
+        name = f"llvm.masked.store.v{TILE}i32.p0"
+        put = cgutils.get_or_insert_function(builder.module, kind, name)
+        builder.call(put, [joined, line, INT32(4), inside])
 
 
 def _digits(
@@ -181,17 +201,22 @@ def _digits(
     wide: Any,
     packed: Any,
     num_steps: Any,
-    sums: Any,
+    held: Any,
+    target: Any,
+    row_bytes: Any,
+    lines: Any,
+    columns: Any,
 ) -> Any:
-    """Sums of `_PAIR` tokens by TILE channels, from addresses: low and high digits of codes, which steps have high
-    ones, digits of rows, number of steps, sums int32 `[3, 2, TILE, TILE]`: by 1, by 2**8, by 2**16."""
-    del low, high, wide, packed, num_steps, sums
+    """Sums of `lines` (at most `_PAIR`) tokens by `columns` (at most TILE) channels, from addresses: low and high
+    digits of codes, which steps have high ones, digits of rows, number of steps, scratch int32 `[3, 2, TILE, TILE]`,
+    where the sums go, and bytes between their rows."""
+    del low, high, wide, packed, num_steps, held, target, row_bytes, lines, columns
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
         _emit_digits(builder, arguments)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), generate
+    return types.void(*[types.int64] * 10), generate
 
 
 def _switch_on(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
@@ -230,31 +255,67 @@ def _by_panels(codes: Any, packed: Any, sums: Any) -> None:
             panel(np.int64(codes.ctypes.data + token * stride), stride, np.int64(rows), pairs, np.int64(target), width)
 
 
-def _split(codes: Any, num_components: Any, low: Any, high: Any, wide: Any) -> Any:
+def _emit_split(builder: Any, arguments: Any) -> Any:
+    """Whole steps of one token; the flag of each step that has high digits is set. Returns the largest high digit, 0 at
+    least."""
+    codes, num_steps, low, high, wide = arguments
+    halves, bytes_ = ir.VectorType(INT16, DIGIT_STEP), ir.VectorType(INT8, DIGIT_STEP)
+    by, none = ir.Constant(halves, [8] * DIGIT_STEP), ir.Constant(halves, [0] * DIGIT_STEP)
+    largest = cgutils.alloca_once_value(builder, none)
+    with cgutils.for_range(builder, num_steps, intp=INT64) as loop:
+        part = load(builder, codes, builder.mul(loop.index, INT64(2 * DIGIT_STEP)), halves, 2)
+        lower = builder.trunc(part, bytes_)
+        carried = builder.lshr(builder.sext(lower, halves), ir.Constant(halves, [15] * DIGIT_STEP))
+        upper = builder.add(builder.ashr(part, by), carried)
+        at = builder.mul(loop.index, INT64(2 * _TILE_BYTES))
+        builder.store(lower, pointer(builder, low, at, bytes_), align=1)
+        builder.store(builder.trunc(upper, bytes_), pointer(builder, high, at, bytes_), align=1)
+        some = _reduced(builder, "or", builder.sext(builder.icmp_signed("!=", upper, none), halves))
+        with builder.if_then(builder.icmp_signed("!=", some, INT16(0)), likely=False):
+            builder.store(INT8(1), pointer(builder, wide, loop.index, INT8))
+        held = builder.load(largest)
+        builder.store(builder.select(builder.icmp_signed(">", upper, held), upper, held), largest)
+    return builder.sext(_reduced(builder, "smax", builder.load(largest)), INT64)
+
+
+def _reduced(builder: Any, name: str, vector: Any) -> Any:
+    return intrinsic(builder, f"llvm.vector.reduce.{name}.v{DIGIT_STEP}i16", INT16, vector)
+
+
+def _split_row(typing_context: Any, codes: Any, num_steps: Any, low: Any, high: Any, wide: Any) -> Any:  # noqa: ARG001
+    """Digits of `num_steps * DIGIT_STEP` codes of one token, from addresses; see `_split`."""
+    del codes, num_steps, low, high, wide
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return _emit_split(builder, arguments)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+split_row = extending.intrinsic(_split_row)
+
+
+def _split(codes: Any, low: Any, high: Any, wide: Any) -> Any:
     """Codes as digits: `256 * high + low`, laid out in tiles `[pairs of tiles, steps, 2, TILE, DIGIT_STEP]`. False
     where a high digit has more than 8 bits."""
-    largest = np.int16(0)
+    largest = np.int64(0)
     for token in range(codes.shape[0]):
-        row, pair, half, line = codes[token], token // _PAIR, token // TILE % 2, token % TILE
-        for step in range(low.shape[1]):
-            first = step * DIGIT_STEP
-            count = min(DIGIT_STEP, num_components - first)
-            into, above, part = low[pair, step, half, line], high[pair, step, half, line], row[first : first + count]
-            some = np.int16(0)
-            for i in range(count):
-                lower = np.int16(np.int8(part[i]))
-                upper = np.int16((part[i] - lower) >> 8)
-                into[i], above[i] = np.int8(lower), np.int8(upper)
-                some |= upper
-                largest = max(largest, upper)
-            if some != 0:
-                wide[pair, step] = 1
+        pair, half, line = token // _PAIR, token // TILE % 2, token % TILE
+        found = split_row(
+            np.int64(codes.ctypes.data + token * codes.strides[0]),
+            np.int64(low.shape[1]),
+            np.int64(low[pair, 0, half, line].ctypes.data),
+            np.int64(high[pair, 0, half, line].ctypes.data),
+            np.int64(wide[pair].ctypes.data),
+        )
+        largest = max(largest, found)
     return largest <= 127
 
 
 def _by_digits(low: Any, high: Any, wide: Any, packed: Any, configuration: Any, sums: Any) -> None:
     """`sums` `[tokens, channels]` from what `_split` and `pack_digits` give."""
     held = np.empty((3, 2, TILE, TILE), np.int32)
+    row_bytes = np.int64(4 * sums.shape[1])
     switch_on(np.int64(configuration.ctypes.data))
     for block in range(packed.shape[0]):
         columns = min(TILE, sums.shape[1] - block * TILE)
@@ -266,13 +327,11 @@ def _by_digits(low: Any, high: Any, wide: Any, packed: Any, configuration: Any, 
                 np.int64(packed[block].ctypes.data),
                 np.int64(low.shape[1]),
                 np.int64(held.ctypes.data),
+                np.int64(sums.ctypes.data + pair * _PAIR * row_bytes + 4 * TILE * block),
+                row_bytes,
+                np.int64(min(_PAIR, sums.shape[0] - pair * _PAIR)),
+                np.int64(columns),
             )
-            for line in range(min(_PAIR, sums.shape[0] - pair * _PAIR)):
-                target = sums[pair * _PAIR + line, block * TILE : block * TILE + columns]
-                one, two = held[0, line // TILE, line % TILE], held[1, line // TILE, line % TILE]
-                three = held[2, line // TILE, line % TILE]
-                for i in range(columns):
-                    target[i] = one[i] + (two[i] << 8) + (three[i] << 16)
     switch_off()
 
 
@@ -280,7 +339,7 @@ _I8, _I16, _I32 = types.int8, types.int16, types.int32
 _panel_loop = compiled(_by_panels, types.void(array(_I16, 2), array(_I16, 4), array(_I32, 2)))
 _split_loop = compiled(
     _split,
-    types.boolean(types.Array(_I16, 2, "A"), types.int64, array(_I8, 5), array(_I8, 5), array(_I8, 2)),
+    types.boolean(types.Array(_I16, 2, "A"), array(_I8, 5), array(_I8, 5), array(_I8, 2)),
 )
 
 
@@ -322,16 +381,17 @@ class PackedRows:
 
 
 class Operand:
-    """Codes of a segment as the product reads them: rows `[:num_tokens, :num_components]` of a code buffer."""
+    """Codes of a segment as the product reads them: rows `[:num_tokens, :num_components]` of a `code_buffer`."""
 
     def __init__(self, buffer: NDArray[np.int16], num_tokens: int, num_components: int) -> None:
         self.buffer, self.num_tokens = buffer, num_tokens
         self.digits: tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.int8]] | None = None
         if _tile_loop is not None:
             shape = -(-num_tokens // _PAIR), -(-num_components // DIGIT_STEP)
-            low, high = (np.zeros((*shape, 2, TILE, DIGIT_STEP), np.int8) for _ in range(2))
+            low, high = (np.empty((*shape, 2, TILE, DIGIT_STEP), np.int8) for _ in range(2))
+            low[-1:] = high[-1:] = 0  # where tokens are missing
             wide = np.zeros(shape, np.int8)
-            if _split_loop(buffer[:num_tokens], num_components, low, high, wide):
+            if not num_components or _split_loop(buffer[:num_tokens], low, high, wide):
                 self.digits = low, high, wide
 
 

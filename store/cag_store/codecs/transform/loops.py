@@ -37,8 +37,7 @@ class Loops(Protocol):
         """Rows `[num_components, num_channels]` as `integer_product` reads them."""
 
     def Operand(self, buffer: NDArray[np.int16], num_tokens: int, num_components: int) -> Any:  # noqa: N802  a class
-        """Codes as `integer_product` reads them, from a buffer with ROWS - 1 spare rows and an even number of
-        columns."""
+        """Codes as `integer_product` reads them, from a `product.code_buffer`."""
 
     def integer_product(self, operand: Any, packed: Any) -> NDArray[np.int32]:
         """As `product.product_reference`."""

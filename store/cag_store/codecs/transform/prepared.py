@@ -1,11 +1,14 @@
-"""One side of a group of layers at one step: the static part of coding a segment, computed once and shared by all
-threads."""
+"""A basis at one step: the static part of coding a segment, computed once and shared by all threads.
+
+Nothing here refers to a codec, so it goes as soon as the last codec does that uses it: it may be larger than a cache.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,9 @@ from numpy.typing import NDArray
 
 from cag_store.codecs import loops as store_loops
 from cag_store.codecs.transform import loops, rans, symbols
-from cag_store.codecs.transform.basis import Basis, GroupBasis
-from cag_store.codecs.transform.product import ROWS, finish_reference, product_reference
+from cag_store.codecs.transform.basis import Basis, GroupBasis, Rotation
+from cag_store.codecs.transform.product import code_buffer, finish_reference, product_reference
+from cag_store.codecs.transform.solving import solve_positive
 from cag_store.dtypes import Array
 
 Angles = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]] | None
@@ -22,6 +26,7 @@ Angles = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]] | No
 _LEAST_METRIC = 1e-2
 CENTER = np.float32(64)
 _NO_PAIRS = np.empty((0, 2), np.int64)
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +57,8 @@ class PreparedSide:
         return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
     def code_buffer(self, num_tokens: int) -> NDArray[np.int16]:
-        """Zeros for the codes of `num_tokens` tokens, with the spare rows and column that the compiled loops use."""
-        return np.zeros((num_tokens + ROWS, self.num_components + self.num_components % 2), np.int16)
+        """Zeros for the codes of `num_tokens` tokens; see `product.code_buffer`."""
+        return code_buffer(num_tokens, self.num_components)
 
     def center_of(self, values: NDArray[np.float32], codes: NDArray[np.int16]) -> NDArray[np.int8]:
         """What the mean of `values` `[num_tokens, num_channels]` has beyond that of their codes, in units of
@@ -98,21 +103,33 @@ class PreparedSide:
         """The rows of each layer as the compiled product reads them."""
         fast = loops.compiled()
         assert fast is not None
-        return [fast.PackedRows(np.ascontiguousarray(self.rows[:, span])) for span in self.spans]
+        return [fast.PackedRows(self.rows[:, span]) for span in self.spans]
 
     @cached_property
     def forward(self) -> NDArray[np.float32]:
         """float32 [num_channels, kept components]: `(values - mean) @ forward` are the codes before rounding.
 
-        The nearest point, in the basis' metric, of the span of the components that are kept.
+        The nearest point, in the basis' metric, of the span of the components that are kept. Computed for one side at a
+        time, as it takes twice the memory of its result.
         """
-        directions = (self.group.rows[: self.num_components] * self.group.unit).astype(np.float32)
+        with _one_at_a_time:
+            gram, weighted = self._normal_equations()
+            try:
+                solve_positive(gram, weighted)
+            except np.linalg.LinAlgError:  # components nearly depend on each other
+                gram, weighted = self._normal_equations()
+                weighted = np.linalg.solve(gram.astype(np.float64), weighted.astype(np.float64)).astype(np.float32)
+            weighted /= np.float32(self.step)
+            return np.ascontiguousarray(weighted.T)
+
+    def _normal_equations(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The components' products in the metric, and the components times the metric."""
+        directions = self.rows.astype(np.float32)
+        directions *= self.group.unit
         weighted = np.empty_like(directions)
         for span, block in self._metric_blocks():
             weighted[:, span] = directions[:, span] @ block
-        gram = (weighted @ directions.T).astype(np.float64)
-        solved = np.linalg.solve(gram, weighted.astype(np.float64))
-        return np.ascontiguousarray((solved / self.step).T.astype(np.float32))
+        return weighted @ directions.T, weighted
 
     def _metric_blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """The metric of each head, and its channels."""
@@ -124,6 +141,39 @@ class PreparedSide:
             values = np.maximum(found, _LEAST_METRIC)
             yield span, ((vectors * values @ vectors.T) * np.outer(scale, scale)).astype(np.float32)
             first += len(block)
+
+
+class PreparedBasis:
+    """A basis at a step of `2 ** (step / 64)`."""
+
+    def __init__(self, basis: Basis, step: int) -> None:
+        self._basis = basis
+        self._step = step
+        self._tables = rans.Tables.of(basis.frequencies)
+        self._sides: dict[tuple[int, int], PreparedSide] = {}
+        self._guard = threading.Lock()
+        self._turned = lru_cache(maxsize=64)(partial(_turned, basis.rotations))
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of layers."""
+        return len(self._basis.groups)
+
+    def side(self, index: int, side: int) -> PreparedSide:
+        """Group `index`, keys (0) or values (1)."""
+        with self._guard:
+            if (index, side) not in self._sides:
+                self._sides[index, side] = prepare_side(self._basis, index, side, self._step, self._tables)
+            return self._sides[index, side]
+
+    def angles(self, layer: int, start: int, num_tokens: int) -> Angles:
+        """By what positions turn a layer's keys; None where they do not."""
+        index = self._basis.layer_rotation[layer]
+        return self._turned(index, start, num_tokens) if index >= 0 else None
+
+
+def _turned(rotations: Sequence[Rotation], index: int, start: int, num_tokens: int) -> Angles:
+    return (rotations[index].pairs, *rotations[index].angles(start, num_tokens))
 
 
 def prepare_side(basis: Basis, index: int, side: int, step: int, tables: rans.Tables) -> PreparedSide:

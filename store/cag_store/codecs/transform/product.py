@@ -20,6 +20,11 @@ TILE = 16
 DIGIT_STEP = 64  # components of a tile
 
 
+def code_buffer(num_tokens: int, num_components: int) -> NDArray[np.int16]:
+    """Zeros for codes `[:num_tokens, :num_components]`, with the spare rows and columns that the compiled loops use."""
+    return np.zeros((num_tokens + ROWS, -(-num_components // DIGIT_STEP) * DIGIT_STEP), np.int16)
+
+
 def product_reference(codes: NDArray[np.int16], rows: NDArray[np.int16]) -> NDArray[np.int32]:
     """`codes @ rows` modulo 2**32: `[num_tokens, num_channels]`. float64 holds each sum exactly."""
     sums = codes.astype(np.float64) @ rows.astype(np.float64)

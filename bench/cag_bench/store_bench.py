@@ -1,0 +1,240 @@
+"""`cag bench store`: how fast codecs encode and decode, and what a load takes against its reading and its decoding.
+
+A loaded engine, a corpus and codecs in; a row a codec and a table out. One prefill gives the keys and values of all.
+From memory to memory codecs are called as the store calls them, without its files; loads go through the store's reader,
+with the files in the page cache and with them dropped from it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cag.chunks import PrefixChunks
+from cag.engine import Engine
+from cag.errors import UsageError
+from cag.resident import storage_view
+from cag_bench.codec_list import codec_label, parse_codecs
+from cag_bench.cores import can_pin, on_cores
+from cag_bench.corpus import BenchCorpus
+from cag_bench.errors import WrongValues
+from cag_bench.figures import paired_ratio, percentiles
+from cag_bench.provenance import commit, load_average, machine_facts, versions
+from cag_bench.quality import ready_codecs, warm_up
+from cag_bench.quality_corpus import cut_corpus
+from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
+from cag_bench.store_table import markdown, notes
+from cag_store import ROOT, ChunkContext, ChunkEntry, Codec, Store
+from cag_store.codecs import EncodedSegment, Side, layer_groups
+from cag_store.paths import chunk_path
+
+CODECS = ("lossless", "int8", "int4", "transform@-580", "transform@-515", "transform@-445")
+ENCODE_SAMPLES = 3  # at most: encoding takes seconds, and its time is compared with that of a prefill
+SIDES: tuple[Side, Side] = ("keys", "values")
+Progress = Callable[[str, int, int], None]
+Buffers = list[tuple[NDArray[Any], NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """codecs: as `parse_codecs` gives them. cores: on how many the codecs are timed. num_samples: of each timing."""
+
+    codecs: Sequence[dict[str, Any]] = tuple(parse_codecs(CODECS))
+    num_tokens: int = 6144
+    cores: Sequence[int] = (1, 2)
+    num_samples: int = 7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.cores or min(self.num_tokens, self.num_samples, *self.cores) < 1:
+            raise UsageError("tokens, samples and cores must be at least 1.")
+
+
+def run_store(
+    engine: Engine, corpus: BenchCorpus, options: StoreOptions, directory: Path, progress: Progress
+) -> dict[str, Any]:
+    """Measure every codec and write the files; the object that `--json` prints. Raises: UsageError; StoreError."""
+    origin = {"machine": machine_facts(engine.model), "commit": commit(), "versions": versions()}
+    rows: list[dict[str, Any]] = []
+    with ResultRows(directory, origin) as results, engine.store.build_lease():
+        progress("prepare codecs", 0, 0)
+        codecs, _ = ready_codecs(engine, options.codecs)
+        warm_up(engine)
+        ids = cut_corpus(engine.model, corpus.documents, options.num_tokens).layout.token_ids
+        chunks = PrefixChunks(engine.model, engine.store, ids, engine.model.new_state(capacity=len(ids)))
+        progress("prefill", 0, 0)
+        chunks.compute(lambda _: None)
+        for number, codec in enumerate(codecs):
+            progress("measure, codecs", number, len(codecs))
+            row = TimedCodec(chunks, codec, options).row()
+            results.write_row("store", row)
+            rows.append(row)
+        facts = {"model": engine.model.model_id, "num_tokens": len(ids), "load_average": load_average()}
+        facts |= {"cores_bound": can_pin(), "options": {"num_samples": options.num_samples, "seed": options.seed}}
+        results.write_run(facts)
+    summary = origin | facts | {"rows": rows, "notes": notes(rows, can_pin())}
+    write_json(directory / SUMMARY, summary)
+    (directory / TABLE).write_text(markdown(summary), encoding="utf-8")
+    return summary
+
+
+class TimedCodec:
+    """One codec over the keys and values that `chunks` holds."""
+
+    def __init__(self, chunks: PrefixChunks, codec: dict[str, Any], options: StoreOptions) -> None:
+        self._chunks, self._options, self._config = chunks, options, codec
+        self._store: Store = chunks.store
+        self._context: ChunkContext = chunks.context(codec)
+        tail = chunks.state.tail
+        self._arrays: Buffers = [
+            (storage_view(k), storage_view(v)) for k, v in zip(tail.keys, tail.values, strict=True)
+        ]
+        self._buffers: Buffers = [(np.zeros_like(keys), np.zeros_like(values)) for keys, values in self._arrays]
+
+    def row(self) -> dict[str, Any]:
+        """All figures of the codec."""
+        codec, options = self._store.codec(self._config), self._options
+        encoded = self._encoded(codec, 1)  # compiles and prepares too
+        raw_bytes = sum(array.nbytes for pair in self._arrays for array in pair)
+        segments = self._segments(encoded)
+        self._decode(codec, segments, 1)
+        encode, decode = {}, {}
+        for cores in options.cores:
+            with on_cores(cores):
+                encode[cores] = self._timed(partial(self._encoded, codec, cores), ENCODE_SAMPLES)
+                decode[cores] = self._timed(partial(self._decode, codec, segments, cores))
+        most = max(options.cores)
+        loads = self._loads(partial(self._decode, codec, segments, most))
+        return {
+            "codec": self._config,
+            "label": codec_label(self._config),
+            "raw_bytes": raw_bytes,
+            "encoded_bytes": sum(len(data) for data in encoded.values()),
+            "encode": {str(cores): _figures(samples, raw_bytes) for cores, samples in encode.items()},
+            "decode": {str(cores): _figures(samples, raw_bytes) for cores, samples in decode.items()},
+            "load_average": load_average(),
+            **loads,
+        }
+
+    def _timed(self, work: Callable[[], object], most: int | None = None) -> list[float]:
+        return [_seconds(work) for _ in range(min(self._options.num_samples, most or self._options.num_samples))]
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        size, total = self._context.chunk_tokens, self._chunks.num_tokens
+        return ((start, min(start + size, total)) for start in range(0, total, size))
+
+    def _encoded(self, codec: Codec, num_threads: int) -> dict[tuple[int, int, int], bytes]:
+        """Segments by first token, first layer and side."""
+
+        def encode(start: int, end: int, first: int, last: int, side: int) -> bytes:
+            arrays = [self._arrays[layer][side][:, start:end] for layer in range(first, last)]
+            return codec.encode_layers(arrays, self._context.dtype, SIDES[side], first, start)
+
+        groups = layer_groups(len(self._arrays), codec.joint_layers)
+        places = [(*span, *group, side) for span in self._spans() for group in groups for side in (0, 1)]
+        with ThreadPoolExecutor(num_threads) as pool:
+            found = pool.map(lambda place: encode(*place), places)
+            return {(place[0], place[2], place[4]): data for place, data in zip(places, found, strict=True)}
+
+    def _segments(self, encoded: dict[tuple[int, int, int], bytes]) -> list[list[EncodedSegment]]:
+        """Of each chunk, with where they are decoded to."""
+        joint = self._store.codec(self._config).joint_layers
+        return [
+            [
+                EncodedSegment(memoryview(data), self._outs(start, end, first, joint, side), SIDES[side], first, start)
+                for (at, first, side), data in encoded.items()
+                if at == start
+            ]
+            for start, end in self._spans()
+        ]
+
+    def _outs(self, start: int, end: int, first: int, joint: int, side: int) -> tuple[NDArray[Any], ...]:
+        return tuple(pair[side][:, start:end] for pair in self._buffers[first : first + joint])
+
+    def _decode(self, codec: Codec, segments: list[list[EncodedSegment]], num_threads: int) -> None:
+        with ThreadPoolExecutor(num_threads) as pool:
+            for _ in pool.map(codec.decode_segments, segments):
+                pass
+
+    def _loads(self, decode: Callable[[], None]) -> dict[str, Any]:
+        """Loads through the store, in turn with reading alone and decoding alone."""
+        entries: list[ChunkEntry] = []
+        for start, _ in self._spans():
+            entries.append(self._chunks.put(self._context, entries[-1].key if entries else ROOT, start))
+        paths = [chunk_path(entry.key) for entry in entries]
+        self._store.forget_codec(self._config)
+        decode()
+        expected = [(keys.copy(), values.copy()) for keys, values in self._buffers]
+        first_s = _seconds(partial(self._load, entries))
+        self._check(expected)
+        taken: dict[str, list[float]] = {name: [] for name in ("read_cold", "load_cold", "load_warm", "decode")}
+        dropped = True
+        for _ in range(self._options.num_samples):
+            dropped &= self._dropped(paths)
+            taken["read_cold"].append(_seconds(partial(self._read, paths)))
+            dropped &= self._dropped(paths)
+            taken["load_cold"].append(_seconds(partial(self._load, entries)))
+            taken["load_warm"].append(_seconds(partial(self._load, entries)))
+            taken["decode"].append(_seconds(decode))
+        longer = [max(pair) for pair in zip(taken["read_cold"], taken["decode"], strict=True)]
+        pairs = list(zip(taken["load_cold"], longer, strict=True))
+        return {
+            "stored_bytes": sum(entry.stored_bytes for entry in entries),
+            "page_cache_dropped": dropped,
+            "first_load_s": first_s,
+            "seconds": {name: {**(percentiles(v) or {}), "samples": v} for name, v in taken.items()},
+            "cold_over_longer": paired_ratio(pairs, self._options.seed),
+        }
+
+    def _dropped(self, paths: Sequence[str]) -> bool:
+        dropped = [self._store.backend.drop_page_cache(path) for path in paths]  # of all, whatever the first says
+        return all(dropped)
+
+    def _load(self, entries: Sequence[ChunkEntry]) -> None:
+        with self._store.chunk_reader(entries, self._context) as reader:
+            reader.load(self._buffers)
+
+    def _check(self, expected: Buffers) -> None:
+        """Raises: `WrongValues` unless the store gave back what was decoded from memory."""
+        for layer, pairs in enumerate(zip(expected, self._buffers, strict=True)):
+            if not all(np.array_equal(*sides) for sides in zip(*pairs, strict=True)):
+                label = codec_label(self._config)
+                raise WrongValues(
+                    f"{label}: the store gave back other numbers of layer {layer} than were decoded from memory.",
+                    hint="The run was stopped: its times would not be those of a cache.",
+                    codec=label,
+                    layer=layer,
+                )
+
+    def _read(self, paths: Sequence[str]) -> None:
+        """Every byte of the files, by as many threads as a load has."""
+        sizes = {path: self._store.backend.stat(path).size_bytes for path in paths}
+        held = threading.local()
+
+        def read(path: str) -> None:
+            if not hasattr(held, "buffer"):
+                held.buffer = memoryview(bytearray(max(sizes.values())))
+            self._store.backend.get_range_into(path, 0, held.buffer[: sizes[path]])
+
+        with ThreadPoolExecutor(self._store.workers + 1) as pool:
+            list(pool.map(read, paths))
+
+
+def _figures(samples: list[float], raw_bytes: int) -> dict[str, Any]:
+    found = percentiles(samples) or {}
+    return {**found, "raw_gb_per_s": raw_bytes / found["p50"] / 1e9, "samples": samples}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin

@@ -1,0 +1,68 @@
+"""Rows of `cag bench store` as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+def header(summary: Mapping[str, Any]) -> list[str]:
+    """Columns: encode and decode for each number of cores, then loads."""
+    cores = list(summary["rows"][0]["encode"]) if summary["rows"] else []
+    speeds = [f"{work}, {count} core{'s' if count != '1' else ''}" for work in ("encode", "decode") for count in cores]
+    loads = ["read cold", "load cold", "load warm", "first load", "cold load / longer of reading and decoding"]
+    return ["codec", "MB", "raw / stored", *speeds, *loads]
+
+
+def table_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A row a codec: GB of raw keys and values a second, milliseconds."""
+    for row in summary["rows"]:
+        speeds = [f"{row[work][count]['raw_gb_per_s']:.2f}" for work in ("encode", "decode") for count in row[work]]
+        times = [f"{1e3 * row['seconds'][name]['p50']:.0f}" for name in ("read_cold", "load_cold", "load_warm")]
+        ratio = row["cold_over_longer"]
+        interval = "" if ratio["ci95"] is None else f" [{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}]"
+        size = row["stored_bytes"]
+        yield [
+            row["label"],
+            f"{size / 1e6:.1f}",
+            f"{row['raw_bytes'] / size:.2f}",
+            *speeds,
+            *times,
+            f"{1e3 * row['first_load_s']:.0f}",
+            f"{ratio['p50']:.2f}{interval} ({ratio['n']})",
+        ]
+
+
+def notes(rows: Sequence[Mapping[str, Any]], bound: bool) -> list[str]:
+    """What a reader must know beside the figures."""
+    found = [
+        "Speeds are GB of uncompressed keys and values a second, from memory to memory, medians; encoding is of all "
+        "layers and chunks, without what a codec prepares once.",
+        "Milliseconds are medians. A load opens, verifies and decodes into buffers that were touched before; the first "
+        "load is warm, and has what a codec prepares from its basis in it.",
+        "The ratio is taken sample by sample; reading alone is by as many threads as a load has.",
+    ]
+    if not bound:
+        found.append("Threads cannot be bound to cores here: the numbers of cores are those of threads.")
+    kept = [row["label"] for row in rows if not row["page_cache_dropped"]]
+    if kept:
+        found.append(f"The page cache could NOT be dropped before every cold sample of: {', '.join(kept)}.")
+    else:
+        found.append("The page cache was dropped for the cache's files before each cold sample.")
+    return found
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The table with what it was measured on above and the notes below."""
+    machine = summary["machine"]
+    lines = [
+        "# Codecs and loads",
+        "",
+        f"- machine: {machine['processor']}, {machine['cores']} cores",
+        f"- code: {summary['commit']}",
+        f"- keys and values: {summary['model']}, {summary['num_tokens']} tokens",
+        "",
+    ]
+    columns = header(summary)
+    lines += [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *table_rows(summary))]
+    return "\n".join([*lines, "", *(f"- {note}" for note in summary["notes"])]) + "\n"

@@ -1,0 +1,86 @@
+"""Speeds of codecs and loads on a tiny model: the figures are those of work that was done, and right."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cag.errors import UsageError
+from cag_bench.cli import app
+from cag_bench.codec_list import parse_codecs
+from cag_bench.cores import can_pin, on_cores
+from cag_bench.corpus import read_corpus
+from cag_bench.store_bench import StoreOptions, TimedCodec, run_store
+
+
+@pytest.fixture
+def summary(tiny_engine, corpus_dir, tmp_path):
+    options = StoreOptions(parse_codecs(["lossless", "int8", "int4"]), 1200, (1, 2), num_samples=3)
+    return run_store(tiny_engine, read_corpus([str(corpus_dir)]), options, tmp_path / "out", lambda *_: None)
+
+
+def test_every_figure_has_its_samples_and_its_bytes(summary, tiny_engine):
+    rows = {row["label"]: row for row in summary["rows"]}
+    assert list(rows) == ["lossless", "int8", "int4"]
+    raw_bytes = summary["num_tokens"] * tiny_engine.model.kv_bytes_per_token
+    for row in rows.values():
+        assert row["raw_bytes"] == raw_bytes
+        assert 0 < row["encoded_bytes"] < row["stored_bytes"]
+        for work in ("encode", "decode"):
+            assert list(row[work]) == ["1", "2"]
+            for figure in row[work].values():
+                assert len(figure["samples"]) == 3
+                assert figure["raw_gb_per_s"] == pytest.approx(raw_bytes / figure["p50"] / 1e9)
+        assert {len(times["samples"]) for times in row["seconds"].values()} == {3}
+        times = {name: row["seconds"][name]["samples"] for name in ("load_cold", "read_cold", "decode")}
+        ratios = [cold / max(read, decode) for cold, read, decode in zip(*times.values(), strict=True)]
+        assert row["cold_over_longer"]["p50"] == pytest.approx(np.median(ratios))
+        assert row["cold_over_longer"]["n"] == 3
+    assert rows["int4"]["encoded_bytes"] < rows["int8"]["encoded_bytes"] < rows["lossless"]["encoded_bytes"]
+
+
+def test_whether_the_page_cache_was_dropped_is_said(tiny_engine, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tiny_engine.store.backend), "drop_page_cache", lambda *_: False)
+    options = StoreOptions(parse_codecs(["int8"]), 1200, (1,), num_samples=1)
+    summary = run_store(tiny_engine, read_corpus([str(corpus_dir)]), options, tmp_path / "out", lambda *_: None)
+    assert summary["rows"][0]["page_cache_dropped"] is False
+    assert "could NOT be dropped" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_store_that_gives_back_other_values_is_not_timed(tiny_engine, corpus_dir, tmp_path, monkeypatch):
+    load = TimedCodec._load
+
+    def damaged(self, entries):
+        load(self, entries)
+        self._buffers[0][0][0, 0] += 1
+
+    monkeypatch.setattr(TimedCodec, "_load", damaged)
+    with pytest.raises(RuntimeError, match="other numbers of layer 0"):
+        options = StoreOptions(parse_codecs(["int8"]), 1200, (1,), num_samples=1)
+        run_store(tiny_engine, read_corpus([str(corpus_dir)]), options, tmp_path / "out", lambda *_: None)
+
+
+@pytest.mark.skipif(not can_pin(), reason="threads cannot be bound to cores here")
+def test_threads_are_bound_and_set_free_again():
+    before = os.sched_getaffinity(0)
+    with on_cores(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
+
+
+def test_the_command(tiny_model_dir, bench_home, corpus_dir, tmp_path):
+    arguments = ["store", "--corpus", corpus_dir, "--model", tiny_model_dir, "--out", tmp_path / "out"]
+    arguments += ["--codec", "int8", "--samples", 2, "--cores", "1"]
+    done = CliRunner().invoke(app, [str(part) for part in [*arguments, "--json"]])
+    assert done.exit_code == 0, done.output
+    assert [row["label"] for row in json.loads(done.stdout)["rows"]] == ["int8"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["store", "run"]
+    assert all({"machine", "commit", "versions"} <= set(line) for line in lines)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    wrong = CliRunner().invoke(app, [str(part) for part in [*arguments, "--samples", "0"]])
+    assert isinstance(wrong.exception, UsageError)
