@@ -84,8 +84,9 @@ class RecordedForwards:
         owner, place = getattr(tail, "pool", tail), batch.sides(0)[0].data_ptr()
         if self._places.setdefault(owner, place) != place:
             self._places[owner] = place
-            for key in [key for key in self._found if key[0] == id(owner)]:
-                del self._found[key]
+            for key in list(self._found):  # a copy: an owner may go at any moment, and takes its recordings along
+                if key[0] == id(owner):
+                    self._found.pop(key, None)
         return owner
 
     def _record(self, batch: Batch, max_pages: int, size: int, num_layers: int | None) -> _Recording | None:

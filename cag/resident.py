@@ -231,8 +231,9 @@ class ResidentPrefix:
 
         With `in_codes` the prefix takes the bytes of its codec where that has codes to attend to, on a CPU.
 
-        With `overlap` a layer can be used as soon as it is there. Without it, all layers become usable together: where
-        loading needs the very cores that the forward runs on, one after the other is sooner.
+        With `overlap` a layer can be used as soon as it is there, and the first ones come soon. Without it, `segments`
+        gives all layers together: where loading needs the very cores that the forward runs on, one after the other is
+        sooner.
         """
         token_ids = reader.token_ids().astype(np.int64)
         coded = reader.coded_shapes() if in_codes and device.type == "cpu" and dtype == torch.bfloat16 else None

@@ -49,10 +49,13 @@ def prefix_paths(device: torch.device) -> dict[str, str]:
     """What serves each operation on prefixes on `device`, for reports: operation -> implementation."""
     on_device = triton_runs_on(device)
     kernel = "Triton" if on_device else "torch"
-    tails = "compiled, all sessions at once" if device.type == "cpu" and has_numba() else "torch, session by session"
+    compiled = device.type == "cpu" and has_numba()
+    tails = "compiled, all sessions at once" if compiled else "torch, session by session"
+    codes = "compiled, dequantized a stretch at a time" if compiled else "torch, dequantized as a whole"
     return {
+        "layers of a Llama, few rows": "compiled, recorded once" if compiled else "the network's own",
         "prefix, 16 bits": "Triton or flash-attn, split" if on_device else "as prefill, question and answer",
-        "prefix, 8 and 4 bits": f"{kernel}, dequantized in the tile" if on_device else "torch, dequantized as a whole",
+        "prefix, 8 and 4 bits": f"{kernel}, dequantized in the tile" if on_device else codes,
         "tails in pages": f"{kernel}, all sessions at once" if on_device else tails,
         "quantize, rotate, decode": kernel,
     }
