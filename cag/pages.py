@@ -139,7 +139,8 @@ class PagedTail:
 
     def gathered(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The first tokens of a layer, `[num_kv_heads, num_tokens, head_dim]`, copied."""
-        pages = torch.as_tensor(self.pages[: -(-num_tokens // self.page_tokens)], device=self.pool.keys[layer].device)
+        used = self.pages[: -(-num_tokens // self.page_tokens)]
+        pages = torch.tensor(used, dtype=torch.long, device=self.pool.keys[layer].device)
         whole = (side[pages].transpose(0, 1).flatten(1, 2)[:, :num_tokens] for side in self.sides(layer))
         keys, values = whole
         return keys, values

@@ -327,3 +327,7 @@ class ResidentPrefix:
     def wait(self) -> None:
         """Wait until all layers are there."""
         self.segments(len(self._ready) - 1)
+
+    def wait_quietly(self) -> None:
+        """Wait until loading has ended, whatever came of it."""
+        self._ready[-1].wait()

@@ -87,14 +87,11 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
 ) -> None:
     """Each kernel against its references and the floor of the bytes that it moves; checked before it is timed."""
-    from cag.errors import UsageError
     from cag.runtime import choose_device
     from cag_bench.kernels import KernelOptions, run_kernels
     from cag_bench.progress import ConsoleProgress
 
-    if not all(part.strip().isdigit() for part in sessions.split(",")):
-        raise UsageError(f"--sessions is {sessions!r}, not numbers with commas between.")
-    options = KernelOptions(prefix_tokens, [int(part) for part in sessions.split(",")], samples, seed)
+    options = KernelOptions(prefix_tokens, _numbers("sessions", sessions), samples, seed)
     folder = out or Path("results") / f"kernels-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with ConsoleProgress() as progress:
         summary = run_kernels(choose_device(device), options, folder, progress)
@@ -132,7 +129,7 @@ def quality(
     from cag_bench.quality import QualityOptions, run_quality
     from cag_bench.quality_table import markdown
 
-    options = QualityOptions(parse_codecs(codec or LADDER), tokens, _numbers("max-kl", max_kl))
+    options = QualityOptions(parse_codecs(codec or LADDER), tokens, _floats("max-kl", max_kl))
     corpora = [read_corpus([path]) for path in corpus]
     folder = out or Path("results") / f"quality-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
@@ -170,8 +167,7 @@ def store_command(
     from cag_bench.store_bench import CODECS, StoreOptions, run_store
     from cag_bench.store_table import markdown
 
-    counts = [int(count) for count in _numbers("cores", cores)]
-    options = StoreOptions(parse_codecs(codec or CODECS), tokens, counts, samples, seed)
+    options = StoreOptions(parse_codecs(codec or CODECS), tokens, _counts("cores", cores), samples, seed)
     documents = read_corpus(corpus)
     folder = out or Path("results") / f"store-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
@@ -181,13 +177,67 @@ def store_command(
     typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
 
 
-def _numbers(name: str, text: str) -> list[float]:
+@app.command()
+def serve(
+    corpus: Annotated[list[str], typer.Option(help="Folder, file or JSON lines of documents; may be repeated.")],
+    questions: Annotated[Path, typer.Option(help="JSON lines: question; may be gzip.")],
+    sessions: Annotated[str, typer.Option(help="How many at once; comma-separated.")] = "1,4,16",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of every answer; stop tokens are not heeded.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Of all sizes, alone and together.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/serve-TIME]")] = None,
+    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
+    codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "lossless",
+    store: Annotated[
+        Path | None, typer.Option(help="Store to build in and to reuse.  [default: a temporary one in --out]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+) -> None:
+    """Many sessions on one prefix, together against one by one: tokens a second and first tokens, answers compared."""
+    from cag.engine import Engine
+    from cag.models import DEFAULT_MODEL
+    from cag_bench.corpus import read_corpus
+    from cag_bench.progress import ConsoleProgress
+    from cag_bench.questions import load_questions
+    from cag_bench.serve import ServeOptions, markdown, run_serve
+    from cag_store import codec_from_config
+
+    options = ServeOptions(_counts("sessions", sessions), max_tokens, rounds, seed, codec)
+    codec_from_config(codec)
+    asked, documents = load_questions(questions), read_corpus(corpus)
+    folder = out or Path("results") / f"serve-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
+        progress("load model", 0, 0)
+        engine = Engine.load(
+            model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
+        )
+        summary = run_serve(engine, documents, asked, options, folder, progress)
+    if as_json:
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        typer.echo(markdown(summary))
+        typer.echo(f"Results: {folder}")
+
+
+def _floats(option: str, text: str) -> list[float]:
+    """Numbers with commas between. Raises: UsageError."""
     from cag.errors import UsageError
 
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"--{name} is {text!r}, not numbers with commas between.") from error
+        raise UsageError(f"--{option} is {text!r}, not numbers with commas between.") from error
+
+
+def _counts(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between. Raises: UsageError."""
+    from cag.errors import UsageError
+
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise UsageError(f"--{option} is {text!r}, not numbers with commas between.")
+    return [int(part) for part in text.split(",")]
 
 
 @contextmanager

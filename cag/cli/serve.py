@@ -20,6 +20,7 @@ from cag.cli.options import (
     given,
 )
 from cag.cli.output import note, note_configuration, print_json
+from cag.cli.quantities import size_bytes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,7 +48,17 @@ def serve(
         list[str] | None,
         typer.Option("--api-key", envvar="CAG_API_KEY", help="Key that clients must send; may be repeated."),
     ] = None,
-    slots: Annotated[int | None, typer.Option("--slots", help="Answers at the same time.", min=1)] = None,
+    max_resident_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--max-resident-bytes",
+            help="Of open caches, e.g. 8GB; unused ones are closed for room.",
+            parser=size_bytes,
+            metavar="SIZE",
+            show_default="no limit",
+        ),
+    ] = None,
+    slots: Annotated[int | None, typer.Option("--slots", help="Answers at the same time.", min=1, max=64)] = None,
     queue: Annotated[int | None, typer.Option("--queue", help="Requests that may wait for a slot.", min=0)] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Of an answer whose request does not say.", min=1)
@@ -62,6 +73,7 @@ def serve(
         **given(
             preload=tuple(preload or ()),
             api_keys=tuple(api_key or ()),
+            max_resident_bytes=max_resident_bytes,
             num_slots=slots,
             max_waiting=queue,
             default_max_tokens=max_tokens,

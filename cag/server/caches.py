@@ -1,7 +1,9 @@
 """Caches that stay open between requests, counted by who uses them.
 
 A cache is opened by its first request and stays. When its name means another manifest, requests from then on use the
-new one; the old one is closed when its last request has ended. Safe to use from several threads.
+new one; the old one is closed when its last request has ended. Within a limit of bytes, a cache that needs room closes
+those that nobody uses, the ones first that cost least to load again for the bytes they hold and were used longest ago.
+Safe to use from several threads.
 """
 
 from __future__ import annotations
@@ -13,18 +15,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cag.engine import Engine
+from cag.errors import InsufficientResources, QueueFull
 from cag.prefix import Prefix
 from cag_store import utc_now
 from cag_store.errors import EntryNotFound, StoreError
 
+RETRY_S = 1  # a cache in use is given back with the answer that uses it
 
-@dataclass
+
+@dataclass(eq=False)
 class _Held:
     """An open prefix with the number of requests that use it; a retired one is closed with the last of them."""
 
     prefix: Prefix
     users: int = 0
     retired: bool = False
+    worth: float = 0.0  # the least goes first
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its keys and values."""
+        return self.prefix.resident.num_bytes
+
+    @property
+    def cost(self) -> float:
+        """Seconds that loading it again would take, a byte of it; all are alike until they are loaded."""
+        return self.prefix.resident.load_s / max(1, self.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -36,12 +52,21 @@ class CacheUse:
 
 
 class ResidentCaches:
-    """The open caches of an engine, by name."""
+    """The open caches of an engine, by name; `max_bytes` of them, keys and values counted, None for no limit.
 
-    def __init__(self, engine: Engine) -> None:
+    What a cache is worth is GreedyDual's: its cost a byte, above the worth of the last one that had to go.
+    Source: Cao and Irani, Cost-aware WWW proxy caching algorithms, USITS 1997.
+    """
+
+    def __init__(self, engine: Engine, max_bytes: int | None = None) -> None:
         self._engine = engine
+        self._max_bytes = max_bytes
+        self._level = 0.0  # worth of the last cache that was closed for room
+        self.num_evicted = 0
         self._held: dict[str, _Held] = {}
+        self._leaving: list[_Held] = []  # retired, and still in use
         self._lock = threading.Lock()
+        self._room = threading.Lock()
 
     @contextmanager
     def use(self, name: str) -> Iterator[CacheUse]:
@@ -50,6 +75,8 @@ class ResidentCaches:
         Raises:
             CacheNotFound, CacheMismatch, StoreError: as `Engine.open`. A cache that fails while it is used is retired,
                 so that the next request loads it again.
+            InsufficientResources: the cache is larger than all that may be resident.
+            QueueFull: those in use leave no room for it now.
         """
         held, opened_at = self._take(name)
         try:
@@ -80,7 +107,7 @@ class ResidentCaches:
     def num_bytes(self) -> int:
         """Bytes of keys and values of the open caches."""
         with self._lock:
-            return sum(held.prefix.resident.num_bytes for held in self._held.values())
+            return self._bytes_held()
 
     def drop(self, name: str) -> None:
         """Close `name` as soon as nobody uses it. The next request opens it again, if it exists."""
@@ -104,7 +131,57 @@ class ResidentCaches:
                 return held, None
         if digest is None:
             self.drop(name)
-        return self._install(name, _Held(self._engine.open(name))), begin
+        opened = _Held(self._engine.open(name))
+        with self._room:  # one at a time: what is free must not be given to two
+            try:
+                self._make_room(name, opened)
+            except BaseException:
+                opened.prefix.resident.wait_quietly()  # its memory is being written to
+                opened.prefix.close()
+                raise
+            return self._install(name, opened), begin
+
+    def _bytes_held(self) -> int:
+        """Of all that is open, what only waits for its last request included. The lock is held by the caller."""
+        every = {id(held.prefix.resident): held.num_bytes for held in (*self._held.values(), *self._leaving)}
+        return sum(every.values())
+
+    def _make_room(self, name: str, opened: _Held) -> None:
+        """Close caches that nobody uses until `opened` fits. Raises: InsufficientResources, QueueFull."""
+        if self._max_bytes is None:
+            return
+        needed = opened.num_bytes
+        if needed > self._max_bytes:
+            raise InsufficientResources(
+                f"cache {name!r} takes {needed:,} bytes, more than the {self._max_bytes:,} that may be resident.",
+                hint="Raise --max-resident-bytes, or build it with a smaller codec.",
+            )
+        while (victim := self._victim(name, opened)) is not None:
+            self.num_evicted += 1
+            self.drop(victim)
+
+    def _victim(self, name: str, opened: _Held) -> str | None:
+        """Whom to close next so that `opened` fits; None if it does."""
+        assert self._max_bytes is not None
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None and held.prefix.digest == opened.prefix.digest:
+                return None  # another thread has opened it meanwhile: it is the same memory
+            if held is not None and held.users == 0:  # the older version goes anyway
+                return name
+            missing = self._bytes_held() + opened.num_bytes - self._max_bytes
+            unused = {other: one for other, one in self._held.items() if one.users == 0}
+            if missing <= 0:
+                return None
+            if sum(one.num_bytes for one in unused.values()) < missing:
+                raise QueueFull(
+                    f"the caches in use leave no room for {name!r} within {self._max_bytes:,} bytes.",
+                    hint=f"Try again in {RETRY_S} s.",
+                    retry_after_s=RETRY_S,
+                )
+            victim = min(unused, key=lambda other: unused[other].worth)
+            self._level = max(self._level, unused[victim].worth)
+            return victim
 
     def _digest(self, name: str) -> str | None:
         """Digest of what `name` means now; None when it means nothing."""
@@ -131,6 +208,8 @@ class ResidentCaches:
             if self._held.get(name) is held:
                 del self._held[name]
             unused = held.users == 0 and not held.retired
+            if held.users and not held.retired:
+                self._leaving.append(held)
             held.retired = True
         if unused:
             held.prefix.close()
@@ -138,6 +217,9 @@ class ResidentCaches:
     def _give_back(self, held: _Held) -> None:
         with self._lock:
             held.users -= 1
+            held.worth = self._level + held.cost
             unused = held.users == 0 and held.retired
+            if unused and held in self._leaving:
+                self._leaving.remove(held)
         if unused:
             held.prefix.close()

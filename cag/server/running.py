@@ -10,6 +10,7 @@ leaves at the next step, and its slot is free when it has left.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,7 @@ class AnswerRun:
         self.question = question
         self._at = workplace
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._cancelled = False
+        self._cancelled = threading.Event()
         self._request: Request | None = None
         self._first: Event = ""
         self._answer: Answer | None = None
@@ -103,7 +104,7 @@ class AnswerRun:
 
     def cancel(self) -> None:
         """Leave at the next step, if it is still running."""
-        self._cancelled = True
+        self._cancelled.set()
         if self._request is not None:
             self._request.cancel()
 
@@ -150,10 +151,10 @@ class AnswerRun:
             stream = use.prefix.session().stream(
                 question.text, question.options, started_at=use.opened_at, history=question.history
             )
-            if self._cancelled:
+            if self._cancelled.is_set():
                 return None
             self._request = stream.submit(self._at.loop.scheduler, show)
-            if self._cancelled:  # meanwhile
+            if self._cancelled.is_set():  # meanwhile
                 self._request.cancel()
             return stream.finish(self._request)
 

@@ -31,7 +31,7 @@ class AnswerService:
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.caches = ResidentCaches(engine)
+        self.caches = ResidentCaches(engine, settings.max_resident_bytes)
         self.slots = Slots(settings.num_slots, settings.max_waiting)
         self.metrics = ServerMetrics()
         self.runs: set[AnswerRun] = set()
@@ -78,4 +78,5 @@ class AnswerService:
         gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_resident_caches", "Open caches.", lambda: self.caches.num_resident)
+        gauge("cag_evicted_caches", "Caches that were closed for room.", lambda: self.caches.num_evicted)
         gauge("cag_resident_bytes", "Bytes of their keys and values.", lambda: self.caches.num_bytes)

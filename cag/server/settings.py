@@ -11,7 +11,8 @@ class ServerSettings(BaseModel):
     Attributes:
         api_keys: any of them opens `/v1`; none: `/v1` is open to all.
         preload: names of caches to load before `/readyz` says ready.
-        num_slots: answers that are computed at the same time; their forwards take turns.
+        max_resident_bytes: of keys and values of open caches; None: no limit. See `ResidentCaches`.
+        num_slots: answers that are computed at the same time; they share forwards.
         max_waiting: requests that may wait for a slot; one more is refused with 429.
         default_max_tokens: of an answer whose request does not say.
         max_body_bytes: of a request.
@@ -21,7 +22,8 @@ class ServerSettings(BaseModel):
 
     api_keys: tuple[SecretStr, ...] = ()
     preload: tuple[str, ...] = ()
-    num_slots: int = Field(default=4, ge=1)
+    max_resident_bytes: int | None = Field(default=None, ge=1)
+    num_slots: int = Field(default=16, ge=1, le=64)
     max_waiting: int = Field(default=64, ge=0)
     default_max_tokens: int = Field(default=512, ge=1)
     max_body_bytes: int = Field(default=8 << 20, ge=1)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from cag.errors import UsageError
+from cag.errors import InsufficientResources, QueueFull, UsageError
 from cag.server.caches import ResidentCaches
 from cag_store.errors import CorruptEntry
 
@@ -85,3 +85,76 @@ def test_threads_that_open_the_same_cache_share_it(caches, engine, monkeypatch):
     assert len(set(map(id, used))) == 1
     assert sum(is_closed(prefix) for prefix in opened) == 3
     assert not is_closed(used[0])
+
+
+def bytes_of(caches, name):
+    with caches.use(name) as use:
+        use.prefix.resident.wait()
+        return use.prefix.resident.num_bytes
+
+
+def test_within_a_limit_unused_caches_make_room(engine, copy_of):
+    sizes = {}
+    free = ResidentCaches(engine)
+    for name in ("handbook", "manual"):
+        sizes[name] = bytes_of(free, name)
+    free.close()
+    caches = ResidentCaches(engine, max_bytes=max(sizes.values()))
+    for name in ("handbook", "manual", "handbook"):
+        assert bytes_of(caches, name) == sizes[name]
+        assert caches.num_resident == 1
+        assert caches.num_bytes <= max(sizes.values())
+    assert caches.num_evicted == 2
+    with caches.use("handbook"), pytest.raises(QueueFull, match="in use"), caches.use("manual"):
+        pass
+    assert bytes_of(caches, "manual") == sizes["manual"]  # given back, so there is room
+    caches.close()
+
+
+def test_a_cache_larger_than_the_limit_is_refused_and_harms_nobody(engine):
+    caches = ResidentCaches(engine, max_bytes=10)
+    with pytest.raises(InsufficientResources, match="max-resident-bytes"), caches.use("handbook"):
+        pass
+    assert (caches.num_resident, caches.num_bytes) == (0, 0)
+
+
+def test_the_cheapest_to_load_again_goes_first_and_old_ones_do_not_stay_for_ever(engine, copy_of):
+    """What is dear to load outlives several cheap ones that were used later, and goes in the end."""
+    names = ["handbook", "manual"]
+    free = ResidentCaches(engine)
+    sizes = [bytes_of(free, name) for name in names]
+    free.close()
+    caches = ResidentCaches(engine, max_bytes=sum(sizes))
+    for name, seconds in zip(names, (5.0, 0.5), strict=True):
+        with caches.use(name) as use:
+            use.prefix.resident.wait()
+            use.prefix.resident.load_s = seconds
+    third = engine.find("manual")[1]
+    engine.build([engine.store.backend.root.parent / "handbook.txt"], name="third", system_text="Other words.")
+    try:
+        assert engine.find("third")[1].digest != third.digest
+        caches._max_bytes = sum(sizes) + sizes[0]
+        bytes_of(caches, "third")
+        caches._max_bytes = caches.num_bytes
+        engine.build([engine.store.backend.root.parent / "manual.txt"], name="fourth", system_text="Yet other words.")
+        bytes_of(caches, "fourth")
+        held = set(caches._held)
+        assert "handbook" in held
+        assert "fourth" in held
+        assert "manual" not in held or "third" not in held
+    finally:
+        caches.close()
+        for name in ("third", "fourth"):
+            engine.store.remove(name)
+
+
+def test_a_version_that_is_being_used_up_still_counts(engine, copy_of):
+    copy_of("handbook", "counted")
+    caches = ResidentCaches(engine)
+    with caches.use("counted") as use:
+        use.prefix.resident.wait()
+        before = caches.num_bytes
+        caches.drop("counted")
+        assert (caches.num_resident, caches.num_bytes) == (0, before)
+    assert caches.num_bytes == 0
+    caches.close()
