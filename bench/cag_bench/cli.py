@@ -91,7 +91,7 @@ def kernels(
     from cag_bench.kernels import KernelOptions, run_kernels
     from cag_bench.progress import ConsoleProgress
 
-    options = KernelOptions(prefix_tokens, _numbers("sessions", sessions), samples, seed)
+    options = KernelOptions(prefix_tokens, _counts("sessions", sessions), samples, seed)
     folder = out or Path("results") / f"kernels-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with ConsoleProgress() as progress:
         summary = run_kernels(choose_device(device), options, folder, progress)
