@@ -1,0 +1,43 @@
+"""The whole run of `cag bench serve` on a tiny random model: real cache, scheduler, files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cag.errors import UsageError
+from cag_bench.corpus import read_corpus
+from cag_bench.questions import load_questions
+from cag_bench.serve import ServeOptions, markdown, run_serve
+
+
+def test_a_run_compares_answers_and_writes_its_files(tiny_engine, corpus_dir, questions_file, tmp_path):
+    options = ServeOptions(sessions=(1, 3), max_tokens=5, rounds=2)
+    out, stops = tmp_path / "out", tiny_engine.model.stop_ids
+    summary = run_serve(
+        tiny_engine, read_corpus([str(corpus_dir)]), load_questions(questions_file), options, out, lambda *_: None
+    )
+    assert tiny_engine.model.stop_ids == stops
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert (out / "table.md").read_text() == markdown(summary)
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rounds = [row for row in rows if row["kind"] == "round"]
+    assert sorted((row["round"], row["sessions"], row["arm"]) for row in rounds) == sorted(
+        (number, size, arm) for number in range(2) for size in (1, 3) for arm in ("alone", "together")
+    )
+    for row in rounds:
+        assert row["completion_tokens"] == 5 * row["sessions"]  # stop tokens are not heeded
+        assert row["tokens_per_s"] == pytest.approx(row["completion_tokens"] / row["seconds"])
+        assert len(row["ttft_s"]) == row["sessions"]
+        assert all(0 < first <= row["seconds"] for first in row["ttft_s"])
+        assert row["commit"]
+    for entry in summary["sessions"]:
+        assert entry["same_answers"] == entry["answers"] == 2 * entry["sessions"]
+        assert entry["together_over_alone"]["n"] == 2
+
+
+@pytest.mark.parametrize("bad", [{"sessions": ()}, {"sessions": (0,)}, {"max_tokens": 0}, {"rounds": 0}])
+def test_sizes_below_one_are_refused(bad):
+    with pytest.raises(UsageError):
+        ServeOptions(**bad)
