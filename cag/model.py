@@ -13,15 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface
 from transformers.utils import logging as transformers_logging
 
 from cag.batch import Batch, BatchState
 from cag.decoder import CLOSE, FAR, PROBED_LAYERS, FewRowsDecoder, recognize, relative_difference
-from cag.errors import InsufficientResources, ModelError, UnsupportedModel
+from cag.errors import UnsupportedModel
+from cag.model_files import (
+    check_memory,
+    chosen_dtype,
+    read_network,
+    read_tokenizer,
+    refuse_unsupported,
+    stop_ids,
+    stored_dtype,
+    with_adapter,
+)
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
@@ -38,10 +47,8 @@ from cag.weights import (
 from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
 
 ATTENTION_NAME = "cag_segments"
-SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 NUM_PROBES = 6  # tokens on which the quick forward is compared with the network's own
 MakeBranches = Callable[[Any, Sequence[int]], BranchedState]
-UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
 
 def _segment_attention_forward(
@@ -100,7 +107,7 @@ class LanguageModel:
         compute_dtype: torch.dtype,
         adapter: Path | None = None,
     ) -> None:
-        _refuse_unsupported(network.config)
+        refuse_unsupported(network.config)
         self.network = network.eval().requires_grad_(False)
         self.network.set_attn_implementation(ATTENTION_NAME)
         self.tokenizer = tokenizer
@@ -121,7 +128,7 @@ class LanguageModel:
         self._compile_kernels()
         self.decoder = self._checked_decoder()
         self._apart = SequencesApart(self.network if self.device.type == "cpu" and self.decoder is None else None)
-        self.stop_ids = _stop_ids(network, tokenizer, self.template)
+        self.stop_ids = stop_ids(network, tokenizer, self.template)
 
     @classmethod
     def load(cls, directory: Path, *, model_id: str, options: ModelOptions | None = None) -> LanguageModel:
@@ -135,17 +142,17 @@ class LanguageModel:
         options = options or ModelOptions()
         device = choose_device(options.device)
         plan = plan_runtime(device)
-        stored = _stored_dtype(directory)
-        compute = _compute_dtype(options.compute_dtype, plan, stored)
+        stored = stored_dtype(directory)
+        compute = chosen_dtype(options.compute_dtype, plan, stored)
         packs = plan.product == "packed" and (stored, compute) == (torch.bfloat16, torch.float32)
         packs = packs and options.adapter is None  # merged weights are no bfloat16 any more
-        _check_memory(directory, stored, stored if packs else compute, device)
+        check_memory(directory, stored, stored if packs else compute, device)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        network = _read_network(directory, stored if packs else compute)
+        network = read_network(directory, stored if packs else compute)
         if packs and loses_in_bfloat16(network):
-            packs, network = False, _read_network(directory, compute)
+            packs, network = False, read_network(directory, compute)
         if options.adapter is not None:
-            network = _with_adapter(network, options.adapter)
+            network = with_adapter(network, options.adapter)
         if packs:
             pack_network(network)
         else:
@@ -155,7 +162,7 @@ class LanguageModel:
                 use_transposed_products(network)
         return cls(
             network.to(device),
-            _read_tokenizer(directory),
+            read_tokenizer(directory),
             model_id=model_id,
             fingerprints=model_fingerprint(directory, options.adapter),
             plan=plan,
@@ -370,92 +377,3 @@ class _LayerProbe:
             raise UnsupportedModel(f"layer {layer} has keys {tuple(keys.shape)} and values {tuple(values.shape)}.")
         self.layers[layer] = KvShape(keys.shape[0], keys.shape[2]), AttentionRule(**rule)
         return query
-
-
-def _refuse_unsupported(config: Any) -> None:
-    name = getattr(config, "model_type", type(config).__name__)
-    text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is an encoder-decoder model; the engine serves decoder-only models.")
-    strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
-    if strange:
-        raise UnsupportedModel(f"{name} has layers of type {', '.join(strange)}, whose state is no keys and values.")
-    parameters = getattr(text, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    for rope in nested or [parameters]:
-        if rope.get("rope_type") in UNSTABLE_ROPE:
-            raise UnsupportedModel(
-                f"{name} uses {rope['rope_type']} RoPE scaling: keys of a prefix would change with the prompt's length."
-            )
-
-
-def _stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
-    """Tokens that end an answer: the model's, the tokenizer's, and the template's end of turn."""
-    found: set[int] = set()
-    for value in (network.generation_config.eos_token_id, tokenizer.eos_token_id):
-        found.update(value if isinstance(value, list) else [value] if value is not None else [])
-    special = set(tokenizer.all_special_ids)
-    between = tokenizer(template.between, add_special_tokens=False)["input_ids"] if template.between else []
-    if between and between[0] in special:
-        found.add(between[0])
-    return frozenset(found)
-
-
-def _read_network(directory: Path, dtype: torch.dtype) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the model in {directory}: {error}") from error
-
-
-def _read_tokenizer(directory: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
-
-
-def _stored_dtype(directory: Path) -> torch.dtype:
-    """The 16- or 32-bit type that the checkpoint was saved in; keys and values are kept in the same."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration in {directory}: {error}") from error
-    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def _compute_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.dtype:
-    if wanted == "auto":
-        if plan.device == "cpu":
-            return torch.float32 if stored == torch.float32 else getattr(torch, plan.compute_dtype)
-        return stored
-    dtype = getattr(torch, wanted, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedModel(f"compute dtype {wanted!r} is unknown.", hint="Use auto, float32, bfloat16 or float16.")
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
-    weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    needed = weights // stored.itemsize * compute.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise InsufficientResources(
-            f"the model needs {needed / 1e9:.1f} GB of memory in {compute}, and {free / 1e9:.1f} GB are free.",
-            hint="Take a smaller model, or free memory.",
-        )
-
-
-def _with_adapter(network: Any, adapter: Path) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError("LoRA adapters need peft.", hint="Install cag-engine[adapters].") from error
-    try:
-        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error

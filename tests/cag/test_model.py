@@ -5,7 +5,8 @@ import torch
 from transformers import Gemma2Config, Phi3Config
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
-from cag.model import LanguageModel, ModelOptions, _refuse_unsupported
+from cag.model import LanguageModel, ModelOptions
+from cag.model_files import refuse_unsupported
 from cag.state import KvShape, Tail
 from tiny import tiny_config, write_tiny_model
 
@@ -14,7 +15,7 @@ def test_recurrent_layers_are_refused_by_name():
     config = tiny_config()
     config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(UnsupportedModel, match="linear_attention"):
-        _refuse_unsupported(config)
+        refuse_unsupported(config)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -22,14 +23,14 @@ def test_rope_that_depends_on_the_prompts_length_is_refused(rope_type):
     config = tiny_config()
     config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(UnsupportedModel, match=rope_type):
-        _refuse_unsupported(config)
+        refuse_unsupported(config)
 
 
 def test_encoder_decoder_models_are_refused():
     config = tiny_config()
     config.is_encoder_decoder = True
     with pytest.raises(UnsupportedModel, match="decoder-only"):
-        _refuse_unsupported(config)
+        refuse_unsupported(config)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "phi3"])

@@ -1,0 +1,115 @@
+"""Reading a directory of Hugging Face files: the network, its tokenizer, and what is refused or checked before.
+
+Knows transformers and the memory of the machine; nothing of attention, states or prompts beyond their stop strings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cag.errors import InsufficientResources, ModelError, UnsupportedModel
+from cag.prompt import PromptTemplate
+from cag.runtime import RuntimePlan
+
+SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raises: UnsupportedModel: an architecture whose attention or positions the engine cannot serve."""
+    name = getattr(config, "model_type", type(config).__name__)
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder model; the engine serves decoder-only models.")
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
+    if strange:
+        raise UnsupportedModel(f"{name} has layers of type {', '.join(strange)}, whose state is no keys and values.")
+    parameters = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in UNSTABLE_ROPE:
+            raise UnsupportedModel(
+                f"{name} uses {rope['rope_type']} RoPE scaling: keys of a prefix would change with the prompt's length."
+            )
+
+
+def stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
+    """Tokens that end an answer: the model's, the tokenizer's, and the template's end of turn."""
+    found: set[int] = set()
+    for value in (network.generation_config.eos_token_id, tokenizer.eos_token_id):
+        found.update(value if isinstance(value, list) else [value] if value is not None else [])
+    special = set(tokenizer.all_special_ids)
+    between = tokenizer(template.between, add_special_tokens=False)["input_ids"] if template.between else []
+    if between and between[0] in special:
+        found.add(between[0])
+    return frozenset(found)
+
+
+def read_network(directory: Path, dtype: torch.dtype) -> Any:
+    """The network in a directory of model files. Raises: ModelError."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the model in {directory}: {error}") from error
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """Its tokenizer. Raises: ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The 16- or 32-bit type that the checkpoint was saved in; keys and values are kept in the same."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the configuration in {directory}: {error}") from error
+    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def chosen_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.dtype:
+    """What to compute in: as wanted, or what the machine computes best with. Raises: UnsupportedModel."""
+    if wanted == "auto":
+        if plan.device == "cpu":
+            return torch.float32 if stored == torch.float32 else getattr(torch, plan.compute_dtype)
+        return stored
+    dtype = getattr(torch, wanted, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedModel(f"compute dtype {wanted!r} is unknown.", hint="Use auto, float32, bfloat16 or float16.")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
+    """Raises: InsufficientResources: the weights need more memory than is free."""
+    weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    needed = weights // stored.itemsize * compute.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise InsufficientResources(
+            f"the model needs {needed / 1e9:.1f} GB of memory in {compute}, and {free / 1e9:.1f} GB are free.",
+            hint="Take a smaller model, or free memory.",
+        )
+
+
+def with_adapter(network: Any, adapter: Path) -> Any:
+    """The network with a LoRA adapter merged in. Raises: ModelError."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError("LoRA adapters need peft.", hint="Install cag-engine[adapters].") from error
+    try:
+        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error
