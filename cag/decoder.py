@@ -21,7 +21,7 @@ from cag.state import AttentionRule, PrefixSegment, attend_prefix
 from cag.weights import Product, joined_product
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba, has_tiles
 from cag_kernels.attention import COMPILED_MAX_ROWS
-from cag_kernels.cpu import MAX_FEW_ROWS, TILE_DEPTH, cpu_attention, cpu_attention_serves
+from cag_kernels.cpu import MAX_FEW_ROWS, MAX_HEAD_DIM, TILE_DEPTH, cpu_attention, cpu_attention_serves
 
 PROBED_LAYERS = 2  # compared closely; behind all layers a network in bfloat16 may be far from itself in float32
 CLOSE, FAR = 2e-2, 0.5  # of the logits' norm; another formula is far above the first after two layers
@@ -71,7 +71,9 @@ class FewRowsDecoder:
         self._head = head
         self._head_dim = head_dim
         self._attends_in = attends_in
-        self._by_tiles = attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and has_tiles()
+        self._by_tiles = (
+            attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and has_tiles()
+        )
         self._norm = _norm(network.model.norm)
         self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
 
@@ -160,7 +162,7 @@ class FewRowsDecoder:
         ]
 
     def _over_segment(self, query: Tensor, segment: PrefixSegment, scale: float) -> tuple[Tensor, Tensor]:
-        if isinstance(segment, DensePrefix) and cpu_attention_serves(query, segment.keys):
+        if isinstance(segment, DensePrefix) and (self._by_tiles or cpu_attention_serves(query, segment.keys)):
             return cpu_attention(query, *segment, scale=scale, offset=segment.num_tokens)
         return attend_prefix(query, [segment], scale)[0]
 

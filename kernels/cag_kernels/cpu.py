@@ -177,14 +177,16 @@ def _run(
     query = query.contiguous()
     out = torch.empty_like(query, dtype=torch.float32)
     num_tasks = num_kv_heads * num_ranges
-    counts = (num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim)  # of num_lanes float32 each
-    scratch = _scratch.take(sum(counts) * num_lanes)
-    places = [scratch.data_ptr() + 4 * num_lanes * sum(counts[:index]) for index in range(4)]
+    maxima = num_kv_heads * head_dim * num_lanes  # floats of the scratch before them, then as many denominators
+    sums = num_tasks * num_lanes
+    scratch = _scratch.take(maxima + (2 + head_dim) * sums)
+    start = scratch.data_ptr()
+    places = (start, start + 4 * maxima, start + 4 * (maxima + sums), start + 4 * (maxima + 2 * sums))
     sizes = (num_kv_heads, num_keys, num_rows, num_lanes, num_ranges, keys.stride(0), values.stride(0))
     pointers = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), *places, out.data_ptr())
     kernel.run((0, *pointers, *sizes, _float_bits(scale), *codes_fields), num_tasks)
-    sums = scratch[counts[0] * num_lanes :][: 2 * num_tasks * num_lanes].view(2, num_tasks, num_lanes)
-    maximum, denominator = sums[:, ::num_ranges, :num_rows]
+    joined = scratch.as_strided((2, num_kv_heads, num_rows), (sums, num_ranges * num_lanes, 1), maxima)
+    maximum, denominator = joined.unbind()
     return out, denominator.log().add_(maximum).view(num_q_heads, num_queries)
 
 
