@@ -13,15 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface
 from transformers.utils import logging as transformers_logging
 
 from cag.batch import Batch, BatchState
 from cag.decoder import CLOSE, FAR, PROBED_LAYERS, FewRowsDecoder, recognize, relative_difference
-from cag.errors import InsufficientResources, ModelError, UnsupportedModel
+from cag.errors import UnsupportedModel
+from cag.model_files import (
+    check_memory,
+    compute_dtype_of,
+    read_network,
+    read_tokenizer,
+    stored_dtype,
+    with_adapter,
+)
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
@@ -134,17 +141,17 @@ class LanguageModel:
         options = options or ModelOptions()
         device = choose_device(options.device)
         plan = plan_runtime(device)
-        stored = _stored_dtype(directory)
-        compute = _compute_dtype(options.compute_dtype, plan, stored)
+        stored = stored_dtype(directory)
+        compute = compute_dtype_of(options.compute_dtype, plan, stored)
         packs = plan.product == "packed" and (stored, compute) == (torch.bfloat16, torch.float32)
         packs = packs and options.adapter is None  # merged weights are no bfloat16 any more
-        _check_memory(directory, stored, stored if packs else compute, device)
+        check_memory(directory, stored, stored if packs else compute, device)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        network = _read_network(directory, stored if packs else compute)
+        network = read_network(directory, stored if packs else compute)
         if packs and loses_in_bfloat16(network):
-            packs, network = False, _read_network(directory, compute)
+            packs, network = False, read_network(directory, compute)
         if options.adapter is not None:
-            network = _with_adapter(network, options.adapter)
+            network = with_adapter(network, options.adapter)
         if packs:
             pack_network(network)
         else:
@@ -154,7 +161,7 @@ class LanguageModel:
                 use_transposed_products(network)
         return cls(
             network.to(device),
-            _read_tokenizer(directory),
+            read_tokenizer(directory),
             model_id=model_id,
             fingerprints=model_fingerprint(directory, options.adapter),
             plan=plan,
@@ -395,63 +402,3 @@ def _stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozens
     if between and between[0] in special:
         found.add(between[0])
     return frozenset(found)
-
-
-def _read_network(directory: Path, dtype: torch.dtype) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the model in {directory}: {error}") from error
-
-
-def _read_tokenizer(directory: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
-
-
-def _stored_dtype(directory: Path) -> torch.dtype:
-    """The 16- or 32-bit type that the checkpoint was saved in; keys and values are kept in the same."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration in {directory}: {error}") from error
-    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def _compute_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.dtype:
-    if wanted == "auto":
-        if plan.device == "cpu":
-            return torch.float32 if stored == torch.float32 else getattr(torch, plan.compute_dtype)
-        return stored
-    dtype = getattr(torch, wanted, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedModel(f"compute dtype {wanted!r} is unknown.", hint="Use auto, float32, bfloat16 or float16.")
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
-    weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    needed = weights // stored.itemsize * compute.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise InsufficientResources(
-            f"the model needs {needed / 1e9:.1f} GB of memory in {compute}, and {free / 1e9:.1f} GB are free.",
-            hint="Take a smaller model, or free memory.",
-        )
-
-
-def _with_adapter(network: Any, adapter: Path) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError("LoRA adapters need peft.", hint="Install cag-engine[adapters].") from error
-    try:
-        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error

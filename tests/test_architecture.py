@@ -23,8 +23,8 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
 WALK = [
     "home", "errors", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "pages", "batch",
-    "weights", "decoder", "model", "prefill", "resident", "answer", "citations", "generate", "scheduler", "session",
-    "prefix", "fresh", "calibration", "probes", "fidelity", "ladder", "rungs", "chunks", "trials", "building",
+    "weights", "decoder", "model_files", "model", "prefill", "resident", "answer", "citations", "generate", "scheduler",
+    "session", "prefix", "fresh", "calibration", "probes", "fidelity", "ladder", "rungs", "chunks", "trials", "building",
     "builder", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 

@@ -55,12 +55,12 @@ def test_caps_and_fused_projections_load_and_run(kind, tmp_path):
 
 
 def test_too_little_memory_is_said_before_loading(tiny_model_dir, monkeypatch):
-    import cag.model
+    import cag.model_files
 
     class Full:
         available = 1000
 
-    monkeypatch.setattr(cag.model.psutil, "virtual_memory", Full)
+    monkeypatch.setattr(cag.model_files.psutil, "virtual_memory", Full)
     with pytest.raises(InsufficientResources, match="GB of memory"):
         LanguageModel.load(tiny_model_dir, model_id="tiny")
 
