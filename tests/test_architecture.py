@@ -24,8 +24,8 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 WALK = [
     "home", "errors", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "pages", "batch",
     "weights", "decoder", "model_files", "model", "prefill", "resident", "answer", "citations", "generate", "scheduler",
-    "session", "prefix", "fresh", "calibration", "probes", "fidelity", "ladder", "rungs", "chunks", "trials", "building",
-    "builder", "engine", "describe", "server", "cli",
+    "session", "prefix", "fresh", "calibration", "probes", "fidelity", "ladder", "rungs", "chunks", "trials",
+    "building", "builder", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 
 
