@@ -21,6 +21,7 @@ from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu import (
     MAX_FEW_ROWS,
+    MAX_HEAD_DIM,
     TILE_DEPTH,
     cpu_attention,
     cpu_attention_serves,
@@ -228,7 +229,8 @@ def attends_rounded(query: Tensor, segment: PrefixSegment, attends_in: torch.dty
     float32 rows serves a single token quickly."""
     if attends_in == query.dtype or not isinstance(segment, DensePrefix):
         return attends_in != query.dtype
-    by_tiles = attends_in == torch.bfloat16 and query.shape[2] % TILE_DEPTH == 0 and has_tiles()
+    head_dim = query.shape[2]
+    by_tiles = attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and has_tiles()
     few = query.shape[0] // segment.keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS
     return by_tiles or not (few and cpu_attention_serves(query, segment.keys))
 
