@@ -180,7 +180,7 @@ class FewRowsDecoder:
         ]
 
     def _over_segment(self, query: Tensor, segment: PrefixSegment, scale: float) -> tuple[Tensor, Tensor]:
-        if isinstance(segment, DensePrefix) and (self._by_tiles or cpu_attention_serves(query, segment.keys)):
+        if isinstance(segment, DensePrefix) and cpu_attention_serves(query, segment.keys):
             return cpu_attention(query, *segment, scale=scale, offset=segment.num_tokens)
         return attend_prefix(query, [segment], scale)[0]
 
