@@ -204,7 +204,7 @@ class Engine:
             CacheMismatch: the cache belongs to another model, adapter, tokenizer or chat template.
             StoreError: a damaged manifest or chunk; chunk errors surface when the layer is needed.
         """
-        if share:
+        if share and self._open:
             digest = self.find(name)[0].manifest
             with self._lock:
                 if digest in self._open:
