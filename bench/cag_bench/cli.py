@@ -240,6 +240,67 @@ def _counts(option: str, text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+@app.command()
+def peers(
+    corpus: Annotated[list[str], typer.Option(help="Folder, file or JSON lines of documents; may be repeated.")],
+    questions: Annotated[Path, typer.Option(help="JSON lines: question, answers; may be gzip.")],
+    vllm_python: Annotated[str | None, typer.Option(help="Python of an environment with vLLM.")] = None,
+    llama_python: Annotated[str | None, typer.Option(help="Python of an environment with llama-cpp-python.")] = None,
+    llama_gguf: Annotated[
+        list[str] | None, typer.Option(help="The same model as GGUF; repeated, a llama.cpp for each.")
+    ] = None,
+    vllm_eager: Annotated[bool, typer.Option(help="vLLM without its compiled graph: starts sooner.")] = False,
+    n: Annotated[int, typer.Option("--n", help="The first N questions.")] = 8,
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the prefix, exactly.")] = 4096,
+    codecs: Annotated[str, typer.Option(help="Codecs of our caches, comma-separated.")] = "lossless,int8",
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer, exactly.")] = 16,
+    sessions: Annotated[int, typer.Option(help="Questions at once; 0: none.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Of all sessions at once.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Of each peer.  [default: the cores]")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer of a peer.")] = 600.0,
+    pause: Annotated[bool, typer.Option(help="When all is ready, wait for Enter before the clock starts.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/peers-TIME]")] = None,
+    model: Annotated[str, typer.Option(help="Catalogue name or directory.")] = "smollm2-135m-instruct",
+    store: Annotated[
+        Path | None, typer.Option(help="Store to build in and to reuse.  [default: a temporary one in --out]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the orders and of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+) -> None:
+    """A cache on this CPU beside vLLM's prefix cache and llama.cpp's states, on the same tokens."""
+    from cag.engine import Engine
+    from cag.models import fetch_model
+    from cag.runtime import usable_cores
+    from cag_bench.corpus import read_corpus
+    from cag_bench.peers.run import PeersOptions, run_peers
+    from cag_bench.peers.specs import named_peers
+    from cag_bench.peers.table import markdown
+    from cag_bench.progress import ConsoleProgress
+    from cag_bench.questions import load_questions
+    from cag_store import codec_from_config
+
+    names = tuple(name.strip() for name in codecs.split(",") if name.strip())
+    for name in names:
+        codec_from_config(name)
+    num_threads = usable_cores() if threads is None else threads
+    options = PeersOptions(prefix_tokens, names, n, tokens, sessions, rounds, num_threads, timeout, seed)
+    asked, documents = load_questions(questions), read_corpus(corpus)
+    folder = out or Path("results") / f"peers-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with ConsoleProgress() as progress:
+        specs = named_peers(vllm_python, llama_python, llama_gguf or [], fetch_model(model).directory, eager=vllm_eager)
+        with _store_directory(store, folder) as store_directory:
+            progress("load model", 0, 0)
+            engine = Engine.load(model, store=store_directory, device="cpu", progress=progress)
+            wait = _wait_for_enter if pause else lambda: None
+            summary = run_peers(engine, documents, asked, specs, options, folder, progress, wait)
+    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else markdown(summary) + f"Results: {folder}")
+
+
+def _wait_for_enter() -> None:
+    typer.echo("Ready. Press Enter to start the clock.", err=True)
+    input()
+
+
 @contextmanager
 def _store_directory(store: Path | None, folder: Path) -> Iterator[Path]:
     """The store that was named, or one beside the results that goes when the run ends."""

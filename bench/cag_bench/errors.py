@@ -2,6 +2,11 @@
 
 BenchError (cag.errors.CagError)
 ├── KernelWrong (ArithmeticError)       a kernel's result is not its reference's, so it was not timed
+├── PeerError                           another engine that was to be compared with
+│   ├── PeerDied (RuntimeError)         its process ended, or never started
+│   ├── PeerRefused (RuntimeError)      it answered with an error of its own
+│   ├── PeerTimeout (TimeoutError)      it did not answer in time
+│   └── PeerNonsense (ValueError)       it answered what the protocol does not know
 ├── PrefixRecomputed (RuntimeError)     an arm that stands for a cache computed tokens that the cache should have served
 └── WrongValues (RuntimeError)          a load gave back other keys and values than decoding in memory
 """
@@ -25,3 +30,23 @@ class KernelWrong(BenchError, ArithmeticError):
 
 class WrongValues(BenchError, RuntimeError):
     """A load is not what was decoded from memory. Facts: `codec`, `layer`."""
+
+
+class PeerError(BenchError):
+    """Another engine failed in the comparison. Facts: `peer`, and `log`: the file with what it printed."""
+
+
+class PeerDied(PeerError, RuntimeError):
+    """The peer's process ended, or never started."""
+
+
+class PeerRefused(PeerError, RuntimeError):
+    """The peer answered with an error of its own."""
+
+
+class PeerTimeout(PeerError, TimeoutError):
+    """The peer did not answer in time, and was ended."""
+
+
+class PeerNonsense(PeerError, ValueError):
+    """The peer answered what the protocol does not know."""
