@@ -1,8 +1,8 @@
 """llama.cpp as a peer, through the low-level calls of llama-cpp-python: a prefix in memory, or its state from a file.
 
 `prepare` takes `gguf`, `state_path`, `num_threads`, `max_tokens` (of one sequence), `num_sessions` and
-`flash_attention`. Keys and values are f16. `sessions` gives every sequence a copy of the prefix of its own, loaded from
-the state before the clock starts, and attends to it alone (`kv_unified` off).
+`flash_attention`. Keys and values are f16. `sessions` gives every sequence a copy of the prefix of its own, made before
+the clock starts, and attends to it alone (`kv_unified` off).
 """
 
 from __future__ import annotations
@@ -174,12 +174,14 @@ class LlamaCppPeer:
         return {"total_s": time.perf_counter() - begin, "token_ids": answers}
 
     def _make_room(self) -> None:
-        """Every sequence stands behind the prefix, and nothing behind it."""
+        """Every sequence stands behind the prefix, and nothing behind it. Copies between streams are real ones."""
         num_prefix = len(self.prefix_ids)
         if self.many is None:
-            self.many = Context(self.model, self.num_sessions, **self.options)
-            for sequence in range(self.num_sessions):
-                self.many.load(self.state_path, sequence, num_prefix)
+            many = Context(self.model, self.num_sessions, **self.options)
+            many.read(self.prefix_ids)
+            for sequence in range(1, self.num_sessions):
+                lib.llama_memory_seq_cp(many.memory, 0, sequence, -1, -1)
+            self.many = many
         for sequence in range(self.num_sessions):
             self.many.cut(sequence, num_prefix)
 
