@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,33 +12,47 @@ from cag.errors import UsageError
 from cag.prompt import PromptTemplate, lay_out
 from cag_bench.corpus import BenchCorpus
 
-MAX_STEPS_BACK = 200  # characters; a token more or less comes with nearly every few of them
+MAX_STEPS = 12  # characters, either way: a token more or less comes with every few of them
 
 
 def cut_corpus(corpus: BenchCorpus, tokenizer: Any, template: PromptTemplate, num_tokens: int) -> BenchCorpus:
     """The first documents, the last of them cut, so that `lay_out` makes `num_tokens` tokens of them.
 
+    A document's marker brings several tokens at once, so where no cut meets the size, the first documents are left out
+    one after the other.
+
     Raises: `UsageError` for a corpus that is too small, or a size that no cut meets.
     """
 
-    def count(num_characters: int) -> int:
-        documents = first_characters(corpus.documents, num_characters)
+    def count(documents: Sequence[Document]) -> int:
         return len(lay_out(tokenizer, template, documents).token_ids)
 
-    low, high = 0, sum(len(document.text) for document in corpus.documents)
-    if count(high) < num_tokens:
-        raise UsageError(f"the corpus has {count(high)} tokens with its prompt, fewer than {num_tokens}.")
-    while low < high:  # the least cut that has enough; nearly monotone is good enough, since what follows looks around
-        middle = (low + high) // 2
-        low, high = (low, middle) if count(middle) >= num_tokens else (middle + 1, high)
-    for step in range(MAX_STEPS_BACK):
-        for cut in {low + step, max(0, low - step)}:
-            if count(cut) == num_tokens:
-                report = replace(corpus.report, documents=first_characters(corpus.documents, cut))
-                return replace(corpus, report=report, passages=())
+    if count(corpus.documents) < num_tokens:
+        raise UsageError(f"the corpus has {count(corpus.documents)} tokens with its prompt, fewer than {num_tokens}.")
+    for first in range(len(corpus.documents)):
+        cut = _cut(corpus.documents[first:], count, num_tokens)
+        if cut is not None:
+            return replace(corpus, report=replace(corpus.report, documents=cut), passages=())
     raise UsageError(
         f"no cut of the corpus has exactly {num_tokens} tokens with its prompt.", hint="Take another size."
     )
+
+
+def _cut(
+    documents: Sequence[Document], count: Callable[[Sequence[Document]], int], num_tokens: int
+) -> tuple[Document, ...] | None:
+    """The cut of `documents` that has `num_tokens` tokens, if there is one near where there are enough."""
+    low, high = 0, sum(len(document.text) for document in documents)
+    while low < high:  # the least cut that has enough; counts nearly rise, and what follows looks around
+        middle = (low + high) // 2
+        enough = count(first_characters(documents, middle)) >= num_tokens
+        low, high = (low, middle) if enough else (middle + 1, high)
+    for step in range(MAX_STEPS):
+        for place in {low + step, max(0, low - step)}:
+            cut = first_characters(documents, place)
+            if count(cut) == num_tokens:
+                return cut
+    return None
 
 
 def first_characters(documents: Sequence[Document], num_characters: int) -> tuple[Document, ...]:
