@@ -7,7 +7,6 @@ with the files in the page cache and with them dropped from it.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +33,10 @@ from cag_bench.quality_corpus import cut_corpus
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
 from cag_bench.store_table import markdown, notes
 from cag_store import ROOT, ChunkContext, ChunkEntry, Codec, Store
+from cag_store.backends import SCRATCH_BYTES
 from cag_store.codecs import EncodedSegment, Side, layer_groups
 from cag_store.paths import chunk_path
+from cag_store.scratch import Scratch
 
 CODECS = ("lossless", "int8", "int4", "transform@-580", "transform@-515", "transform@-445")
 ENCODE_SAMPLES = 3  # at most: encoding takes seconds, and its time is compared with that of a prefill
@@ -99,6 +100,7 @@ class TimedCodec:
             (storage_view(k), storage_view(v)) for k, v in zip(tail.keys, tail.values, strict=True)
         ]
         self._buffers: Buffers = [(np.zeros_like(keys), np.zeros_like(values)) for keys, values in self._arrays]
+        self._scratch = Scratch(keep=self._store.workers + 1)
 
     def row(self) -> dict[str, Any]:
         """All figures of the codec."""
@@ -183,6 +185,7 @@ class TimedCodec:
             taken["read_cold"].append(_seconds(partial(self._read, paths)))
             dropped &= self._dropped(paths)
             taken["load_cold"].append(_seconds(partial(self._load, entries)))
+            self._bring_into_memory(paths)  # a cold load leaves nothing in the page cache
             taken["load_warm"].append(_seconds(partial(self._load, entries)))
             taken["decode"].append(_seconds(decode))
         longer = [max(pair) for pair in zip(taken["read_cold"], taken["decode"], strict=True)]
@@ -215,15 +218,18 @@ class TimedCodec:
                     layer=layer,
                 )
 
+    def _bring_into_memory(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            self._store.backend.get_range(path, 0, self._store.backend.stat(path).size_bytes)
+
     def _read(self, paths: Sequence[str]) -> None:
-        """Every byte of the files, by as many threads as a load has."""
+        """Every byte of the files, as a load reads them and by as many threads."""
         sizes = {path: self._store.backend.stat(path).size_bytes for path in paths}
-        held = threading.local()
+        largest = max(sizes.values()) + SCRATCH_BYTES
 
         def read(path: str) -> None:
-            if not hasattr(held, "buffer"):
-                held.buffer = memoryview(bytearray(max(sizes.values())))
-            self._store.backend.get_range_into(path, 0, held.buffer[: sizes[path]])
+            with self._scratch.taken(largest) as buffer:
+                self._store.backend.read_range(path, 0, sizes[path], buffer)
 
         with ThreadPoolExecutor(self._store.workers + 1) as pool:
             list(pool.map(read, paths))
