@@ -49,6 +49,7 @@ class RecordedForwards:
         self._recordable = all(product.is_recordable for layer in layers for product in layer.products)
         self._found: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
         self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # where tails lay when recorded
+        self._watched: weakref.WeakSet[Any] = weakref.WeakSet()  # owners whose end is heeded
 
     def forward(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], batch: Batch, num_layers: int | None
@@ -63,7 +64,7 @@ class RecordedForwards:
         prefix = batch.groups[0].prefix
         tails = self._owner_of_tails(batch)
         max_pages = -(-batch.pages.shape[1] // _PAGES_STEP) * _PAGES_STEP
-        key = (id(tails), batch.num_rows, batch.num_sequences, max_pages, id(prefix), num_layers)
+        key = (id(tails), id(prefix), batch.num_rows, batch.num_sequences, max_pages, num_layers)
         recording = self._found.get(key)
         if recording is None:
             recording = self._record(batch, max_pages, hidden.shape[1], num_layers)
@@ -85,9 +86,7 @@ class RecordedForwards:
         owner, place = getattr(tail, "pool", tail), batch.sides(0)[0].data_ptr()
         if self._places.setdefault(owner, place) != place:
             self._places[owner] = place
-            for key in list(self._found):  # a copy: an owner may go at any moment, and takes its recordings along
-                if key[0] == id(owner):
-                    self._found.pop(key, None)
+            _forget(self._found, id(owner))
         return owner
 
     def _record(self, batch: Batch, max_pages: int, size: int, num_layers: int | None) -> _Recording | None:
@@ -121,10 +120,18 @@ class RecordedForwards:
         """Until one of those is gone whose memory the recording holds; it does not hold themselves."""
         self._found[key] = recording
         for owner in owners:
-            if owner is not None:
-                weakref.finalize(owner, self._found.pop, key, None).atexit = False
+            if owner is not None and owner not in self._watched:
+                self._watched.add(owner)
+                weakref.finalize(owner, _forget, self._found, id(owner)).atexit = False
         while len(self._found) > MAX_RECORDINGS:
             self._found.popitem(last=False)
+
+
+def _forget(found: OrderedDict[tuple[Any, ...], _Recording], owner: int) -> None:
+    """Drop the recordings over the tails or the prefix that had this identity."""
+    for key in list(found):  # a copy: another owner may go at any moment, and takes its recordings along
+        if owner in key[:2]:
+            found.pop(key, None)
 
 
 class _Recording:

@@ -15,9 +15,26 @@ import typer
 from cag_bench.arm_names import DEFAULT_ARMS
 
 if TYPE_CHECKING:
+    from cag.engine import Engine
+    from cag_bench.progress import ConsoleProgress
     from cag_bench.ttft import TtftResult
 
 PIPE_WIDTH = 140  # columns of the table where there is no terminal
+
+CorpusOption = Annotated[
+    list[str], typer.Option(help="Folder, file, glob or JSON lines of documents; may be repeated.")
+]
+QuestionsOption = Annotated[Path, typer.Option(help="JSON lines: question, answers, doc_ids; may be gzip.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="results/COMMAND-TIME")]
+ModelOption = Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(help="Store to build in and to reuse.", show_default="a temporary one beside the results"),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,31 +46,26 @@ def bench() -> None:
 
 @app.command()
 def ttft(
-    corpus: Annotated[list[str], typer.Option(help="Folder, file or JSON lines of documents; may be repeated.")],
-    questions: Annotated[Path, typer.Option(help="JSON lines: question, answers, doc_ids; may be gzip.")],
+    corpus: CorpusOption,
+    questions: QuestionsOption,
     arms: Annotated[
         str, typer.Option(help="Comma-separated; also cag-ram, rag-dense@K, any K; or `all`.")
     ] = DEFAULT_ARMS,
     n: Annotated[int | None, typer.Option("--n", help="Only the first N questions.")] = None,
     full_n: Annotated[int | None, typer.Option(help="full-prefill: only the first M of these.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/ttft-TIME]")] = None,
-    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
+    out: OutOption = None,
+    model: ModelOption = None,
     codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "lossless",
-    store: Annotated[
-        Path | None, typer.Option(help="Store to build in and to reuse.  [default: a temporary one in --out]")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """First token: a cache against reading everything again and against RAG, question by question."""
-    from cag.engine import Engine
-    from cag.models import DEFAULT_MODEL
     from cag_bench.arm_names import parse_arms
     from cag_bench.corpus import read_corpus
-    from cag_bench.progress import ConsoleProgress
     from cag_bench.questions import load_questions
     from cag_bench.ttft import TtftOptions, run_ttft
     from cag_store import codec_from_config
@@ -61,12 +73,8 @@ def ttft(
     options = TtftOptions(parse_arms(arms), n, full_n, max_tokens, seed, codec)
     codec_from_config(codec)
     asked, documents = load_questions(questions), read_corpus(corpus)
-    folder = out or Path("results") / f"ttft-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
-        progress("load model", 0, 0)
-        engine = Engine.load(
-            model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
-        )
+    folder = _folder(out, "ttft")
+    with _loaded(model, store, folder, device, dtype) as (engine, progress):
         result = run_ttft(engine, documents, asked, options, folder, progress)
     if as_json:
         typer.echo(json.dumps(result.printed(), ensure_ascii=False))
@@ -76,15 +84,15 @@ def ttft(
 
 @app.command()
 def kernels(
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/kernels-TIME]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: OutOption = None,
+    device: DeviceOption = "auto",
     prefix_tokens: Annotated[
         int | None, typer.Option(help="Tokens of the prefix.  [default: 85000 on a GPU, 4096 on a CPU]")
     ] = None,
     sessions: Annotated[str, typer.Option(help="How many at once, on a GPU; comma-separated.")] = "1,16,64",
     samples: Annotated[int, typer.Option(help="Timings of each kernel and reference.")] = 25,
-    seed: Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Each kernel against its references and the floor of the bytes that it moves; checked before it is timed."""
     from cag.runtime import choose_device
@@ -92,7 +100,7 @@ def kernels(
     from cag_bench.progress import ConsoleProgress
 
     options = KernelOptions(prefix_tokens, _counts("sessions", sessions), samples, seed)
-    folder = out or Path("results") / f"kernels-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder = _folder(out, "kernels")
     with ConsoleProgress() as progress:
         summary = run_kernels(choose_device(device), options, folder, progress)
     if as_json:
@@ -111,95 +119,74 @@ def quality(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Corpora are cut to so many tokens.")] = 6144,
     max_kl: Annotated[str, typer.Option(help="Limits for which the smallest codec is named.")] = "0.001,0.004,0.02",
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/quality-TIME]")] = None,
-    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Store to write to and to keep.  [default: a temporary one in --out]")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+    out: OutOption = None,
+    model: ModelOption = None,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Codecs: bytes of a whole cache against what its answers lose, on several corpora."""
-    from cag.engine import Engine
-    from cag.models import DEFAULT_MODEL
     from cag_bench.codec_list import LADDER, parse_codecs
     from cag_bench.corpus import read_corpus
-    from cag_bench.progress import ConsoleProgress
     from cag_bench.quality import QualityOptions, run_quality
     from cag_bench.quality_table import markdown
 
     options = QualityOptions(parse_codecs(codec or LADDER), tokens, _floats("max-kl", max_kl))
     corpora = [read_corpus([path]) for path in corpus]
-    folder = out or Path("results") / f"quality-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
-        progress("load model", 0, 0)
-        engine = Engine.load(
-            model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
-        )
+    folder = _folder(out, "quality")
+    with _loaded(model, store, folder, device, dtype) as (engine, progress):
         summary = run_quality(engine, corpora, options, folder, progress)
     typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
 
 
 @app.command(name="store")
 def store_command(
-    corpus: Annotated[list[str], typer.Option(help="Folder, file, glob or JSON lines; may be repeated.")],
+    corpus: CorpusOption,
     codec: Annotated[
         list[str] | None, typer.Option(help="ID, ID@STEP or a JSON object; may be repeated.  [default: a ladder]")
     ] = None,
     tokens: Annotated[int, typer.Option(help="The corpus is cut to so many tokens.")] = 6144,
     cores: Annotated[str, typer.Option(help="On how many codecs are timed; comma-separated.")] = "1,2",
     samples: Annotated[int, typer.Option(help="Timings of each figure.")] = 7,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/store-TIME]")] = None,
-    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Store to write to and to keep.  [default: a temporary one in --out]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+    out: OutOption = None,
+    model: ModelOption = None,
+    store: StoreOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Encoding and decoding from memory to memory, and loads against reading and decoding alone."""
-    from cag.engine import Engine
-    from cag.models import DEFAULT_MODEL
     from cag_bench.codec_list import parse_codecs
     from cag_bench.corpus import read_corpus
-    from cag_bench.progress import ConsoleProgress
     from cag_bench.store_bench import CODECS, StoreOptions, run_store
     from cag_bench.store_table import markdown
 
     options = StoreOptions(parse_codecs(codec or CODECS), tokens, _counts("cores", cores), samples, seed)
     documents = read_corpus(corpus)
-    folder = out or Path("results") / f"store-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
-        progress("load model", 0, 0)
-        engine = Engine.load(model or DEFAULT_MODEL, store=store_directory, device="cpu", progress=progress)
+    folder = _folder(out, "store")
+    with _loaded(model, store, folder, "cpu", "auto") as (engine, progress):
         summary = run_store(engine, documents, options, folder, progress)
     typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
 
 
 @app.command()
 def serve(
-    corpus: Annotated[list[str], typer.Option(help="Folder, file or JSON lines of documents; may be repeated.")],
-    questions: Annotated[Path, typer.Option(help="JSON lines: question; may be gzip.")],
+    corpus: CorpusOption,
+    questions: QuestionsOption,
     sessions: Annotated[str, typer.Option(help="How many at once; comma-separated.")] = "1,4,16",
     max_tokens: Annotated[int, typer.Option(help="Tokens of every answer; stop tokens are not heeded.")] = 32,
     rounds: Annotated[int, typer.Option(help="Of all sizes, alone and together.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/serve-TIME]")] = None,
-    model: Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")] = None,
+    out: OutOption = None,
+    model: ModelOption = None,
     codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "lossless",
-    store: Annotated[
-        Path | None, typer.Option(help="Store to build in and to reuse.  [default: a temporary one in --out]")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Many sessions on one prefix, together against one by one: tokens a second and first tokens, answers compared."""
-    from cag.engine import Engine
-    from cag.models import DEFAULT_MODEL
     from cag_bench.corpus import read_corpus
-    from cag_bench.progress import ConsoleProgress
     from cag_bench.questions import load_questions
     from cag_bench.serve import ServeOptions, markdown, run_serve
     from cag_store import codec_from_config
@@ -207,12 +194,8 @@ def serve(
     options = ServeOptions(_counts("sessions", sessions), max_tokens, rounds, seed, codec)
     codec_from_config(codec)
     asked, documents = load_questions(questions), read_corpus(corpus)
-    folder = out or Path("results") / f"serve-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
-        progress("load model", 0, 0)
-        engine = Engine.load(
-            model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
-        )
+    folder = _folder(out, "serve")
+    with _loaded(model, store, folder, device, dtype) as (engine, progress):
         summary = run_serve(engine, documents, asked, options, folder, progress)
     if as_json:
         typer.echo(json.dumps(summary, ensure_ascii=False))
@@ -242,8 +225,8 @@ def _counts(option: str, text: str) -> list[int]:
 
 @app.command()
 def peers(
-    corpus: Annotated[list[str], typer.Option(help="Folder, file or JSON lines of documents; may be repeated.")],
-    questions: Annotated[Path, typer.Option(help="JSON lines: question, answers; may be gzip.")],
+    corpus: CorpusOption,
+    questions: QuestionsOption,
     vllm_python: Annotated[str | None, typer.Option(help="Python of an environment with vLLM.")] = None,
     llama_python: Annotated[str | None, typer.Option(help="Python of an environment with llama-cpp-python.")] = None,
     llama_gguf: Annotated[
@@ -259,23 +242,19 @@ def peers(
     threads: Annotated[int | None, typer.Option(help="Of each peer.  [default: the cores]")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer of a peer.")] = 600.0,
     pause: Annotated[bool, typer.Option(help="When all is ready, wait for Enter before the clock starts.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.  [default: results/peers-TIME]")] = None,
-    model: Annotated[str, typer.Option(help="Catalogue name or directory.")] = "smollm2-135m-instruct",
-    store: Annotated[
-        Path | None, typer.Option(help="Store to build in and to reuse.  [default: a temporary one in --out]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the orders and of the bootstrap.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
+    out: OutOption = None,
+    model: ModelOption = "smollm2-135m-instruct",
+    store: StoreOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """A cache on this CPU beside vLLM's prefix cache and llama.cpp's states, on the same tokens."""
-    from cag.engine import Engine
-    from cag.models import fetch_model
+    from cag.models import DEFAULT_MODEL, fetch_model
     from cag.runtime import usable_cores
     from cag_bench.corpus import read_corpus
     from cag_bench.peers.run import PeersOptions, run_peers
     from cag_bench.peers.specs import named_peers
     from cag_bench.peers.table import markdown
-    from cag_bench.progress import ConsoleProgress
     from cag_bench.questions import load_questions
     from cag_store import codec_from_config
 
@@ -285,20 +264,40 @@ def peers(
     num_threads = usable_cores() if threads is None else threads
     options = PeersOptions(prefix_tokens, names, n, tokens, sessions, rounds, num_threads, timeout, seed)
     asked, documents = load_questions(questions), read_corpus(corpus)
-    folder = out or Path("results") / f"peers-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with ConsoleProgress() as progress:
-        specs = named_peers(vllm_python, llama_python, llama_gguf or [], fetch_model(model).directory, eager=vllm_eager)
-        with _store_directory(store, folder) as store_directory:
-            progress("load model", 0, 0)
-            engine = Engine.load(model, store=store_directory, device="cpu", progress=progress)
-            wait = _wait_for_enter if pause else lambda: None
-            summary = run_peers(engine, documents, asked, specs, options, folder, progress, wait)
+    folder = _folder(out, "peers")
+    files = fetch_model(model or DEFAULT_MODEL)
+    specs = named_peers(vllm_python, llama_python, llama_gguf or [], files.directory, eager=vllm_eager)
+    with _loaded(model, store, folder, "cpu", "auto") as (engine, progress):
+        wait = _wait_for_enter if pause else lambda: None
+        summary = run_peers(engine, documents, asked, specs, options, folder, progress, wait)
     typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else markdown(summary) + f"Results: {folder}")
 
 
 def _wait_for_enter() -> None:
     typer.echo("Ready. Press Enter to start the clock.", err=True)
     input()
+
+
+def _folder(out: Path | None, command: str) -> Path:
+    """Where results go."""
+    return out or Path("results") / f"{command}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+@contextmanager
+def _loaded(
+    model: str | None, store: Path | None, folder: Path, device: str, dtype: str
+) -> Iterator[tuple[Engine, ConsoleProgress]]:
+    """An engine over `_store_directory`, and the progress that its loading was shown with."""
+    from cag.engine import Engine
+    from cag.models import DEFAULT_MODEL
+    from cag_bench.progress import ConsoleProgress
+
+    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
+        progress("load model", 0, 0)
+        engine = Engine.load(
+            model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
+        )
+        yield engine, progress
 
 
 @contextmanager

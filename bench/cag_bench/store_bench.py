@@ -204,7 +204,7 @@ class TimedCodec:
 
     def _load(self, entries: Sequence[ChunkEntry]) -> None:
         with self._store.chunk_reader(entries, self._context) as reader:
-            reader.load(self._buffers)
+            reader.load(self._buffers, first_layer_soon=False)  # nobody waits for it
 
     def _check(self, expected: Buffers) -> None:
         """Raises: `WrongValues` unless the store gave back what was decoded from memory."""

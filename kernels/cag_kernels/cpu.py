@@ -7,7 +7,6 @@ are awake from the layer's products. The number of threads does not show in the 
 from __future__ import annotations
 
 import importlib.util
-import struct
 import threading
 from collections.abc import Iterable
 from functools import cache
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu_tape import CompiledStep, new_call, scratch_memory
+from cag_kernels.cpu_tape import CompiledStep, float_bits, new_call, scratch_memory
 from cag_kernels.prefixes import Codes, QuantizedPrefix, code_bits
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ def _run(
     places = [scratch.data_ptr() + 4 * num_lanes * sum(counts[:index]) for index in range(4)]
     sizes = (num_kv_heads, num_keys, num_rows, num_lanes, num_ranges, keys.stride(0), values.stride(0))
     pointers = (*(tensor.data_ptr() for tensor in (query, keys, values)), *places, out.data_ptr())
-    fields = (0, *pointers, logsumexps.data_ptr(), *sizes, _float_bits(scale), *codes_fields)
+    fields = (0, *pointers, logsumexps.data_ptr(), *sizes, float_bits(scale), *codes_fields)
     kernel.run(fields, num_tasks, (query, keys, values, scratch, out, logsumexps, *codes_memory))
     return out, logsumexps
 
@@ -268,8 +267,3 @@ def _compile_codes(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
         return CompiledKernel(tile_attention_module(head_dim, codes), TILE_BLOCKING)
     blocking = host_blocking()
     return CompiledKernel(attention_module(head_dim, blocking, codes=codes), blocking)
-
-
-@cache
-def _float_bits(value: float) -> int:
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])

@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from cag_kernels.cpu_rows import Array, exponential, numba, widened
-from cag_kernels.cpu_steps import compiled_step, float_bits, memory, take_task
-from cag_kernels.cpu_tape import CompiledStep, new_call
+from cag_kernels.cpu_steps import compiled_step, memory, take_task
+from cag_kernels.cpu_tape import CompiledStep, float_bits, new_call
 from cag_kernels.prefixes import BLOCK_TOKENS
 
 THREADS_PAIRS = 1 << 12  # rows of query heads x keys from which a second thread is worth its start

@@ -5,7 +5,6 @@ Each function here takes contiguous CPU tensors that stay where they are, and ru
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from cag_kernels import cpu_rows
 from cag_kernels.cpu_rows import narrowed, numba
-from cag_kernels.cpu_tape import CompiledStep, new_call
+from cag_kernels.cpu_tape import CompiledStep, float_bits, new_call
 
 types, carray = numba.types, numba.carray
-_MAX_FIELDS = 24
 
 
 @numba.extending.intrinsic  # type: ignore[untyped-decorator]
@@ -53,11 +51,6 @@ def compiled_step(function: Callable[[Any], None], **options: Any) -> CompiledSt
     return CompiledStep(compiled.address, compiled)
 
 
-def float_bits(value: float) -> int:
-    """The bits of a float32, as a field."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
-
-
 def add_and_norm(hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> None:
     """See `cpu_rows.add_and_norm`."""
     _shared(_add_and_norm, [hidden, update, weight, out], [*hidden.shape, float_bits(epsilon)], len(hidden))
@@ -86,12 +79,6 @@ def rotate_and_store(
 def gate(projected: Tensor, out: Tensor) -> None:
     """See `cpu_rows.gate`."""
     _shared(_gate, [projected, out], list(out.shape), len(out))
-
-
-def warm_up() -> None:
-    """Compile all steps, so that no forward waits for it."""
-    for function in (_add_and_norm, _head_norm, _rotate_and_store, _gate):
-        _step(function)
 
 
 def _shared(function: Callable[[Any], None], tensors: Sequence[Tensor], sizes: Sequence[int], num_tasks: int) -> None:

@@ -12,6 +12,7 @@ Threads that run the same call share out its tasks.
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,6 +147,12 @@ def new_call(fields: Sequence[int], memory: Sequence[Any]) -> Any:
     if tape is not None:
         tape.keep(memory)
     return (ctypes.c_int64 * len(fields))(*fields)
+
+
+@cache
+def float_bits(value: float) -> int:
+    """A float32 as a field of a call: its bits."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 def _recording() -> Tape | None:

@@ -11,13 +11,6 @@ from cag_kernels.cpu import cpu_attention, has_compiler
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs llvmlite")
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 class Work:
     """A product, attention over what it gives as queries, and another product: each needs the step before."""
 
