@@ -28,7 +28,7 @@ from cag_store.scratch import Scratch
 
 Buffers = Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]]
 
-_JOB_BYTES = 4 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
+_JOB_BYTES = 3 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 _scratch = Scratch(keep=4)  # threads of one load
 
 

@@ -277,7 +277,7 @@ def lossless(segment, shape, config, dtype, side, start, layer):
         plane = segment[offset : offset + length]
         offset += length
         need(packer <= len(config["packers"]), "packer of a plane")
-        planes.append(unpack(plane, size=count) if packer else plane)
+        planes.append(unpacked(plane, config["packers"][packer - 1], shape) if packer else plane)
         need(len(planes[-1]) == count, "length of a plane")
     need(offset == len(segment), "nothing follows the planes")
     bits = np.zeros(count, dtype=f"<u{itemsize}")
@@ -288,6 +288,54 @@ def lossless(segment, shape, config, dtype, side, start, layer):
     right, left = transform["bits"], (8 * itemsize - transform["bits"]) % (8 * itemsize)
     restored = (bits >> bits.dtype.type(right)) | (bits << bits.dtype.type(left))
     return restored.view(ITEM[dtype]).reshape(shape)
+
+
+def unpacked(data, packer, shape):
+    """Bytes of an array of `shape`."""
+    if packer["id"] == "ranks":
+        return ranks(data, shape)
+    need(packer["id"] == "zstd", "packer")
+    return unpack(data, size=shape[0] * shape[1] * shape[2])
+
+
+def ranks(data, shape):
+    heads, tokens, channels = shape
+    second, third, num_rest = struct.unpack_from("<III", data)
+    table, offset = data[12:25], 25 + heads * channels
+    base = np.frombuffer(data, np.uint8, heads * channels, 25).reshape(heads, 1, channels)
+    groups = (heads * -(-tokens * channels // 64), -(-second // 64), -(-third // 64))
+    levels = []
+    for bits, count in zip((2, 2, 3), groups, strict=True):
+        words = np.frombuffer(data, "<u8", bits * count, offset)
+        offset += words.nbytes
+        levels.append([[word >> at & 1 for at in range(64)] for word in words.tolist()])
+    rest = list(data[offset:])
+    need(len(rest) == num_rest, "nothing follows the differences")
+    codes = [code_stream(words, bits) for words, bits in zip(levels, (2, 2, 3), strict=True)]
+    differences = np.zeros((heads, tokens * channels), np.uint8)
+    for head in range(heads):
+        for place in range(-(-tokens * channels // 64) * 64):
+            code = next(codes[0])
+            if place >= tokens * channels:
+                need(code == 0, "padding")
+                continue
+            rank = code if code < 3 else 3 + (low := next(codes[1], 9))
+            if rank >= 6:
+                need(low == 3, "codes of level 2")
+                rank = 6 + next(codes[2], 9)
+                need(rank <= 13, "codes of level 3")
+            differences[head, place] = table[rank] if rank < 13 else rest.pop(0)
+    need(not rest, "number of differences without rank")
+    for number, count in ((1, second), (2, third)):
+        left = list(codes[number])
+        need(len(left) == 64 * groups[number] - count and not any(left), "numbers of codes, and padding")
+    return (differences.reshape(shape) + base).tobytes()
+
+
+def code_stream(words, bits):
+    for group in range(0, len(words), bits):
+        for at in range(64):
+            yield sum(words[group + bit][at] << bit for bit in range(bits))
 
 
 def int8(segment, shape, config, dtype, side, start, layer):
@@ -320,7 +368,7 @@ def grouped(segment, shape, config, dtype, side, start, bits):
     codes = segment[offset + exact.nbytes :]
     need(len(codes) == stored, "nothing follows the codes")
     row_bytes = -(-dim // 2) if bits == 4 else dim
-    codes = unpack(codes, size=heads * tokens * row_bytes) if packed else codes
+    codes = unpacked(codes, config["packer"], (heads, tokens, row_bytes)) if packed else codes
     codes = np.frombuffer(codes, np.uint8).reshape(heads, tokens, row_bytes)
     codes = nibbles(codes, dim) if bits == 4 else codes.view(np.int8)
     axis, size = (2, channels) if side else (1, group)

@@ -15,6 +15,8 @@ class TestLossless(CodecConformance):
     configs = [
         {"id": "lossless"},
         {"id": "lossless", "packers": []},
+        {"id": "lossless", "packers": [{"id": "ranks"}]},
+        {"id": "lossless", "packers": [{"id": "zstd", "level": 1, "min_match": 7, "hash_log": 6}]},
         {"id": "lossless", "transform": {"id": "rotate", "bits": 0}, "packers": [{"id": "zstd", "level": 3}]},
     ]
 
@@ -26,6 +28,7 @@ class TestInt8(CodecConformance):
     configs = [
         {"id": "int8"},
         {"id": "int8", "packer": {"id": "zstd"}},
+        {"id": "int8", "packer": {"id": "ranks"}},
         {"id": "int8", "group_tokens": 5, "exact_tokens": 0},
         {"id": "int8", "group_tokens": 300, "exact_tokens": 300},
     ]
@@ -232,6 +235,7 @@ def test_decompression_bombs_are_refused_before_they_are_unpacked():
         {"id": "pickle"},
         {"id": "lossless", "packers": [{"id": "gzip"}]},
         {"id": "lossless", "packers": "zstd"},
+        {"id": "lossless", "packers": [{"id": "ranks", "level": 1}]},
         {"id": "lossless", "packers": [{"id": "zstd"}] * 9},
         {"id": "lossless", "transform": {"id": "zstd"}},
         {"id": "lossless", "transform": {"id": "rotate", "bits": 16}},

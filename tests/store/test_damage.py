@@ -15,6 +15,7 @@ from cag_store import Store
 from cag_store.blob import MAX_BLOB_BYTES, pack_blob
 from cag_store.chunk import ChunkIndex, Segment, parse_index
 from cag_store.chunk_files import read_entry
+from cag_store.codecs import Zstd
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreError, UnsupportedFormat
 from cag_store.jsontext import canonical_bytes
 from cag_store.paths import blob_path, chunk_path, manifest_path, ref_path
@@ -298,7 +299,8 @@ def test_a_bomb_with_a_right_checksum_is_refused(small):
     data = store.backend.get(path, 1 << 20)
     index = parse_index(data[: entry.header_bytes], len(data), path)
     frame = zstandard.ZstdCompressor().compress(bytes(1 << 30))[:300]
-    bomb = b"\x02\x01" + len(frame).to_bytes(4, "little") + b"\x01" + (0).to_bytes(4, "little") + frame
+    zstd = 1 + next(i for i, packer in enumerate(cache.codec.packers) if isinstance(packer, Zstd))
+    bomb = bytes([2, zstd]) + len(frame).to_bytes(4, "little") + bytes([zstd]) + (0).to_bytes(4, "little") + frame
     old = index.segments[0]
     row = Segment(old.codec, old.raw_bytes, len(bomb), xxhash.xxh3_128_hexdigest(bomb))
     forged = ChunkIndex(index.header, (row, *index.segments[1:]))

@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from cag_store.codecs import Int4, Int8, Lossless, Rotate, codec_from_config, loops
+from cag_store.codecs import EncodedSegment, Int4, Int8, Lossless, Rotate, codec_from_config, loops
 from cag_store.codecs.widths import BYTES, NIBBLES
 from cag_store.dtypes import STORAGE_DTYPES
+from cag_store.errors import CorruptEntry
 from cag_store.testing import CodecConformance, sample_array
 
 SHAPES = [(1, 1, 1), (2, 3, 8), (3, 65, 16), (2, 300, 4), (1, 129, 33), (5, 64, 64), (3, 7, 5)]
@@ -104,6 +105,45 @@ def test_dequantizing_is_not_fused_and_rounds_alike(compiled, codec, width, side
     width.dequantize(compiled, side, codes, parameters, size, out)
     codec._dequantize(width, side, codes, parameters, reference)
     assert np.array_equal(out.view(np.uint8), reference.view(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize(
+    "codec",
+    [
+        Int8(exact_tokens=1),
+        Int8(group_tokens=7, exact_tokens=0),
+        Int4(wide_key_layers=[1]),
+        Int4(9, 0, group_channels=3, recent_tokens=2),
+    ],
+    ids=repr,
+)
+def test_segments_decode_together_as_one_by_one(codec, dtype):
+    """Plain or not, of every width, wherever they go."""
+    segments, expected = [], []
+    for number, shape in enumerate(SHAPES):
+        array = sample_array(shape, dtype, seed=number)
+        for layer, side in ((0, "keys"), (1, "keys"), (1, "values")):
+            data = codec.encode_layers([array], dtype, side, layer, 512)
+            for out in targets(shape, array.dtype):
+                segments.append(EncodedSegment(memoryview(b"\0" + data)[1:], (out,), side, layer, 512))
+                expected.append(np.empty_like(array))
+                codec.decode_layers_into(data, [expected[-1]], side, layer, 512)
+    codec.decode_segments(segments)
+    for segment, whole in zip(segments, expected, strict=True):
+        assert segment.outs[0].tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("codec", [Int8(), Int4()], ids=repr)
+def test_a_bad_scale_among_segments_is_refused(codec):
+    array = sample_array((2, 64, 64), "bfloat16")
+    data = codec.encode(array, "bfloat16", "keys", 512)
+    bad = bytearray(data)
+    bad[12:14] = b"\xc0\xff"
+    outs = [np.empty_like(array) for _ in range(2)]
+    segments = [EncodedSegment(memoryview(d), (o,), "keys", 0, 512) for d, o in zip((data, bad), outs, strict=True)]
+    with pytest.raises(CorruptEntry, match="scales"):
+        codec.decode_segments(segments)
 
 
 @pytest.mark.usefixtures("numpy_only")

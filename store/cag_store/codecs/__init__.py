@@ -26,6 +26,7 @@ from cag_store.codecs.int8 import Int8
 from cag_store.codecs.loops import warm_up
 from cag_store.codecs.lossless import Lossless
 from cag_store.codecs.packers import Zstd
+from cag_store.codecs.ranks import Ranks
 from cag_store.codecs.transform import JointTransform
 from cag_store.codecs.transforms import Rotate
 from cag_store.errors import UnknownCodec
@@ -41,6 +42,7 @@ __all__ = [
     "JointTransform",
     "Lossless",
     "Packer",
+    "Ranks",
     "Resources",
     "Rotate",
     "Side",
@@ -62,7 +64,7 @@ Kind = TypeVar("Kind", bound=Configured)
 
 _CODECS: dict[str, type[Codec]] = {codec.codec_id: codec for codec in (Lossless, Int8, Int4, JointTransform)}
 _TRANSFORMS: dict[str, type[Transform]] = {Rotate.codec_id: Rotate}
-_PACKERS: dict[str, type[Packer]] = {Zstd.codec_id: Zstd}
+_PACKERS: dict[str, type[Packer]] = {packer.codec_id: packer for packer in (Zstd, Ranks)}
 
 
 def codec_from_config(config: Mapping[str, Any] | str, resources: Resources | None = None) -> Codec:

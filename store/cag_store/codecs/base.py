@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cag_store.codecs.coded import CodedShape, CodedSide
 from cag_store.dtypes import Array, storage_dtype
@@ -21,6 +22,8 @@ from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
 
 Side = Literal["keys", "values"]
 Config = dict[str, Any]
+Shape = tuple[int, int, int]
+"""`[num_kv_heads, num_tokens, channels]`."""
 Resources = Callable[[str], bytes]
 """Gives the verified content of the blob at a sha256. Raises: EntryNotFound, CorruptEntry."""
 
@@ -66,15 +69,16 @@ class Transform(Configured):
 
 
 class Packer(Configured):
-    """Bytes -> bytes, lossless."""
+    """Bytes -> bytes, lossless. The bytes are an array of `shape` in C order, one an element, and a packer may make use
+    of that."""
 
     @abstractmethod
-    def pack(self, data: bytes) -> bytes:
-        """Smaller bytes, or not."""
+    def pack(self, data: bytes, shape: Shape) -> bytes:
+        """What `unpack` takes; or anything that is not smaller than `data`, where nothing is gained."""
 
     @abstractmethod
-    def unpack(self, data: memoryview, size: int) -> bytes:
-        """The `size` bytes that were packed; never allocates more. Raises:
+    def unpack(self, data: memoryview, shape: Shape) -> NDArray[np.uint8]:
+        """The bytes that were packed, flat; never allocates much more. Raises:
         CorruptEntry when `data` states another size."""
 
 

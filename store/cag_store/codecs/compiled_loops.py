@@ -8,55 +8,14 @@ fused multiply-add, no reassociation.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cag_store.codecs import compiled_ranks
+from cag_store.codecs.emitting import compiled, copy_bytes, numba, row_pointer, types
 from cag_store.dtypes import Array, bit_patterns
-
-# untyped, and not installed everywhere
-numba = importlib.import_module("numba")
-types = numba.types
-_extending = importlib.import_module("numba.extending")
-_cgutils = importlib.import_module("numba.core.cgutils")
-
-
-def _row(typing_context: Any, out: Any, address: Any) -> Any:  # noqa: ARG001
-    """`address` as a pointer to elements of `out`."""
-    pointer = types.CPointer(out.dtype)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
-
-    return pointer(out, types.uintp), generate
-
-
-def _copy(typing_context: Any, source: Any, target: Any, count: Any) -> Any:  # noqa: ARG001
-    """`memcpy` between addresses: a loop over pointers of unknown origin is not made into vectors."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        source, target, count = arguments
-        pointer = context.get_value_type(types.CPointer(types.uint8))
-        places = [builder.inttoptr(place, pointer) for place in (target, source)]
-        _cgutils.raw_memcpy(builder, *places, count, 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-row_pointer = _extending.intrinsic(_row)
-copy_bytes = _extending.intrinsic(_copy)
-
-
-def _compiled(function: Callable[..., Any], *signatures: Any) -> Any:
-    """`function` compiled ahead for `signatures`; without numba's cache where no folder for it can be written."""
-    try:
-        return numba.njit(list(signatures), nogil=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(list(signatures), nogil=True)(function)
 
 
 def _widened(pattern: Any) -> Any:
@@ -207,18 +166,18 @@ _NIBBLES = types.Array(types.uint8, 3, "C", readonly=True)
 _OUT = {2: types.Array(types.uint16, 3, "A"), 4: types.Array(types.uint32, 3, "A")}
 
 _join = {
-    2: _compiled(_join_two, types.void(_PLANE, _PLANE, _OUT[2])),
-    4: _compiled(_join_four, types.void(_PLANE, _PLANE, _PLANE, _PLANE, _OUT[4])),
+    2: compiled(_join_two, types.void(_PLANE, _PLANE, _OUT[2])),
+    4: compiled(_join_four, types.void(_PLANE, _PLANE, _PLANE, _PLANE, _OUT[4])),
 }
-_keys = _compiled(
+_keys = compiled(
     _dequantize_keys,
     *(types.void(_CODES, types.Array(types.uint16, 4, "C"), types.int64, out) for out in _OUT.values()),
 )
-_values = _compiled(
+_values = compiled(
     _dequantize_values, *(types.void(_CODES, types.Array(types.uint16, 3, "C"), out) for out in _OUT.values())
 )
 _nibble_keys, _nibble_values = (
-    _compiled(
+    compiled(
         function,
         *(types.void(_NIBBLES, types.Array(types.uint16, 4, "C"), types.int64, out) for out in _OUT.values()),
     )
@@ -226,14 +185,52 @@ _nibble_keys, _nibble_values = (
 )
 
 
+def _dequantize_segments(segments: Any, signed: Any, unsigned: Any, patterns: Any) -> None:
+    for index in range(segments.shape[0]):
+        codes_at, scales_at, out_at, head_bytes = segments[index, :4]
+        heads, tokens, head_dim, row_bytes, groups, group_width, group_size = segments[index, 4:11]
+        count = 2 * heads * groups * group_width
+        parameters = np.empty(count, np.uint16)
+        copy_bytes(scales_at, np.int64(parameters.ctypes.data), 2 * count)
+        shape = heads, tokens, row_bytes
+        room = head_bytes // (2 * head_dim)  # tokens from head to head
+        whole = numba.carray(row_pointer(patterns, np.uintp(out_at)), (heads, max(room, tokens), head_dim))
+        out, by_group = whole[:, :tokens], parameters.reshape((2, heads, groups, group_width))
+        if segments[index, 11] == 8:
+            codes = numba.carray(row_pointer(signed, np.uintp(codes_at)), shape)
+            if segments[index, 12]:
+                _keys(codes, by_group, group_size, out)
+            else:
+                _values(codes, parameters.reshape((2, heads, groups)), out)
+        else:
+            nibbles = numba.carray(row_pointer(unsigned, np.uintp(codes_at)), shape)
+            if segments[index, 12]:
+                _nibble_keys(nibbles, by_group, group_size, out)
+            else:
+                _nibble_values(nibbles, by_group, group_size, out)
+
+
 _TABLE = types.Array(types.int64, 2, "C")
-_checked = _compiled(_copy_checked, types.boolean(_TABLE, _TABLE, types.Array(types.uint8, 1, "C")))
-_BYTES = np.empty(0, np.uint8)
+_checked = compiled(_copy_checked, types.boolean(_TABLE, _TABLE, types.Array(types.uint8, 1, "C")))
+_EMPTY = tuple(np.empty(0, dtype) for dtype in (np.int8, np.uint8, np.uint16))
+_segments = compiled(
+    _dequantize_segments,
+    types.void(_TABLE, *(types.Array(kind, 1, "C") for kind in (types.int8, types.uint8, types.uint16))),
+)
 
 
 def copy_checked(spans: NDArray[np.int64], checks: NDArray[np.int64]) -> bool:
     """See `Loops`."""
-    return bool(_checked(spans, checks, _BYTES))
+    return bool(_checked(spans, checks, _EMPTY[1]))
+
+
+def dequantize_segments(segments: NDArray[np.int64]) -> None:
+    """See `Loops`."""
+    _segments(segments, *_EMPTY)
+
+
+around_medians, pack_ranks = compiled_ranks.around_medians, compiled_ranks.pack_ranks
+unpack_ranks, decode_ranked = compiled_ranks.unpack_ranks, compiled_ranks.decode_ranked
 
 
 def join_planes(planes: list[NDArray[np.uint8]], out: Array) -> None:

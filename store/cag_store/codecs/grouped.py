@@ -173,27 +173,32 @@ class GroupedIntegers(Codec):
             raise bad_scales()
 
     def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
-        """See `Codec`. Scales of all plain segments are checked in one step, so a segment takes few calls of Python."""
-        fast, plain, checks = loops.compiled(), [], []
+        """See `Codec`. Scales of all plain segments are checked in one compiled step and their codes dequantized in
+        another, which need no interpreter's lock."""
+        fast, checks = loops.compiled(), []
+        rows: list[tuple[int, ...]] = []
         for segment in segments:
             out = cast(Array, segment.outs[0])
-            place = None
-            if fast is not None and out.dtype != np.float16 and loops.compiled_for(out) and out.shape[2] % 2 == 0:
-                place = self._plain_place(segment, out.shape[1])
+            fits = loops.has_whole_heads(out) and out.dtype != np.float16 and out.shape[2] % 2 == 0
+            place = self._plain_place(segment, out.shape[1]) if fits else None
             if place is None:
                 super().decode_segments([segment])
             else:
-                plain.append((segment, place))
-                checks += place.checks(np.frombuffer(segment.data, np.uint8).ctypes.data)
-        if fast is not None and not fast.copy_checked(table([]), table(checks)):
-            raise bad_scales()
-        for (data, outs, side, layer, _), place in plain:
-            assert fast is not None
-            out, width = cast(Array, outs[0]), self.widths[self._mark(side, layer)]
-            codes = np.frombuffer(data, width.dtype, offset=place.codes_at).reshape(*out.shape[:2], -1)
-            patterns = np.frombuffer(data, "<u2", 2 * place.num_scales, HEAD.size).astype(np.uint16)
-            size = self.group_tokens if side == "keys" else self._channels(out.shape[2])
-            width.dequantize(fast, side, codes, patterns.reshape(2, out.shape[0], *place.groups), size, out)
+                address = np.frombuffer(segment.data, np.uint8).ctypes.data
+                checks += place.checks(address)
+                rows.append(self._row(segment, place, address, out))
+        if fast is not None and rows:
+            if not fast.copy_checked(table([]), table(checks)):
+                raise bad_scales()
+            fast.dequantize_segments(np.array(rows, np.int64))
+
+    def _row(self, segment: EncodedSegment, place: SegmentPlace, address: int, out: Array) -> tuple[int, ...]:
+        """A plain segment as `Loops.dequantize_segments` takes it."""
+        num_heads, num_tokens, head_dim = out.shape
+        width, is_keys = self.widths[self._mark(segment.side, segment.first_layer)], segment.side == "keys"
+        places = address + place.codes_at, address + HEAD.size, out.ctypes.data, out.strides[0]
+        groups = *place.groups, self.group_tokens if is_keys else self._channels(head_dim)
+        return (*places, num_heads, num_tokens, head_dim, width.row_bytes(head_dim), *groups, width.bits, int(is_keys))
 
     def _plain_place(self, segment: EncodedSegment, num_tokens: int) -> SegmentPlace | None:
         """Where the parts of a segment lie and belong, when it has codes alone, neither packed nor exact."""
@@ -251,8 +256,9 @@ class GroupedIntegers(Codec):
         end = array.shape[1] - self._num_recent(array.shape[1], first)
         width = self.widths[mark]
         groups = self._quantize(width, values, side, first, end)
-        codes = width.pack(groups.codes).tobytes()
-        packed = codes if self.packer is None else self.packer.pack(codes)
+        stored_codes = width.pack(groups.codes)
+        codes = stored_codes.tobytes()
+        packed = codes if self.packer is None else self.packer.pack(codes, stored_codes.shape)
         smaller = len(packed) < len(codes)
         stored = packed if smaller else codes
         head = HEAD.pack(_SIDES.index(side), int(smaller), mark, first, len(stored))
@@ -360,12 +366,11 @@ class GroupedIntegers(Codec):
     def _codes(self, data: memoryview, packed: bool, width: CodeWidth, out: Array) -> Array:
         if packed and self.packer is None:
             raise corrupt_segment("codes", "not packed", "packed")
-        row_bytes = width.row_bytes(out.shape[2])
-        size = out.shape[0] * out.shape[1] * row_bytes
-        if not packed and len(data) != size:
-            raise corrupt_segment("number of codes", size, len(data))
-        unpacked = self.packer.unpack(data, size) if packed and self.packer else data
-        codes = np.frombuffer(unpacked, dtype=width.dtype).reshape(*out.shape[:2], row_bytes)
+        shape = *out.shape[:2], width.row_bytes(out.shape[2])
+        if not packed and len(data) != math.prod(shape):
+            raise corrupt_segment("number of codes", math.prod(shape), len(data))
+        unpacked = self.packer.unpack(data, shape) if packed and self.packer else data
+        codes = np.frombuffer(unpacked, dtype=width.dtype).reshape(shape)
         width.check(codes, out.shape[2])
         return codes
 

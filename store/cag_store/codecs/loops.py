@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.dtypes import Array
+
+if TYPE_CHECKING:
+    from cag_store.codecs.ranks import PackedRanks
 
 
 class Loops(Protocol):
@@ -23,6 +26,26 @@ class Loops(Protocol):
 
     def join_planes(self, planes: list[NDArray[np.uint8]], out: Array) -> None:
         """Interleave byte planes (flat, most significant first), rotate right by one bit; `out` unsigned."""
+
+    def around_medians(self, plane: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each channel of `[num_heads, num_tokens, channels]` the median, and how often each difference from it
+        occurs: `[num_heads * channels]` and `[num_heads * channels, 256]`."""
+
+    def pack_ranks(self, plane: NDArray[np.uint8], base: NDArray[np.uint8], rank_of: NDArray[np.uint8]) -> PackedRanks:
+        """Codes of the differences of `plane` `[num_heads, num_tokens, channels]` from `base` `[num_heads, channels]`,
+        by their ranks."""
+
+    def unpack_ranks(self, data: NDArray[np.uint8], out: Array) -> bool:
+        """Unpack what `cag_store.codecs.ranks.Ranks` packed into bytes `out` `[num_kv_heads, num_tokens, channels]`.
+        False, with anything in `out`, where `data` is damaged."""
+
+    def decode_ranked(self, segments: NDArray[np.int64], kind: int) -> NDArray[np.bool_]:
+        """Decode those segments of `lossless` that are ranks (`packers[kind - 1]`) and a raw plane.
+
+        segments: `[num_segments, 7]` of the address of its bytes, their number, the address of the first head of its
+        array of 2-byte elements, bytes from head to head, and shape; heads are contiguous. Returns which are decoded;
+        others are of another form, or damaged, and have anything in their array.
+        """
 
     def dequantize_keys(
         self, codes: NDArray[np.int8], parameters: NDArray[np.uint16], group_tokens: int, out: Array
@@ -43,6 +66,15 @@ class Loops(Protocol):
         self, codes: NDArray[np.uint8], parameters: NDArray[np.uint16], group_channels: int, out: Array
     ) -> None:
         """The same with parameters `[2, num_kv_heads, num_tokens, num_channel_groups]`."""
+
+    def dequantize_segments(self, segments: NDArray[np.int64]) -> None:
+        """What the four above do, for several segments of 2-byte elements, as many calls would.
+
+        segments: `[num_segments, 13]` of address of the codes, address of scales and offsets, address of the first
+        head of the array, bytes from head to head, `num_kv_heads`, `num_tokens`, `head_dim`, bytes of a row of codes,
+        groups along the tokens and along the channels, size of a group, bits of a code, and 1 for keys. Each head of an
+        array is contiguous.
+        """
 
     def copy_checked(self, spans: NDArray[np.int64], checks: NDArray[np.int64]) -> bool:
         """Copy bytes, unless a check fails.
@@ -66,6 +98,14 @@ def compiled_for(out: Array) -> Loops | None:
     """The compiled loops if they can write into `out`."""
     writable = out.strides[-1] == out.itemsize and out.flags.aligned and out.dtype.isnative
     return compiled() if writable else None
+
+
+def has_whole_heads(out: object) -> bool:
+    """Whether `out` is an array of 2-byte elements that compiled loops can write, one run a head."""
+    if not isinstance(out, np.ndarray) or out.dtype.itemsize != 2 or out.size == 0 or compiled_for(out) is None:
+        return False
+    row = out.shape[2] * out.itemsize
+    return out.strides[1] == row and (out.shape[0] == 1 or (out.strides[0] > 0 and out.strides[0] % row == 0))
 
 
 def warm_up() -> bool:

@@ -7,6 +7,7 @@ exponents compress, mantissas do not.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -18,7 +19,9 @@ from cag_store.codecs import loops
 from cag_store.codecs.base import (
     Codec,
     Config,
+    EncodedSegment,
     Packer,
+    Shape,
     Side,
     Transform,
     checked_array,
@@ -27,14 +30,16 @@ from cag_store.codecs.base import (
     refuse_unknown_keys,
 )
 from cag_store.codecs.packers import Zstd
+from cag_store.codecs.ranks import Ranks
 from cag_store.codecs.transforms import Rotate
 from cag_store.dtypes import Array, bit_patterns
 from cag_store.errors import UnknownCodec
 
 _PLANE = struct.Struct("<BI")
-_WORTH = 0.99  # a plane is packed only below this share of its size
+_WORTH_PACKING = 0.01  # of the size of a plane must be saved, for it to be packed
+_WORTH = 0.02  # and for it to be packed otherwise than by the packer before
 
-DEFAULT_PACKERS: tuple[Packer, ...] = (Zstd(1, min_match=7, hash_log=6), Zstd(1, min_match=7))
+DEFAULT_PACKERS: tuple[Packer, ...] = (Ranks(), Zstd(1, min_match=7, hash_log=6), Zstd(1, min_match=7))
 
 
 class Lossless(Codec):
@@ -47,6 +52,7 @@ class Lossless(Codec):
         self.transform = transform or Rotate(1)
         self.packers = tuple(packers)
         self._compilable = self.transform == Rotate(1)
+        self._ranks = next((kind for kind, packer in enumerate(packers, start=1) if isinstance(packer, Ranks)), 0)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -72,7 +78,8 @@ class Lossless(Codec):
         bits = self.transform.forward(bit_patterns(checked_array(array, dtype)))
         itemsize = bits.dtype.itemsize
         low_first = bits.astype(f"<u{itemsize}", copy=False).view(np.uint8).reshape(-1, itemsize)
-        planes = [self._packed(low_first[:, index].tobytes()) for index in reversed(range(itemsize))]
+        shape = array.shape
+        planes = [self._packed(low_first[:, index].tobytes(), shape) for index in reversed(range(itemsize))]
         head = b"".join(_PLANE.pack(kind, len(plane)) for kind, plane in planes)
         return b"".join([bytes([itemsize]), head, *(plane for _, plane in planes)])
 
@@ -86,6 +93,18 @@ class Lossless(Codec):
         else:
             fast.join_planes(planes, target)
 
+    def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
+        """See `Codec`. What nearly all segments of 16-bit floats are, ranks and raw bytes, is decoded in one compiled
+        step, without planes in between and without the interpreter's lock."""
+        fast = loops.compiled() if self._ranks and self._compilable else None
+        plain = [] if fast is None else [segment for segment in segments if loops.has_whole_heads(segment.outs[0])]
+        rest = segments
+        if fast is not None and plain:
+            decoded = fast.decode_ranked(np.array([_place(segment) for segment in plain], np.int64), self._ranks)
+            done = {id(segment) for segment, well in zip(plain, decoded, strict=True) if well}
+            rest = [segment for segment in segments if id(segment) not in done]
+        super().decode_segments(rest)
+
     def _join_planes(self, planes: list[NDArray[np.uint8]], target: Array) -> None:
         """The reference for `Loops.join_planes`, for any transform."""
         bits = planes[0].astype(native_scratch((0,), target.dtype.itemsize).dtype)
@@ -94,18 +113,18 @@ class Lossless(Codec):
             bits |= plane
         self.transform.inverse_into(bits.reshape(target.shape), target)
 
-    def _packed(self, plane: bytes) -> tuple[int, bytes]:
+    def _packed(self, plane: bytes, shape: Shape) -> tuple[int, bytes]:
+        """By the packer that makes it smallest; a later one only if it saves much, as the first decodes fastest."""
         best = (0, plane)
-        worth = int(len(plane) * _WORTH)
-        for index, packer in enumerate(self.packers, start=1):
-            packed = packer.pack(plane)
-            if len(packed) < min(len(best[1]), worth):
-                best = (index, packed)
+        for kind, packer in enumerate(self.packers, start=1):
+            packed = packer.pack(plane, shape)
+            if len(packed) < len(best[1]) - (_WORTH if best[0] else _WORTH_PACKING) * len(plane):
+                best = (kind, packed)
         return best
 
     def _planes(self, view: memoryview, target: Array) -> list[NDArray[np.uint8]]:
         """The unpacked planes, the most significant first, each flat."""
-        itemsize, size = target.dtype.itemsize, target.size
+        itemsize, shape = target.dtype.itemsize, target.shape
         offset = 1 + itemsize * _PLANE.size
         if len(view) < offset or view[0] != itemsize:
             raise corrupt_segment("number of planes", itemsize, view[0] if len(view) else "no bytes")
@@ -114,13 +133,23 @@ class Lossless(Codec):
             raise corrupt_segment("length", offset + sum(length for _, length in table), len(view))
         planes = []
         for kind, length in table:
-            planes.append(self._plane(kind, view[offset : offset + length], size))
+            planes.append(self._plane(kind, view[offset : offset + length], shape))
             offset += length
         return planes
 
-    def _plane(self, kind: int, data: memoryview, size: int) -> NDArray[np.uint8]:
+    def _plane(self, kind: int, data: memoryview, shape: Shape) -> NDArray[np.uint8]:
         if kind > len(self.packers):
             raise corrupt_segment("packer of a plane", f"at most {len(self.packers)}", kind)
-        if kind == 0 and len(data) != size:
-            raise corrupt_segment("length of a raw plane", size, len(data))
-        return np.frombuffer(data if kind == 0 else self.packers[kind - 1].unpack(data, size), dtype=np.uint8)
+        if kind:
+            return self.packers[kind - 1].unpack(data, shape)
+        if len(data) != math.prod(shape):
+            raise corrupt_segment("length of a raw plane", math.prod(shape), len(data))
+        return np.frombuffer(data, dtype=np.uint8)
+
+
+def _place(segment: EncodedSegment) -> tuple[int, ...]:
+    """A row of what `Loops.decode_ranked` takes."""
+    (out,) = segment.outs
+    assert isinstance(out, np.ndarray)
+    data = np.frombuffer(segment.data, dtype=np.uint8)
+    return (data.ctypes.data, data.size, out.ctypes.data, out.strides[0], *out.shape)

@@ -8,13 +8,16 @@ docs/design/002-store.md).
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
-from cag_store.codecs.base import Config, Packer, checked_int, corrupt_segment, refuse_unknown_keys
+from cag_store.codecs.base import Config, Packer, Shape, checked_int, corrupt_segment, refuse_unknown_keys
 from cag_store.errors import CorruptEntry
 
 _local = threading.local()
@@ -45,7 +48,7 @@ class Zstd(Packer):
         """The full configuration."""
         return {"id": self.codec_id, "level": self.level, "min_match": self.min_match, "hash_log": self.hash_log}
 
-    def pack(self, data: bytes) -> bytes:
+    def pack(self, data: bytes, shape: Shape) -> bytes:  # noqa: ARG002
         """One frame."""
         chosen = {"min_match": self.min_match, "hash_log": self.hash_log}
         overrides = {key: value for key, value in chosen.items() if value is not None}
@@ -55,9 +58,9 @@ class Zstd(Packer):
         packed: bytes = zstandard.ZstdCompressor(compression_params=parameters).compress(data)
         return packed
 
-    def unpack(self, data: memoryview, size: int) -> bytes:
-        """The frame's content, which must be `size` bytes."""
-        return unpack_frame(data, size)
+    def unpack(self, data: memoryview, shape: Shape) -> NDArray[np.uint8]:
+        """The frame's content, which must have the size of `shape`."""
+        return np.frombuffer(unpack_frame(data, math.prod(shape)), dtype=np.uint8)
 
 
 def unpack_frame(data: bytes | memoryview, size: int) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cag_store.codecs.transform.emitting import (
+from cag_store.codecs.emitting import (
     BIT,
     FEATURES,
     INT8,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cag_store.codecs.transform.emitting import (
+from cag_store.codecs.emitting import (
     INT16,
     INT32,
     INT64,

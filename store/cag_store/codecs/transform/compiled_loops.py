@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cag_store.codecs.compiled_loops import narrowing, row_pointer
+from cag_store.codecs.compiled_loops import narrowing
+from cag_store.codecs.emitting import array, compiled, numba, row_pointer, types
 from cag_store.codecs.transform import compiled_decode
 from cag_store.codecs.transform.compiled_costs import add_costs
 from cag_store.codecs.transform.compiled_decode import decode_block
 from cag_store.codecs.transform.compiled_finish import WIDTH, finish_row
 from cag_store.codecs.transform.compiled_product import Operand, PackedRows, integer_product
-from cag_store.codecs.transform.emitting import array, compiled, numba, types
 from cag_store.codecs.transform.rans import LANES, LOWEST_STATE, PROBABILITY_BITS, Layout, Stream, Tables
 from cag_store.codecs.transform.symbols import ESCAPE, LEAST_SHIFT, MIDDLE, NUM_SYMBOLS, SHIFTS
 from cag_store.dtypes import Array, bit_patterns

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cag_store.codecs.transform.emitting import (
+from cag_store.codecs.emitting import (
     BIT,
     FEATURES,
     INT8,

@@ -58,3 +58,29 @@ def intrinsic(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     """Call an LLVM intrinsic by its full name."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(builder.module.declare_intrinsic(name, fnty=kind), arguments)
+
+
+def _row(typing_context: Any, out: Any, address: Any) -> Any:  # noqa: ARG001
+    """`address` as a pointer to elements of `out`."""
+    element = types.CPointer(out.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
+
+    return element(out, types.uintp), generate
+
+
+def _copy(typing_context: Any, source: Any, target: Any, count: Any) -> Any:  # noqa: ARG001
+    """`memcpy` between addresses: a loop over pointers of unknown origin is not made into vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        source, target, count = arguments
+        places = [builder.inttoptr(place, POINTER) for place in (target, source)]
+        cgutils.raw_memcpy(builder, *places, count, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+row_pointer = extending.intrinsic(_row)
+copy_bytes = extending.intrinsic(_copy)
