@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels import DensePrefix, QuantizedPrefix
@@ -29,12 +28,12 @@ from cag_kernels.cpu import (
     has_tiles,
     quantized_attention_serves,
 )
-from cag_kernels.cpu_tape import Tape, wait_for
+from cag_kernels.cpu_tape import Tape
 
 if TYPE_CHECKING:
     from cag.batch import Batch
     from cag.decoder import Layer, Norm
-    from cag.state import PrefixSegment
+    from cag.state import PrefixLayers, PrefixSegment
 
 MAX_RECORDINGS = 16  # each holds activations of its rows and a few hundred bytes a step
 _PAGES_STEP = 8  # a table of pages grows by so many, or every page would be another recording
@@ -72,12 +71,7 @@ class RecordedForwards:
                 return None
             self._keep(key, recording, (tails, prefix))
         self._found.move_to_end(key)
-        if prefix is not None:
-            prefix.wait_for_first()  # only here: a forward is recorded while its prefix is loading
-        found = recording.run(hidden, rotation, batch)
-        if prefix is not None:
-            prefix.wait()  # says what went wrong
-        return found
+        return recording.run(hidden, rotation, batch)
 
     def _owner_of_tails(self, batch: Batch) -> Any:
         """Whose memory the tails are in: a pool of pages, or a tail of its own. Recordings are forgotten when the
@@ -94,9 +88,7 @@ class RecordedForwards:
         segments = [self._segments(batch, index) for index in range(len(layers))]
         if any(found is None for found in segments):
             return None
-        prefix = batch.groups[0].prefix
-        arrivals = None if prefix is None or prefix.is_loaded else prefix.arrivals
-        return _Recording(self, batch, max_pages, size, [found or [] for found in segments], arrivals)
+        return _Recording(self, batch, max_pages, size, [found or [] for found in segments])
 
     def _segments(self, batch: Batch, layer: int) -> list[PrefixSegment] | None:
         """What a layer's rows attend to before their tails; None where compiled code does not serve that."""
@@ -144,7 +136,6 @@ class _Recording:
         max_pages: int,
         size: int,
         segments: list[list[PrefixSegment]],
-        arrivals: NDArray[np.int64] | None,
     ) -> None:
         from cag_kernels import cpu_paged, cpu_steps
 
@@ -162,12 +153,12 @@ class _Recording:
         self._updates = [torch.empty_like(self.hidden) for _ in range(2)]
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._tape = Tape()
+        self._needs: list[int] = []  # the step of each layer that is the first to need its prefix
         with self._tape.recording():
             update = self._nothing
             for index, layer in enumerate(owner._layers[: len(segments)]):
                 self._add_and_norm(update, layer.before_attention)
-                if arrivals is not None:
-                    wait_for(arrivals, index)
+                self._needs.append(len(self._tape))
                 self._attend(layer, batch.sides(index), segments[index])
                 self._add_and_norm(self._updates[0], layer.before_mlp)
                 self._mlp(layer)
@@ -183,8 +174,27 @@ class _Recording:
         self.lengths[:], self.starts[:], self.skipped[:] = batch.lengths, batch.starts, batch.skipped
         for rows, found in zip(self._targets, (batch.row_pages, batch.row_places), strict=True):
             rows.numpy()[:] = found
-        self._tape.run()
+        begin = self._run_arriving(batch.groups[0].prefix)
+        self._tape.run(begin)
         return self.normed
+
+    def _run_arriving(self, prefix: PrefixLayers | None) -> int:
+        """Run what can be run while the prefix is loading, and return the first step that is left then.
+
+        Where loading needs the same cores, this takes one of them: threads that have to meet behind each step would
+        wait for each other as often as one of them loses its core.
+        """
+        if prefix is None:
+            return 0
+        first = 0
+        for index, last in enumerate(self._needs):
+            if prefix.is_loaded:
+                break
+            self._tape.run(first, last, alone=prefix.shares_cores)
+            first = last
+            prefix.wait_for(index)
+        prefix.wait_for(0)  # says what went wrong
+        return first
 
     def _add_and_norm(self, update: Tensor, norm: Norm) -> None:
         self._steps.add_and_norm(self.hidden, update, torch.from_numpy(norm.weight), norm.epsilon, self.normed)

@@ -195,7 +195,7 @@ class ResidentPrefix:
         token_ids: `[num_tokens]` int64.
         load_s: seconds from the start of loading until the last layer was there; 0 for a prefix that was computed here.
         tier: the slowest place that the layers were loaded from: "memory", "disk" or "object-store".
-        arrivals: `[num_layers]` int64, 1 for each layer that is there; for compiled code, which waits by looking.
+        shares_cores: whether loading needs the cores that a forward would run on.
     """
 
     def __init__(self, layers: Sequence[tuple[PrefixSegment, ...]], token_ids: NDArray[np.int64]) -> None:
@@ -203,10 +203,8 @@ class ResidentPrefix:
         self.token_ids = token_ids
         self.load_s = 0.0
         self.tier = "memory"
-        self._overlap = True
+        self.shares_cores = False
         self._ready = [threading.Event() for _ in layers]
-        self._begun = threading.Event()  # the first layer is there
-        self.arrivals = np.zeros(len(layers), dtype=np.int64)
         self._error: BaseException | None = None
 
     @classmethod
@@ -246,7 +244,7 @@ class ResidentPrefix:
             tensors = _allocate([size for size in sizes for _ in range(2)], dtype, device)
             host = HostBuffers(tensors[::2], tensors[1::2])
         prefix = cls(host.layers(), token_ids)
-        prefix._overlap = overlap
+        prefix.shares_cores = not overlap
         threading.Thread(target=prefix._load, args=(reader, host), name="cag-load", daemon=True).start()
         return prefix
 
@@ -254,7 +252,7 @@ class ResidentPrefix:
         start = time.perf_counter()
         try:
             arrived = partial(self._arrived, host=host)
-            reader.load(host.views(), arrived, first_layer_soon=self._overlap)
+            reader.load(host.views(), arrived, first_layer_soon=not self.shares_cores)
             self.load_s, self.tier = time.perf_counter() - start, reader.tier
         except BaseException as error:  # handed to whoever waits for a layer
             self._error = error
@@ -263,15 +261,11 @@ class ResidentPrefix:
 
     def _arrived(self, layer: int, host: HostBuffers | CodedBuffers) -> None:
         host.arrived(layer)
-        self.arrivals[layer] = 1
-        self._begun.set()
-        if self._overlap and layer < len(self._ready) - 1:  # the last layer is set with `load_s`
+        if layer < len(self._ready) - 1:  # the last layer is set with `load_s`
             self._ready[layer].set()
 
     def mark_loaded(self) -> None:
         """All layers are there."""
-        self.arrivals[:] = 1
-        self._begun.set()
         for event in self._ready:
             event.set()
 
@@ -297,9 +291,7 @@ class ResidentPrefix:
         Raises:
             StoreError: what went wrong while loading.
         """
-        self._ready[index].wait()
-        if self._error is not None:
-            raise self._error
+        self.wait_for(len(self._layers) - 1 if self.shares_cores else index)
         return self._layers[index]
 
     def places(self, index: int) -> tuple[PrefixSegment, ...]:
@@ -320,9 +312,11 @@ class ResidentPrefix:
             return dense[0].keys, dense[0].values
         return torch.cat([segment.keys for segment in dense], 1), torch.cat([segment.values for segment in dense], 1)
 
-    def wait_for_first(self) -> None:
-        """Wait until the first layer is there, or will not come."""
-        self._begun.wait()
+    def wait_for(self, index: int) -> None:
+        """Wait until a layer is there. Raises: StoreError."""
+        self._ready[index].wait()
+        if self._error is not None:
+            raise self._error
 
     def wait(self) -> None:
         """Wait until all layers are there."""

@@ -13,9 +13,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels import DensePrefix, QuantizedPrefix, merge_segments, prefix_attention, segment_attention
@@ -54,7 +52,8 @@ class PrefixLayers(Protocol):
         """Whether all layers are there, or will not come."""
 
     def segments(self, index: int) -> tuple[PrefixSegment, ...]:
-        """Keys and values of a layer, as segments that follow each other; waits until they have arrived."""
+        """Keys and values of a layer, as segments that follow each other; waits until they have arrived, and where
+        `shares_cores` until all have."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """All of them as numbers, `[num_kv_heads, num_tokens, head_dim]`."""
@@ -62,11 +61,11 @@ class PrefixLayers(Protocol):
     def places(self, index: int) -> tuple[PrefixSegment, ...]:
         """As `segments`, without waiting: where the layer lies, or will lie."""
 
-    arrivals: NDArray[np.int64]
-    """`[num_layers]`, 1 for each layer that is there."""
+    shares_cores: bool
+    """Whether its loading needs the cores that a forward would run on."""
 
-    def wait_for_first(self) -> None:
-        """Wait until the first layer is there, or will not come."""
+    def wait_for(self, index: int) -> None:
+        """Wait until a layer is there, whether or not that is a good moment to compute."""
 
     def wait(self) -> None:
         """Wait until all layers are there."""

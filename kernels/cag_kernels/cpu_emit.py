@@ -114,11 +114,12 @@ class Emitter:
         wide = self.builder.zext(halves, self.integers)
         return self.builder.bitcast(self.builder.shl(wide, self._integers(16)), self.vector)
 
-    def prefetch(self, pointer: Value) -> None:
-        """Ask for the cache line at an address that is soon read; harmless where there is none."""
+    def prefetch(self, pointer: Value, *, near: int = 3) -> None:
+        """Ask for the cache line at an address that is soon read; harmless where there is none. near: 3 for the first
+        cache, 2 for the second."""
         kind = ir.FunctionType(ir.VoidType(), [POINTER, INT32, INT32, INT32])
         function = self.function.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
-        read, near, data = 0, 3, 1
+        read, data = 0, 1
         self.builder.call(function, [pointer, *(ir.Constant(INT32, option) for option in (read, near, data))])
 
     def spread(self, pointer: Value) -> Value:

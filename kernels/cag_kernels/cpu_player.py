@@ -26,7 +26,7 @@ class _Entry(ir.Value):  # type: ignore[misc]
 
 
 def player_module() -> ir.Module:
-    """Module with `play`, of one pointer to the memory of a tape: what each thread of a team runs; and `wait`, a step.
+    """Module with `play`, of one pointer to the header of a tape: what each thread of a team runs.
 
     Whoever arrives last behind a step sets its counter back, so that its call may be used by the next step, and lets
     the others go on.
@@ -39,9 +39,10 @@ def player_module() -> ir.Module:
     arrived, behind = (emit.at(memory, place, INT64) for place in (Header.ARRIVED, Header.BEHIND))
     num_threads = _team_size(emit, builder.load(emit.at(memory, Header.NUM_THREADS, INT64), typ=INT64))
     num_steps = builder.load(emit.at(memory, Header.NUM_STEPS, INT64), typ=INT64)
+    steps = builder.load(emit.at(memory, Header.STEPS, INT64), typ=POINTER)
     with emit.loop(emit.integer(0), num_steps, 1) as step:
-        row = builder.add(builder.mul(step.index, emit.integer(STEP_FIELDS)), emit.integer(Header.FIRST_STEP))
-        fields = [emit.at(memory, builder.add(row, emit.integer(field)), INT64) for field in StepField]
+        row = builder.mul(step.index, emit.integer(STEP_FIELDS))
+        fields = [emit.at(steps, builder.add(row, emit.integer(field)), INT64) for field in StepField]
         entry, call = (builder.load(field, typ=POINTER) for field in fields[:2])
         is_shared = builder.icmp_signed("==", builder.load(fields[2], typ=INT64), emit.integer(0))
         ticket, work, meet = function_blocks(function, "ticket", "work", "meet")
@@ -60,17 +61,7 @@ def player_module() -> ir.Module:
             builder.atomic_rmw("xchg", behind, following, "acq_rel")
         _emit_wait(emit, behind, following)
     builder.ret_void()
-    _emit_waiter(module, step_type)
     return module
-
-
-def _emit_waiter(module: ir.Module, step_type: ir.FunctionType) -> None:
-    """`wait`, a step: until the int64 at the address behind the counter is not 0."""
-    function = ir.Function(module, step_type, name="wait")
-    emit = Emitter(function, 1)
-    place = emit.builder.load(emit.at(function.args[0], 1, INT64), typ=POINTER)
-    _emit_wait(emit, place, emit.integer(1))
-    emit.builder.ret_void()
 
 
 def _team_size(emit: Emitter, stated: Value) -> Value:

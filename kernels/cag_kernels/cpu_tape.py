@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels.cpu_threads import openmp_parallel, run_on_threads, thread_pool
@@ -32,13 +31,13 @@ _pool_lock = threading.Lock()
 
 
 class Header(IntEnum):
-    """Places in the memory of a tape, an array of int64; `STEP_FIELDS` numbers a step stand from `FIRST_STEP` on."""
+    """Places in the header of a tape, an array of int64."""
 
     ARRIVED = 0  # how often a thread has finished its part of a step; alone in its cache line
     BEHIND = 8  # steps that all have finished; alone too
     NUM_THREADS = 16  # that meet; 0: all of the OpenMP team
-    NUM_STEPS = 17
-    FIRST_STEP = 18
+    NUM_STEPS = 17  # that are run
+    STEPS = 18  # address of the first of them: `STEP_FIELDS` int64 a step
 
 
 class StepField(IntEnum):
@@ -59,7 +58,8 @@ class Tape:
         self._steps: list[tuple[int, Any, bool]] = []  # with the calls, which must live as long as the tape
         self._kept: list[Any] = []  # what the calls' addresses are of
         self._scratch = torch.empty(0)
-        self._memory = np.zeros(0, dtype=np.int64)
+        self._header = np.zeros(Header.STEPS + 1, dtype=np.int64)
+        self._rows = np.zeros((0, STEP_FIELDS), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -91,33 +91,28 @@ class Tape:
             self._scratch = torch.empty(count)
         return self._scratch[:count]
 
-    def run(self) -> None:
-        """Run all steps on all of torch's threads."""
-        memory, num_threads = self._memory, torch.get_num_threads()
-        if len(self) == 0:
+    def run(self, first: int = 0, last: int | None = None, *, alone: bool = False) -> None:
+        """Run the steps `[first, last)`, on all of torch's threads; on this one with `alone`. The results are the
+        same."""
+        last = len(self) if last is None else last
+        header, num_threads = self._header, 1 if alone else torch.get_num_threads()
+        if first >= last:
             return
-        memory[Header.ARRIVED] = memory[Header.BEHIND] = 0
+        header[Header.ARRIVED] = header[Header.BEHIND] = 0
+        header[Header.NUM_STEPS], header[Header.STEPS] = last - first, self._rows[first:].ctypes.data
         if num_threads == 1:
-            memory[Header.NUM_THREADS] = 1
-            _player().function(memory.ctypes.data)
+            header[Header.NUM_THREADS] = 1
+            _player().function(header.ctypes.data)
         elif (parallel := openmp_parallel()) is not None:
-            memory[Header.NUM_THREADS] = 0
-            parallel(_player().entry, memory.ctypes.data, num_threads, 0)
+            header[Header.NUM_THREADS] = 0
+            parallel(_player().entry, header.ctypes.data, num_threads, 0)
         else:
-            memory[Header.NUM_THREADS] = num_threads
-            _run_in_pool(memory.ctypes.data, num_threads)
+            header[Header.NUM_THREADS] = num_threads
+            _run_in_pool(header.ctypes.data, num_threads)
 
     def _seal(self) -> None:
-        self._memory = np.zeros(Header.FIRST_STEP + STEP_FIELDS * len(self._steps), dtype=np.int64)
-        self._memory[Header.NUM_STEPS] = len(self._steps)
         rows = [(entry, ctypes.addressof(call), alone) for entry, call, alone in self._steps]
-        self._memory[Header.FIRST_STEP :] = np.array(rows, dtype=np.int64).reshape(-1)
-
-
-def wait_for(places: NDArray[np.int64], index: int) -> None:
-    """Go on when `places[index]`, which another thread writes, is not 0."""
-    step = _waiter()
-    step.alone(new_call([0, places.ctypes.data + places.itemsize * index], [places]))
+        self._rows = np.array(rows, dtype=np.int64).reshape(-1, STEP_FIELDS)
 
 
 class _Scratch(threading.local):
@@ -201,8 +196,3 @@ def _program() -> Any:
 @cache
 def _player() -> CompiledStep:
     return CompiledStep(_program().address("play"), _program())
-
-
-@cache
-def _waiter() -> CompiledStep:
-    return CompiledStep(_program().address("wait"), _program())

@@ -8,22 +8,18 @@ costs less than turning the values: those only have pairs of keys put side by si
 
 from __future__ import annotations
 
-import math
-
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu_call import Call, Field
 from cag_kernels.cpu_dequantize import Dequantizer
-from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
+from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, POINTER, UNSEEN, Emitter, Value, function_blocks
 from cag_kernels.cpu_loops import emit_factors, emit_logsumexps, emit_tasks
 from cag_kernels.cpu_panel import MAX_WIDTH, Blocking
-from cag_kernels.cpu_tiles import DEPTH, FEW_TERMS, TILE, TileEmitter
+from cag_kernels.cpu_tile_piece import PIECE, Piece, piece_bytes
+from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
 from cag_kernels.prefixes import Codes
 
-PIECE = 128  # keys of one softmax step: scores, turned values and weights of them stay in the first two caches
 TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=1024)
-_LOG2_E = 1 / math.log(2)
-_OF_ROWS, _SHARED = 3, 6  # tiles 0 to 2 hold sums, 3 to 5 operands of rows, 6 the one that all rows meet
 
 
 def tile_attention_module(head_dim: int, codes: Codes | None = None) -> ir.Module:
@@ -33,7 +29,9 @@ def tile_attention_module(head_dim: int, codes: Codes | None = None) -> ir.Modul
     `WEIGHTED` is `[num_kv_heads, num_ranges, num_lanes, head_dim]`.
     """
     module = ir.Module(name=f"tile_attention_{head_dim}")
-    pieces = [_Piece(module, head_dim, width).function for width in range(1, MAX_WIDTH + 1)]
+    pieces = [
+        Piece(module, head_dim, width, piece_bytes(head_dim, codes)).function for width in range(1, MAX_WIDTH + 1)
+    ]
     _emit_prepare(_TileCall(module, "prepare", head_dim, TILE_BLOCKING))
     attend = _TileCall(module, "attend", head_dim, TILE_BLOCKING, has_codes=codes is not None)
     with attend.emit.configured():
@@ -81,6 +79,7 @@ class _Task:
         self.call, self.emit, self.pieces = call, call.emit, pieces
         self.head_dim = call.head_dim
         self.paired = self.emit.bytes_on_stack(2 * PIECE * self.head_dim)
+        self.codes, self.row_bytes = codes, [size // PIECE for size in piece_bytes(self.head_dim, codes)]
         self.numbers = None if codes is None else Dequantizer(call, codes, PIECE)
         if self.numbers is None:
             self.padded = [self.emit.bytes_on_stack(2 * PIECE * self.head_dim) for _ in range(2)]
@@ -102,8 +101,11 @@ class _Task:
         with emit.loop(first, stop, PIECE) as piece:
             count = emit.minimum(builder.sub(stop, piece.index), emit.integer(PIECE))
             keys, values = (self._emit_whole(side, head, piece.index, count) for side in range(2))
+            following = builder.add(piece.index, emit.integer(PIECE))
+            following = builder.select(builder.icmp_signed("<", following, stop), following, piece.index)
+            ahead = [self._place(side, head, following) for side in range(2)]
             self._emit_paired(values, count)
-            self._emit_panels(query, [keys, self.paired], sums, count)
+            self._emit_panels(query, [keys, self.paired], sums, ahead, count)
         scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
         with emit.loop(emit.integer(0), lanes, TILE) as lane:
             place = emit.at(sums[0], lane.index)
@@ -124,9 +126,7 @@ class _Task:
         if self.numbers is not None:
             return self.numbers.emit_side(side, head, token, count)
         call, emit, builder = self.call, self.emit, self.emit.builder
-        field, stride = ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))[side]
-        index = call.index(head, (call[stride], builder.mul(token, emit.integer(self.head_dim))))
-        source, copy = emit.at(call[field], index, INT16), self.padded[side]
+        source, copy = self._place(side, head, token), self.padded[side]
         before, (partly, behind) = builder.block, function_blocks(call.function, "partly", "behind")
         builder.cbranch(builder.icmp_signed("<", count, emit.integer(PIECE)), partly, behind)
         builder.position_at_end(partly)
@@ -146,12 +146,21 @@ class _Task:
         found.add_incoming(copy, end)
         return found
 
+    def _place(self, side: int, head: Value, token: Value) -> Value:
+        """Where the numbers or codes of a token lie in memory."""
+        call, builder = self.call, self.emit.builder
+        field, stride = ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))[side]
+        unit, size = (INT16, self.head_dim) if self.codes is None else (INT8, self.row_bytes[side])
+        return self.emit.at(
+            call[field], call.index(head, (call[stride], builder.mul(token, self.emit.integer(size)))), unit
+        )
+
     def _emit_paired(self, values: Value, count: Value) -> None:
         """Values of a piece as right operands: `[blocks of 32 keys, head_dim / 16, 16 pairs of keys, 16 channels]`."""
         emit, builder = self.emit, self.emit.builder
         with (
             emit.loop(emit.integer(0), count, DEPTH) as key,
-            emit.loop(emit.integer(0), emit.integer(self.head_dim), TILE) as channel,
+            emit.loop(emit.integer(0), emit.integer(self.head_dim), DEPTH) as channel,
         ):
             first = builder.mul(key.index, emit.integer(self.head_dim))
             source = emit.at(values, builder.add(first, channel.index), INT16)
@@ -160,10 +169,12 @@ class _Task:
             )
             for pair in range(TILE):
                 even = emit.at(source, 2 * pair * self.head_dim, INT16)
-                pairs = emit.load_pairs(even, emit.at(even, self.head_dim, INT16))
-                builder.store(pairs, emit.at(target, pair * DEPTH, INT16), align=4)
+                for part, pairs in enumerate(emit.load_pairs(even, emit.at(even, self.head_dim, INT16))):
+                    builder.store(pairs, emit.at(target, (pair + part * TILE) * DEPTH, INT16), align=4)
 
-    def _emit_panels(self, query: Value, sides: list[Value], sums: list[Value], count: Value) -> None:
+    def _emit_panels(
+        self, query: Value, sides: list[Value], sums: list[Value], ahead: list[Value], count: Value
+    ) -> None:
         """All rows, as many vectors of them at a time as there are tiles for."""
         call, emit, builder = self.call, self.emit, self.emit.builder
         lanes, scale = call[Field.NUM_LANES], call[Field.SCALE]
@@ -174,7 +185,7 @@ class _Task:
             shifted = [
                 emit.at(place, index) for place, index in zip(sums, (column.index, column.index, channels), strict=True)
             ]
-            arguments = [emit.at(query, column.index, INT32), *sides, *shifted, count, lanes, scale]
+            arguments = [emit.at(query, column.index, INT32), *sides, *shifted, *ahead, count, lanes, scale]
             joined = call.function.append_basic_block("joined")
             switch = builder.switch(width, joined)
             for index, piece in enumerate(self.pieces):
@@ -184,158 +195,6 @@ class _Task:
                 builder.call(piece, arguments)
                 builder.branch(joined)
             builder.position_at_end(joined)
-
-
-class _Piece:
-    """Up to `PIECE` keys for `width` vectors of rows. The maximum is of scores that are not scaled yet.
-
-    Arguments: the turned query, keys, paired values; maximum, denominator and weighted sums so far; then the number of
-    keys, rows from one channel of the query to the next, and the bits of the scale.
-    """
-
-    def __init__(self, module: ir.Module, head_dim: int, width: int) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 3)
-        self.function = ir.Function(module, kind, name=f"piece_{width}")
-        self.function.linkage = "internal"
-        self.emit = TileEmitter(self.function)
-        self.head_dim, self.width, self.row_floats = head_dim, width, width * TILE
-        arguments = self.function.args
-        self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
-        self.count, self.lanes, scale = arguments[6:]
-        emit, builder = self.emit, self.emit.builder
-        self.scores = emit.scratch(PIECE * self.row_floats)
-        self.weights = emit.bytes_on_stack(2 * PIECE * self.row_floats)
-        self.corrections = emit.scratch(self.row_floats)
-        factor = builder.bitcast(builder.trunc(scale, INT32), FLOAT)
-        self.factor = builder.fmul(emit.spread_number(factor), emit.constant(_LOG2_E))  # of scores, to powers of two
-        blocks = builder.sdiv(builder.add(self.count, emit.integer(DEPTH - 1)), emit.integer(DEPTH))
-        self.num_keys = builder.mul(blocks, emit.integer(DEPTH))
-        self._emit_scores()
-        self._emit_unseen()
-        self._emit_corrected(self._emit_softmax())
-        self._emit_left()
-        self._emit_weighted()
-        builder.ret_void()
-
-    def _emit_scores(self) -> None:
-        emit, builder = self.emit, self.emit.builder
-        key_bytes = 2 * self.head_dim
-        lane_bytes = builder.mul(self.lanes, emit.integer(4))
-        with emit.loop(emit.integer(0), self.count, TILE) as key:
-            keys = emit.at(self.keys, builder.mul(key.index, emit.integer(key_bytes)), INT8)
-            for lane in range(self.width):
-                emit.zero(lane)
-            for step in range(self.head_dim // DEPTH):
-                emit.load_tile(_SHARED, emit.at(keys, 2 * DEPTH * step, INT8), key_bytes)
-                rows = emit.at(self.query, builder.mul(self.lanes, emit.integer(TILE * step)), INT32)
-                for lane in range(self.width):
-                    emit.load_tile(_OF_ROWS + lane, emit.at(rows, lane * TILE, INT32), lane_bytes)
-                    emit.add_product(lane, _SHARED, _OF_ROWS + lane)
-            target = emit.at(self.scores, builder.mul(key.index, emit.integer(self.row_floats)))
-            for lane in range(self.width):
-                emit.store_tile(lane, emit.at(target, lane * TILE), 4 * self.row_floats)
-
-    def _emit_unseen(self) -> None:
-        """Scores of what lies behind the last key in its block of 32."""
-        emit, builder = self.emit, self.emit.builder
-        with (
-            emit.when(builder.icmp_signed("<", self.count, self.num_keys)),
-            emit.loop(self.count, self.num_keys, 1) as key,
-        ):
-            place = emit.at(self.scores, builder.mul(key.index, emit.integer(self.row_floats)))
-            for lane in range(self.width):
-                emit.store(emit.constant(UNSEEN), emit.at(place, lane * TILE))
-
-    def _row(self, pointer: Value, index: Value) -> list[Value]:
-        place = self.emit.at(pointer, self.emit.builder.mul(index, self.emit.integer(self.row_floats)))
-        return [self.emit.load(self.emit.at(place, lane * TILE)) for lane in range(self.width)]
-
-    def _lanes_of(self, pointer: Value) -> list[Value]:
-        return [self.emit.load(self.emit.at(pointer, lane * TILE)) for lane in range(self.width)]
-
-    def _emit_softmax(self) -> list[Value]:
-        """Scores to weights, pairs of keys side by side in the scores' memory; the corrections of older sums."""
-        emit, builder, lanes = self.emit, self.emit.builder, range(self.width)
-        before = self._lanes_of(self.maximum)
-        with emit.loop(emit.integer(0), self.num_keys, 2, before) as key:
-            even, odd = (
-                self._row(self.scores, key.index),
-                self._row(self.scores, builder.add(key.index, emit.integer(1))),
-            )
-            key.following = [emit.larger(odd[i], emit.larger(even[i], key.values[i])) for i in lanes]
-        larger = list(key.following)
-        corrections = [self._weight(before[i], larger[i]) for i in lanes]
-        old = self._lanes_of(self.denominator)
-        with emit.loop(emit.integer(0), self.num_keys, 2, [builder.fmul(old[i], corrections[i]) for i in lanes]) as key:
-            weights = [
-                [
-                    self._weight(score, larger[i])
-                    for i, score in enumerate(self._row(self.scores, builder.add(key.index, emit.integer(step))))
-                ]
-                for step in range(2)
-            ]
-            place = builder.mul(builder.sdiv(key.index, emit.integer(2)), emit.integer(self.row_floats))
-            for i in lanes:
-                pairs = emit.pairs(weights[0][i], weights[1][i])
-                builder.store(pairs, emit.at(self.scores, builder.add(place, emit.integer(i * TILE))), align=4)
-            key.following = [builder.fadd(key.values[i], builder.fadd(weights[0][i], weights[1][i])) for i in lanes]
-        for i in lanes:
-            emit.store(larger[i], emit.at(self.maximum, i * TILE))
-            emit.store(key.following[i], emit.at(self.denominator, i * TILE))
-        return corrections
-
-    def _weight(self, score: Value, maximum: Value) -> Value:
-        """The difference first: a product of its own for each would round huge scores to more than the maximum."""
-        exponent = self.emit.builder.fmul(self.emit.builder.fsub(score, maximum), self.factor)
-        return self.emit.power_of_two(exponent, FEW_TERMS)
-
-    def _emit_left(self) -> None:
-        """Weights as left operands: `[blocks of 32 keys, width, 16 rows, 32 keys]`."""
-        emit, builder = self.emit, self.emit.builder
-        with emit.loop(emit.integer(0), self.num_keys, DEPTH) as key:
-            first = builder.mul(builder.sdiv(key.index, emit.integer(2)), emit.integer(self.row_floats))
-            for lane in range(self.width):
-                place = builder.add(first, emit.integer(lane * TILE))
-                source = emit.at(self.scores, place, INT32)
-                pairs = [emit.load_integers(emit.at(source, pair * self.row_floats, INT32)) for pair in range(TILE)]
-                target = emit.at(self.weights, builder.add(first, emit.integer(lane * TILE * TILE)), INT32)
-                for row, vector in enumerate(emit.transposed(pairs)):
-                    builder.store(vector, emit.at(target, row * TILE, INT32), align=4)
-
-    def _emit_corrected(self, corrections: list[Value]) -> None:
-        emit, builder = self.emit, self.emit.builder
-        for lane, vector in enumerate(corrections):
-            emit.store(vector, emit.at(self.corrections, lane * TILE))
-        with emit.loop(emit.integer(0), emit.integer(self.row_floats), 1) as row:
-            factor = emit.spread(emit.at(self.corrections, row.index))
-            place = emit.at(self.weighted, builder.mul(row.index, emit.integer(self.head_dim)))
-            for channel in range(0, self.head_dim, TILE):
-                target = emit.at(place, channel)
-                emit.store(builder.fmul(emit.load(target), factor), target)
-
-    def _emit_weighted(self) -> None:
-        """Add the piece's weighted values, 16 channels at a time."""
-        emit, builder = self.emit, self.emit.builder
-        row_bytes = 4 * self.head_dim
-        with emit.loop(emit.integer(0), emit.integer(self.head_dim), TILE) as channel:
-            places = [
-                emit.at(self.weighted, builder.add(channel.index, emit.integer(lane * TILE * self.head_dim)))
-                for lane in range(self.width)
-            ]
-            for lane, place in enumerate(places):
-                emit.load_tile(lane, place, row_bytes)
-            with emit.loop(emit.integer(0), self.num_keys, DEPTH) as key:
-                index = builder.add(
-                    builder.mul(key.index, emit.integer(self.head_dim)), builder.mul(channel.index, emit.integer(DEPTH))
-                )
-                emit.load_tile(_SHARED, emit.at(self.values, index, INT16))
-                first = builder.mul(builder.sdiv(key.index, emit.integer(2)), emit.integer(self.row_floats))
-                for lane in range(self.width):
-                    source = emit.at(self.weights, builder.add(first, emit.integer(lane * TILE * TILE)), INT32)
-                    emit.load_tile(_OF_ROWS + lane, source)
-                    emit.add_product(lane, _OF_ROWS + lane, _SHARED)
-            for lane, place in enumerate(places):
-                emit.store_tile(lane, place, row_bytes)
 
 
 def _emit_finish(call: Call) -> None:

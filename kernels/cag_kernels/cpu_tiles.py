@@ -102,13 +102,14 @@ class TileEmitter(Emitter):
         numbers = self.builder.shuffle_vector(self._narrowed_both(even, odd), self._halves, self._both(lanes))
         return self.builder.bitcast(numbers, self.integers)
 
-    def load_pairs(self, even: Value, odd: Value) -> Value:
-        """As `pairs`, of two places in memory that hold 16 bfloat16 each."""
-        kind = ir.VectorType(INT16, TILE)
-        low, high = (
-            self.builder.zext(self.builder.load(place, typ=kind, align=2), self.integers) for place in (even, odd)
-        )
-        return self._joined(low, high)
+    def load_pairs(self, even: Value, odd: Value) -> list[Value]:
+        """Two places in memory that hold 32 bfloat16 each, number by number side by side: two vectors of 16 int32."""
+        rows = [self.builder.load(place, typ=_HALVES, align=2) for place in (even, odd)]
+        found = []
+        for first in (0, TILE):
+            lanes = [first + lane + odd for lane in range(TILE) for odd in (0, DEPTH)]
+            found.append(self.builder.bitcast(self.builder.shuffle_vector(*rows, self._both(lanes)), self.integers))
+        return found
 
     def narrowed_row(self, low: Value, high: Value) -> Value:
         """32 float32 in order, rounded to bfloat16: vector of 16 int32."""

@@ -15,6 +15,7 @@ from cag.recorded import MAX_RECORDINGS
 from cag.resident import ResidentPrefix
 from cag.state import SequenceState
 from cag_kernels import DensePrefix, has_compiler, quantize_prefix
+from cag_kernels.cpu_tape import Tape
 from cag_store.errors import CorruptEntry
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
@@ -140,21 +141,20 @@ def test_only_so_many_are_kept(model):
     assert len(mine) <= 3  # the pool, the prefix, and the tail of the check at loading: not one a recording
 
 
-def loading(prefix, overlap):
+def loading(prefix, shares_cores):
     """As if its layers were still on their way."""
-    prefix._overlap = overlap
-    prefix.arrivals[:] = 0
-    for event in (*prefix._ready, prefix._begun):
+    prefix.shares_cores = shares_cores
+    for event in prefix._ready:
         event.clear()
     return prefix
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_layers_that_arrive_one_by_one(model, overlap):
+@pytest.mark.parametrize("shares_cores", [False, True])
+def test_layers_that_arrive_one_by_one(model, shares_cores):
     """A forward is recorded before they are there, and uses none of them too early; the next one waits no more."""
     whole = prefix_of(model, 64)
     expected = model.forward_together([(random_ids(3), model.new_session_state(whole))]).clone()
-    prefix = loading(prefix_of(model, 64), overlap)
+    prefix = loading(prefix_of(model, 64), shares_cores)
     keys = [segments[0].keys for segments in prefix._layers]
     values = [tensor.clone() for tensor in keys]
     for tensor in keys:
@@ -173,8 +173,37 @@ def test_layers_that_arrive_one_by_one(model, overlap):
 
 
 def test_a_prefix_that_cannot_be_loaded_says_so(model):
-    prefix = loading(prefix_of(model, 64), overlap=False)
+    prefix = loading(prefix_of(model, 64), shares_cores=True)
     prefix._error = CorruptEntry("cut")
     prefix.mark_loaded()
     with pytest.raises(CorruptEntry, match="cut"):
         model.forward_together([(random_ids(3), model.new_session_state(prefix))])
+
+
+def test_who_shares_its_cores_with_loading_computes_alone_until_all_is_there(model, monkeypatch):
+    """The first layers run on one thread as soon as they are there, and all others wait for all layers."""
+    prefix, alone = loading(prefix_of(model, 64), shares_cores=True), []
+    run = Tape.run
+
+    def seen(tape, *span, **how):
+        alone.append(how.get("alone", False))
+        run(tape, *span, **how)
+        if len(alone) == 2:
+            assert not prefix.is_loaded
+            prefix.mark_loaded()
+
+    monkeypatch.setattr(Tape, "run", seen)
+    prefix._arrived(0, NOWHERE)
+    waiting = threading.Thread(target=prefix.segments, args=(0,), daemon=True)
+    waiting.start()
+    timer = threading.Timer(30, prefix.mark_loaded)  # where nothing is recorded, somebody has to
+    timer.start()
+    if model.decoder._recorded._recordable:
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        model.forward_together([(random_ids(3), model.new_session_state(prefix))])
+        assert alone == [True, True, False]
+    prefix.mark_loaded()
+    timer.cancel()
+    waiting.join(10)
+    assert not waiting.is_alive()

@@ -52,6 +52,21 @@ def test_it_gives_the_bits_of_its_steps_for_whatever_lies_in_their_memory(thread
         work.keys.copy_(torch.randn_like(work.rows.new_empty(work.keys.shape)))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_any_part_of_it_runs_on_one_thread_or_on_all(threads, num_threads):
+    threads(num_threads)
+    work = Work(14)
+    tape, found = work.recorded()
+    spans = [(0, 1), (1, 1), (1, len(tape) - 2), (len(tape) - 2, None)]
+    for alone in ([True] * 4, [False] * 4, [True, False, True, False]):
+        for part in found:
+            part.fill_(torch.nan)
+        for (first, last), by_one in zip(spans, alone, strict=True):
+            tape.run(first, last, alone=by_one)
+        for part, expected in zip(found, work.steps(), strict=True):
+            assert torch.equal(part, expected)
+
+
 def test_steps_are_not_run_while_they_are_recorded_and_run_again_behind_it():
     work = Work(2)
     tape = cpu_tape.Tape()
