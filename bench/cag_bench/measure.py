@@ -55,6 +55,7 @@ class Sample:
     retrieved_passage_ids: tuple[str, ...] | None
     gold_retrieved: bool | None
     page_cache_dropped: bool | None
+    read_s: float | None
     load_average: tuple[float, ...]
     measured_at: float
 
@@ -137,6 +138,7 @@ def to_sample(arm: str, index: int, position: int, question: Question, answered:
         **_scores(answer.text, question.answers),
         **_retrieved(answered, question),
         page_cache_dropped=answered.page_cache_dropped,
+        read_s=answered.read_s,
         load_average=tuple(load_average()),
         measured_at=time.time(),
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from cag_bench.arm_names import DISK, FULL_PREFILL, RAM
+from cag_bench.arm_names import DISK, FULL_PREFILL, HOT, RAM
 from cag_bench.cache import BenchCache
 from cag_bench.figures import NUM_RESAMPLES
 from cag_bench.measure import MeasurePlan, Sample
@@ -17,6 +18,7 @@ def run_notes(
     plan: MeasurePlan,
     cache: BenchCache | None,
     warm_up_arms: Sequence[str],
+    loading: Mapping[str, Any] | None,
 ) -> list[str]:
     """The notes of a run, in a stable order."""
     notes = [
@@ -29,6 +31,10 @@ def run_notes(
     if cache is not None:
         notes.append(_build(cache))
     notes += _page_cache(groups)
+    if loading is not None:
+        notes.append(
+            f"{DISK} took {loading['p50']:.2f} times as long as {HOT} and reading the cache's files by itself, cold."
+        )
     if any(name.startswith("rag-") for name in groups):
         notes.append("RAG: retrieval and query embedding are inside the clock, building the index is not.")
     if FULL_PREFILL in groups and plan.full_n is not None and plan.full_n < len(questions):

@@ -30,13 +30,12 @@ from cag_bench.figures import paired_ratio, percentiles
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.quality import ready_codecs, warm_up
 from cag_bench.quality_corpus import cut_corpus
+from cag_bench.reading import Reader
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
 from cag_bench.store_table import markdown, notes
 from cag_store import ROOT, ChunkContext, ChunkEntry, Codec, Store
-from cag_store.backends import SCRATCH_BYTES
 from cag_store.codecs import EncodedSegment, Side, layer_groups
 from cag_store.paths import chunk_path
-from cag_store.scratch import Scratch
 
 CODECS = ("lossless", "int8", "int4", "transform@-580", "transform@-515", "transform@-445")
 ENCODE_SAMPLES = 3  # at most: encoding takes seconds, and its time is compared with that of a prefill
@@ -100,7 +99,7 @@ class TimedCodec:
             (storage_view(k), storage_view(v)) for k, v in zip(tail.keys, tail.values, strict=True)
         ]
         self._buffers: Buffers = [(np.zeros_like(keys), np.zeros_like(values)) for keys, values in self._arrays]
-        self._scratch = Scratch(keep=self._store.workers + 1)
+        self._reader = Reader(self._store)
 
     def row(self) -> dict[str, Any]:
         """All figures of the codec."""
@@ -182,7 +181,7 @@ class TimedCodec:
         dropped = True
         for _ in range(self._options.num_samples):
             dropped &= self._dropped(paths)
-            taken["read_cold"].append(_seconds(partial(self._read, paths)))
+            taken["read_cold"].append(self._reader.seconds(paths))
             dropped &= self._dropped(paths)
             taken["load_cold"].append(_seconds(partial(self._load, entries)))
             self._bring_into_memory(paths)  # a cold load leaves nothing in the page cache
@@ -221,18 +220,6 @@ class TimedCodec:
     def _bring_into_memory(self, paths: Sequence[str]) -> None:
         for path in paths:
             self._store.backend.get_range(path, 0, self._store.backend.stat(path).size_bytes)
-
-    def _read(self, paths: Sequence[str]) -> None:
-        """Every byte of the files, as a load reads them and by as many threads."""
-        sizes = {path: self._store.backend.stat(path).size_bytes for path in paths}
-        largest = max(sizes.values()) + SCRATCH_BYTES
-
-        def read(path: str) -> None:
-            with self._scratch.taken(largest) as buffer:
-                self._store.backend.read_range(path, 0, sizes[path], buffer)
-
-        with ThreadPoolExecutor(self._store.workers + 1) as pool:
-            list(pool.map(read, paths))
 
 
 def _figures(samples: list[float], raw_bytes: int) -> dict[str, Any]:

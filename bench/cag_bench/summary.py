@@ -12,7 +12,7 @@ from cag_bench.arm_names import DISK, FULL_PREFILL, HOT
 from cag_bench.figures import break_even_questions, mean, median, paired, paired_ratio, percentiles
 from cag_bench.measure import Sample
 
-SECONDS = ("ttft_s", "retrieve_s", "load_s", "prefill_s", "tpot_s", "total_s")
+SECONDS = ("ttft_s", "retrieve_s", "load_s", "read_s", "prefill_s", "tpot_s", "total_s")
 RATIO_BASES = (HOT, DISK)
 BREAK_EVEN_AGAINST = ("rag-hybrid@3", FULL_PREFILL)
 
@@ -67,6 +67,15 @@ def ratios(groups: Mapping[str, Sequence[Sample]], seed: int) -> dict[str, Any]:
                 if ratio is not None:
                     found[f"{name}/{base}"] = ratio
     return found
+
+
+def loading_ratio(groups: Mapping[str, Sequence[Sample]], seed: int) -> dict[str, Any] | None:
+    """First-token time of `cag-disk` over that of `cag-hot` and what reading the cache's files took by itself, question
+    by question."""
+    reads = {sample.question_index: sample.read_s for sample in groups.get(DISK, ())}
+    hot = ttft_by_question(groups.get(HOT, ()))
+    floor = {index: hot[index] + read for index, read in reads.items() if read is not None and index in hot}
+    return paired_ratio(paired(ttft_by_question(groups.get(DISK, ())), floor), seed)
 
 
 def break_even(groups: Mapping[str, Sequence[Sample]], build_s: float | None) -> dict[str, dict[str, int | None]]:

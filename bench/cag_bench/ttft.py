@@ -28,7 +28,7 @@ from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.questions import Question
 from cag_bench.retrieval import build_retrievers, load_embedder, needs_embedder, retrieval_quality
 from cag_bench.rows import PLOT, SUMMARY, TABLE, ResultRows, write_json
-from cag_bench.summary import arm_details, arm_figures, break_even, by_arm, ratios
+from cag_bench.summary import arm_details, arm_figures, break_even, by_arm, loading_ratio, ratios
 from cag_bench.table import markdown_table
 
 Progress = Callable[[str, int, int], None]
@@ -141,7 +141,9 @@ class _PreparedRun:
             "cache": self.cache.facts() if self.cache else None,
             "options": self.options.to_json() | {"num_questions": len(self.asked)},
             "retrieval": {"index_s": self.index_s, "quality": quality} if quality else {},
-            "notes": run_notes(groups, self.asked, self.plan, self.cache, warmed),
+            "notes": run_notes(
+                groups, self.asked, self.plan, self.cache, warmed, loading_ratio(groups, self.options.seed)
+            ),
         }
 
     def figures(self, groups: dict[str, list[Sample]]) -> dict[str, Any]:
@@ -149,6 +151,7 @@ class _PreparedRun:
         return {
             "arms": {name: arm_figures(group) | arm_details(group) for name, group in groups.items()},
             "ratios": ratios(groups, self.options.seed),
+            "disk_over_hot_and_read": loading_ratio(groups, self.options.seed),
             "break_even_questions": break_even(groups, self.cache.build_s if self.cache else None),
         }
 

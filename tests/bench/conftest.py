@@ -85,6 +85,7 @@ def make_sample():
             "retrieved_passage_ids": None,
             "gold_retrieved": None,
             "page_cache_dropped": None,
+            "read_s": None,
             "load_average": (0.0, 0.0, 0.0),
             "measured_at": 0.0,
         }

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from cag_bench.plot import plot_ttft
 from cag_bench.rows import ResultRows
-from cag_bench.summary import arm_details, arm_figures, break_even, by_arm, ratios
+from cag_bench.summary import arm_details, arm_figures, break_even, by_arm, loading_ratio, ratios
 from cag_bench.table import markdown_table, table_columns, table_rows
 
 ARMS = ["cag-hot", "cag-disk", "full-prefill", "rag-hybrid@3"]
@@ -18,6 +19,7 @@ def groups(make_sample):
     for index in range(4):
         samples.append(make_sample("cag-hot", index, 0.1 * (index + 1)))
         samples.append(make_sample("cag-disk", index, 0.2 * (index + 1), load_s=0.05, page_cache_dropped=index > 0))
+        samples[-1] = replace(samples[-1], read_s=0.1 if index else None)
         samples.append(make_sample("rag-hybrid@3", index, 0.8 * (index + 1), retrieve_s=0.01, gold_retrieved=index > 1))
     samples += [make_sample("full-prefill", index, 8.0 * (index + 1), cached_tokens=0) for index in range(2)]
     return by_arm(samples, ARMS)
@@ -96,6 +98,12 @@ def test_ratios_are_taken_question_by_question(groups):
     }
     assert found["rag-hybrid@3/cag-hot"] == {"p50": pytest.approx(8), "ci95": pytest.approx([8, 8]), "n": 4}
     assert found["full-prefill/cag-hot"] == {"p50": pytest.approx(80), "ci95": None, "n": 2}
+
+
+def test_loading_is_compared_with_a_hot_answer_and_reading(groups):
+    expected = {"p50": pytest.approx(1.5), "ci95": pytest.approx([4 / 3, 1.6]), "n": 3}
+    assert loading_ratio(groups, seed=0) == expected
+    assert loading_ratio({"cag-hot": groups["cag-hot"]}, seed=0) is None
 
 
 def test_break_even_uses_the_same_questions_on_both_sides(groups):

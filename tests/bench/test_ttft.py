@@ -59,6 +59,7 @@ def test_a_run_measures_every_arm_and_writes_its_files(run, tiny_engine, tmp_pat
         assert (sample.load_s > 0) == (sample.arm in ("cag-ram", "cag-disk"))
         assert (sample.retrieve_s > 0) == sample.arm.startswith("rag-")
         assert (sample.page_cache_dropped is None) == (sample.arm != "cag-disk")
+        assert (sample.read_s is not None and sample.read_s > 0) == bool(sample.page_cache_dropped)
 
 
 def test_a_cache_changes_no_answer(run):

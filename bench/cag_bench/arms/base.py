@@ -16,12 +16,14 @@ from cag.retrieval import Passage, Retriever
 class ArmAnswer:
     """An answer, and what only the arm knows of it.
 
-    `page_cache_dropped` is None where nothing was to be dropped; `passages` is None where nothing was retrieved.
+    `page_cache_dropped` is None where nothing was to be dropped, `passages` where nothing was retrieved. `read_s` is
+    what reading the cache's files takes by itself, cold.
     """
 
     answer: Answer
     page_cache_dropped: bool | None = None
     passages: tuple[Passage, ...] | None = None
+    read_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ secretly computes again cannot pass for a cache.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from cag.answer import Usage
 from cag.engine import Engine
@@ -15,6 +16,7 @@ from cag.prefix import Prefix
 from cag.prompt import question_ids
 from cag_bench.arms.base import ArmAnswer, BenchArm
 from cag_bench.errors import PrefixRecomputed
+from cag_bench.reading import Reader
 from cag_store import object_paths
 
 
@@ -45,8 +47,8 @@ class HotArm(BenchArm):
 class StoredArm(BenchArm):
     """Each question opens the cache anew: the stored bytes are read, verified and decoded inside the clock.
 
-    With `from_disk` the page cache of the cache's files is dropped before; otherwise they are read once before, so
-    that they lie in memory.
+    With `from_disk` the page cache of the cache's files is dropped before, and behind the clock they are read once more
+    by themselves; otherwise they are read once before, so that they lie in memory.
     """
 
     def __init__(self, name: str, engine: Engine, cache_name: str, *, from_disk: bool) -> None:
@@ -54,22 +56,28 @@ class StoredArm(BenchArm):
         self._engine = engine
         self._cache_name = cache_name
         self._from_disk = from_disk
+        self._reader = Reader(engine.store)
 
     def ask(self, question: str, options: SamplingOptions) -> ArmAnswer:
         """See `BenchArm`. Raises: `PrefixRecomputed`, and as `Engine.open`."""
-        dropped = self._engine.store.drop_page_cache(self._cache_name) if self._from_disk else None
+        paths = list(object_paths(self._engine.find(self._cache_name)[1]))
+        dropped = self._drop() if self._from_disk else None
         if not self._from_disk:
-            self._read_files()
+            self._read_files(paths)
         started_at = time.perf_counter()
         with self._engine.open(self._cache_name, share=False) as prefix:
             answer = prefix.ask(question, options, started_at=started_at)
             check_usage(self.name, answer.usage, *expected_tokens(prefix, question))
-        return ArmAnswer(answer, page_cache_dropped=dropped)
+        read_s = self._reader.seconds(paths) if self._from_disk and self._drop() else None
+        return ArmAnswer(answer, page_cache_dropped=dropped, read_s=read_s)
 
-    def _read_files(self) -> None:
-        store = self._engine.store
-        for path in object_paths(self._engine.find(self._cache_name)[1]):
-            store.backend.get_range(path, 0, store.backend.stat(path).size_bytes)
+    def _drop(self) -> bool:
+        return self._engine.store.drop_page_cache(self._cache_name)
+
+    def _read_files(self, paths: Sequence[str]) -> None:
+        backend = self._engine.store.backend
+        for path in paths:
+            backend.get_range(path, 0, backend.stat(path).size_bytes)
 
 
 def expected_tokens(prefix: Prefix, question: str) -> tuple[int, int]:
