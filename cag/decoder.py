@@ -67,7 +67,11 @@ class Layer:
 
 
 class FewRowsDecoder:
-    """Runs up to `FEW_ROWS` tokens of each sequence. Not for several threads at once: the model's lock is held."""
+    """Runs up to `FEW_ROWS` tokens of each sequence. Not for several threads at once: the model's lock is held.
+
+    Attributes:
+        rows_stay_apart: whether a row has the same bits whatever other rows there are: where tiles multiply and attend.
+    """
 
     def __init__(
         self, network: Any, layers: list[Layer], head: Product, head_dim: int, attends_in: torch.dtype
@@ -83,14 +87,9 @@ class FewRowsDecoder:
         self._attends_in = attends_in
         self._norm = _norm(network.model.norm)
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
+        products = [head, *(product for layer in layers for product in layer.products)]
+        self.rows_stay_apart = attends_by_tiles(head_dim, attends_in) and all(map(is_tile_product, products))
         self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
-
-    @property
-    def rows_stay_apart(self) -> bool:
-        """Whether a row has the same bits whatever other rows there are: where tiles multiply and attend."""
-        products = [product for layer in self._layers for product in layer.products]
-        tiles = all(is_tile_product(product) for product in [*products, self._head])
-        return tiles and attends_by_tiles(self._head_dim, self._attends_in)
 
     def rows_left(self, state: SequenceState) -> int:
         """How many more tokens of a sequence `forward` takes, one by one or together."""

@@ -6,6 +6,8 @@ is a guess about what follows, for whoever can check it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +17,10 @@ from numpy.typing import NDArray
 REACH = 32  # tokens of a match that are counted; longer ones are all the same
 KEY_TOKENS = 3  # of a key of the index
 ID_BITS = 20  # of a token in a key: larger ids may be taken for each other, which makes a guess worse and nothing else
-MOST_PLACES = 1024  # that are compared, the latest ones
-MOST_OWN_PLACES = 8  # the same in a text that grows, in interpreted code
+MOST_PLACES, MOST_OWN_PLACES = 64, 8  # that are compared, the latest ones; the latter in a text that grows
 
 _MASK = (1 << ID_BITS) - 1
-_BEFORE_ALL, _NEVER = -1, -2  # stand for tokens before a text, and for what equals nothing
+_BEFORE_ALL = -1  # stands for tokens before a text
 
 
 class Match(NamedTuple):
@@ -35,60 +36,55 @@ NO_MATCH = Match(0, 0)
 class NgramIndex:
     """All places of a text, sorted by the three tokens that end there: 16 bytes a token, made by one sort.
 
-    token_ids: `[num_tokens]` integers, kept as int32.
+    Looked up in interpreted code over few places: between two forwards nothing is in the processor's caches, and a
+    dozen calls of array code would take ten times as long. token_ids: `[num_tokens]` integers, kept as int32.
     """
 
     def __init__(self, token_ids: NDArray[Any]) -> None:
-        self._padded = np.concatenate((np.full(REACH, _BEFORE_ALL, np.int32), token_ids.astype(np.int32)))
-        self.token_ids = self._padded[REACH:]
-        ids = self._padded[REACH - KEY_TOKENS + 1 :].astype(np.int64) + 1 & _MASK
-        keys = ids[2:] << 2 * ID_BITS | ids[1:-1] << ID_BITS | ids[:-2]
+        self.token_ids = token_ids.astype(np.int32)
+        before = np.full(KEY_TOKENS - 1, _BEFORE_ALL)
+        padded = np.concatenate((before, token_ids)).astype(np.int64) + 1 & _MASK
+        keys = padded[2:] << 2 * ID_BITS | padded[1:-1] << ID_BITS | padded[:-2]
         keys = keys[:-1]  # nothing follows the last token
         order = np.argsort(keys)
-        self._ends, self._keys = order.astype(np.int32), keys[order]
+        self._keys, self._places = keys[order], order.astype(np.int32) + 1  # of the token that follows
+        self._ids_view, self._keys_view = self.token_ids.data, self._keys.data
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(array.nbytes for array in (self._padded, self._ends, self._keys))
+        return self.token_ids.nbytes + self._keys.nbytes + self._places.nbytes
 
     def find(self, text: Sequence[int]) -> Match:
         """The longest match of the end of `text`; of equally long ones the commonest token that follows, and the latest
         place of that."""
-        recent = np.full(REACH + 1, _NEVER, np.int32)  # the latest token first, and what ends every comparison
-        last = text[-REACH:]
-        recent[: len(last)] = last[::-1]
-        num_equal, ends = self._ends_of_key(recent)
-        if not len(ends):
-            return NO_MATCH
+        num_equal, places = self._places_of_key(text)
         if num_equal == KEY_TOKENS:
-            seen = self._padded[ends[:, None] + (REACH - np.arange(REACH + 1))]
-            seen[:, REACH] = _BEFORE_ALL
-            lengths = (seen != recent).argmax(axis=1)
-            num_equal = int(lengths.max())
-            ends = ends[lengths == num_equal]
-        return Match(num_equal, self._commonest(ends + 1))
+            lengths = [_match_length(text, self._ids_view, place) for place in places]
+            num_equal = max(lengths)
+            places = [place for place, length in zip(places, lengths, strict=True) if length == num_equal]
+        return Match(num_equal, self._commonest(places)) if places else NO_MATCH
 
-    def _ends_of_key(self, recent: NDArray[Any]) -> tuple[int, NDArray[Any]]:
-        """The latest places where the last three tokens end, or else the last two, or the last; and which it was."""
-        one, two, three = (int(token) + 1 & _MASK for token in recent[:KEY_TOKENS])
-        key = one << 2 * ID_BITS | two << ID_BITS | three
-        bounds = [key, key + 1]
-        for bits in (ID_BITS, 2 * ID_BITS):
-            bounds += [key >> bits << bits, (key >> bits) + 1 << bits]
-        found = np.searchsorted(self._keys, bounds).tolist()
-        for num_equal, first, last in zip((3, 2, 1), found[::2], found[1::2], strict=True):
+    def _places_of_key(self, text: Sequence[int]) -> tuple[int, list[int]]:
+        """The latest places behind the last three tokens, or else the last two, or the last; and which it was."""
+        key = 0
+        for token in [*text[: -KEY_TOKENS - 1 : -1], *[_BEFORE_ALL] * KEY_TOKENS][:KEY_TOKENS]:
+            key = key << ID_BITS | (token + 1 & _MASK)
+        for num_equal in range(min(KEY_TOKENS, len(text)), 0, -1):
+            bits = (KEY_TOKENS - num_equal) * ID_BITS
+            first = bisect_left(self._keys_view, key >> bits << bits)
+            last = bisect_left(self._keys_view, (key >> bits) + 1 << bits, first)
             if first < last:
-                return num_equal, np.sort(self._ends[first:last])[-MOST_PLACES:]
-        return 0, self._ends[:0]
+                return num_equal, np.sort(self._places[first:last])[-MOST_PLACES:].tolist()
+        return 0, []
 
-    def _commonest(self, places: NDArray[Any]) -> int:
+    def _commonest(self, places: list[int]) -> int:
         """Of places in the order of the text, the last one with the commonest token."""
         if len(places) == 1:
-            return int(places[0])
-        _, kinds, counts = np.unique(self.token_ids[places], return_inverse=True, return_counts=True)
-        often = counts[kinds]
-        return int(places[np.flatnonzero(often == often.max())[-1]])
+            return places[0]
+        tokens = [self._ids_view[place] for place in places]
+        counts = Counter(tokens)
+        return max(zip((counts[token] for token in tokens), places, strict=True))[1]
 
 
 class GrowingText:
@@ -127,17 +123,17 @@ class GrowingText:
     def _longest(self, places: list[int]) -> Match:
         best = NO_MATCH
         for place in reversed(places):
-            length = self._length(place)
+            length = _match_length(self.token_ids, self.token_ids, place)
             if length > best.length:
                 best = Match(length, place)
             if length == REACH:
                 break
         return best
 
-    def _length(self, place: int) -> int:
-        """How many tokens before `place` are the last ones of the text."""
-        ids, length = self.token_ids, KEY_TOKENS
-        most = min(place, REACH)
-        while length < most and ids[place - 1 - length] == ids[-1 - length]:
-            length += 1
-        return length
+
+def _match_length(text: Sequence[int], other: Sequence[int] | memoryview, place: int) -> int:
+    """How many tokens before `place` of `other` are the last ones of `text`, where three are known to be."""
+    length, most = KEY_TOKENS, min(place, len(text), REACH)
+    while length < most and other[place - 1 - length] == text[-1 - length]:
+        length += 1
+    return length

@@ -18,14 +18,14 @@ MAX_DRAFT_TOKENS = 15  # of one answer in a step: with the token before them one
 ROW_COUNTS = (2, 3, 5, 10, 16, 24, 32, 48, 64)  # tokens of a step with drafts: few, as each number is recorded once
 ROW_COST = 0.03  # of one more token in a step, as a share of a step of one; measured 0.012 to 0.034
 LONGEST_CLASS = 8  # matches of so many tokens and more count as one kind
-PRIOR_TOKENS, PRIOR_RATE = 4, 0.5  # before there is experience: as if half of four tokens had been right
 
 
 class Drafter:
     """Guesses how one answer goes on. Tell it each token of the answer; ask it before each step.
 
     How often a guess is right is counted for each length of its match, whether the guess was run or not, so an answer
-    that stops to quote stops to pay for drafts and one that begins again is found.
+    that stops to quote stops to pay for drafts and one that begins again is found. A rate is estimated as Krichevsky
+    and Trofimov do, as if half of one guess had been right before the first.
     """
 
     def __init__(self, index: Callable[[], NgramIndex], token_ids: Sequence[int]) -> None:
@@ -36,8 +36,7 @@ class Drafter:
         self._pending: list[int] = []  # tokens that no text holds yet
         self._guess: list[int] = []
         self._match_length = 0
-        self._num_seen = [PRIOR_TOKENS] * (LONGEST_CLASS + 1)
-        self._num_right = [PRIOR_TOKENS * PRIOR_RATE] * (LONGEST_CLASS + 1)
+        self._num_seen, self._num_right = [0] * (LONGEST_CLASS + 1), [0] * (LONGEST_CLASS + 1)
 
     def append(self, token: int) -> None:
         """The answer's next token; the guess is measured by it."""
@@ -61,7 +60,7 @@ class Drafter:
 
     def chances(self) -> list[float]:
         """For each token of the last guess, how likely it is to be reached and right."""
-        rates = [right / seen for right, seen in zip(self._num_right, self._num_seen, strict=True)]
+        rates = [(right + 0.5) / (seen + 1) for right, seen in zip(self._num_right, self._num_seen, strict=True)]
         kinds = (min(self._match_length + index, LONGEST_CLASS) for index in range(len(self._guess)))
         return list(accumulate((rates[kind] for kind in kinds), lambda reached, rate: reached * rate))
 

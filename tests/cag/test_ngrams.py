@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from cag.ngrams import ID_BITS, NO_MATCH, REACH, GrowingText, NgramIndex
+from cag.ngrams import ID_BITS, MOST_PLACES, NO_MATCH, REACH, GrowingText, NgramIndex
 
 
 def length_of(text, corpus, place):
@@ -31,7 +31,7 @@ def random_text(chance, num_tokens, num_kinds):
 def test_the_index_finds_the_longest_match_and_its_commonest_continuation(num_kinds):
     chance = random.Random(num_kinds)
     for _ in range(60):
-        corpus = random_text(chance, chance.choice([1, 2, 3, 50, 200]), num_kinds)
+        corpus = random_text(chance, chance.choice([1, 2, 3, 30, MOST_PLACES]), num_kinds)
         text = random_text(chance, chance.choice([1, 2, 3, 40]), num_kinds)
         if chance.random() < 0.5 and len(corpus) > 10:  # a quote
             text += corpus[3:9]
@@ -42,6 +42,20 @@ def test_the_index_finds_the_longest_match_and_its_commonest_continuation(num_ki
             follows = [corpus[place] for place in places]
             most = max(follows.count(token) for token in follows)
             assert found.place == [place for place in places if follows.count(corpus[place]) == most][-1]
+
+
+@pytest.mark.parametrize("num_kinds", [2, 3, 40])
+def test_of_many_places_the_latest_are_compared(num_kinds):
+    """A match is what it says, and no key of three tokens is overlooked."""
+    chance = random.Random(num_kinds)
+    for _ in range(40):
+        corpus, text = random_text(chance, 2000, num_kinds), random_text(chance, 40, num_kinds)
+        found = NgramIndex(np.array(corpus)).find(text)
+        longest, places = places_of_longest(text, corpus)
+        assert found.length == length_of(text, corpus, found.place) or found.length < 3
+        assert min(longest, 3) <= found.length <= longest
+        if len(places) <= MOST_PLACES and num_kinds == 40:
+            assert found.place in places
 
 
 @pytest.mark.parametrize("num_kinds", [2, 5, 40])
