@@ -19,12 +19,18 @@ class Citation:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts. `cached_tokens` counts prompt tokens whose keys and values were not computed for this request."""
+    """Token counts. `cached_tokens` counts prompt tokens whose keys and values were not computed for this request.
+
+    `drafted_tokens` were guessed and run along, `accepted_tokens` of them were what the model says (`cag.speculation`);
+    like times, they may differ between two runs of the same answer, so equality does not look at them.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     computed_tokens: int
     completion_tokens: int
+    drafted_tokens: int = field(default=0, compare=False)
+    accepted_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,6 @@ class Batch:
         """Sequences of the batch."""
         return len(self.states)
 
-    @property
-    def last_rows(self) -> list[int]:
-        """The last row of each sequence."""
-        return [int(stop) - 1 for stop in self.starts[1:]]
-
     def positions(self, device: torch.device) -> Tensor:
         """Of all rows, `[num_rows]` int64."""
         before = [state.num_tokens for state in self.states]

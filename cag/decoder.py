@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cag.batch import Batch, RowGroup
-from cag.recorded import RecordedForwards, attends_rounded
-from cag.state import AttentionRule, PrefixSegment, attend_prefix
-from cag.weights import Product, joined_product
+from cag.recorded import RecordedForwards, attends_by_tiles, attends_rounded
+from cag.state import AttentionRule, PrefixSegment, SequenceState, attend_prefix
+from cag.weights import Product, is_tile_product, joined_product
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu import cpu_attention, cpu_attention_serves
@@ -67,7 +67,11 @@ class Layer:
 
 
 class FewRowsDecoder:
-    """Runs up to `FEW_ROWS` tokens of each sequence. Not for several threads at once: the model's lock is held."""
+    """Runs up to `FEW_ROWS` tokens of each sequence. Not for several threads at once: the model's lock is held.
+
+    Attributes:
+        rows_stay_apart: whether a row has the same bits whatever other rows there are: where tiles multiply and attend.
+    """
 
     def __init__(
         self, network: Any, layers: list[Layer], head: Product, head_dim: int, attends_in: torch.dtype
@@ -83,14 +87,17 @@ class FewRowsDecoder:
         self._attends_in = attends_in
         self._norm = _norm(network.model.norm)
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
+        products = [head, *(product for layer in layers for product in layer.products)]
+        self.rows_stay_apart = attends_by_tiles(head_dim, attends_in) and all(map(is_tile_product, products))
         self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
+
+    def rows_left(self, state: SequenceState) -> int:
+        """How many more tokens of a sequence `forward` takes, one by one or together."""
+        return max(0, min([FEW_ROWS, *(window - state.num_tokens for window in self._windows)]))
 
     def serves(self, batch: Batch) -> bool:
         """Whether `forward` takes a batch."""
-        return all(
-            0 < count <= FEW_ROWS and all(state.num_tokens + count <= window for window in self._windows)
-            for state, count in zip(batch.states, batch.counts, strict=True)
-        )
+        return all(0 < count <= self.rows_left(state) for state, count in zip(batch.states, batch.counts, strict=True))
 
     def forward(
         self, token_ids: Tensor, batch: Batch, wanted: list[int] | slice, num_layers: int | None = None

@@ -7,7 +7,7 @@ Knows a model and a sequence state; knows no documents, no store and no template
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from cag.errors import RequestTooLong, UsageError
 from cag.model import LanguageModel
+from cag.speculation import MAX_DRAFT_TOKENS, Drafter, share_rows
 from cag.state import SequenceState
 
 DEFAULT_MAX_TOKENS = 128
@@ -26,13 +27,18 @@ QUESTION_BLOCK_TOKENS = 256  # of what is read before an answer in one forward; 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen. Temperature 0 is greedy; `seed` makes sampling repeatable."""
+    """How the next token is chosen. Temperature 0 is greedy; `seed` makes sampling repeatable.
+
+    `speculate`: run guesses from the corpus and the conversation along, which makes tokens come sooner and other ones
+    never; None: where that holds to the bit (`LanguageModel.rows_stay_apart`).
+    """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    speculate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -72,12 +78,17 @@ class Sampler:
 class Generation:
     """One answer in the making, step by step: `next_tokens` are run behind the state, then `advance` takes the logits.
 
+    With a `drafter`, tokens that it guesses are run behind the last one (`draft`, then `run_along`). `advance` chooses
+    from each row as from that of a step of its own and goes on while the choice is what was guessed; then the state
+    is as single steps leave it. So guesses show in the times and in nothing else, sampled answers included.
+
     Iterating does so to the end and yields pieces of text; `cag.scheduler.Scheduler` does so for many at once.
 
     Attributes:
         token_ids: tokens of the answer, the stop token left out.
         text: the whole answer so far.
         prefill_s, ttft_s, tpot_s, total_s: seconds, counted from `started_at`; the first of these from the first step.
+        drafted_tokens, accepted_tokens: guesses that were run, and those that were right.
         finish_reason: "stop" or "length".
         finished: whether nothing is left to do.
     """
@@ -91,6 +102,7 @@ class Generation:
         *,
         started_at: float | None = None,
         block_tokens: int = QUESTION_BLOCK_TOKENS,
+        drafter: Drafter | None = None,
     ) -> None:
         room = model.window_tokens - state.num_tokens - len(suffix_ids)
         if room < 1:
@@ -105,6 +117,8 @@ class Generation:
         self.block_tokens = block_tokens
         self.max_tokens = min(options.max_tokens, room)
         self.sampler = Sampler(options, model.device)
+        self.drafter = drafter
+        self.drafted_tokens = self.accepted_tokens = 0
         self.stop_strings = (*model.template.stop_strings, *options.stop)
         self.started_at = time.perf_counter() if started_at is None else started_at
         self.token_ids: list[int] = []
@@ -112,6 +126,9 @@ class Generation:
         self.finish_reason = "length"
         self.finished = False
         self.prefill_s = self.ttft_s = self.tpot_s = self.total_s = 0.0
+        self._exactly = options.speculate is None  # drafts only where a row's bits do not depend on others
+        self._guess: list[int] = []
+        self._draft: list[int] = []  # of the guess, what the next step runs
         self._num_read = 0  # of the suffix
         self._begun_at = self._first_at = 0.0
         self._detokenizer = DecodeStream(skip_special_tokens=True)
@@ -119,8 +136,9 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         while not self.finished:
-            logits = self.model.forward(self.next_tokens(), self.state)
-            if piece := self.advance(logits[-1]):
+            self.run_along(*share_rows([self.draft()], self.num_next))
+            logits = self.model.forward(self.next_tokens(), self.state, num_logits=self.num_choices)
+            if piece := self.advance(logits):
                 yield piece
 
     def run(self) -> Generation:
@@ -137,20 +155,46 @@ class Generation:
     @property
     def num_next(self) -> int:
         """Tokens of the next step."""
-        return 1 if self.is_answering else min(self.block_tokens, len(self.suffix_ids) - self._num_read)
+        if self.is_answering:
+            return 1 + len(self._draft)
+        return min(self.block_tokens, len(self.suffix_ids) - self._num_read)
+
+    @property
+    def num_choices(self) -> int:
+        """Of how many of them, the last ones, `advance` wants logits."""
+        return 1 + len(self._draft)
+
+    def draft(self) -> list[float]:
+        """Guess how the answer goes on: for each token the chance that a step with the guess makes it one of the
+        answer's. Nothing is run unless `run_along` says so."""
+        self._guess, self._draft = [], []
+        if self.drafter is None or not self.is_answering:
+            return []
+        most = min(self.model.most_rows(self.state, exactly=self._exactly), self.max_tokens - len(self.token_ids)) - 1
+        if most < 1:
+            return []
+        self._guess = self.drafter.guess(min(most, MAX_DRAFT_TOKENS))
+        ends = (index for index, token in enumerate(self._guess, start=1) if token in self.model.stop_ids)
+        self._guess = self._guess[: next(ends, None)]
+        return self.drafter.chances()[: len(self._guess)]
+
+    def run_along(self, count: int) -> None:
+        """Let the next step run the first `count` guessed tokens behind the last one."""
+        self._draft = self._guess[:count]
 
     def next_tokens(self) -> list[int]:
-        """What the next forward runs behind the state: a block of the suffix, later the last token.
+        """What the next forward runs behind the state: a block of the suffix, later the last token and its draft.
 
         Blocks depend on the suffix alone, so that whoever else is answered does not show in the result.
         """
         self._begun_at = self._begun_at or time.perf_counter()
         if self.is_answering:
-            return self.token_ids[-1:]
+            return self.token_ids[-1:] + self._draft
         return self.suffix_ids[self._num_read : self._num_read + self.block_tokens]
 
-    def advance(self, logits: Tensor, token: int | None = None) -> str:
-        """Take the logits `[vocab_size]` of the last of `next_tokens`, and `token` if it was chosen from them already.
+    def advance(self, logits: Tensor, best: Sequence[int] | None = None) -> str:
+        """Take the logits `[num_choices, vocab_size]` of the last of `next_tokens`, and the `best` token of each if
+        somebody has looked already.
 
         Returns the text that can be shown now: maybe none.
         """
@@ -158,11 +202,29 @@ class Generation:
             self._num_read = min(self._num_read + self.block_tokens, len(self.suffix_ids))
             if not self.is_answering:
                 return ""
-        return self._take(self.sampler(logits) if token is None else token)
+        chosen = best if best is not None and self.sampler.greedy else map(self.sampler, logits)
+        return "".join(self._take_while_drafted(chosen))
+
+    def _take_while_drafted(self, chosen: Iterable[int]) -> Iterator[str]:
+        """Tokens as single steps would choose them, as long as the next row stands behind just these."""
+        draft, self._draft = self._draft, []
+        self.drafted_tokens += len(draft)
+        num_unused = len(draft)  # rows behind the last one that was chosen from
+        try:
+            for token, drafted in zip(chosen, [*draft, None], strict=True):
+                yield self._take(token)
+                self.accepted_tokens += token == drafted
+                if token != drafted or self.finished:
+                    break
+                num_unused -= 1
+        finally:
+            self.state.rewind(self.state.num_tail - num_unused)
 
     def _take(self, token: int) -> str:
         self._count_time()
         ends = token in self.model.stop_ids
+        if self.drafter is not None:
+            self.drafter.append(token)
         if not ends:
             self.token_ids.append(token)
             piece = self._detokenizer.step(self.model.tokenizer.backend_tokenizer, token) or ""

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.utils import logging as transformers_logging
 
-from cag.batch import Batch, BatchState
+from cag.batch import TAIL_PAIRS, Batch, BatchState
 from cag.decoder import CLOSE, FAR, PROBED_LAYERS, FewRowsDecoder, recognize, relative_difference
 from cag.errors import UnsupportedModel
 from cag.model_files import (
@@ -189,6 +189,22 @@ class LanguageModel:
         return self.device.type == "cpu" and plain and has_compiler()
 
     @property
+    def rows_stay_apart(self) -> bool:
+        """Whether a token's logits are the same bits whatever other tokens the forward has (`most_rows` says when)."""
+        return self.decoder is not None and self.decoder.rows_stay_apart
+
+    def most_rows(self, state: SequenceState, *, exactly: bool) -> int:
+        """How many tokens of a sequence a forward may have that takes the place of single steps.
+
+        exactly: whether each must have the bits of a single step, not only its numbers but for rounding.
+        """
+        most = min(FEW_ROWS, TAIL_PAIRS // max(1, state.num_tail))
+        left = self.decoder.rows_left(state) if self.decoder is not None and self.rows_stay_apart else 0
+        if left or exactly:
+            most = min(most, left)
+        return max(1, most)
+
+    @property
     def rope(self) -> dict[str, Any]:
         """What positions mean in this model's keys; part of a cache's identity."""
         config = self.network.config.get_text_config()
@@ -220,17 +236,22 @@ class LanguageModel:
 
     @torch.inference_mode()
     def forward_together(
-        self, chunks: Sequence[tuple[list[int] | Tensor, SequenceState]], *, num_logits: int | None = None
+        self,
+        chunks: Sequence[tuple[list[int] | Tensor, SequenceState]],
+        *,
+        num_logits: int | Sequence[int] | None = None,
     ) -> Tensor:
         """Run new tokens of several sequences in one forward; their keys and values join their tails.
 
         Args:
             chunks: new tokens and the sequence they belong to; several only of `new_session_state`, with at most
                 `FEW_ROWS` tokens each, and neighbours where they stand behind one prefix.
-            num_logits: of a single sequence, as in `forward`.
+            num_logits: of how many last tokens of each sequence; 1 if None. A number, as in `forward`, only for a
+                single sequence.
 
         Returns:
-            Logits of the last token of each sequence, `[num_sequences, vocab_size]` float32; or of `num_logits` tokens.
+            Logits of the last tokens of each sequence, one sequence behind the other, `[num_wanted, vocab_size]`
+            float32.
         """
         pieces = [torch.as_tensor(token_ids, dtype=torch.long, device=self.device) for token_ids, _ in chunks]
         states, counts = [state for _, state in chunks], [len(piece) for piece in pieces]
@@ -239,19 +260,17 @@ class LanguageModel:
             for state, count in zip(states, counts, strict=True):
                 state.begin(count)
             batch = BatchState(states, counts)
-            logits = self._run(ids, batch, num_logits)
+            logits = self._run(ids, batch, _wanted_rows(batch, num_logits))
             batch.finish()
         self.most_read_tokens = max(self.most_read_tokens, *(state.num_tail for state in states))
         return logits
 
-    def _run(self, ids: Tensor, batch: BatchState, num_logits: int | None) -> Tensor:
-        every = list(range(len(ids)))
-        wanted = batch.last_rows if num_logits is None else every[-num_logits:]
+    def _run(self, ids: Tensor, batch: BatchState, wanted: list[int]) -> Tensor:
         if self.decoder is not None and self.decoder.serves(batch):
             return self.decoder.forward(ids, batch, wanted)
         positions = batch.positions(self.device)
         if batch.num_sequences == 1 and (len(ids) > FEW_ROWS or isinstance(batch.states[0].tail, Tail)):
-            return self._network_forward(ids, positions, batch.states[0], 1 if num_logits is None else num_logits)
+            return self._network_forward(ids, positions, batch.states[0], len(wanted))
         with self._apart(batch.counts):
             return self._network_forward(ids, positions, batch, torch.tensor(wanted, device=self.device))
 
@@ -353,6 +372,16 @@ class LanguageModel:
                 "layers that share or replace keys and values are not supported."
             )
         return [probe.layers[index] for index in range(num_layers)]
+
+
+def _wanted_rows(batch: Batch, num_logits: int | Sequence[int] | None) -> list[int]:
+    """The last rows of each sequence, as many as are wanted of each."""
+    if isinstance(num_logits, int):
+        return list(range(batch.num_rows))[-num_logits:]
+    counts = [1] * batch.num_sequences if num_logits is None else num_logits
+    return [
+        row for stop, count in zip(batch.starts[1:].tolist(), counts, strict=True) for row in range(stop - count, stop)
+    ]
 
 
 @contextmanager

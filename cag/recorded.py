@@ -241,15 +241,18 @@ class _Recording:
         return found
 
 
+def attends_by_tiles(head_dim: int, attends_in: torch.dtype) -> bool:
+    """Whether rows that are rounded to `attends_in` meet a prefix in tiles."""
+    return attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and has_tiles()
+
+
 def attends_rounded(query: Tensor, segment: PrefixSegment, attends_in: torch.dtype) -> bool:
     """Whether a float32 query is rounded to the type that the network attends in: not where only code for a few
     float32 rows serves a single token quickly."""
     if attends_in == query.dtype or not isinstance(segment, DensePrefix):
         return attends_in != query.dtype
-    head_dim = query.shape[2]
-    by_tiles = attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and has_tiles()
     few = query.shape[0] // segment.keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS
-    return by_tiles or not (few and cpu_attention_serves(query, segment.keys))
+    return attends_by_tiles(query.shape[2], attends_in) or not (few and cpu_attention_serves(query, segment.keys))
 
 
 def _attend_segment(query: Tensor, segment: PrefixSegment, scale: float, into: tuple[Tensor, Tensor]) -> None:

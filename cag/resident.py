@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cag.ngrams import NgramIndex
 from cag_kernels import DensePrefix, QuantizedPrefix, dequantize_prefix
 from cag_kernels.cpu import compiles_codes
 from cag_kernels.prefixes import Codes
@@ -273,6 +274,11 @@ class ResidentPrefix:
     def num_tokens(self) -> int:
         """Tokens of the prefix."""
         return len(self.token_ids)
+
+    @cached_property
+    def ngrams(self) -> NgramIndex:
+        """Where runs of its tokens stand, for drafts; made when it is first asked for."""
+        return NgramIndex(self.token_ids)
 
     @property
     def num_bytes(self) -> int:

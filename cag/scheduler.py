@@ -3,8 +3,9 @@
     submit -> waiting -> [ step: schedule -> run -> postprocess ] -> pieces of text to each request's listener
 
 A step has one row of every answer under way, and questions as far as they fit beside them, so nobody's next token waits
-for more than one block of somebody's prompt. What an answer says does not depend on who else is there: blocks of a
-prompt are cut by its own length, and rows of a batch do not see each other (docs/design/011-many-sessions.md).
+for more than one block of somebody's prompt; then drafts (`cag.speculation`) where they are worth their rows. What an
+answer says does not depend on who else is there: blocks of a prompt are cut by its own length, and rows of a batch do
+not see each other (docs/design/011-many-sessions.md).
 
 Knows a model and generations; knows no HTTP and no caches.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from cag.generate import Generation
 from cag.model import LanguageModel
+from cag.speculation import share_rows
 from cag_kernels import FEW_ROWS
 
 MAX_STEP_ROWS = FEW_ROWS  # tokens of a step, but for a single question that is longer
@@ -69,6 +71,10 @@ class Request:
         return prefix is None or prefix.is_loaded
 
 
+_Outcome = tuple[Request, Tensor, list[int]]
+"""Who took part in a forward, the logits of its rows to choose from, and the best token of each."""
+
+
 class Scheduler:
     """Steps through the answers of one model. `submit` and `cancel` from any thread; `step` from one at a time.
 
@@ -105,7 +111,8 @@ class Scheduler:
         if batch:
             self.num_steps += 1
             self.largest_batch = max(self.largest_batch, len(batch))
-            self._postprocess(*self._run(batch))
+            self._draft([request.generation for request in batch])
+            self._postprocess(self._run(batch))
         return len(batch)
 
     def run(self) -> None:
@@ -164,28 +171,36 @@ class Scheduler:
             chosen.append(request)
         return chosen
 
-    def _run(self, batch: list[Request]) -> tuple[list[Request], Tensor]:
-        """Who got through the forward, and their logits `[num_requests, vocab_size]`. After an error everybody is run
-        alone, so that it hits only those whose it is."""
+    def _draft(self, batch: list[Generation]) -> None:
+        """Share out the rows of drafts among the answers under way."""
+        answering = [generation for generation in batch if generation.is_answering]
+        chances = [generation.draft() for generation in answering]
+        counts = share_rows(chances, sum(generation.num_next for generation in batch)) if any(chances) else []
+        for generation, count in zip(answering, counts, strict=False):
+            generation.run_along(count)
+
+    def _run(self, batch: list[Request]) -> list[_Outcome]:
+        """Of those that got through the forward. After an error everybody is run alone, so that it hits only those
+        whose it is."""
         chunks = [(request.generation.next_tokens(), request.generation.state) for request in batch]
+        counts = [request.generation.num_choices for request in batch]
         self.num_rows += sum(len(tokens) for tokens, _ in chunks)
         try:
-            return batch, self.model.forward_together(chunks)
+            logits = self.model.forward_together(chunks, num_logits=counts)
         except Exception as error:
             if len(batch) == 1:
                 self._leave(batch[0], error)
-                return [], torch.empty(0, 0)
-        alone = [self._run([request]) for request in batch]
-        through = [request for one, _ in alone for request in one]
-        return through, torch.cat([logits for one, logits in alone if one]) if through else torch.empty(0, 0)
+                return []
+            return [outcome for request in batch for outcome in self._run([request])]
+        best = torch.split(logits.argmax(dim=-1).cpu(), counts)  # the lowest of equal ones, as `Sampler` has it
+        return list(zip(batch, torch.split(logits, counts), (rows.tolist() for rows in best), strict=True))
 
-    def _postprocess(self, batch: list[Request], logits: Tensor) -> None:
+    def _postprocess(self, outcomes: list[_Outcome]) -> None:
         """Choose tokens, tell the listeners, let those leave whose answer is whole."""
-        best = logits.argmax(dim=-1).tolist() if batch else []  # the lowest of equal ones, as `Sampler` has it
-        for request, row, token in zip(batch, logits, best, strict=True):
+        for request, logits, best in outcomes:
             generation = request.generation
             try:
-                if piece := generation.advance(row, token if generation.sampler.greedy else None):
+                if piece := generation.advance(logits, best):
                     request.on_piece(piece)
             except Exception as error:  # of a listener, a sampler or a tokenizer: nobody else's business
                 self._leave(request, error)

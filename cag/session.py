@@ -16,6 +16,7 @@ from cag.errors import UsageError
 from cag.generate import Generation, SamplingOptions
 from cag.prompt import conversation_ids, next_question_ids
 from cag.scheduler import Request, Scheduler
+from cag.speculation import Drafter
 
 if TYPE_CHECKING:
     from cag.prefix import Prefix
@@ -93,7 +94,14 @@ class AnswerStream:
         return Answer(
             text=generation.text.strip(),
             citations=prefix.cite(self._question, generation.text),
-            usage=Usage(self._cached_tokens + computed, self._cached_tokens, computed, len(generation.token_ids)),
+            usage=Usage(
+                self._cached_tokens + computed,
+                self._cached_tokens,
+                computed,
+                len(generation.token_ids),
+                generation.drafted_tokens,
+                generation.accepted_tokens,
+            ),
             timings=timings,
             cache=CacheOrigin(prefix.name, prefix.digest, tier),
             model=prefix.model.model_id,
@@ -116,6 +124,7 @@ class Session:
         self._busy = False
         self._begun_at = 0  # tokens of the tail before the running answer
         self._answered = False
+        self._read: list[int] = []  # tokens of the tail
         self._unread: list[int] = []  # tokens of the last answer that no forward has seen yet
 
     @property
@@ -149,6 +158,9 @@ class Session:
             self._state.rewind(self._begun_at)
         else:
             self._answered = True
+            forwarded = min(forwarded, len(generation.token_ids))  # more if an interrupt came before a draft was judged
+            self._state.rewind(self._begun_at + len(generation.suffix_ids) + forwarded)
+            self._read += generation.suffix_ids + generation.token_ids[:forwarded]
             self._unread = generation.token_ids[forwarded:]
         self._busy = False
 
@@ -193,14 +205,21 @@ class Session:
             raise UsageError("this session has turns of its own.", hint="Replay a history in a new session.")
         self.prefix.check_open()
         was_resident = started_at is None and self.prefix.resident.is_loaded
+        options, suffix = options or SamplingOptions(), self._suffix(question, history)
         generation = Generation(
             self.prefix.model,
             self._state,
-            self._suffix(question, history),
-            options or SamplingOptions(),
+            suffix,
+            options,
             started_at=begin,
+            drafter=self._drafter(suffix, options.speculate),
         )
         return AnswerStream(self, history, question, generation, was_resident)
+
+    def _drafter(self, suffix: list[int], speculate: bool | None) -> Drafter | None:
+        model, resident = self.prefix.model, self.prefix.resident
+        wanted = model.rows_stay_apart if speculate is None else speculate
+        return Drafter(lambda: resident.ngrams, [*self._read, *suffix]) if wanted else None
 
     def _suffix(self, question: str, history: Sequence[tuple[str, str]]) -> list[int]:
         tokenizer, template = self.prefix.model.tokenizer, self.prefix.template

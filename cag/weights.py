@@ -21,6 +21,7 @@ from cag_kernels import (
     PackedProduct,
     PackedWeight,
     can_pack,
+    has_compiler,
     linear_without_packing,
     pack_weight,
     packed_linear,
@@ -230,6 +231,15 @@ def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
         return tile_product(weight, bias)
     multiply = nn.functional.linear if kind == "plain" else linear_without_packing
     return LibraryProduct(multiply, weight, bias)
+
+
+def is_tile_product(product: Product) -> bool:
+    """Whether it multiplies by tiles, which give a row the same bits whatever other rows there are."""
+    if not has_compiler():
+        return False
+    from cag_kernels.cpu_tile_linear import TileProduct
+
+    return isinstance(product, TileProduct)
 
 
 def _spanned(parts: Sequence[Tensor]) -> Tensor | None:

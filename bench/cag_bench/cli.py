@@ -176,6 +176,9 @@ def serve(
     sessions: Annotated[str, typer.Option(help="How many at once; comma-separated.")] = "1,4,16",
     max_tokens: Annotated[int, typer.Option(help="Tokens of every answer; stop tokens are not heeded.")] = 32,
     rounds: Annotated[int, typer.Option(help="Of all sizes, alone and together.")] = 5,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Each with drafts too; stop tokens are heeded, --max-tokens is a limit.")
+    ] = False,
     out: OutOption = None,
     model: ModelOption = None,
     codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "lossless",
@@ -188,10 +191,11 @@ def serve(
     """Many sessions on one prefix, together against one by one: tokens a second and first tokens, answers compared."""
     from cag_bench.corpus import read_corpus
     from cag_bench.questions import load_questions
-    from cag_bench.serve import ServeOptions, markdown, run_serve
+    from cag_bench.serve import ServeOptions, run_serve
+    from cag_bench.serve_table import markdown
     from cag_store import codec_from_config
 
-    options = ServeOptions(_counts("sessions", sessions), max_tokens, rounds, seed, codec)
+    options = ServeOptions(_counts("sessions", sessions), max_tokens, rounds, seed, codec, speculate)
     codec_from_config(codec)
     asked, documents = load_questions(questions), read_corpus(corpus)
     folder = _folder(out, "serve")

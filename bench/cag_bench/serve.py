@@ -1,8 +1,8 @@
 """`cag bench serve`: many sessions on one prefix, asked together and one by one, in one interleaved run.
 
 Documents and questions in; `results.jsonl` (a row a round, size and arm: seconds, tokens, first tokens, with machine,
-commit and versions), `summary.json` and `table.md` out. Answers of both arms are compared token for token: a speed of
-other answers would be none.
+commit and versions), `summary.json` and `table.md` out. With `speculate` each arm is run with drafts too. Answers of
+all arms are compared token for token: a speed of other answers would be none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,37 @@ from cag_bench.figures import median, paired_ratio, percentiles
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.questions import Question
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
+from cag_bench.serve_table import markdown
 
 Progress = Callable[[str, int, int], None]
 ALONE, TOGETHER = "alone", "together"
+WITH_DRAFTS = {ALONE: "alone, drafts", TOGETHER: "together, drafts"}
 WARM_UP_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """sessions: how many at once, a size each; max_tokens: of every answer, exactly; rounds: of all sizes and arms."""
+    """sessions: how many at once, a size each; rounds: of all sizes and arms; max_tokens: of every answer, exactly.
+
+    speculate: arms with drafts too; then answers end where they end, with `max_tokens` at most, as what a model says
+    behind its answer repeats itself and would flatter drafts.
+    """
 
     sessions: Sequence[int] = (1, 4, 16)
     max_tokens: int = 32
     rounds: int = 5
     seed: int = 0
     codec: str = "lossless"
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         if not self.sessions or min(*self.sessions, self.max_tokens, self.rounds) < 1:
             raise UsageError("sessions, tokens and rounds must be at least 1.")
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms."""
+        return [ALONE, TOGETHER, *(WITH_DRAFTS.values() if self.speculate else ())]
 
 
 def run_serve(
@@ -66,7 +78,8 @@ def run_serve(
     layout = lay_out(engine.model.tokenizer, engine.model.template, corpus.documents)
     cache = build_bench_cache(engine, corpus, layout, options.codec, progress)
     rows: list[dict[str, Any]] = []
-    with ResultRows(out, origin) as results, engine.open(cache.name) as prefix, _whole_answers(engine.model):
+    lengths = nullcontext() if options.speculate else _whole_answers(engine.model)
+    with ResultRows(out, origin) as results, engine.open(cache.name) as prefix, lengths:
         prefix.resident.wait()
         for size in options.sessions:
             prefix.ask_all(_asked(questions, size, 0), max_tokens=WARM_UP_TOKENS)
@@ -99,27 +112,29 @@ def _asked(questions: Sequence[Question], size: int, number: int) -> list[str]:
 def _measured(
     prefix: Prefix, questions: Sequence[Question], options: ServeOptions, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """Round by round all sizes, of each both arms one behind the other, in an order drawn anew each time."""
+    """Round by round all sizes, of each all arms one behind the other, in an order drawn anew each time."""
     order, done = random.Random(options.seed), 0
     total = options.rounds * len(options.sessions)
     for number in range(options.rounds):
         for size in order.sample(list(options.sessions), len(options.sessions)):
             progress("measure, rounds", done, total)
             asked, answers = _asked(questions, size, number), {}
-            pair = []
-            for arm in order.sample([ALONE, TOGETHER], 2):
+            of_round = []
+            for arm in order.sample(options.arms, len(options.arms)):
                 begin = time.perf_counter()
                 answers[arm] = _answers(prefix, asked, arm, options)
-                pair.append(_row(answers[arm], time.perf_counter() - begin) | {"arm": arm})
-            same = sum(mine.token_ids == other.token_ids for mine, other in zip(*answers.values(), strict=True))
-            for row in pair:
+                of_round.append(_row(answers[arm], time.perf_counter() - begin) | {"arm": arm})
+            same = sum(len({one.token_ids for one in of_one}) == 1 for of_one in zip(*answers.values(), strict=True))
+            for row in of_round:
                 yield row | {"round": number, "sessions": size, "same_answers": same, "load_average": load_average()}
             done += 1
 
 
 def _answers(prefix: Prefix, asked: list[str], arm: str, options: ServeOptions) -> list[Answer]:
-    sampling = SamplingOptions(max_tokens=options.max_tokens)
-    return prefix.ask_all(asked, sampling) if arm == TOGETHER else [prefix.ask(one, sampling) for one in asked]
+    sampling = SamplingOptions(max_tokens=options.max_tokens, speculate=arm in WITH_DRAFTS.values())
+    if arm in (TOGETHER, WITH_DRAFTS[TOGETHER]):
+        return prefix.ask_all(asked, sampling)
+    return [prefix.ask(one, sampling) for one in asked]
 
 
 def _row(answers: list[Answer], seconds: float) -> dict[str, Any]:
@@ -130,62 +145,42 @@ def _row(answers: list[Answer], seconds: float) -> dict[str, Any]:
         "tokens_per_s": num_tokens / seconds,
         "ttft_s": [answer.timings.ttft_s for answer in answers],
         "tpot_s": [answer.timings.tpot_s for answer in answers],
+        "drafted_tokens": sum(answer.usage.drafted_tokens for answer in answers),
+        "accepted_tokens": sum(answer.usage.accepted_tokens for answer in answers),
     }
 
 
 def _figures(rows: list[dict[str, Any]], options: ServeOptions) -> list[dict[str, Any]]:
-    """One entry a size: of each arm the median speed and first tokens, and the ratio of the speeds pair by pair."""
+    """One entry a size: of each arm the median speed and first tokens, and ratios of speeds round by round."""
     found = []
     for size in options.sessions:
         of_size = [row for row in rows if row["sessions"] == size]
-        arms = {arm: [row for row in of_size if row["arm"] == arm] for arm in (ALONE, TOGETHER)}
+        arms = {arm: [row for row in of_size if row["arm"] == arm] for arm in options.arms}
         speeds = {arm: [row["tokens_per_s"] for row in of_arm] for arm, of_arm in arms.items()}
-        pairs = list(zip(speeds[TOGETHER], speeds[ALONE], strict=True))
-        found.append(
-            {
-                "sessions": size,
-                "arms": {
-                    arm: {
-                        "tokens_per_s": median(speeds[arm]),
-                        "ttft_s": percentiles([value for row in of_arm for value in row["ttft_s"]]),
-                        "tpot_s": percentiles([value for row in of_arm for value in row["tpot_s"]]),
-                    }
-                    for arm, of_arm in arms.items()
-                },
-                "together_over_alone": paired_ratio(pairs, options.seed),
-                "answers": size * options.rounds,
-                "same_answers": sum(row["same_answers"] for row in arms[TOGETHER]),
-            }
-        )
+
+        def ratio(arm: str, base: str, of: dict[str, list[float]] = speeds) -> dict[str, Any] | None:
+            return paired_ratio(list(zip(of[arm], of[base], strict=True)), options.seed)
+
+        entry: dict[str, Any] = {
+            "sessions": size,
+            "arms": {arm: _arm_figures(of_arm) for arm, of_arm in arms.items()},
+            "together_over_alone": ratio(TOGETHER, ALONE),
+            "answers": size * options.rounds,
+            "same_answers": sum(row["same_answers"] for row in arms[TOGETHER]),
+        }
+        if options.speculate:
+            entry["drafts_over_none"] = {arm: ratio(drafted, arm) for arm, drafted in WITH_DRAFTS.items()}
+        found.append(entry)
     return found
 
 
-HEADER = ("sessions", "arm", "tokens/s", "first token p50", "p90", "per token p50", "together / alone", "same answers")
-
-
-def markdown(summary: dict[str, Any]) -> str:
-    """The table with what it was measured on above."""
-    machine, cache, options = summary["machine"], summary["cache"], summary["options"]
-    lines = [
-        "# Many sessions on one prefix",
-        "",
-        f"- machine: {machine.get('gpu') or machine['processor']}, {machine['cores']} cores",
-        f"- code: {summary['commit']}",
-        f"- {summary['model']}, prefix of {cache['num_tokens']} tokens, codec {cache['codec']['id']}; answers of "
-        f"{options['max_tokens']} tokens, stop tokens not heeded; {options['rounds']} rounds",
-        "- alone: one question behind the other, first tokens from the beginning of each; together: all at once; "
-        "milliseconds, ratios are medians of pairs",
-        "",
-    ]
-    lines += [f"| {' | '.join(cells)} |" for cells in (HEADER, ["---"] * len(HEADER), *_table_rows(summary))]
-    return "\n".join(lines) + "\n"
-
-
-def _table_rows(summary: dict[str, Any]) -> Iterator[list[str]]:
-    for entry in summary["sessions"]:
-        for arm, figures in entry["arms"].items():
-            ratio = f"{entry['together_over_alone']['p50']:.2f}" if arm == TOGETHER else ""
-            same = f"{entry['same_answers']} of {entry['answers']}" if arm == TOGETHER else ""
-            times = (figures["ttft_s"]["p50"], figures["ttft_s"]["p90"], figures["tpot_s"]["p50"])
-            cells = [str(entry["sessions"]), arm, f"{figures['tokens_per_s']:.1f}"]
-            yield [*cells, *(f"{seconds * 1e3:.1f}" for seconds in times), ratio, same]
+def _arm_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Times per further token are those of answers that have one."""
+    return {
+        "tokens_per_s": median([row["tokens_per_s"] for row in rows]),
+        "ttft_s": percentiles([value for row in rows for value in row["ttft_s"]]),
+        "tpot_s": percentiles([value for row in rows for value in row["tpot_s"] if value] or [0.0]),
+        "completion_tokens": sum(row["completion_tokens"] for row in rows),
+        "drafted_tokens": sum(row["drafted_tokens"] for row in rows),
+        "accepted_tokens": sum(row["accepted_tokens"] for row in rows),
+    }

@@ -56,7 +56,7 @@ class TtftOptions:
 
     def sampling(self) -> SamplingOptions:
         """The same for every arm: greedy. Raises: `UsageError` for a `max_tokens` below 1."""
-        return SamplingOptions(max_tokens=self.max_tokens)
+        return SamplingOptions(max_tokens=self.max_tokens, speculate=False)  # no arm has drafts, or all would need them
 
     def to_json(self) -> dict[str, Any]:
         """As the row of the run keeps it."""

@@ -22,6 +22,7 @@ from cag.cli.options import (
     MaxTokensOption,
     NameArgument,
     SeedOption,
+    SpeculateOption,
     StoreOption,
     TemperatureOption,
     TopPOption,
@@ -50,6 +51,7 @@ def ask(
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = None,
+    speculate: SpeculateOption = None,
     stream: StreamOption = True,
     model: BuildersModelOption = None,
     adapter: AdapterOption = None,
@@ -64,7 +66,9 @@ def ask(
     engine = load_engine_of(
         store_at(store, cache_bytes), name, ModelChoice(model, adapter, device, dtype), verbose=verbose
     )
-    options = _sampling(verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options = _sampling(
+        verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, speculate=speculate
+    )
     started_at = time.perf_counter()
     with engine.open(name) as prefix:
         answering = prefix.session().stream(question, options, started_at=started_at)
@@ -77,6 +81,7 @@ def chat(
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = None,
+    speculate: SpeculateOption = None,
     stream: StreamOption = True,
     model: BuildersModelOption = None,
     adapter: AdapterOption = None,
@@ -94,7 +99,9 @@ def chat(
     engine = load_engine_of(
         store_at(store, cache_bytes), name, ModelChoice(model, adapter, device, dtype), verbose=verbose
     )
-    options = _sampling(verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options = _sampling(
+        verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, speculate=speculate
+    )
     with engine.open(name) as prefix:
         session = prefix.session()
         while (question := _read_question(as_json=as_json)) != QUIT:
@@ -163,8 +170,10 @@ def print_proof(answer: Answer) -> None:
         print(f'    "{one_line(citation.quote)}"')
     usage, timings = answer.usage, answer.timings
     speed = f" at {1 / timings.tpot_s:.1f} tokens/s" if timings.tpot_s else ""
+    drafted = f" ({usage.accepted_tokens} of {usage.drafted_tokens} guessed right)" if usage.drafted_tokens else ""
     print(
         f"-- first token {timings.ttft_s:.2f} s (load {timings.load_s:.2f} s from {answer.cache.tier}, "
-        f"question {timings.prefill_s:.2f} s); {usage.completion_tokens} tokens{speed}; total {timings.total_s:.2f} s; "
+        f"question {timings.prefill_s:.2f} s); {usage.completion_tokens} tokens{drafted}{speed}; "
+        f"total {timings.total_s:.2f} s; "
         f"prompt {usage.prompt_tokens:,} tokens: {usage.cached_tokens:,} cached, {usage.computed_tokens:,} computed"
     )

@@ -70,6 +70,7 @@ def load_engine(store: Store, choice: ModelChoice, *, verbose: bool) -> Engine:
         window_tokens=model.window_tokens,
         threads=f"{model.plan.threads_small} for a question, {model.plan.threads_large} for prefill",
         reason=model.plan.reason,
+        rows_stay_apart=model.rows_stay_apart,
         store=store.backend.url,
     )
     return engine

@@ -69,6 +69,14 @@ TopPOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.", show_default=False)]
+SpeculateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess what an answer quotes, and run the guess along: the same answer, sooner.",
+        show_default="where it is the same to the bit",
+    ),
+]
 TtlOption = Annotated[
     float | None,
     typer.Option(

@@ -16,6 +16,7 @@ from cag.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    SpeculateOption,
     StoreOption,
     VerboseOption,
     given,
@@ -64,6 +65,7 @@ def serve(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Of an answer whose request does not say.", min=1)
     ] = None,
+    speculate: SpeculateOption = None,
     json_output: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -78,6 +80,7 @@ def serve(
             num_slots=slots,
             max_waiting=queue,
             default_max_tokens=max_tokens,
+            speculate=speculate,
         )
     )
     listener = _listen(host, port)

@@ -126,12 +126,17 @@ class CompletionHead:
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
-    """Token counts as OpenAI names them."""
+    """Token counts as OpenAI names them. Rejected predictions, guesses of the engine's own, are in no other count."""
+    rejected = usage.drafted_tokens - usage.accepted_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": usage.accepted_tokens,
+            "rejected_prediction_tokens": rejected,
+        },
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from cag.engine import Engine
 from cag.errors import CagError
@@ -49,7 +50,8 @@ class AnswerService:
 
     def run(self, question: Question) -> AnswerRun:
         """An answer to begin."""
-        return AnswerRun(question, self._workplace)
+        options = replace(question.options, speculate=self.settings.speculate)
+        return AnswerRun(replace(question, options=options), self._workplace)
 
     async def preload(self) -> None:
         """Load the caches of the settings one after the other. Failures are kept in `preload_errors`."""

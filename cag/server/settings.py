@@ -15,6 +15,7 @@ class ServerSettings(BaseModel):
         num_slots: answers that are computed at the same time; they share forwards.
         max_waiting: requests that may wait for a slot; one more is refused with 429.
         default_max_tokens: of an answer whose request does not say.
+        speculate: as in `SamplingOptions`, for all answers.
         max_body_bytes: of a request.
     """
 
@@ -26,4 +27,5 @@ class ServerSettings(BaseModel):
     num_slots: int = Field(default=16, ge=1, le=64)
     max_waiting: int = Field(default=64, ge=0)
     default_max_tokens: int = Field(default=512, ge=1)
+    speculate: bool | None = None
     max_body_bytes: int = Field(default=8 << 20, ge=1)

@@ -9,7 +9,8 @@ import pytest
 from cag.errors import UsageError
 from cag_bench.corpus import read_corpus
 from cag_bench.questions import load_questions
-from cag_bench.serve import ServeOptions, markdown, run_serve
+from cag_bench.serve import ServeOptions, run_serve
+from cag_bench.serve_table import markdown
 
 
 def test_a_run_compares_answers_and_writes_its_files(tiny_engine, corpus_dir, questions_file, tmp_path):
@@ -35,6 +36,27 @@ def test_a_run_compares_answers_and_writes_its_files(tiny_engine, corpus_dir, qu
     for entry in summary["sessions"]:
         assert entry["same_answers"] == entry["answers"] == 2 * entry["sessions"]
         assert entry["together_over_alone"]["n"] == 2
+
+
+def test_arms_with_drafts_say_the_same_and_how_much_was_guessed(tiny_engine, corpus_dir, questions_file, tmp_path):
+    options = ServeOptions(sessions=(1, 2), max_tokens=24, rounds=2, speculate=True)
+    questions, out = load_questions(questions_file), tmp_path / "out"
+    summary = run_serve(tiny_engine, read_corpus([str(corpus_dir)]), questions, options, out, lambda *_: None)
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rounds = [row for row in rows if row["kind"] == "round"]
+    assert len(rounds) == 2 * 2 * 4
+    assert all(row["drafted_tokens"] == 0 for row in rounds if not row["arm"].endswith("drafts"))
+    drafted = sum(row["drafted_tokens"] for row in rounds)
+    assert 0 < sum(row["accepted_tokens"] for row in rounds) <= drafted
+    for entry in summary["sessions"]:
+        assert entry["same_answers"] == entry["answers"]
+        assert {arm: ratio["n"] for arm, ratio in entry["drafts_over_none"].items()} == {"alone": 2, "together": 2}
+        tokens = {figures["completion_tokens"] for figures in entry["arms"].values()}
+        assert len(tokens) == 1
+        assert tokens.pop() <= 24 * entry["answers"]
+    table = (out / "table.md").read_text()
+    assert table == markdown(summary)
+    assert "| drafts / none | guessed of answers | of guesses right |" in table
 
 
 @pytest.mark.parametrize("bad", [{"sessions": ()}, {"sessions": (0,)}, {"max_tokens": 0}, {"rounds": 0}])

@@ -90,7 +90,7 @@ class CagParty(Party):
 
     def ask(self, question: AskedQuestion, num_tokens: int) -> Reply:
         """See `Party.ask`. Raises as `BenchArm.ask`, among them `PrefixRecomputed`."""
-        answered = self._arm.ask(question.text, SamplingOptions(max_tokens=num_tokens))
+        answered = self._arm.ask(question.text, SamplingOptions(max_tokens=num_tokens, speculate=False))
         answer, timings = answered.answer, answered.answer.timings
         return Reply(
             timings.load_s,
@@ -110,7 +110,7 @@ class CagSessions(SessionsParty):
 
     def ask_all(self, questions: Sequence[AskedQuestion], num_tokens: int) -> SessionsReply:
         """See `SessionsParty.ask_all`. Raises what an answer failed with."""
-        model, options = self._engine.model, SamplingOptions(max_tokens=num_tokens)
+        model, options = self._engine.model, SamplingOptions(max_tokens=num_tokens, speculate=False)
         begin = time.perf_counter()
         scheduler = Scheduler(model)
         requests = [

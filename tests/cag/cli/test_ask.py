@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ANSWERED = {"answer", "citations", "usage", "timings", "cache", "model"}
-USAGE = {"prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens"}
+USAGE = {"prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"}
 TIMINGS = {"load_s", "prefill_s", "ttft_s", "tpot_s", "total_s"}
 
 
@@ -55,6 +55,16 @@ def test_streamed_and_whole_answers_are_the_same_text(ask):
 def test_a_seed_makes_sampling_repeatable(ask):
     sampled = [ask("--temperature", 2, "--top-p", 0.9, "--seed", seed, "--json").json["answer"] for seed in (7, 7, 8)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_speculation_is_said_and_changes_no_answer(ask):
+    plain, drafted = (ask(option, "--max-tokens", 80, "--json").json for option in ("--no-speculate", "--speculate"))
+    assert plain["answer"] == drafted["answer"]
+    assert plain["usage"]["drafted_tokens"] == plain["usage"]["accepted_tokens"] == 0
+    assert 0 < drafted["usage"]["drafted_tokens"] >= drafted["usage"]["accepted_tokens"]
+    noted = ask("--speculate", "--max-tokens", 80)
+    usage = drafted["usage"]
+    assert f"({usage['accepted_tokens']} of {usage['drafted_tokens']} guessed right)" in noted.stdout
 
 
 def test_citations_follow_the_answer(ask, capsys):

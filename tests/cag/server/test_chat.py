@@ -38,6 +38,7 @@ async def test_a_completion_is_the_engines_answer_with_its_proof(serving, engine
         "completion_tokens": alone.usage.completion_tokens,
         "total_tokens": alone.usage.prompt_tokens + alone.usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": alone.usage.cached_tokens},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
     assert alone.usage.cached_tokens == engine.find("handbook")[1].num_tokens
     proof = answer["cag"]
@@ -45,6 +46,23 @@ async def test_a_completion_is_the_engines_answer_with_its_proof(serving, engine
     assert proof["cache"] == {"name": "handbook", "digest": alone.cache.digest, "tier": "disk"}
     assert (again["cag"]["cache"]["tier"], again["cag"]["timings"]["load_s"]) == ("device", 0.0)
     assert again["choices"] == answer["choices"]
+
+
+async def test_drafts_are_said_and_change_no_answer(serving, engine, monkeypatch):
+    monkeypatch.setattr(engine.model, "stop_ids", frozenset())
+    alone = engine.ask("handbook", QUESTION, max_tokens=60, speculate=False)
+    async with serving(speculate=True) as served:
+        answer = (await served.client.post(URL, json=body(max_tokens=60))).json()
+        metrics = (await served.client.get("/metrics")).text.splitlines()
+    assert answer["choices"][0]["message"]["content"] == alone.text
+    details, proof = answer["usage"]["completion_tokens_details"], answer["cag"]["usage"]
+    assert answer["usage"]["completion_tokens"] == 60
+    assert proof["drafted_tokens"] > 0
+    assert details["accepted_prediction_tokens"] == proof["accepted_tokens"]
+    assert details["rejected_prediction_tokens"] == proof["drafted_tokens"] - proof["accepted_tokens"]
+    for outcome in ("accepted", "rejected"):
+        count = details[f"{outcome}_prediction_tokens"]
+        assert f'cag_drafted_tokens_total{{outcome="{outcome}"}} {count}' in metrics
 
 
 async def test_a_stream_is_the_completion_in_pieces(serving):
