@@ -92,7 +92,7 @@ def cascade_attention(
 ) -> Tensor:
     """Attention of all sessions over the shared prefix and each over its own tail, joined by their log-sum-exps.
 
-    See `prefix_reference.cascade_attention_reference`; the prefix may come in pieces that follow each other, or in none.
+    See `prefix_reference.cascade_attention_reference`; the prefix may come in any number of pieces.
     A launch a piece and two more on a CUDA device; nothing waits for the host.
 
     Raises:

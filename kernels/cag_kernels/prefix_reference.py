@@ -118,8 +118,8 @@ def cascade_attention_reference(
 ) -> Tensor:
     """Attention of each session's queries over the shared prefix and behind it the session's own tail.
 
-    Arguments as in `prefix_attention_reference` and `paged_attention_reference`; the prefix is one, or pieces that follow
-    each other.
+    Arguments as in `prefix_attention_reference` and `paged_attention_reference`; the prefix may come in any
+    number of pieces that follow each other.
 
     Returns:
         `[num_q_heads, num_queries, head_dim]` in the query's dtype.

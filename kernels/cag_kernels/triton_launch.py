@@ -27,7 +27,7 @@ def attend(
     softcap: float | None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a prefix, in one piece or several, over paged tails or over both; `out` in `dtype`, `lse` in float32.
+    """Attention over a prefix, in any number of pieces, and over paged tails; `out` in `dtype`, `lse` in float32.
 
     Arguments as in `prefix_reference`; `num_processors` decides how finely the prefix is split.
     """
