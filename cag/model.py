@@ -48,6 +48,7 @@ from cag.weights import (
     use_transposed_products,
 )
 from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
+from cag_kernels.device import triton_runs_on
 
 ATTENTION_NAME = "cag_segments"
 POOL_SHARE = 16  # of a GPU's memory, the part that pages may keep when nobody has any
@@ -190,10 +191,11 @@ class LanguageModel:
 
     @property
     def attends_to_codes(self) -> bool:
-        """Whether questions attend to a prefix in codes as quickly as to numbers: compiled code does, without windows
-        and caps."""
-        plain = all(rule.window is None and rule.softcap is None for rule in self._rules)
-        return self.device.type == "cpu" and plain and has_compiler()
+        """Whether questions attend to a prefix in codes as quickly as to numbers: Triton's kernels do, and on a CPU
+        compiled code without windows and caps."""
+        if self.device.type == "cuda":
+            return triton_runs_on(self.device)
+        return has_compiler() and all(rule.window is None and rule.softcap is None for rule in self._rules)
 
     @property
     def rope(self) -> dict[str, Any]:

@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cag.uploads import Uploads, pinned
 from cag_kernels import DensePrefix, QuantizedPrefix, dequantize_prefix
-from cag_kernels.cpu import compiles_codes
+from cag_kernels.device import serves_codes
 from cag_kernels.prefixes import Codes
 from cag_store.codecs import CodedShape, CodedSide
 
@@ -53,8 +54,10 @@ class HostBuffers:
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
         self._device = list(zip(keys, values, strict=True))
         self._host = self._device
+        self.uploads: Uploads | None = None
         if keys[0].device.type != "cpu":
             self._host = [(_pinned_like(k), _pinned_like(v)) for k, v in self._device]
+            self.uploads = Uploads(keys[0].device)
 
     def views(self) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         """Writable arrays of all layers, as the store wants them."""
@@ -66,25 +69,37 @@ class HostBuffers:
 
     def arrived(self, layer: int) -> None:
         """A layer was decoded: send it to the device."""
-        for source, target in zip(self._host[layer], self._device[layer], strict=True):
-            if source is not target:
-                target.copy_(source, non_blocking=True)
+        if self.uploads is not None:
+            self.uploads.send(layer, zip(self._host[layer], self._device[layer], strict=True))
 
 
 class CodedBuffers:
-    """Where the store puts the codes of a prefix, on a CPU, and how they are attended to."""
+    """Where the store puts the codes of a prefix, and how they are attended to: in place on a CPU; for a GPU in pinned
+    memory, from which the codes of each layer are sent on in one copy.
 
-    def __init__(self, shapes: Sequence[tuple[CodedShape, CodedShape]]) -> None:
+    The GPU branch is not yet run on a GPU.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[CodedShape, CodedShape]], device: torch.device) -> None:
         self._shapes = shapes
         sides = [side for both in shapes for side in both]
-        starts = list(accumulate((_side_layout(side)[0] for side in sides), initial=0))
-        whole = _allocate([(1, 1, starts[-1])], torch.uint8, torch.device("cpu"))[0].view(-1)
+        self._starts = list(accumulate((_side_layout(side)[0] for side in sides), initial=0))
+        size = self._starts[-1]
+        if device.type == "cpu":
+            self._set_memory(_allocate([(1, 1, size)], torch.uint8, device)[0].view(-1), None)
+        else:
+            self._set_memory(pinned(size), torch.empty(size, dtype=torch.uint8, device=device))
+
+    def _set_memory(self, host: Tensor, device: Tensor | None) -> None:
+        """Where codes are written, and where they are sent to, if elsewhere."""
+        self._host, self._target = host, device
+        self.uploads = None if device is None else Uploads(device.device)
+        whole = host if device is None else device
         self._whole = {dtype: whole.view(dtype) for dtype in (torch.uint8, torch.int8, torch.bfloat16)}
-        self._starts = starts
 
     def views(self) -> list[tuple[CodedSide, CodedSide]]:
         """Writable arrays of all layers, as the store wants them."""
-        memory = self._whole[torch.uint8].numpy()
+        memory = self._host.numpy()
         found = [
             CodedSide(*[np.ndarray(p.size, _NUMPY[p.dtype], memory, start + p.first_byte) for p in places])
             for start, places in self._sides()
@@ -103,7 +118,10 @@ class CodedBuffers:
         return found
 
     def arrived(self, layer: int) -> None:
-        """Codes lie where they are attended to."""
+        """Codes lie where they are attended to, or are sent there."""
+        if self.uploads is not None and self._target is not None:
+            part = slice(self._starts[2 * layer], self._starts[2 * layer + 2])
+            self.uploads.send(layer, [(self._host[part], self._target[part])])
 
     def _tensor(self, place: _Place, start: int) -> Tensor:
         whole = self._whole[place.dtype]
@@ -139,9 +157,9 @@ def _side_layout(shape: CodedShape) -> tuple[int, tuple[_Place, ...]]:
     return first, tuple(places)
 
 
-def _attended(keys: CodedShape, values: CodedShape) -> bool:
+def _attended(keys: CodedShape, values: CodedShape, device: torch.device) -> bool:
     codes = Codes(keys.bits, values.bits, keys.group_tokens, values.group_channels)
-    return compiles_codes(keys.head_dim, codes)
+    return serves_codes(device, keys.head_dim, codes)
 
 
 class _Memory:
@@ -204,6 +222,7 @@ class ResidentPrefix:
         self.load_s = 0.0
         self.tier = "memory"
         self._overlap = True
+        self._uploads: Uploads | None = None
         self._ready = [threading.Event() for _ in layers]
         self._begun = threading.Event()  # the first layer is there
         self.arrivals = np.zeros(len(layers), dtype=np.int64)
@@ -229,24 +248,24 @@ class ResidentPrefix:
     ) -> ResidentPrefix:
         """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed.
 
-        With `in_codes` the prefix takes the bytes of its codec where that has codes to attend to, on a CPU.
+        With `in_codes` the prefix takes the bytes of its codec where that has codes that this device attends to.
 
         With `overlap` a layer can be used as soon as it is there, and the first ones come soon. Without it, `segments`
         gives all layers together: where loading needs the very cores that the forward runs on, one after the other is
         sooner.
         """
         token_ids = reader.token_ids().astype(np.int64)
-        coded = reader.coded_shapes() if in_codes and device.type == "cpu" and dtype == torch.bfloat16 else None
-        coded = coded if coded is not None and all(_attended(*both) for both in coded) else None
+        coded = reader.coded_shapes() if in_codes and dtype == torch.bfloat16 else None
+        coded = coded if coded is not None and all(_attended(*both, device) for both in coded) else None
         host: HostBuffers | CodedBuffers
         if coded is not None:
-            host = CodedBuffers(coded)
+            host = CodedBuffers(coded, device)
         else:
             sizes = [(s.num_kv_heads, len(token_ids), s.head_dim) for s in shapes]
             tensors = _allocate([size for size in sizes for _ in range(2)], dtype, device)
             host = HostBuffers(tensors[::2], tensors[1::2])
         prefix = cls(host.layers(), token_ids)
-        prefix._overlap = overlap
+        prefix._overlap, prefix._uploads = overlap, host.uploads
         threading.Thread(target=prefix._load, args=(reader, host), name="cag-load", daemon=True).start()
         return prefix
 
@@ -255,6 +274,8 @@ class ResidentPrefix:
         try:
             arrived = partial(self._arrived, host=host)
             reader.load(host.views(), arrived, first_layer_soon=self._overlap)
+            if host.uploads is not None:
+                host.uploads.finish()
             self.load_s, self.tier = time.perf_counter() - start, reader.tier
         except BaseException as error:  # handed to whoever waits for a layer
             self._error = error
@@ -300,6 +321,8 @@ class ResidentPrefix:
         self._ready[index].wait()
         if self._error is not None:
             raise self._error
+        if self._uploads is not None:
+            self._uploads.wait(index)
         return self._layers[index]
 
     def places(self, index: int) -> tuple[PrefixSegment, ...]:
