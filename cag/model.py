@@ -267,9 +267,9 @@ class LanguageModel:
             return self._network_forward(ids.to(self.device), positions, batch.states[0], num_logits)
         tensors = batch.upload(ids, wanted, self.device)
         with self._apart(batch.counts):
-            return self._run_step(tensors, batch)
+            return self.run_step(tensors, batch)
 
-    def _run_step(self, tensors: StepTensors, state: StepState) -> Tensor:
+    def run_step(self, tensors: StepTensors, state: StepState) -> Tensor:
         """Logits of the wanted rows of a step, by its shortest way on this device."""
         if self.device_decoder is not None:
             return self.device_decoder.forward(tensors, state)
@@ -325,7 +325,7 @@ class LanguageModel:
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device, has_scratch=True, kept_bytes=kept_bytes)
         join_network(self.network)
         self.device_decoder = self._checked_device_decoder()
-        self.replays = StepReplays(self._run_step, self.pages, self.device, capture=capture)
+        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture)
 
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:

@@ -83,6 +83,10 @@ class PaddedState:
         store_rows(self.sides(layer), keys, values, self.tensors)
         return self.attend_stored(layer, query, AttentionRule(scale, window, softcap))
 
+    def segments(self, layer: int) -> tuple[PrefixSegment, ...]:
+        """What stands before all rows."""
+        return self._layers[layer]
+
     def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
         """Attend; the keys and values of all rows are in their pages."""
         tails = self.tensors.tails(*self.sides(layer))

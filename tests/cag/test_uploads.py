@@ -1,4 +1,4 @@
-"""Caches on their way to a GPU: codes and numbers through memory of the host, layer by layer; codes stay codes there."""
+"""Caches on their way to a GPU: through memory of the host, layer by layer, and codes stay codes there."""
 
 import pytest
 import torch
