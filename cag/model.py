@@ -325,7 +325,7 @@ class LanguageModel:
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device, has_scratch=True, kept_bytes=kept_bytes)
         join_network(self.network)
         self.device_decoder = self._checked_device_decoder()
-        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture)
+        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture and self._turns_alike)
 
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:
@@ -366,6 +366,13 @@ class LanguageModel:
     def _own(self, ids: Tensor, positions: Tensor, _num_layers: int | None) -> Tensor:
         state = self.new_state(capacity=NUM_PROBES)
         return self._network_forward(ids.to(self.device), positions.to(self.device), state, 0)
+
+    @property
+    def _turns_alike(self) -> bool:
+        """Whether rotary angles do not depend on how long a sequence is, which would have to be asked in each step."""
+        parameters = self.rope["parameters"] or {}
+        kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+        return not any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)
 
     @property
     def _computes_exactly(self) -> bool:

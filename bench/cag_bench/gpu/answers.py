@@ -57,6 +57,7 @@ class Answers:
         samples = wall_samples(ask, self.model.device, self.options.samples, self.budget)
         return timed(f"first token, {kind}", samples, self.floor_s(prefix)) | {
             "shape": {"num_tokens": prefix.num_tokens, "question_tokens": len(question)},
+            "few_launches": self.model.device_decoder is not None,
             "replayed_steps": self._replays.num_replayed,
             "refusal": self._replays.refusal,
         }

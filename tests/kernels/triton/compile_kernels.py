@@ -107,9 +107,9 @@ def launch_everything():
     rows, residual = torch.zeros(32, 6144, dtype=torch.bfloat16), torch.zeros(32, 4096)
     add_and_norm_on_device(residual, rows[:, :4096].contiguous(), residual[0], 1e-5, torch.bfloat16)
     places = torch.zeros(32, dtype=torch.int64)
-    rotate_and_store_on_device(
-        rows, (residual[:, :128].contiguous(),) * 2, tuple(pool), (places, places), (None, None), 0
-    )
+    cosines, head_norm = residual[:, :128].contiguous(), torch.ones(128)
+    for norms in ((None, None), (head_norm, head_norm)):
+        rotate_and_store_on_device(rows, (cosines, cosines), tuple(pool), (places, places), norms, 1e-6)
     gate_on_device(torch.zeros(32, 2 * 14336, dtype=torch.bfloat16))
     rotate(keys, *angles(torch.zeros(1024, dtype=torch.int64), torch.ones(64)), "halves")
 
