@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
-from cag_kernels.triton_codes import take_codes
+from cag_kernels.triton_codes import take_codes, take_nibbles
 from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
@@ -72,11 +72,18 @@ def attend_prefix(
         else:
             group = (kv_head * num_groups + start // group_tokens) * (2 * half)
             at = (kv_head * num_tokens + tokens) * ((2 * half + group_channels - 1) // group_channels)
-            maximum, denominator, low_sum, high_sum = take_codes(
-                low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
-                value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
-                half, group_channels, key_bits, value_bits, has_cap, folded,
-            )  # fmt: skip
+            if key_bits == 4 and value_bits == 4 and low.dtype == tl.bfloat16:
+                maximum, denominator, low_sum, high_sum = take_nibbles(
+                    low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
+                    value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
+                    half, group_channels, has_cap,
+                )  # fmt: skip
+            else:
+                maximum, denominator, low_sum, high_sum = take_codes(
+                    low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
+                    value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
+                    half, group_channels, key_bits, value_bits, has_cap, folded,
+                )  # fmt: skip
     row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
     store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
 
