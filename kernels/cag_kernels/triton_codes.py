@@ -144,7 +144,7 @@ def take_code_values(
 
 @triton.jit
 def value_vectors(vectors, is_token, first_channel, half: tl.constexpr, block_half: tl.constexpr, group: tl.constexpr):
-    """Scales or offsets of half of the channels of a tile of values, as they are kept; `vectors` point to its tokens."""
+    """Scales or offsets of half of the channels of a tile of values, as they are; `vectors` point to its tokens."""
     if group == 2 * half or group == half:
         found = tl.load(vectors + first_channel // group, mask=is_token, other=0.0)[:, None]
     else:

@@ -24,6 +24,7 @@ from cag_bench.gpu.retrieval import retrieval_samples
 from cag_bench.gpu.shapes import SMALL, GpuOptions
 from cag_bench.gpu.table import bars, markdown
 from cag_bench.gpu.transform import transform_row
+from cag_bench.gpu.tuning import tuning_rows
 from cag_bench.kernel_clock import clock_for
 from cag_bench.provenance import commit, device_facts, load_average, versions
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
@@ -46,6 +47,7 @@ def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Prog
             "attention": lambda: attention_rows(device, clock, options, bandwidth),
             "answers": lambda: _answers(device, options, budget, bandwidth, progress),
             "transform": lambda: iter([transform_row(device, clock, options, bandwidth, budget)]),
+            "tuning": lambda: tuning_rows(device, clock, options, budget),
         }
         for name, part in parts.items():
             progress(name, 0, 0)
