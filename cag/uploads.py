@@ -49,5 +49,10 @@ class Uploads:
 
 
 def pinned(num_bytes: int) -> Tensor:
-    """Memory that a GPU reads from by itself, uint8 of any content."""
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    """Memory that a GPU reads from by itself, uint8 of any content; plain memory without a GPU."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """As much of it, for numbers."""
+    return pinned(tensor.nbytes).view(tensor.dtype).view(tensor.shape)

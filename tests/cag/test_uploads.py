@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from cag import model as model_module
+from cag.buffers import CodedBuffers, HostBuffers
 from cag.engine import Engine
+from cag.host_copies import HostCopies, HostCopy
 from cag.model import LanguageModel, ModelOptions
 from cag.prompt import question_ids
-from cag.resident import CodedBuffers, HostBuffers, ResidentPrefix
+from cag.resident import ResidentPrefix
 from cag.runtime import RuntimePlan
-from cag.uploads import Uploads
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_store import Store
 from tiny import tiny_config, write_tiny_model
@@ -34,36 +35,67 @@ def engine(request, tmp_path, monkeypatch):
     return Engine(model, Store.open(tmp_path / "store"))
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
-def test_codes_arrive_as_they_are(engine, corpus_dir, codec):
-    """What is sent on to other memory is what the store decodes in place."""
-    report = engine.build([corpus_dir], name="a", codec=codec)
-    assert report.num_tokens > 100
+@pytest.mark.parametrize("codec", ["lossless", "int8", "int4"])
+def test_what_is_sent_on_is_what_the_store_decodes_in_place(engine, corpus_dir, codec):
+    """Through other memory, and from that memory once more; device memory that nothing was sent to shows."""
+    engine.build([corpus_dir], name="a", codec=codec)
     with engine.open("a") as prefix, engine.store.reader(prefix.manifest) as reader:
         prefix.resident.wait()
-        shapes = reader.coded_shapes()
-        sent = CodedBuffers(shapes, torch.device("cpu"))
-        size = sent._starts[-1]
-        sent._set_memory(torch.zeros(size, dtype=torch.uint8), torch.full((size,), 0x55, dtype=torch.uint8))
+        sent = buffers_of(engine, reader)
         reader.load(sent.views(), sent.arrived)
-        for found, expected in zip(sent.layers(), prefix.resident._layers, strict=True):
-            assert isinstance(found[0], QuantizedPrefix)
-            assert len(found) == len(expected)
-            for got, want in zip(found, expected, strict=True):
-                assert all(torch.equal(a, b.cpu()) for a, b in zip(got, want, strict=True) if torch.is_tensor(a))
+        assert_same_layers(sent.layers(), prefix.resident)
+        again = ResidentPrefix.promote(sent.host_copy(), prefix.token_ids)
+        again.wait()
+        assert again.tier == "memory"
+        assert again.num_bytes == prefix.resident.num_bytes
+        assert_same_layers([again.segments(layer) for layer in range(len(again._layers))], prefix.resident)
+        assert again.segments(0)[0][0].data_ptr() != sent.layers()[0][0][0].data_ptr()
 
 
-def test_numbers_arrive_as_they_are(engine, corpus_dir):
-    engine.build([corpus_dir], name="a", codec="lossless")
+def buffers_of(engine, reader):
+    """Buffers as a GPU has them, on the CPU."""
+    shapes, cpu = reader.coded_shapes(), torch.device("cpu")
+    if shapes is not None:
+        return CodedBuffers(shapes, cpu, through_host=True)
+    sizes = [(s.num_kv_heads, len(reader.token_ids()), s.head_dim) for s in engine.model.kv_shapes]
+    in_place = HostBuffers.of(sizes, torch.bfloat16, cpu)
+    return HostBuffers(in_place._device, through_host=True)
+
+
+def assert_same_layers(found, resident):
+    for got, want in zip(found, resident._layers, strict=True):
+        assert [type(segment) for segment in got] == [type(segment) for segment in want]
+        for mine, theirs in zip(got, want, strict=True):
+            assert all(torch.equal(a, b.cpu()) for a, b in zip(mine, theirs, strict=True) if torch.is_tensor(a))
+
+
+def test_a_cache_that_left_comes_back_from_the_host(engine, corpus_dir, monkeypatch):
+    engine.build([corpus_dir], name="a", codec="int8")
+    engine.host_copies = HostCopies(1 << 30)
     with engine.open("a") as prefix, engine.store.reader(prefix.manifest) as reader:
-        shapes = [(s.num_kv_heads, prefix.resident.num_tokens, s.head_dim) for s in engine.model.kv_shapes]
-        host, device = ([torch.empty(size, dtype=torch.bfloat16) for size in shapes] for _ in range(2))
-        buffers = HostBuffers(device, [torch.empty_like(part) for part in device])
-        buffers._host = list(zip(host, [torch.empty_like(part) for part in host], strict=True))
-        buffers.uploads = Uploads(torch.device("cpu"))
-        reader.load(buffers.views(), buffers.arrived)
-        for layer, (segment,) in enumerate(buffers.layers()):
-            assert all(torch.equal(a, b.cpu()) for a, b in zip(segment, prefix.keys_values(layer), strict=True))
+        expected = prefix.ask(QUESTION, max_tokens=5)
+        if engine.model.device.type == "cpu":  # where nothing is kept by itself
+            sent = buffers_of(engine, reader)
+            reader.load(sent.views(), sent.arrived)
+            engine.host_copies.put(prefix.digest, sent.host_copy())
+    monkeypatch.setattr(ResidentPrefix, "load", pytest.fail)
+    with engine.open("a") as prefix:
+        assert prefix.ask(QUESTION, max_tokens=5).token_ids == expected.token_ids
+        assert prefix.resident.tier == "memory"
+
+
+def test_copies_keep_their_limit():
+    copies = HostCopies(100)
+    for name, size in (("a", 40), ("b", 40)):
+        copies.put(name, HostCopy(size, dict))
+    assert copies.get("a").num_bytes == 40
+    copies.put("c", HostCopy(50, dict))  # b was used longest ago
+    assert copies.get("b") is None
+    assert copies.num_bytes == 90
+    copies.put("d", HostCopy(101, dict))
+    assert copies.get("d") is None
+    copies.put("a", HostCopy(30, dict))
+    assert copies.num_bytes == 80
 
 
 @pytest.mark.parametrize("codec", ["lossless", "int8", "int4"])

@@ -49,7 +49,7 @@ class Answers:
 
     def first_token(self, kind: str, prefix: ResidentPrefix) -> Row:
         """A question behind a resident prefix, from its ids to the id of the first token on the host."""
-        question = random_ids(self.model, self.options.question_tokens, 1)
+        question = random_ids(self.options.question_tokens, 1)
 
         def ask() -> None:
             self._answer(self.model.new_session_state(prefix), question)
@@ -64,7 +64,7 @@ class Answers:
 
     def rag_first_token(self, retrieve_s: float | None) -> Row:
         """The same question behind `rag_tokens` that nothing is cached of, retrieval added."""
-        prompt = random_ids(self.model, self.options.rag_tokens + self.options.question_tokens, 2)
+        prompt = random_ids(self.options.rag_tokens + self.options.question_tokens, 2)
         by_block = {}
         for block in PROMPT_BLOCKS:
 
@@ -105,7 +105,7 @@ class Answers:
         def answer_all() -> None:
             scheduler = Scheduler(model)
             for session in range(self.options.sessions):
-                ids = random_ids(model, self.options.question_tokens, session)
+                ids = random_ids(self.options.question_tokens, session)
                 generation = Generation(model, model.new_session_state(prefix), ids, SamplingOptions(max_tokens=count))
                 scheduler.submit(generation, lambda _piece: None)
             scheduler.run()
@@ -132,7 +132,7 @@ class Answers:
     def _sessions(self, prefix: ResidentPrefix) -> list[SequenceState]:
         states = [self.model.new_session_state(prefix) for _ in range(self.options.sessions)]
         for index, state in enumerate(states):
-            self.model.forward(random_ids(self.model, self.options.tail_tokens, index), state)
+            self.model.forward(random_ids(self.options.tail_tokens, index), state)
         return states
 
     def _step(self, states: list[SequenceState]) -> Tensor:
@@ -215,7 +215,7 @@ def check_steps(model: LanguageModel, kind: str, num_tokens: int) -> float:
     prefix = random_prefix(model, num_tokens, kind, 5)
     worst = 0.0
     for counts in ([1], [5], [1, 1, 1], [3, 1, 4]):
-        chunks = [(random_ids(model, count, count), model.new_session_state(prefix)) for count in counts]
+        chunks = [(random_ids(count, count), model.new_session_state(prefix)) for count in counts]
         found = model.forward_together(chunks)
         replays, decoder = model.replays, model.device_decoder
         model.replays = model.device_decoder = None

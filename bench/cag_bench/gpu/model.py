@@ -82,7 +82,7 @@ def random_prefix(model: LanguageModel, num_tokens: int, kind: str, seed: int) -
     return prefix
 
 
-def random_ids(model: LanguageModel, count: int, seed: int) -> list[int]:
+def random_ids(count: int, seed: int) -> list[int]:
     """Token ids of bytes, which every vocabulary here has."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 250, (count,), generator=generator).tolist()
