@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= qwen2.5-coder-1.5b-instruct
 
-.PHONY: demo test test-slow test-gpu check format bench clean
+.PHONY: demo test test-slow test-gpu check format bench bench-gpu clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +23,7 @@ test-slow: $(VENV)/installed
 	$(BIN)/pytest -m "slow and not gpu"
 
 test-gpu: $(VENV)/installed
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu $$($(BIN)/python -c "import xdist; print('-n 8')" 2>/dev/null)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -37,6 +37,9 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/cag bench ttft --corpus examples/handbook/docs --questions examples/handbook/questions.jsonl \
 		--model $(MODEL) --out results/ttft
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/cag bench gpu --device cuda --out results/gpu
 
 clean:
 	rm -rf $(VENV) build dist results .pytest_cache .mypy_cache .ruff_cache .hypothesis

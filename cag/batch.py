@@ -7,7 +7,7 @@ in its pages. What a row sees is never looked up by what else is in the batch. K
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cag.state import PrefixLayers, PrefixSegment, SequenceState, attend_prefix
+from cag.state import AttentionRule, PrefixLayers, PrefixSegment, SequenceState, attend_prefix
+from cag.step_tensors import StepSizes, StepTensors
 from cag_kernels import (
     DensePrefix,
-    PagedTails,
     cascade_attention,
     merge_segments,
     paged_attention,
+    prefix_attention,
     rows_stay_apart,
     segment_attention,
 )
@@ -49,8 +50,8 @@ class Batch:
 
     The states have made room, and share one pool of pages unless there is only one. Attributes: `states`, `counts`;
     int32 arrays `pages [num_sequences, max_pages]`, `lengths`, `skipped` `[num_sequences]` and `starts
-    [num_sequences + 1]` as `cag_kernels.cpu_paged.Tails` has them; int64 `row_pages`, `row_places` `[num_rows]`: where
-    each row's key and value go; `groups`.
+    [num_sequences + 1]` as `cag_kernels.cpu_paged.Tails` has them; int64 `row_pages`, `row_places`, `row_positions`
+    `[num_rows]`: where each row's key and value go, and where it stands; `groups`.
     """
 
     def __init__(self, states: Sequence[SequenceState], counts: Sequence[int]) -> None:
@@ -65,9 +66,10 @@ class Batch:
             row[: len(pages)] = pages
         owners = np.repeat(np.arange(len(states)), counts)
         places = np.arange(self.num_rows) + np.repeat(self.lengths - self.starts[1:], counts)
-        page_tokens = tails[0].page_tokens
-        self.row_pages = self.pages[owners, places // page_tokens].astype(np.int64)
-        self.row_places = (places % page_tokens).astype(np.int64)
+        self.page_tokens = tails[0].page_tokens
+        self.row_pages = self.pages[owners, places // self.page_tokens].astype(np.int64)
+        self.row_places = (places % self.page_tokens).astype(np.int64)
+        self.row_positions = places + np.repeat([state.num_prefix for state in states], counts)
         self.groups = list(self._grouped())
         self.skipped = np.zeros(len(states), dtype=np.int32)
         for group in self.groups:
@@ -78,11 +80,14 @@ class Batch:
         """Sequences of the batch."""
         return len(self.states)
 
+    @property
+    def stands_behind_one(self) -> bool:
+        """Whether all sequences stand behind one prefix, or all behind none."""
+        return all(state.prefix is self.states[0].prefix for state in self.states)
+
     def positions(self, device: torch.device) -> Tensor:
         """Of all rows, `[num_rows]` int64."""
-        before = [state.num_tokens for state in self.states]
-        shifts = np.repeat(np.asarray(before, dtype=np.int64) - self.starts[:-1], self.counts)
-        return torch.from_numpy(np.arange(self.num_rows) + shifts).to(device)
+        return torch.from_numpy(self.row_positions).to(device)
 
     def sides(self, layer: int) -> tuple[Tensor, Tensor]:
         """The pages of a layer, keys and values."""
@@ -119,6 +124,12 @@ class Batch:
 class BatchState(Batch):
     """A batch that a network's own forward attends with; see `SequenceState.attend`, of which it gives the same."""
 
+    def upload(self, ids: Tensor, wanted: Sequence[int], device: torch.device) -> StepTensors:
+        """What the forward needs, ids and wanted rows too, on `device`: before the first layer attends."""
+        self._tensors = StepTensors(StepSizes.of(self, len(wanted)), device)
+        self._tensors.fill(ids, self, wanted)
+        return self._tensors
+
     def attend(
         self,
         layer: int,
@@ -131,31 +142,16 @@ class BatchState(Batch):
         softcap: float | None = None,
     ) -> Tensor:
         """Store the keys and values of all rows, `[num_kv_heads, num_rows, head_dim]`, and attend."""
-        pages, places = self._row_targets(query.device)
-        for side, new in zip(self.sides(layer), (keys, values), strict=True):
-            side[pages, :, places] = new.transpose(0, 1).to(side.dtype)
-        rule: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        tails = self._tails(layer, query.device)
-        shared = self._shared_prefix(layer) if query.is_cuda else None
-        if shared is not None:
-            return cascade_attention(query, shared, tails, **rule)
-        found = [paged_attention(query, tails, **rule), *self._before(layer, query, rule)]
+        store_rows(self.sides(layer), keys, values, self._tensors)
+        return self.attend_stored(layer, query, AttentionRule(scale, window, softcap))
+
+    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
+        """Attend; the keys and values of all rows are in their pages."""
+        tails, masks = self._tensors.tails(*self.sides(layer)), asdict(rule)
+        if query.is_cuda and self.stands_behind_one:
+            return cascade_attention(query, segments_of(self.states[0].prefix, layer), tails, **masks)
+        found = [paged_attention(query, tails, **masks), *self._before(layer, query, masks)]
         return merge_segments(found).to(query.dtype)
-
-    def _row_targets(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self.row_pages).to(device), torch.from_numpy(self.row_places).to(device)
-
-    def _tails(self, layer: int, device: torch.device) -> PagedTails:
-        arrays = (torch.from_numpy(array).to(device) for array in (self.pages, self.lengths, self.starts))
-        (keys, values), (pages, lengths, starts) = self.sides(layer), arrays
-        return PagedTails(keys, values, pages, lengths, starts, max(self.counts))
-
-    def _shared_prefix(self, layer: int) -> PrefixSegment | None:
-        """The one segment that all rows stand behind, if it is so."""
-        prefixes = {id(state.prefix): state.prefix for state in self.states}
-        prefix = self.states[0].prefix
-        segments = prefix.segments(layer) if len(prefixes) == 1 and prefix is not None else ()
-        return segments[0] if len(segments) == 1 else None
 
     def _before(self, layer: int, query: Tensor, rule: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """What all rows find in their prefixes, as many parts as the prefix with most segments has."""
@@ -175,6 +171,8 @@ class BatchState(Batch):
     ) -> list[tuple[Tensor, Tensor]]:
         if group.prefix is None:
             return []
+        if query.is_cuda:
+            return self._on_device(group, group.prefix.segments(layer), query, rule)
         if rule["window"] is None and rule["softcap"] is None:
             return attend_prefix_by_rows(query, group.prefix.segments(layer), rule["scale"], self._counts_of(group))
         sides = group.prefix.layer(layer)
@@ -184,6 +182,17 @@ class BatchState(Batch):
         ]
         return [(torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))]
 
+    def _on_device(
+        self, group: RowGroup, segments: Sequence[PrefixSegment], query: Tensor, rule: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """A group's rows over each segment of its prefix, read once for all of them, codes as they are."""
+        positions = self._tensors.positions[group.rows].int()
+        found = []
+        for segment in segments:
+            found.append(prefix_attention(query, segment, positions=positions, **rule))
+            positions = positions - segment.num_tokens
+        return found
+
     def _counts_of(self, group: RowGroup) -> Sequence[int]:
         return self.counts[group.sequences]
 
@@ -191,6 +200,17 @@ class BatchState(Batch):
         first = int(self.starts[group.sequences.start])
         for index in range(group.sequences.start, group.sequences.stop):
             yield slice(int(self.starts[index]) - first, int(self.starts[index + 1]) - first)
+
+
+def store_rows(sides: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, tensors: StepTensors) -> None:
+    """Put keys and values `[num_kv_heads, num_rows, head_dim]` where their rows go in a layer's pages."""
+    for side, new in zip(sides, (keys, values), strict=True):
+        side[tensors.row_pages, :, tensors.row_places] = new.transpose(0, 1).to(side.dtype)
+
+
+def segments_of(prefix: PrefixLayers | None, layer: int) -> tuple[PrefixSegment, ...]:
+    """The segments of a layer of a prefix, none of no prefix; waits for the layer."""
+    return () if prefix is None else prefix.segments(layer)
 
 
 def attend_prefix_by_rows(

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import cag_store
+from cag.buffers import HostBuffers, storage_view
 from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
-from cag.resident import HostBuffers, ResidentPrefix, storage_view
+from cag.resident import ResidentPrefix
 from cag.state import WholeState
 from cag_kernels import DensePrefix
 from cag_store import ChunkContext, ChunkEntry, ChunkHeader, Store
@@ -117,8 +118,10 @@ class PrefixChunks:
         """Decode `entries` into the buffers."""
         tail = self.state.tail
         with self.store.chunk_reader(entries, context) as reader:
-            host = HostBuffers(tail.keys, tail.values)
+            layers = list(zip(tail.keys, tail.values, strict=True))
+            host = HostBuffers(layers, through_host=self.model.device.type != "cpu")
             reader.load(host.views(), host.arrived)
+            host.finish()
 
     def decoded_keys(self, codec: dict[str, Any], layer: int) -> Tensor:
         """Keys of one layer as a codec of one layer a segment gives them back, `[num_kv_heads, num_tokens, head_dim]`

@@ -27,8 +27,8 @@ from cag_kernels.cpu import cpu_attention, cpu_attention_serves
 PROBED_LAYERS = 2  # compared closely; behind all layers a network in bfloat16 may be far from itself in float32
 CLOSE, FAR = 2e-2, 0.5  # of the logits' norm; another formula is far above the first after two layers
 
-_MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+MODEL_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -214,7 +214,7 @@ def recognize(
     model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
     if not has_numba() or model is None or head is None:
         return None
-    if _children(model) != _MODEL or _children(network) != {"model", "lm_head"}:
+    if parts_of(model) != MODEL_PARTS or parts_of(network) != {"model", "lm_head"}:
         return None
     layers = [_layer(module, rule, kind) for module, rule in zip(model.layers, rules, strict=True)]
     found = [layer for layer in layers if layer is not None]
@@ -225,15 +225,16 @@ def recognize(
     return FewRowsDecoder(network, found, product, head_dim, computes_in)
 
 
-def _children(module: nn.Module) -> set[str]:
+def parts_of(module: nn.Module) -> set[str]:
+    """Names of a module's own parts."""
     return {name for name, _ in module.named_children()}
 
 
 def _layer(module: Any, rule: AttentionRule, kind: str) -> Layer | None:
-    if _children(module) != _LAYER or _children(module.self_attn) - _HEAD_NORMS != _ATTENTION:
+    if parts_of(module) != LAYER_PARTS or parts_of(module.self_attn) - _HEAD_NORMS != _ATTENTION:
         return None
     attention, mlp = module.self_attn, module.mlp
-    if rule.softcap is not None or _children(mlp) - {"act_fn"} != _MLP - {"act_fn"} or not _is_silu(mlp.act_fn):
+    if rule.softcap is not None or not is_gated_by_silu(mlp):
         return None
     projections = joined_product([attention.q_proj, attention.k_proj, attention.v_proj], kind)
     output = joined_product([attention.o_proj], kind)
@@ -252,6 +253,11 @@ def _layer(module: Any, rule: AttentionRule, kind: str) -> Layer | None:
         down=down,
         rule=rule,
     )
+
+
+def is_gated_by_silu(mlp: Any) -> bool:
+    """Whether a module is `down(silu(gate(x)) * up(x))`, as its parts tell."""
+    return parts_of(mlp) - {"act_fn"} == _MLP - {"act_fn"} and _is_silu(mlp.act_fn)
 
 
 def _is_silu(activation: Any) -> bool:

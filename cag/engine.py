@@ -6,8 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import psutil
 
 import cag_store
 from cag.answer import Answer
@@ -16,6 +20,7 @@ from cag.building import AUTO, BuildOptions, BuildProgress, BuildReport
 from cag.corpus import CorpusReport, Document, load_corpus
 from cag.errors import CacheMismatch
 from cag.generate import SamplingOptions
+from cag.host_copies import HostCopies
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
@@ -24,6 +29,8 @@ from cag.runtime import usable_cores
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
 from cag_store.codecs import warm_up
+
+HOST_SHARE = 4  # of the host's memory, the part that copies of caches may take beside a GPU
 
 
 @dataclass
@@ -42,6 +49,7 @@ class Engine:
     Attributes:
         model: the loaded model.
         store: where caches live.
+        host_copies: caches that were loaded, in pinned memory beside a GPU: up to a quarter of the host's memory.
     """
 
     def __init__(self, model: LanguageModel, store: Store) -> None:
@@ -49,6 +57,8 @@ class Engine:
         self.store = store
         self._open: dict[str, _OpenCache] = {}  # by the digest of the manifest
         self._lock = threading.Lock()
+        on_gpu = model.device.type != "cpu"
+        self.host_copies = HostCopies(psutil.virtual_memory().total // HOST_SHARE if on_gpu else 0)
 
     @classmethod
     def load(
@@ -215,13 +225,14 @@ class Engine:
             check_fingerprints(name, manifest, self.model)
             model = self.model
             overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
-            resident = ResidentPrefix.load(
+            resident = self._promoted(manifest.digest, reader) or ResidentPrefix.load(
                 reader,
                 model.kv_shapes,
                 model.kv_dtype,
                 model.device,
                 overlap=overlap,
                 in_codes=model.attends_to_codes,
+                on_host_copy=partial(self.host_copies.put, manifest.digest),
             )
         except BaseException:
             reader.close()
@@ -238,6 +249,11 @@ class Engine:
         started_at = time.perf_counter()
         with self.open(name) as prefix:
             return prefix.ask(question, options, started_at=started_at, **sampling)
+
+    def _promoted(self, digest: str, reader: CacheReader) -> ResidentPrefix | None:
+        """A cache that the host's memory still holds, on its way to the device."""
+        copy = self.host_copies.get(digest)
+        return None if copy is None else ResidentPrefix.promote(copy, reader.token_ids().astype(np.int64))
 
     def _has_cores_to_overlap(self) -> bool:
         """Whether loading and a question's forward can run beside each other without taking each other's cores."""

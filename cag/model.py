@@ -7,8 +7,7 @@ the state of the sequence as a keyword of the forward. Knows a directory of mode
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from transformers import AttentionInterface
 from transformers.utils import logging as transformers_logging
 
 from cag.batch import TAIL_PAIRS, Batch, BatchState
-from cag.decoder import CLOSE, FAR, PROBED_LAYERS, FewRowsDecoder, recognize, relative_difference
+from cag.decoder import FewRowsDecoder, recognize
+from cag.device_decoder import DeviceDecoder, recognize_on_device
 from cag.errors import UnsupportedModel
+from cag.layer_probe import NUM_PROBES, LayerProbe, gives_the_same
 from cag.model_files import (
     check_memory,
     chosen_dtype,
@@ -34,8 +35,10 @@ from cag.model_files import (
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
+from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.state import AttentionRule, BranchedState, KvShape, SequenceState, Tail, WholeState
+from cag.step_tensors import StepState, StepTensors
 from cag.weights import (
     Float32Products,
     SequencesApart,
@@ -45,9 +48,10 @@ from cag.weights import (
     use_transposed_products,
 )
 from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
+from cag_kernels.device import triton_runs_on
 
 ATTENTION_NAME = "cag_segments"
-NUM_PROBES = 6  # tokens on which the quick forward is compared with the network's own
+POOL_SHARE = 16  # of a GPU's memory, the part that pages may keep when nobody has any
 MakeBranches = Callable[[Any, Sequence[int]], BranchedState]
 
 
@@ -128,6 +132,10 @@ class LanguageModel:
         self._compile_kernels()
         self.decoder = self._checked_decoder()
         self._apart = SequencesApart(self.network if self.device.type == "cpu" and self.decoder is None else None)
+        self.device_decoder: DeviceDecoder | None = None
+        self.replays: StepReplays | None = None
+        if self.device.type == "cuda":
+            self.run_in_steps(capture=True)
         self.stop_ids = stop_ids(network, tokenizer, self.template)
 
     @classmethod
@@ -183,10 +191,11 @@ class LanguageModel:
 
     @property
     def attends_to_codes(self) -> bool:
-        """Whether questions attend to a prefix in codes as quickly as to numbers: compiled code does, without windows
-        and caps."""
-        plain = all(rule.window is None and rule.softcap is None for rule in self._rules)
-        return self.device.type == "cpu" and plain and has_compiler()
+        """Whether questions attend to a prefix in codes as quickly as to numbers: Triton's kernels do, and on a CPU
+        compiled code without windows and caps."""
+        if self.device.type == "cuda":
+            return triton_runs_on(self.device)
+        return has_compiler() and all(rule.window is None and rule.softcap is None for rule in self._rules)
 
     @property
     def rows_stay_apart(self) -> bool:
@@ -253,7 +262,7 @@ class LanguageModel:
             Logits of the last tokens of each sequence, one sequence behind the other, `[num_wanted, vocab_size]`
             float32.
         """
-        pieces = [torch.as_tensor(token_ids, dtype=torch.long, device=self.device) for token_ids, _ in chunks]
+        pieces = [torch.as_tensor(token_ids, dtype=torch.long, device="cpu") for token_ids, _ in chunks]
         states, counts = [state for _, state in chunks], [len(piece) for piece in pieces]
         ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         with self._forward_lock, self.plan.threads(len(ids)):
@@ -266,13 +275,23 @@ class LanguageModel:
         return logits
 
     def _run(self, ids: Tensor, batch: BatchState, wanted: list[int]) -> Tensor:
+        if self.replays is not None and self.replays.serves(batch):
+            return self.replays.forward(ids, batch, wanted)
         if self.decoder is not None and self.decoder.serves(batch):
             return self.decoder.forward(ids, batch, wanted)
-        positions = batch.positions(self.device)
-        if batch.num_sequences == 1 and (len(ids) > FEW_ROWS or isinstance(batch.states[0].tail, Tail)):
-            return self._network_forward(ids, positions, batch.states[0], len(wanted))
+        long = len(ids) > FEW_ROWS and self.device.type == "cpu"
+        if batch.num_sequences == 1 and (long or isinstance(batch.states[0].tail, Tail)):
+            positions = batch.positions(self.device)
+            return self._network_forward(ids.to(self.device), positions, batch.states[0], len(wanted))
+        tensors = batch.upload(ids, wanted, self.device)
         with self._apart(batch.counts):
-            return self._network_forward(ids, positions, batch, torch.tensor(wanted, device=self.device))
+            return self.run_step(tensors, batch)
+
+    def run_step(self, tensors: StepTensors, state: StepState) -> Tensor:
+        """Logits of the wanted rows of a step, by its shortest way on this device."""
+        if self.device_decoder is not None:
+            return self.device_decoder.forward(tensors, state)
+        return self._network_forward(tensors.ids, tensors.positions, state, tensors.wanted)
 
     @torch.inference_mode()
     def forward_branches(
@@ -302,7 +321,7 @@ class LanguageModel:
         self,
         ids: Tensor,
         positions: Tensor,
-        state: SequenceState | BranchedState | BatchState,
+        state: SequenceState | BranchedState | StepState,
         num_logits: int | Tensor,
     ) -> Tensor:
         output = self.network(
@@ -315,6 +334,17 @@ class LanguageModel:
         logits: Tensor = output.logits[0].float()
         return logits
 
+    def run_in_steps(self, *, capture: bool) -> None:
+        """Run the steps of sessions padded to buckets of sizes; with `capture` they are recorded in CUDA graphs.
+
+        A GPU does so from the start. Only before there are sessions: they get another pool of pages.
+        """
+        kept_bytes = torch.cuda.mem_get_info(self.device)[1] // POOL_SHARE if self.device.type == "cuda" else 0
+        self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device, has_scratch=True, kept_bytes=kept_bytes)
+        join_network(self.network)
+        self.device_decoder = self._checked_device_decoder()
+        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture and self._turns_alike)
+
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:
         """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
@@ -323,28 +353,48 @@ class LanguageModel:
         decoder = recognize(self.network, self.kv_shapes[0].head_dim, self._rules, self.plan.product)
         if decoder is None:
             return None
-        for num_layers, tolerance in ((PROBED_LAYERS, CLOSE), (None, CLOSE if self._computes_exactly else FAR)):
-            if not self._decoder_difference(decoder, num_layers) <= tolerance:  # also where it is no number
-                return None
-        return decoder
+
+        def in_two_parts(ids: Tensor, _positions: Tensor, num_layers: int | None) -> Tensor:
+            state, found = self.new_state(capacity=NUM_PROBES), []
+            for part in (ids[:-1], ids[-1:]):
+                batch = Batch([state], [len(part)])
+                found.append(decoder.forward(part, batch, slice(None), num_layers))
+                batch.finish()
+            return torch.cat(found)
+
+        return (
+            decoder if gives_the_same(self.network, self._own, in_two_parts, exactly=self._computes_exactly) else None
+        )
+
+    @torch.inference_mode()
+    def _checked_device_decoder(self) -> DeviceDecoder | None:
+        """The forward of few launches, if it gives the logits of the network's own on a probe."""
+        decoder = recognize_on_device(self.network, self._rules)
+        if decoder is None:
+            return None
+
+        def in_pages(ids: Tensor, _positions: Tensor, num_layers: int | None) -> Tensor:
+            state = self.new_session_state()
+            state.begin(NUM_PROBES)
+            batch = BatchState([state], [NUM_PROBES])
+            return decoder.forward(batch.upload(ids, range(NUM_PROBES), self.device), batch, num_layers)
+
+        return decoder if gives_the_same(self.network, self._own, in_pages, exactly=self._computes_exactly) else None
+
+    def _own(self, ids: Tensor, positions: Tensor, _num_layers: int | None) -> Tensor:
+        state = self.new_state(capacity=NUM_PROBES)
+        return self._network_forward(ids.to(self.device), positions.to(self.device), state, 0)
+
+    @property
+    def _turns_alike(self) -> bool:
+        """Whether rotary angles do not depend on how long a sequence is, which would have to be asked in each step."""
+        parameters = self.rope["parameters"] or {}
+        kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+        return not any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)
 
     @property
     def _computes_exactly(self) -> bool:
         return self.compute_dtype == torch.float32
-
-    def _decoder_difference(self, decoder: FewRowsDecoder, num_layers: int | None) -> float:
-        """How far a decoder's logits on probe tokens are from the network's own, behind its first layers or all."""
-        vocab_size = self.network.config.get_text_config().vocab_size
-        ids, positions = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES), torch.arange(NUM_PROBES)
-        expected_state, state = self.new_state(capacity=NUM_PROBES), self.new_state(capacity=NUM_PROBES)
-        with _first_layers(self.network, num_layers):
-            expected = self._network_forward(ids, positions, expected_state, 0)
-        found = []
-        for span in (slice(0, NUM_PROBES - 1), slice(NUM_PROBES - 1, NUM_PROBES)):
-            batch = Batch([state], [len(ids[span])])
-            found.append(decoder.forward(ids[span], batch, slice(None), num_layers))
-            batch.finish()
-        return relative_difference(expected, torch.cat(found))
 
     def _compile_kernels(self) -> None:
         """Compile what a question needs, so that no question waits for it."""
@@ -361,7 +411,7 @@ class LanguageModel:
 
     def _probe_layers(self) -> list[tuple[KvShape, AttentionRule]]:
         """Shapes of keys and values in each layer and how it attends, seen in a forward of one token."""
-        probe = _LayerProbe()
+        probe = LayerProbe()
         with torch.inference_mode():
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             self.network(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, cag_state=probe)
@@ -382,27 +432,3 @@ def _wanted_rows(batch: Batch, num_logits: int | Sequence[int] | None) -> list[i
     return [
         row for stop, count in zip(batch.starts[1:].tolist(), counts, strict=True) for row in range(stop - count, stop)
     ]
-
-
-@contextmanager
-def _first_layers(network: Any, count: int | None) -> Iterator[None]:
-    """The network ends behind its first `count` layers inside."""
-    layers = network.model.layers
-    network.model.layers = layers[:count]
-    try:
-        yield
-    finally:
-        network.model.layers = layers
-
-
-class _LayerProbe:
-    """Stands in for a sequence in one forward and notes what it is given."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[KvShape, AttentionRule]] = {}
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor:
-        if keys.shape != values.shape or keys.shape[-1] != query.shape[-1]:
-            raise UnsupportedModel(f"layer {layer} has keys {tuple(keys.shape)} and values {tuple(values.shape)}.")
-        self.layers[layer] = KvShape(keys.shape[0], keys.shape[2]), AttentionRule(**rule)
-        return query

@@ -27,10 +27,26 @@ class PagePool:
 
     Page `p` of every layer and side belongs to one session. `take` and `settle` are called by whoever runs the
     model's forwards, one at a time: growing moves the pages. `give_back` may be called from anywhere.
+
+    Attributes:
+        version: counts how often the pages have moved; what was recorded over an older one is worth nothing.
+        scratch_page: the page that nobody gets and anybody may write to, None without `has_scratch`.
     """
 
-    def __init__(self, shapes: list[KvShape], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: list[KvShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        has_scratch: bool = False,
+        kept_bytes: int = 0,
+    ) -> None:
+        """`kept_bytes`: how much is not given back when nobody has a page, so that it does not move soon again."""
         self.shapes = shapes
+        self.version = 0
+        self.scratch_page = 0 if has_scratch else None
+        self._kept_bytes = kept_bytes
         self.page_tokens = PAGE_TOKENS
         self.keys = [
             torch.empty(0, s.num_kv_heads, PAGE_TOKENS, s.head_dim, dtype=dtype, device=device) for s in shapes
@@ -71,11 +87,12 @@ class PagePool:
         self._returned.append(list(pages))
 
     def settle(self) -> None:
-        """Give the memory back, except for one slab, if nobody has a page."""
+        """Give the memory back, except for one slab and `kept_bytes`, if nobody has a page."""
         self._collect()
-        if self.num_pages > SLAB_PAGES and len(self._free) == self.num_pages:
-            self._resize(SLAB_PAGES)
-            self._free = list(reversed(range(SLAB_PAGES)))
+        kept = max(SLAB_PAGES, self._kept_bytes // self.page_bytes)
+        if self.num_pages > kept and len(self._free) == self.num_pages - self._num_scratch:
+            self._resize(kept)
+            self._free = list(reversed(range(self._num_scratch, kept)))
 
     def check_integrity(self, owned: Iterable[Pages]) -> None:
         """Every page is free or has one owner. For tests, and for whoever suspects the pool.
@@ -85,8 +102,12 @@ class PagePool:
         """
         self._collect()
         taken = [page for pages in owned for page in pages]
-        every = sorted(self._free + taken)
+        every = sorted([*self._free, *taken, *range(min(self._num_scratch, self.num_pages))])
         assert every == list(range(self.num_pages)), f"pages {every} of {self.num_pages}, {len(taken)} of them owned"
+
+    @property
+    def _num_scratch(self) -> int:
+        return 0 if self.scratch_page is None else 1
 
     def _collect(self) -> None:
         while self._returned:
@@ -95,11 +116,13 @@ class PagePool:
     def _grow(self, count: int) -> None:
         """Room for `count` more pages, and for half as many again as there are, so that moving them stays rare."""
         before = self.num_pages
-        slabs = -(-max(count, before // 2) // SLAB_PAGES)
+        first = before or self._num_scratch
+        slabs = -(-max(count + first - before, before // 2) // SLAB_PAGES)
         self._resize(before + slabs * SLAB_PAGES)
-        self._free = list(reversed(range(before, self.num_pages))) + self._free
+        self._free = list(reversed(range(first, self.num_pages))) + self._free
 
     def _resize(self, num_pages: int) -> None:
+        self.version += 1
         for buffers in (self.keys, self.values):
             for index, old in enumerate(buffers):
                 buffers[index] = old.new_empty(num_pages, *old.shape[1:])

@@ -242,6 +242,13 @@ def is_tile_product(product: Product) -> bool:
     return isinstance(product, TileProduct)
 
 
+def joined_weight(layers: Sequence[Any]) -> Tensor | None:
+    """The weights of linear layers as the one `[out_features, in_features]` that they are views of, or None."""
+    if not all(type(layer) is nn.Linear for layer in layers):
+        return None
+    return _spanned([layer.weight.detach() for layer in layers])
+
+
 def _spanned(parts: Sequence[Tensor]) -> Tensor | None:
     """One view over parts of one memory that follow each other along the first axis; None if they do not."""
     for before, behind in pairwise(parts):

@@ -22,10 +22,12 @@ FORBIDDEN = {
 MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
 WALK = [
-    "home", "errors", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "pages", "batch",
-    "weights", "recorded", "decoder", "model_files", "model", "prefill", "resident", "answer", "citations",
+    "home", "errors", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "pages",
+    "step_tensors", "batch", "weights", "recorded", "decoder", "replays", "device_decoder", "layer_probe",
+    "model_files", "model", "prefill", "uploads", "host_copies", "buffers", "resident", "answer", "citations",
     "generate", "scheduler", "session", "prefix", "fresh", "calibration", "probes", "fidelity", "key_errors",
-    "ladder", "rungs", "chunks", "memory", "trials", "building", "builder", "engine", "describe", "server", "cli",
+    "ladder", "rungs", "chunks", "memory", "trials", "building", "builder", "engine", "describe", "server",
+    "cli",
 ]  # fmt: skip
 
 

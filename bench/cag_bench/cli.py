@@ -110,6 +110,40 @@ def kernels(
 
 
 @app.command()
+def gpu(
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    small: Annotated[bool, typer.Option(help="Tiny sizes, for a test of the run itself; on a CPU too.")] = False,
+    prefix_tokens: Annotated[int | None, typer.Option(help="Tokens of the prefix.  [default: 85000]")] = None,
+    sessions: Annotated[int | None, typer.Option(help="Sessions at once.  [default: 64]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Timings of each figure.  [default: 20]")] = None,
+    joint_layers: Annotated[int | None, typer.Option(help="Of the codec transform.  [default: 4]")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds of the whole run.  [default: 450]")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Random weights in the shape of Llama 3.1 8B on a GPU: first tokens, many sessions, codes, decoding."""
+    from dataclasses import replace
+
+    from cag.errors import UsageError
+    from cag.runtime import choose_device
+    from cag_bench.gpu.run import run_gpu
+    from cag_bench.gpu.shapes import SMALL, GpuOptions
+    from cag_bench.gpu.table import markdown
+    from cag_bench.progress import ConsoleProgress
+
+    given = {"prefix_tokens": prefix_tokens, "sessions": sessions, "samples": samples, "budget_s": budget}
+    given |= {"joint_layers": joint_layers}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = replace(SMALL if small else GpuOptions(), **changes)
+    chosen, folder = choose_device(device), _folder(out, "gpu")
+    if chosen.type == "cpu" and not small:
+        raise UsageError("a network of this size needs a CUDA device.", hint="Use --small to try the run on a CPU.")
+    with ConsoleProgress() as progress:
+        summary = run_gpu(chosen, options, folder, progress)
+    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
+
+
+@app.command()
 def quality(
     corpus: Annotated[
         list[str], typer.Option(help="A corpus each: folder, file, glob or JSON lines; may be repeated.")

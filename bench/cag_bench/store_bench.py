@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cag.buffers import storage_view
 from cag.chunks import PrefixChunks
 from cag.engine import Engine
 from cag.errors import UsageError
-from cag.resident import storage_view
 from cag_bench.codec_list import codec_label, parse_codecs
 from cag_bench.cores import can_pin, on_cores
 from cag_bench.corpus import BenchCorpus

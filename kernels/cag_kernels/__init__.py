@@ -32,6 +32,7 @@ from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize,
 from cag_kernels.rans import RansSegments, decode_segments
 from cag_kernels.reference import segment_attention_reference
 from cag_kernels.rotation import move_keys
+from cag_kernels.rows import add_and_norm, gate, rotate_and_store
 
 __all__ = [
     "FEW_ROWS",
@@ -42,6 +43,7 @@ __all__ = [
     "PagedTails",
     "QuantizedPrefix",
     "RansSegments",
+    "add_and_norm",
     "available_paths",
     "can_pack",
     "cascade_attention",
@@ -50,6 +52,7 @@ __all__ = [
     "decode_segments",
     "dequantize",
     "dequantize_prefix",
+    "gate",
     "has_compiler",
     "has_numba",
     "has_tiles",
@@ -64,6 +67,7 @@ __all__ = [
     "prefix_paths",
     "quantize",
     "quantize_prefix",
+    "rotate_and_store",
     "rows_stay_apart",
     "segment_attention",
     "segment_attention_reference",

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import has_numba
+from cag_kernels.cpu import compiles_codes, has_numba
+from cag_kernels.prefixes import Codes
 
 MAX_HEAD_DIM = 256
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -43,6 +44,14 @@ def triton_serves(tensor: Tensor) -> bool:
         and not tensor.requires_grad
         and triton_runs_on(tensor.device)
     )
+
+
+def serves_codes(device: torch.device, head_dim: int, codes: Codes) -> bool:
+    """Whether attention on a device reads a prefix in such codes as they are, not slower than numbers."""
+    if device.type == "cpu":
+        return compiles_codes(head_dim, codes)
+    fits = codes.group_tokens % 16 == 0 and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM
+    return triton_runs_on(device) and fits and 0 < codes.group_channels <= head_dim
 
 
 def prefix_paths(device: torch.device) -> dict[str, str]:

@@ -24,9 +24,11 @@ from cag_kernels.prefixes import (
     DensePrefix,
     PagedTails,
     Prefix,
+    Prefixes,
     QuantizedPrefix,
     check_prefix,
     check_tails,
+    pieces_of,
 )
 
 
@@ -81,7 +83,7 @@ def paged_attention(
 
 def cascade_attention(
     query: Tensor,
-    prefix: Prefix,
+    prefix: Prefixes,
     tails: PagedTails,
     *,
     scale: float,
@@ -90,23 +92,29 @@ def cascade_attention(
 ) -> Tensor:
     """Attention of all sessions over the shared prefix and each over its own tail, joined by their log-sum-exps.
 
-    See `prefix_reference.cascade_attention_reference`. Three launches on a CUDA device; nothing waits for the host.
+    See `prefix_reference.cascade_attention_reference`; the prefix may come in any number of pieces.
+    A launch a piece and two more on a CUDA device; nothing waits for the host.
 
     Raises:
         ValueError: tensors that do not fit together.
     """
     check_tails(tails, query)
-    check_prefix(prefix, query.shape[2])
+    pieces = pieces_of(prefix)
+    for piece in pieces:
+        check_prefix(piece, query.shape[2])
     kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    positions = None if window is None else query_positions(tails, prefix.num_tokens, query.shape[1])
-    if not triton_serves(query):
-        shared = prefix_attention(query, prefix, positions=positions, **kwargs)
-        return merge_segments([shared, paged_attention(query, tails, **kwargs)]).to(query.dtype)
-    from cag_kernels.triton_launch import attend
+    num_tokens = sum(piece.num_tokens for piece in pieces)
+    positions = None if window is None else query_positions(tails, num_tokens, query.shape[1])
+    if triton_serves(query):
+        from cag_kernels.triton_launch import attend
 
-    kwargs |= {"positions": positions, "dtype": query.dtype}
-    out, _ = attend(query, prefix, tails, num_processors(query.device), **kwargs)
-    return out
+        kwargs |= {"positions": positions, "dtype": query.dtype}
+        return attend(query, pieces, tails, num_processors(query.device), **kwargs)[0]
+    parts = []
+    for piece in pieces:
+        parts.append(prefix_attention(query, piece, positions=positions, **kwargs))
+        positions = None if positions is None else positions - piece.num_tokens
+    return merge_segments([*parts, paged_attention(query, tails, **kwargs)]).to(query.dtype)
 
 
 def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, softcap: float | None) -> str:

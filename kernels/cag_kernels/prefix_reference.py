@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix
+from cag_kernels.prefixes import DensePrefix, PagedTails, Prefix, Prefixes, pieces_of
 from cag_kernels.quantize import dequantize_prefix
 from cag_kernels.reference import segment_attention_reference
 
@@ -109,7 +109,7 @@ def tail_of(tails: PagedTails, session: int, length: int) -> tuple[Tensor, Tenso
 
 def cascade_attention_reference(
     query: Tensor,
-    prefix: Prefix,
+    prefix: Prefixes,
     tails: PagedTails,
     *,
     scale: float,
@@ -118,21 +118,23 @@ def cascade_attention_reference(
 ) -> Tensor:
     """Attention of each session's queries over the shared prefix and behind it the session's own tail.
 
-    Arguments as in `prefix_attention_reference` and `paged_attention_reference`.
+    Arguments as in `prefix_attention_reference` and `paged_attention_reference`; the prefix may come in any
+    number of pieces that follow each other.
 
     Returns:
         `[num_q_heads, num_queries, head_dim]` in the query's dtype.
 
     Source: cascade inference, https://flashinfer.ai/2024/02/02/cascade-inference.html; Hydragen, arXiv:2402.05099.
     """
-    positions = query_positions(tails, prefix.num_tokens, query.shape[1])
-    shared, shared_lse = prefix_attention_reference(
-        query, prefix, scale=scale, positions=positions, window=window, softcap=softcap
-    )
-    own, own_lse = paged_attention_reference(query, tails, scale=scale, window=window, softcap=softcap)
-    lse = torch.logaddexp(shared_lse, own_lse)[..., None].clamp_min(torch.finfo(own.dtype).min)
-    merged = shared * torch.exp(shared_lse[..., None] - lse) + own * torch.exp(own_lse[..., None] - lse)
-    return merged.to(query.dtype)
+    masks: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    pieces = pieces_of(prefix)
+    positions = query_positions(tails, sum(piece.num_tokens for piece in pieces), query.shape[1])
+    parts = [paged_attention_reference(query, tails, **masks)]
+    for piece in pieces:
+        parts.append(prefix_attention_reference(query, piece, positions=positions, **masks))
+        positions = positions - piece.num_tokens
+    lse = torch.stack([part for _, part in parts]).logsumexp(0)[..., None].clamp_min(torch.finfo(parts[0][0].dtype).min)
+    return sum(out * torch.exp(part[..., None] - lse) for out, part in parts).to(query.dtype)  # type: ignore[union-attr]
 
 
 def query_positions(tails: PagedTails, num_prefix_tokens: int, num_queries: int) -> Tensor:

@@ -5,6 +5,7 @@ Tensors and sizes only. All tensors of one tuple lie on one device; nobody chang
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,15 @@ class QuantizedPrefix(NamedTuple):
 
 
 Prefix = DensePrefix | QuantizedPrefix
+Prefixes = Prefix | Sequence[Prefix]
+"""One prefix in one piece, or in pieces that follow each other."""
+
+
+def pieces_of(prefix: Prefixes | None) -> tuple[Prefix, ...]:
+    """The pieces of a prefix, in order; none of None."""
+    if prefix is None:
+        return ()
+    return (prefix,) if isinstance(prefix, DensePrefix | QuantizedPrefix) else tuple(prefix)
 
 
 class PagedTails(NamedTuple):

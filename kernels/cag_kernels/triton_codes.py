@@ -1,7 +1,8 @@
 """Attention to quantized tiles inside Triton kernels; inlined into `triton_prefix`, none is launched.
 
-A tile lies within one group of tokens of the keys. Few rows take the keys' scales into the query, many rows dequantize
-the tile, whichever is less work.
+A tile lies within one group of tokens of the keys. Codes of 4 bits for bfloat16 are dequantized two at a time in their
+registers. Otherwise few rows take the keys' scales into the query and many rows dequantize the tile, whichever is less
+work.
 """
 
 from __future__ import annotations
@@ -9,8 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cag_kernels.triton_numbers import code_bias, code_middle, converted, nibbles, product, rounded
-from cag_kernels.triton_tiles import capped, halves, row_scores, weighed
+from cag_kernels.triton_numbers import (
+    code_bias,
+    code_middle,
+    converted,
+    dequantized_nibbles,
+    nibbles,
+    product,
+    rounded,
+)
+from cag_kernels.triton_tiles import capped, halves, row_scores, summed, weighed
 
 
 @triton.jit
@@ -134,12 +143,66 @@ def take_code_values(
 
 
 @triton.jit
+def value_vectors(vectors, is_token, first_channel, half: tl.constexpr, block_half: tl.constexpr, group: tl.constexpr):
+    """Scales or offsets of half of the channels of a tile of values, as they are; `vectors` point to its tokens."""
+    if group == 2 * half or group == half:
+        found = tl.load(vectors + first_channel // group, mask=is_token, other=0.0)[:, None]
+    else:
+        channels = tl.arange(0, block_half)
+        groups = (first_channel + channels) // group
+        mask = is_token[:, None] & (channels < half)[None, :]
+        found = tl.load(vectors[:, None] + groups[None, :], mask=mask, other=0.0)
+    return found
+
+
+@triton.jit
+def key_vectors(vectors, first_channel, half: tl.constexpr, block_half: tl.constexpr):
+    """Scales or offsets of half of the channels of a group of keys, as they are kept."""
+    channels = tl.arange(0, block_half)
+    return tl.load(vectors + first_channel + channels, mask=channels < half, other=0.0)[None, :]
+
+
+@triton.jit
+def packed_tile(places, is_token, half: tl.constexpr, block_half: tl.constexpr):
+    """The bytes of a tile of 4-bit codes; `places` point to its tokens."""
+    channels = tl.arange(0, block_half)
+    mask = is_token[:, None] & (channels < half)[None, :]
+    return tl.load(places[:, None] + channels[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def take_nibbles(
+    low, high, keys, key_scales, key_offsets, values, value_scales, value_offsets, is_token, visible, scale, softcap,
+    maximum, denominator, low_sum, high_sum, half: tl.constexpr, group_channels: tl.constexpr, has_cap: tl.constexpr,
+):  # fmt: skip
+    """As `take_codes`, 4 bits on both sides and a query in bfloat16."""
+    size: tl.constexpr = low.shape[1]
+    keys_low, keys_high = dequantized_nibbles(
+        packed_tile(keys, is_token, half, size),
+        key_vectors(key_scales, 0, half, size), key_vectors(key_scales, half, half, size),
+        key_vectors(key_offsets, 0, half, size), key_vectors(key_offsets, half, half, size),
+    )  # fmt: skip
+    scores = capped(row_scores(low, high, keys_low, keys_high) * scale, softcap, has_cap)
+    weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)
+    values_low, values_high = dequantized_nibbles(
+        packed_tile(values, is_token, half, size),
+        value_vectors(value_scales, is_token, 0, half, size, group_channels),
+        value_vectors(value_scales, is_token, half, half, size, group_channels),
+        value_vectors(value_offsets, is_token, 0, half, size, group_channels),
+        value_vectors(value_offsets, is_token, half, half, size, group_channels),
+    )  # fmt: skip
+    low_sum, high_sum = summed(rounded(weights, low.dtype), factor, low_sum, high_sum, values_low, values_high)
+    return maximum, denominator, low_sum, high_sum
+
+
+@triton.jit
 def take_codes(
     low, high, keys, key_scales, key_offsets, values, value_scales, value_offsets, is_token, visible, scale, softcap,
     maximum, denominator, low_sum, high_sum, half: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
     value_bits: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
 ):  # fmt: skip
     """A tile of codes; pointers lead to its tokens, those of key scales to its group. The new state of the rows."""
+    tl.static_assert(not (key_bits == 4 and value_bits == 4 and low.dtype == tl.bfloat16))  # for those `take_nibbles`
     scores = code_scores(low, high, keys, key_scales, key_offsets, is_token, half, key_bits, folded)
     scores = capped(scores * scale, softcap, has_cap)
     weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)

@@ -9,6 +9,8 @@ Grid: `(blocks of tokens, key/value heads)`. Not yet run on a GPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +18,13 @@ from torch import Tensor
 
 from cag_kernels.triton_quantize import narrow_to
 
-BLOCK_TOKENS = 32
-BLOCK_COMPONENTS = 64
+
+class Blocks(NamedTuple):
+    """How a launch is cut."""
+
+    tokens: int = 32
+    components: int = 64
+    num_warps: int | None = None
 
 
 @triton.jit
@@ -102,6 +109,7 @@ def invert(
     head_dim: int,
     dtype: torch.dtype,
     pairing: str,
+    blocks: Blocks = Blocks(),
 ) -> Tensor:
     """`[num_kv_heads, num_tokens, head_dim]` as `inverse.inverse_transform_reference` gives it."""
     num_tokens, num_kv_heads, half = codes.shape[0], rows.shape[1] // head_dim, head_dim // 2
@@ -109,11 +117,12 @@ def invert(
     cosines, sines = (scale, scale) if angles is None else (part.contiguous() for part in angles)
     out = torch.empty((num_kv_heads, num_tokens, head_dim), dtype=dtype, device=codes.device)
     if num_tokens:
-        invert_block[(triton.cdiv(num_tokens, BLOCK_TOKENS), num_kv_heads)](
+        invert_block[(triton.cdiv(num_tokens, blocks.tokens), num_kv_heads)](
             codes, rows, scale.contiguous(), mean.contiguous(), cosines, sines, out, num_tokens, codes.shape[1],
             *codes.stride(), rows.stride(0), half=half, num_pairs=0 if angles is None else cosines.shape[1],
             adjacent=pairing == "adjacent", block_half=max(16, triton.next_power_of_2(half)),
-            block_tokens=BLOCK_TOKENS, block_components=BLOCK_COMPONENTS, num_warps=8 if half > 64 else 4,
+            block_tokens=blocks.tokens, block_components=blocks.components,
+            num_warps=blocks.num_warps or (8 if half > 64 else 4),
             enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.prefixes import PagedTails, Prefix
+from cag_kernels.prefixes import PagedTails, Prefixes, pieces_of
 from cag_kernels.triton_merge import merge_parts
 from cag_kernels.triton_paged import attend_tails_parts, num_tail_splits
 from cag_kernels.triton_prefix import attend_prefix_parts, plan_splits
@@ -17,7 +17,7 @@ from cag_kernels.triton_prefix import attend_prefix_parts, plan_splits
 
 def attend(
     query: Tensor,
-    prefix: Prefix | None,
+    prefix: Prefixes | None,
     tails: PagedTails | None,
     num_processors: int,
     *,
@@ -27,29 +27,32 @@ def attend(
     softcap: float | None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a prefix, over paged tails or over both; `out` in `dtype`, `lse` in float32.
+    """Attention over a prefix, in any number of pieces, and over paged tails; `out` in `dtype`, `lse` in float32.
 
     Arguments as in `prefix_reference`; `num_processors` decides how finely the prefix is split.
     """
     num_q_heads, num_queries, head_dim = query.shape
     query = query if query.stride(2) == 1 else query.contiguous()
-    plan = None
-    num_shared = num_own = 0
-    if prefix is not None:
-        rows = num_q_heads // prefix[0].shape[0] * num_queries
-        plan = plan_splits(prefix, rows, head_dim, num_processors)
-        num_shared = plan.num_splits
-    if tails is not None:
-        num_own = num_tail_splits(tails)
+    pieces = pieces_of(prefix)
+    plans = [
+        plan_splits(piece, num_q_heads // piece[0].shape[0] * num_queries, head_dim, num_processors) for piece in pieces
+    ]
+    num_shared = sum(plan.num_splits for plan in plans)
+    num_own = 0 if tails is None else num_tail_splits(tails)
     size = (num_shared + num_own, num_q_heads, num_queries)
     part_out = torch.empty((*size, head_dim), dtype=torch.float32, device=query.device)
     part_lse = torch.empty(size, dtype=torch.float32, device=query.device)
     part_lse[num_shared:] = -torch.inf  # tails do not write queries of no session
-    if prefix is not None and plan is not None and num_queries:
-        attend_prefix_parts(
-            query, prefix, part_out[:num_shared], part_lse[:num_shared], plan,
-            scale=scale, positions=positions, window=window, softcap=softcap,
-        )  # fmt: skip
+    first = 0
+    for piece, plan in zip(pieces, plans, strict=True):
+        parts = slice(first, first + plan.num_splits)
+        if num_queries:
+            attend_prefix_parts(
+                query, piece, part_out[parts], part_lse[parts], plan,
+                scale=scale, positions=positions, window=window, softcap=softcap,
+            )  # fmt: skip
+        positions = None if positions is None else positions - piece.num_tokens
+        first = parts.stop
     if tails is not None and num_queries:
         own = part_out[num_shared:], part_lse[num_shared:]
         attend_tails_parts(query, tails, *own, scale=scale, window=window, softcap=softcap)

@@ -40,17 +40,18 @@ def merge(
         maximum = higher
     divisor = tl.where(denominator > 0.0, denominator, 1.0)
     dtype: tl.constexpr = out.dtype.element_ty
-    tl.store(out + row * head_dim + channels, rounded(total / divisor, dtype), mask=channels < head_dim)
+    target = out + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * head_dim + channels
+    tl.store(target, rounded(total / divisor, dtype), mask=channels < head_dim)
     tl.store(lse + row, tl.where(denominator > 0.0, maximum + tl.log(divisor), float("-inf")))
 
 
 def merge_parts(part_out: Tensor, part_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of `part_out [num_parts, num_q_heads, num_queries, head_dim]` and `part_lse` without the last axis.
 
-    `out` in `dtype`, `lse` in float32.
+    `out` in `dtype`, in memory the heads of a query side by side, as a product wants them; `lse` in float32.
     """
     num_parts, num_q_heads, num_queries, head_dim = part_out.shape
-    out = torch.empty(part_out.shape[1:], dtype=dtype, device=part_out.device)
+    out = torch.empty((num_queries, num_q_heads, head_dim), dtype=dtype, device=part_out.device)
     lse = torch.empty(part_lse.shape[1:], dtype=torch.float32, device=part_out.device)
     if num_queries:
         merge[(num_q_heads, num_queries)](
@@ -58,4 +59,4 @@ def merge_parts(part_out: Tensor, part_lse: Tensor, dtype: torch.dtype) -> tuple
             head_dim=head_dim, block_dim=triton.next_power_of_2(head_dim),
             block_parts=min(32, triton.next_power_of_2(num_parts)), num_warps=4,
         )  # fmt: skip
-    return out, lse
+    return out.transpose(0, 1), lse

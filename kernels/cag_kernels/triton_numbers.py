@@ -24,6 +24,29 @@ _NIBBLES = """{
     prmt.b32 $2, high, %s, 0x4140;
     prmt.b32 $3, high, %s, 0x4342;
 }"""
+# the same for bfloat16, and then `(number - 128) * scale + offset` with one rounding: $5 to $8 are the scales of the
+# low and of the high nibbles' numbers, $9 to $12 their offsets, two in a register
+_DEQUANTIZED = """{
+    .reg .b32 low, high, n0, n1, n2, n3, one, bias;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 n0, low, 0x43434343, 0x4140;
+    prmt.b32 n1, low, 0x43434343, 0x4342;
+    prmt.b32 n2, high, 0x43434343, 0x4140;
+    prmt.b32 n3, high, 0x43434343, 0x4342;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 bias, 0xC300C300;
+    fma.rn.bf16x2 n0, n0, one, bias;
+    fma.rn.bf16x2 n1, n1, one, bias;
+    fma.rn.bf16x2 n2, n2, one, bias;
+    fma.rn.bf16x2 n3, n3, one, bias;
+    fma.rn.bf16x2 $0, n0, $5, $9;
+    fma.rn.bf16x2 $1, n1, $6, $10;
+    fma.rn.bf16x2 $2, n2, $7, $11;
+    fma.rn.bf16x2 $3, n3, $8, $12;
+}"""
+DEQUANTIZED = tl.constexpr(_DEQUANTIZED)
 BFLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x43434343"))
 FLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x64646464"))
 
@@ -85,6 +108,24 @@ def nibbles(packed, dtype: tl.constexpr):
         low, high = tl.inline_asm_elementwise(
             FLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=False, pack=4
         )
+    return low, high
+
+
+@triton.jit
+def dequantized_nibbles(packed, scale_low, scale_high, offset_low, offset_high):
+    """`code * scale + offset` of the two 4-bit codes of each byte, low and high nibble, rounded once to bfloat16.
+
+    Scales and offsets are bfloat16 and broadcast to `packed`. It is called impure for the reason that `nibbles` is.
+    """
+    if EMULATED:
+        low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+        low = rounded(low * scale_low.to(tl.float32) + offset_low.to(tl.float32), tl.bfloat16)
+        high = rounded(high * scale_high.to(tl.float32) + offset_high.to(tl.float32), tl.bfloat16)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            DEQUANTIZED, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r", [packed, scale_low, scale_high, offset_low, offset_high],
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4,
+        )  # fmt: skip
     return low, high
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
-from cag_kernels.triton_codes import take_codes
+from cag_kernels.triton_codes import take_codes, take_nibbles
 from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
@@ -72,11 +72,18 @@ def attend_prefix(
         else:
             group = (kv_head * num_groups + start // group_tokens) * (2 * half)
             at = (kv_head * num_tokens + tokens) * ((2 * half + group_channels - 1) // group_channels)
-            maximum, denominator, low_sum, high_sum = take_codes(
-                low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
-                value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
-                half, group_channels, key_bits, value_bits, has_cap, folded,
-            )  # fmt: skip
+            if key_bits == 4 and value_bits == 4 and low.dtype == tl.bfloat16:
+                maximum, denominator, low_sum, high_sum = take_nibbles(
+                    low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
+                    value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
+                    half, group_channels, has_cap,
+                )  # fmt: skip
+            else:
+                maximum, denominator, low_sum, high_sum = take_codes(
+                    low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
+                    value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
+                    half, group_channels, key_bits, value_bits, has_cap, folded,
+                )  # fmt: skip
     row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
     store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
 
@@ -89,20 +96,25 @@ class SplitPlan(NamedTuple):
     block_tokens: int
     split_tokens: int
     num_splits: int
+    num_warps: int
+    num_stages: int = 3
 
 
-def plan_splits(prefix: Prefix, num_rows: int, head_dim: int, num_processors: int) -> SplitPlan:
+def plan_splits(
+    prefix: Prefix, num_rows: int, head_dim: int, num_processors: int, programs_a_processor: int | None = None
+) -> SplitPlan:
     """Cut `num_rows` rows a key/value head, and the tokens: all processors work, partial results stay few."""
     block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
     group_tokens = prefix.group_tokens if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
     block_tokens = math.gcd(group_tokens, BLOCK_TOKENS)
-    programs_at_once = num_processors * {128: 1, 64: 2}.get(block_rows, 4)
+    programs_at_once = num_processors * (programs_a_processor or {128: 1, 64: 2}.get(block_rows, 4))
     wanted = max(1, programs_at_once // (prefix[0].shape[0] * row_blocks))
     num_splits = max(1, min(wanted, prefix.num_tokens // MIN_SPLIT_TOKENS))
     split_tokens = max(1, triton.cdiv(prefix.num_tokens, num_splits * block_tokens)) * block_tokens
     num_splits = max(1, triton.cdiv(prefix.num_tokens, split_tokens))
-    return SplitPlan(block_rows, row_blocks, block_tokens, split_tokens, num_splits)
+    num_warps = 8 if block_rows == 128 or head_dim > 128 else 4
+    return SplitPlan(block_rows, row_blocks, block_tokens, split_tokens, num_splits, num_warps)
 
 
 def attend_prefix_parts(
@@ -128,7 +140,7 @@ def attend_prefix_parts(
         group_size=num_q_heads // num_kv_heads, half=half, block_half=max(16, triton.next_power_of_2(half)),
         block_rows=plan.block_rows, block_tokens=plan.block_tokens, has_window=window is not None,
         has_cap=softcap is not None, folded=plan.block_rows <= MAX_FOLDED_ROWS,
-        num_warps=8 if plan.block_rows == 128 or head_dim > 128 else 4, num_stages=3, **sizes,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, **sizes,
     )  # fmt: skip
 
 

@@ -25,10 +25,11 @@ from cag_kernels.triton_launch import attend
 from cag_kernels.triton_quantize import dequantize_on_device, quantize_on_device
 from cag_kernels.triton_rans import decode_on_device
 from cag_kernels.triton_rotation import rotate
+from cag_kernels.triton_rows import add_and_norm_on_device, gate_on_device, rotate_and_store_on_device
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int16: "*i16", torch.int32: "*i32",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -103,6 +104,13 @@ def launch_everything():
     numbers = torch.zeros(1, 32, dtype=torch.int32), torch.zeros(64, dtype=torch.int16)
     segments = RansSegments(*numbers, counts, numbers[1], counts, counts, *shifts)
     decode_on_device(segments, torch.zeros(64, 4096, dtype=torch.int32), *shifts[1].expand(2, -1))
+    rows, residual = torch.zeros(32, 6144, dtype=torch.bfloat16), torch.zeros(32, 4096)
+    add_and_norm_on_device(residual, rows[:, :4096].contiguous(), residual[0], 1e-5, torch.bfloat16)
+    places = torch.zeros(32, dtype=torch.int64)
+    cosines, head_norm = residual[:, :128].contiguous(), torch.ones(128)
+    for norms in ((None, None), (head_norm, head_norm)):
+        rotate_and_store_on_device(rows, (cosines, cosines), tuple(pool), (places, places), norms, 1e-6)
+    gate_on_device(torch.zeros(32, 2 * 14336, dtype=torch.bfloat16))
     rotate(keys, *angles(torch.zeros(1024, dtype=torch.int64), torch.ones(64)), "halves")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cag_kernels import PagedTails
+from cag_kernels import DensePrefix, PagedTails, dequantize_prefix
 from cag_kernels.prefix_reference import (
     cascade_attention_reference,
     paged_attention_reference,
@@ -104,3 +104,21 @@ def test_one_attention_over_everything_is_the_same(device):
         ]
         expected, _ = plain_tail_attention(query[:, own].double(), *joined, **kwargs)
         torch.testing.assert_close(found[:, own].cpu().double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window, softcap", MASKS)
+def test_a_prefix_in_pieces_is_the_same_as_in_one(device, window, softcap):
+    """Codes, and behind them what is exact, as caches in `int8` and `int4` are held."""
+    tails, coded = make_tails(2, 64, torch.float32, 16), make_prefix({"key_bits": 8, "value_bits": 8}, 2, 128, 64, None)
+    recent = DensePrefix(*normal(2, 2, 9, 64))
+    query = normal(4, sum(COUNTS), 64)
+    kwargs = {"scale": 0.125, "window": window, "softcap": softcap}
+    dense = dequantize_prefix(coded, torch.float32)
+    whole = DensePrefix(*(torch.cat(sides, 1) for sides in zip(dense, recent, strict=True)))
+    expected = cascade_attention_reference(query.double(), whole, tails, **kwargs)
+    in_pieces = cascade_attention_reference(query.double(), [coded, recent], tails, **kwargs)
+    torch.testing.assert_close(in_pieces, expected, atol=1e-5, rtol=0)
+    positions = query_positions(tails, 137, query.shape[1])
+    on_device = [moved(part, device) for part in (query, coded, recent, tails, positions)]
+    found, _ = attend(on_device[0], on_device[1:3], on_device[3], 2, positions=on_device[4], **kwargs)
+    torch.testing.assert_close(found.cpu().double(), expected, atol=2e-5, rtol=0)

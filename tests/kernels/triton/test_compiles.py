@@ -33,6 +33,9 @@ def test_every_launch_compiles(capability):
         "invert_block",
         "decode_segment",
         "code_token_groups",
+        "add_norm",
+        "rotate_store",
+        "gate_rows",
     } <= kernels
     assert {(row["block_rows"], row["key_bits"]) for row in found if row["kernel"] == "attend_prefix"} == {
         (rows, bits) for rows in (16, 128) for bits in (16, 8, 4)

@@ -1,0 +1,1 @@
+"""`cag bench gpu`: first tokens, many sessions, codes and decoding at the size of a real model, with random numbers."""

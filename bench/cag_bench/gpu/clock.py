@@ -1,0 +1,54 @@
+"""The time of a run: a budget that parts look at before they begin and between samples, and the wall clock.
+
+Callables in, seconds out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+class Budget:
+    """Seconds that are left of a run."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends_at = time.perf_counter() + seconds
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left; negative when the time is over."""
+        return self._ends_at - time.perf_counter()
+
+
+def wall_samples(
+    work: Callable[[], object], device: torch.device, count: int, budget: Budget, warm_up: int = 3
+) -> list[float]:
+    """Seconds of up to `count` runs of `work`, the device's work included; one at least, fewer when time runs out."""
+    for _ in range(warm_up):
+        work()
+    samples: list[float] = []
+    while len(samples) < count and (budget.left_s > 0 or not samples):
+        settle(device)
+        begin = time.perf_counter()
+        work()
+        settle(device)
+        samples.append(time.perf_counter() - begin)
+    return samples
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has nothing to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory of the device that was in use since the last call; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most

@@ -1,0 +1,113 @@
+"""`cag bench gpu`: all parts one behind the other within a budget, a row a figure with its floor and its bar.
+
+Sizes in; `results.jsonl`, `summary.json` and `table.md` out. A part that fails or that there is no time for is a row
+that says so; the others go on, and every row is written when it is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cag_bench.figures import percentiles
+from cag_bench.gpu.answers import Answers, Part, check_steps, median_of
+from cag_bench.gpu.attention import attention_rows
+from cag_bench.gpu.clock import Budget, peak_bytes
+from cag_bench.gpu.model import KINDS, random_model, random_prefix
+from cag_bench.gpu.retrieval import retrieval_samples
+from cag_bench.gpu.shapes import SMALL, GpuOptions
+from cag_bench.gpu.table import bars, markdown
+from cag_bench.gpu.transform import transform_row
+from cag_bench.gpu.tuning import tuning_rows
+from cag_bench.kernel_clock import clock_for
+from cag_bench.provenance import commit, device_facts, load_average, versions
+from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
+
+Row = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+MIN_PART_S = 5.0  # a part is not begun with less
+
+
+def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Progress) -> Row:
+    """Measure everything and write the files; the object that `--json` prints."""
+    budget, clock = Budget(options.budget_s), clock_for(device)
+    origin = {"machine": device_facts(device), "commit": commit(), "versions": versions()}
+    rows: list[Row] = []
+    with torch.inference_mode(), ResultRows(out, origin) as results:
+        progress("measure the copy bandwidth", 0, 0)
+        bandwidth = clock.copy_bandwidth()
+        parts: dict[str, Part] = {
+            "check steps": lambda: _checks(device, options),
+            "attention": lambda: attention_rows(device, clock, options, bandwidth),
+            "answers": lambda: _answers(device, options, budget, bandwidth, progress),
+            "transform": lambda: iter([transform_row(device, clock, options, bandwidth, budget)]),
+            "tuning": lambda: tuning_rows(device, clock, options, budget),
+        }
+        for name, part in parts.items():
+            progress(name, 0, 0)
+            for row in _guarded(name, part, budget):
+                row |= {"peak_device_bytes": peak_bytes(device), "load_average": load_average()}
+                results.write_row("gpu", row)
+                rows.append(row)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        facts = {"options": asdict(options), "copy_bytes_per_s": bandwidth, "left_s": budget.left_s, "bars": bars(rows)}
+        results.write_run(facts)
+    summary = {**origin, **facts, "rows": rows}
+    write_json(out / SUMMARY, summary)
+    (out / TABLE).write_text(markdown(summary), encoding="utf-8")
+    return summary
+
+
+def _guarded(name: str, part: Part, budget: Budget) -> Iterator[Row]:
+    """The rows of a part, and a row for what went wrong."""
+    if budget.left_s < MIN_PART_S:
+        yield {"name": name, "skipped": f"only {budget.left_s:.0f} s were left"}
+        return
+    try:
+        yield from part()
+    except Exception as error:  # one part must not take the others' figures with it
+        yield {"name": name, "failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def _checks(device: torch.device, options: GpuOptions) -> Iterator[Row]:
+    """Steps of a small network behind each kind of prefix, against the network's own forward."""
+    model = random_model(SMALL.network, device, 2 * SMALL.prefix_tokens, options.seed)
+    for kind in KINDS:
+        yield {"name": f"check steps, {kind}", "difference": check_steps(model, kind, SMALL.prefix_tokens)}
+
+
+def _answers(
+    device: torch.device, options: GpuOptions, budget: Budget, bandwidth: float, progress: Progress
+) -> Iterator[Row]:
+    progress("make the network", 0, 0)
+    window = (
+        options.prefix_tokens + options.rag_tokens + 4 * (options.tail_tokens + options.question_tokens + options.steps)
+    )
+    model = random_model(options.network, device, window, options.seed)
+    answers = Answers(model, options, budget, bandwidth)
+    retrieval = retrieval_samples(options.prefix_tokens, options.samples, budget)
+    retrieve_s = None if retrieval is None else median_of(retrieval)
+    yield {"name": "retrieve, bm25", "seconds": percentiles(retrieval or []), "samples_s": retrieval}
+    yield answers.rag_first_token(retrieve_s)
+    for kind in KINDS:
+        if kind != "bf16" and budget.left_s < MIN_PART_S:
+            yield {"name": f"first token, {kind}", "skipped": "no time left"}
+            continue
+        progress(f"answers behind {kind}", 0, 0)
+        prefix = random_prefix(model, options.prefix_tokens, kind, options.seed)
+        yield answers.first_token(kind, prefix)
+        yield answers.decoding(kind, prefix)
+        if kind == "bf16":
+            yield answers.decoding_apart(prefix)
+        if kind == "int4":
+            yield answers.scheduled(prefix)
+        del prefix
+        gc.collect()

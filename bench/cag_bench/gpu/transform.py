@@ -1,0 +1,202 @@
+"""How fast the codec `transform` becomes keys and values on the device: entropy decoding, then the inverse transform.
+
+Random streams at the sizes that the codec has for a model of a shape: groups of `joint_layers` layers, 65 % of their
+components coded, about 2.5 bits a code. All groups and both sides are decoded side by side in streams of their own, as
+a load does; the inverse is measured on one layer's keys and on its values, and counted for all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cag_bench.errors import KernelWrong
+from cag_bench.figures import percentiles
+from cag_bench.gpu.clock import Budget
+from cag_bench.gpu.shapes import GpuOptions
+from cag_bench.kernel_clock import Clock, Work
+from cag_kernels import RansSegments, decode_segments, inverse_transform
+from cag_kernels.inverse import inverse_transform_reference
+from cag_kernels.rans import LANES, SLOTS, decode_segments_reference
+from cag_kernels.rotation import angles
+
+CODED_SHARE = 0.65  # of a group's components, at the codec's usual steps (docs/design/004)
+CHUNK_TOKENS = 512
+MEAN_SIZE = 1.0  # of a code: of the two-sided geometric distribution that the table is of
+SPARE_WORDS = 1.03  # as many as the codes take, and a few more, or zeros would be read
+CHECKED_SEGMENTS, CHECKED_COMPONENTS, CHECKED_TOKENS = 2, 24, 64
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Entropy-coded segments of one side of one group, and what decodes them."""
+
+    segments: RansSegments
+    slots: Tensor
+    tables: Tensor
+    low_bits: Tensor
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Codes and which segments are whole."""
+        return decode_segments(self.segments, self.slots, self.tables, self.low_bits)
+
+
+def transform_row(
+    device: torch.device, clock: Clock, options: GpuOptions, bandwidth: float, budget: Budget
+) -> dict[str, Any]:
+    """The row of the codec: seconds of both halves for a whole prefix, and bfloat16 bytes a second.
+
+    Raises:
+        KernelWrong: codes or values that are not the reference's to the bit.
+    """
+    shape = options.network
+    channels = shape.num_kv_heads * shape.head_dim
+    num_groups = math.ceil(shape.num_layers / options.joint_layers)
+    num_components = round(CODED_SHARE * options.joint_layers * channels)
+    check_entropy(device)
+    streams = [random_streams(device, options.prefix_tokens, num_components) for _ in range(2 * num_groups)]
+    codes = streams[0].decode()[0].t()
+    entropy = samples_of(clock.prepared(side_by_side([stream.decode for stream in streams], device)), options, budget)
+    compressed = sum(part.nbytes for stream in streams for part in stream.segments)
+    del streams
+    inverse = {side: inverse_work(codes, channels, shape.head_dim, side) for side in ("keys", "values")}
+    timed = {side: samples_of(clock.prepared(work), options, budget) for side, work in inverse.items()}
+    plain_bytes = 2 * 2 * shape.num_layers * channels * options.prefix_tokens
+    medians = {side: median_of(samples) for side, samples in timed.items()}
+    seconds = median_of(entropy) + shape.num_layers * sum(medians.values())
+    return {
+        "name": "decode transform",
+        "shape": {"num_tokens": options.prefix_tokens, "joint_layers": options.joint_layers}
+        | {"num_components": num_components, "num_groups": num_groups},
+        "entropy_s": percentiles(entropy),
+        "entropy_samples_s": entropy,
+        "inverse_layer_s": medians,
+        "inverse_samples_s": timed,
+        "decode_s": seconds,
+        "compressed_bytes": compressed,
+        "plain_bytes": plain_bytes,
+        "floor_s": (plain_bytes + compressed) / bandwidth,
+        "p50_over_floor": seconds * bandwidth / (plain_bytes + compressed),
+        "gb_per_s": plain_bytes / seconds / 1e9,
+    }
+
+
+def random_streams(
+    device: torch.device, num_tokens: int, num_components: int, chunk_tokens: int = CHUNK_TOKENS
+) -> Streams:
+    """Segments of random words: codes of the table's distribution come out, as many words go in as they need.
+
+    Such a stream does not end where a writer's would, which the decoder says and which costs it nothing.
+    """
+    num_segments = math.ceil(num_tokens / chunk_tokens)
+    counts = [chunk_tokens] * (num_segments - 1) + [num_tokens - chunk_tokens * (num_segments - 1)]
+    slots = geometric_slots()
+    num_words = round(SPARE_WORDS * chunk_tokens * num_components * bits_per_code(slots) / 16)
+    starts = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
+    token_starts = torch.tensor([0, *counts]).cumsum(0).to(device=device, dtype=torch.int32)
+    half = 1 << 15
+    segments = RansSegments(
+        states=torch.randint(1 << 16, 1 << 31, (num_segments, LANES), dtype=torch.int32, device=device),
+        words=torch.randint(-half, half, (num_segments * num_words,), dtype=torch.int16, device=device),
+        word_starts=starts * num_words,
+        escapes=torch.zeros(0, dtype=torch.int16, device=device),
+        escape_starts=torch.zeros_like(starts),
+        token_starts=token_starts,
+        token_shifts=torch.zeros(num_tokens, dtype=torch.int8, device=device),
+        component_shifts=torch.zeros(num_segments, num_components, dtype=torch.int8, device=device),
+    )
+    zeros = torch.zeros(2, num_components, dtype=torch.int8, device=device)
+    return Streams(segments, slots.to(device), zeros[0], zeros[1])
+
+
+def geometric_slots() -> Tensor:
+    """`[1, 4096]`: one table, `frequency ~ exp(-|code| / MEAN_SIZE)` over the symbols 1 to 127, each at least once."""
+    codes = torch.arange(1, 128) - 64
+    weights = torch.exp(-codes.abs() / MEAN_SIZE)
+    frequencies = 1 + (weights / weights.sum() * (SLOTS - len(codes))).floor().long()
+    frequencies[63] += SLOTS - int(frequencies.sum())  # the code 0
+    symbols = torch.repeat_interleave(torch.arange(1, 128), frequencies)
+    places = torch.cat([torch.arange(int(count)) for count in frequencies])
+    return (symbols << 24 | frequencies[symbols - 1] << 12 | places).to(torch.int32)[None].contiguous()
+
+
+def bits_per_code(slots: Tensor) -> float:
+    """The entropy of a table's symbols."""
+    shares = torch.bincount(slots[0].long() >> 24).double() / SLOTS
+    shares = shares[shares > 0]
+    return float(-(shares * shares.log2()).sum())
+
+
+def inverse_work(codes: Tensor, channels: int, head_dim: int, side: str) -> Work:
+    """The inverse transform of one layer's keys (with their rotation) or values, checked on a few tokens.
+
+    Raises:
+        KernelWrong: values that are not the reference's to the bit.
+    """
+    num_tokens, num_components = codes.shape
+    limit = 1 << 14
+    rows = torch.randint(-limit, limit, (num_components, channels), dtype=torch.int16, device=codes.device)
+    scale, mean = torch.rand(2, channels, device=codes.device) * 1e-6
+    kwargs: dict[str, Any] = {"head_dim": head_dim, "dtype": torch.bfloat16}
+    turns: tuple[Tensor, Tensor] | None = None
+    if side == "keys":
+        frequencies = 500_000.0 ** (-torch.arange(head_dim // 2, dtype=torch.float64) * 2 / head_dim)
+        cosines, sines = angles(torch.arange(num_tokens), frequencies)
+        turns = cosines.to(codes.device), sines.to(codes.device)
+
+    def invert() -> Tensor:
+        return inverse_transform(codes, rows, scale, mean, angles=turns, **kwargs)
+
+    few = slice(num_tokens - min(num_tokens, CHECKED_TOKENS), num_tokens)
+    host = [part.cpu() for part in (codes[few], rows, scale, mean)]
+    few_turns = None if turns is None else (turns[0][few].cpu(), turns[1][few].cpu())
+    expected = inverse_transform_reference(host[0], host[1], host[2], host[3], angles=few_turns, **kwargs)
+    if not torch.equal(invert()[:, few].cpu(), expected):
+        raise KernelWrong(f"the inverse transform of {side} differs from its reference.")
+    return invert
+
+
+def check_entropy(device: torch.device) -> None:
+    """Raises: KernelWrong: codes that are not the reference's."""
+    stream = random_streams(device, CHECKED_SEGMENTS * CHECKED_TOKENS, CHECKED_COMPONENTS, CHECKED_TOKENS)
+    parts = [part.cpu() for part in stream.segments]
+    tables = [part.cpu() for part in (stream.slots, stream.tables, stream.low_bits)]
+    expected, _ = decode_segments_reference(RansSegments(*parts), tables[0], tables[1], tables[2])
+    if not torch.equal(stream.decode()[0].cpu(), expected):
+        raise KernelWrong("entropy decoding differs from its reference.")
+
+
+def side_by_side(works: list[Work], device: torch.device) -> Work:
+    """All of them, each in a stream of its own on a GPU; the caller's stream waits for all."""
+    if device.type != "cuda":
+        return lambda: [work() for work in works]
+    streams = [torch.cuda.Stream(device) for _ in works]  # type: ignore[no-untyped-call]
+
+    def run() -> None:
+        current = torch.cuda.current_stream(device)
+        for stream, work in zip(streams, works, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                work()
+        for stream in streams:
+            current.wait_stream(stream)
+
+    return run
+
+
+def samples_of(timed: Callable[[], float], options: GpuOptions, budget: Budget) -> list[float]:
+    """Seconds of up to `options.samples` runs, one at least."""
+    samples = [timed()]
+    while len(samples) < options.samples and budget.left_s > 0:
+        samples.append(timed())
+    return samples
+
+
+def median_of(samples: list[float]) -> float:
+    """Their median."""
+    return (percentiles(samples) or {})["p50"]

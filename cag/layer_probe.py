@@ -1,0 +1,65 @@
+"""Looking at a network from outside: what its layers tell the attention, and what a few probe tokens give.
+
+Knows a network's forward as transformers have it; knows no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cag.decoder import CLOSE, FAR, PROBED_LAYERS, relative_difference
+from cag.errors import UnsupportedModel
+from cag.state import AttentionRule, KvShape
+
+NUM_PROBES = 6  # tokens on which a quick forward is compared with the network's own
+
+Forward = Callable[[Tensor, Tensor, int | None], Tensor]
+"""Logits `[num_tokens, vocab_size]` of ids at positions, both `[num_tokens]`, behind the first layers or all (None)."""
+
+
+@contextmanager
+def first_layers(network: Any, count: int | None) -> Iterator[None]:
+    """The network ends behind its first `count` layers inside."""
+    layers = network.model.layers
+    network.model.layers = layers[:count]
+    try:
+        yield
+    finally:
+        network.model.layers = layers
+
+
+class LayerProbe:
+    """Stands in for a sequence in one forward and notes what it is given."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[KvShape, AttentionRule]] = {}
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor:
+        """See `cag.state.SequenceState.attend`.
+
+        Raises:
+            UnsupportedModel: keys and values of different sizes.
+        """
+        if keys.shape != values.shape or keys.shape[-1] != query.shape[-1]:
+            raise UnsupportedModel(f"layer {layer} has keys {tuple(keys.shape)} and values {tuple(values.shape)}.")
+        self.layers[layer] = KvShape(keys.shape[0], keys.shape[2]), AttentionRule(**rule)
+        return query
+
+
+def gives_the_same(network: Any, own: Forward, other: Forward, *, exactly: bool) -> bool:
+    """Whether another forward gives the logits of the network's own on probe tokens: closely behind two layers, and
+    behind all as far as the dtype allows (`exactly`: the network computes in float32)."""
+    vocab_size = network.config.get_text_config().vocab_size
+    ids, positions = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES), torch.arange(NUM_PROBES)
+    for num_layers, tolerance in ((PROBED_LAYERS, CLOSE), (None, CLOSE if exactly else FAR)):
+        with first_layers(network, num_layers):
+            expected = own(ids, positions, num_layers)
+        difference = relative_difference(expected, other(ids, positions, num_layers))
+        if not difference <= tolerance:  # also where it is no number
+            return False
+    return True

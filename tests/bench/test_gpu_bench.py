@@ -1,0 +1,116 @@
+"""`cag bench gpu` at tiny sizes on the CPU: every part runs, is checked, and says what it could not do."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cag_bench.cli import app
+from cag_bench.errors import KernelWrong
+from cag_bench.gpu import answers, run, transform
+from cag_bench.gpu.clock import Budget
+from cag_bench.gpu.model import random_model, random_prefix, weight_bytes
+from cag_bench.gpu.run import run_gpu
+from cag_bench.gpu.shapes import SMALL
+from cag_bench.gpu.table import bars
+from cag_bench.gpu.transform import geometric_slots
+from cag_bench.gpu.tuning import attend_cut
+from cag_kernels import DensePrefix
+from cag_kernels.prefix_reference import prefix_attention_reference
+
+CPU = torch.device("cpu")
+
+
+def quiet(*_):
+    """A progress that shows nothing."""
+
+
+def test_the_command_measures_every_bar(tmp_path):
+    ran = CliRunner().invoke(app, ["gpu", "--device", "cpu", "--small", "--samples", "1", "--out", str(tmp_path)])
+    assert ran.exit_code == 0, ran.output
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {row["kind"] for row in rows} == {"gpu", "run"}
+    assert [row["name"] for row in rows if "failed" in row or "skipped" in row] == ["tuning"]  # needs a GPU
+    assert all(row["commit"] and row["versions"] and row["machine"] for row in rows)
+    names = [row["name"] for row in rows[:-1]]
+    assert names.count("prefix attention, int4") == 3
+    for kind in ("bf16", "int8", "int4"):
+        assert {f"first token, {kind}", f"decode, {kind}", f"check steps, {kind}"} <= set(names)
+    for row in rows[:-1]:
+        if "floor_s" in row:
+            assert row["floor_s"] > 0
+            assert row["samples_s" if "samples_s" in row else "arms" if "arms" in row else "entropy_samples_s"]
+    assert all(bar["found"] > 0 for bar in summary["bars"])
+    assert "| first token / floor |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_big_network_is_not_tried_on_a_cpu(tmp_path):
+    ran = CliRunner().invoke(app, ["gpu", "--device", "cpu", "--out", str(tmp_path)])
+    assert ran.exit_code != 0
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_part_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise KernelWrong("off by 3")
+
+    monkeypatch.setattr(transform, "check_entropy", broken)
+    monkeypatch.setattr(run, "attention_rows", broken)
+    summary = run_gpu(CPU, replace(SMALL, samples=1), tmp_path, quiet)
+    failed = {row["name"]: row["failed"] for row in summary["rows"] if "failed" in row}
+    assert failed == {"attention": "KernelWrong: off by 3", "transform": "KernelWrong: off by 3"}
+    found = {bar["name"]: bar["found"] for bar in summary["bars"]}
+    assert found["bf16 attention / int4 attention, worst of the sizes"] is None
+    assert found["RAG / first token"] > 0
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path):
+    summary = run_gpu(CPU, replace(SMALL, budget_s=0.01), tmp_path, quiet)
+    assert [row["name"] for row in summary["rows"] if "skipped" in row] == [
+        "check steps", "attention", "answers", "transform", "tuning",
+    ]  # fmt: skip
+    assert all(bar["found"] is None and bar["met"] is None for bar in bars(summary["rows"]))
+
+
+def test_steps_that_differ_from_the_network_are_not_timed(monkeypatch):
+    model = random_model(SMALL.network, CPU, 600, 0)
+    assert answers.check_steps(model, "int4", 100) < answers.MAX_DIFFERENCE
+    forward = model.device_decoder.forward
+    monkeypatch.setattr(model.device_decoder, "forward", lambda *args: forward(*args).flip(1))
+    with pytest.raises(KernelWrong, match="off by"):
+        answers.check_steps(model, "int4", 100)
+
+
+def test_sessions_apart_give_the_logits_of_sessions_together():
+    model = random_model(SMALL.network, CPU, 600, 0)
+    with torch.inference_mode():
+        row = answers.Answers(model, SMALL, Budget(60), 1e9).decoding_apart(random_prefix(model, 200, "int8", 1))
+    assert row["difference"] < 0.02
+    assert row["floor_s"] > weight_bytes(model) / 1e9
+
+
+def test_streams_decode_to_codes_of_their_table():
+    slots = geometric_slots()
+    assert slots.shape == (1, 4096)
+    frequencies = torch.bincount(slots[0].long() >> 24, minlength=128)
+    assert frequencies.sum() == 4096
+    assert frequencies[64] == frequencies.max()
+    assert (slots[0].long() >> 12 & 4095 == frequencies[slots[0].long() >> 24]).all()
+    assert 2.3 < transform.bits_per_code(slots) < 2.7
+    codes, _ = transform.random_streams(CPU, 512, 200).decode()
+    shares = torch.bincount(codes.flatten().long() + 64, minlength=128) / codes.numel()
+    torch.testing.assert_close(shares, frequencies / 4096, rtol=0, atol=0.01)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles here")
+def test_other_cuts_compute_the_same():
+    pytest.importorskip("triton")
+    keys, values = torch.randn(2, 2, 300, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    query, plain = torch.randn(4, 3, 32).bfloat16(), DensePrefix(keys, values)
+    expected, _ = prefix_attention_reference(query.float(), plain, scale=32**-0.5)
+    for cut in ((4, 3, 4), (2, 2, 1)):
+        torch.testing.assert_close(attend_cut(query, plain, *cut), expected, atol=0.02, rtol=0)
