@@ -85,6 +85,15 @@ class Batch:
         """Whether all sequences stand behind one prefix, or all behind none."""
         return all(state.prefix is self.states[0].prefix for state in self.states)
 
+    def last_rows(self, counts: int | Sequence[int] | None) -> list[int]:
+        """The last rows of each sequence: as many as `counts` says of each, 1 if None. A number is of a single sequence,
+        and means all rows if 0."""
+        if isinstance(counts, int):
+            return list(range(self.num_rows))[-counts:]
+        counts = [1] * self.num_sequences if counts is None else counts
+        ends = zip(self.starts[1:].tolist(), counts, strict=True)
+        return [row for stop, count in ends for row in range(stop - count, stop)]
+
     def positions(self, device: torch.device) -> Tensor:
         """Of all rows, `[num_rows]` int64."""
         return torch.from_numpy(self.row_positions).to(device)

@@ -51,6 +51,25 @@ class LayerProbe:
         return query
 
 
+@torch.inference_mode()
+def probed_layers(network: Any, device: torch.device) -> list[tuple[KvShape, AttentionRule]]:
+    """Shapes of keys and values in each layer and how it attends, seen in a forward of one token.
+
+    Raises:
+        UnsupportedModel: not every layer attends with keys and values of its own.
+    """
+    probe = LayerProbe()
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    network(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, cag_state=probe)
+    num_layers = network.config.get_text_config().num_hidden_layers
+    if sorted(probe.layers) != list(range(num_layers)):
+        raise UnsupportedModel(
+            f"of {num_layers} layers only {sorted(probe.layers)} use standard attention; "
+            "layers that share or replace keys and values are not supported."
+        )
+    return [probe.layers[index] for index in range(num_layers)]
+
+
 def gives_the_same(network: Any, own: Forward, other: Forward, *, exactly: bool) -> bool:
     """Whether another forward gives the logits of the network's own on probe tokens: closely behind two layers, and
     behind all as far as the dtype allows (`exactly`: the network computes in float32)."""

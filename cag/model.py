@@ -21,7 +21,7 @@ from cag.batch import TAIL_PAIRS, Batch, BatchState
 from cag.decoder import FewRowsDecoder, recognize
 from cag.device_decoder import DeviceDecoder, recognize_on_device
 from cag.errors import UnsupportedModel
-from cag.layer_probe import NUM_PROBES, LayerProbe, gives_the_same
+from cag.layer_probe import NUM_PROBES, gives_the_same, probed_layers
 from cag.model_files import (
     check_memory,
     chosen_dtype,
@@ -37,7 +37,7 @@ from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
-from cag.state import AttentionRule, BranchedState, KvShape, SequenceState, Tail, WholeState
+from cag.state import BranchedState, SequenceState, Tail, WholeState
 from cag.step_tensors import StepState, StepTensors
 from cag.weights import (
     Float32Products,
@@ -125,7 +125,7 @@ class LanguageModel:
         self._forward_lock = threading.Lock()
         self.most_read_tokens = 0  # of one sequence, by this process
         self.template: PromptTemplate = read_template(tokenizer)
-        probe = self._probe_layers()
+        probe = probed_layers(self.network, self.device)
         self.kv_shapes = [shape for shape, _ in probe]
         self._rules = [rule for _, rule in probe]
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device)
@@ -269,7 +269,7 @@ class LanguageModel:
             for state, count in zip(states, counts, strict=True):
                 state.begin(count)
             batch = BatchState(states, counts)
-            logits = self._run(ids, batch, _wanted_rows(batch, num_logits))
+            logits = self._run(ids, batch, batch.last_rows(num_logits))
             batch.finish()
         self.most_read_tokens = max(self.most_read_tokens, *(state.num_tail for state in states))
         return logits
@@ -408,27 +408,3 @@ class LanguageModel:
             warm_up_linear(torch.bfloat16)
         elif self.compute_dtype == torch.bfloat16:
             warm_up_tiles(head_dims)
-
-    def _probe_layers(self) -> list[tuple[KvShape, AttentionRule]]:
-        """Shapes of keys and values in each layer and how it attends, seen in a forward of one token."""
-        probe = LayerProbe()
-        with torch.inference_mode():
-            ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            self.network(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, cag_state=probe)
-        num_layers = self.network.config.get_text_config().num_hidden_layers
-        if sorted(probe.layers) != list(range(num_layers)):
-            raise UnsupportedModel(
-                f"of {num_layers} layers only {sorted(probe.layers)} use standard attention; "
-                "layers that share or replace keys and values are not supported."
-            )
-        return [probe.layers[index] for index in range(num_layers)]
-
-
-def _wanted_rows(batch: Batch, num_logits: int | Sequence[int] | None) -> list[int]:
-    """The last rows of each sequence, as many as are wanted of each."""
-    if isinstance(num_logits, int):
-        return list(range(batch.num_rows))[-num_logits:]
-    counts = [1] * batch.num_sequences if num_logits is None else num_logits
-    return [
-        row for stop, count in zip(batch.starts[1:].tolist(), counts, strict=True) for row in range(stop - count, stop)
-    ]
