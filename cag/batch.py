@@ -86,8 +86,8 @@ class Batch:
         return all(state.prefix is self.states[0].prefix for state in self.states)
 
     def last_rows(self, counts: int | Sequence[int] | None) -> list[int]:
-        """The last rows of each sequence: as many as `counts` says of each, 1 if None. A number is of a single sequence,
-        and means all rows if 0."""
+        """The last rows of each sequence: as many as `counts` says of each, 1 if None. A number is of a single
+        sequence, and means all rows if 0."""
         if isinstance(counts, int):
             return list(range(self.num_rows))[-counts:]
         counts = [1] * self.num_sequences if counts is None else counts
