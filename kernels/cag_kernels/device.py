@@ -60,9 +60,11 @@ def prefix_paths(device: torch.device) -> dict[str, str]:
     kernel = "Triton" if on_device else "torch"
     compiled = device.type == "cpu" and has_numba()
     tails = "compiled, all sessions at once" if compiled else "torch, session by session"
+    layers = "compiled, recorded once" if compiled else "the network's own"
+    layers = "Triton between products, steps recorded in CUDA graphs" if on_device else layers
     codes = "compiled, dequantized a stretch at a time" if compiled else "torch, dequantized as a whole"
     return {
-        "layers of a Llama, few rows": "compiled, recorded once" if compiled else "the network's own",
+        "layers of a Llama, few rows": layers,
         "prefix, 16 bits": "Triton or flash-attn, split" if on_device else "as prefill, question and answer",
         "prefix, 8 and 4 bits": f"{kernel}, dequantized in the tile" if on_device else codes,
         "tails in pages": f"{kernel}, all sessions at once" if on_device else tails,

@@ -71,7 +71,7 @@ def test_a_part_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch):
 def test_what_there_is_no_time_for_is_said(tmp_path):
     summary = run_gpu(CPU, replace(SMALL, budget_s=0.01), tmp_path, quiet)
     assert [row["name"] for row in summary["rows"] if "skipped" in row] == [
-        "check steps", "attention", "answers", "transform", "tuning",
+        "check steps", "answers", "attention", "transform", "tuning",
     ]  # fmt: skip
     assert all(bar["found"] is None and bar["met"] is None for bar in bars(summary["rows"]))
 

@@ -44,8 +44,8 @@ def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Prog
         bandwidth = clock.copy_bandwidth()
         parts: dict[str, Part] = {
             "check steps": lambda: _checks(device, options),
-            "attention": lambda: attention_rows(device, clock, options, bandwidth),
             "answers": lambda: _answers(device, options, budget, bandwidth, progress),
+            "attention": lambda: attention_rows(device, clock, options, bandwidth),
             "transform": lambda: iter([transform_row(device, clock, options, bandwidth, budget)]),
             "tuning": lambda: tuning_rows(device, clock, options, budget),
         }
