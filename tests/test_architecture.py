@@ -23,9 +23,10 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
 WALK = [
     "home", "errors", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "pages", "batch",
-    "weights", "recorded", "decoder", "model_files", "model", "prefill", "resident", "answer", "citations",
-    "generate", "scheduler", "session", "prefix", "fresh", "calibration", "probes", "fidelity", "key_errors",
-    "ladder", "rungs", "chunks", "memory", "trials", "building", "builder", "engine", "describe", "server", "cli",
+    "weights", "recorded", "decoder", "model_files", "model", "prefill", "ngrams", "resident", "answer", "citations",
+    "speculation", "generate", "scheduler", "session", "prefix", "fresh", "calibration", "probes", "fidelity",
+    "key_errors", "ladder", "rungs", "chunks", "memory", "trials", "building", "builder", "engine", "describe",
+    "server", "cli",
 ]  # fmt: skip
 
 
