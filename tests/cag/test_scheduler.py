@@ -230,7 +230,7 @@ def test_nobody_waits_for_more_than_a_block_of_a_long_prompt(engine):
             return forward(chunks, **more)
 
         engine.model.forward_together = counted
-        short = prefix.session().stream("Who?", SamplingOptions(max_tokens=30))
+        short = prefix.session().stream("Who?", SamplingOptions(max_tokens=30, speculate=False))
         long = prefix.session().stream("why " * 300, SamplingOptions(max_tokens=3))
         requests = [stream.submit(scheduler, lambda _piece: None) for stream in (short, long)]
         scheduler.run()
