@@ -91,8 +91,15 @@ class FidelityProbe:
     def measure(self) -> Fidelity:
         """Run the probes on what the prefix holds now. At least one branch."""
         self._exact.seek(0)
-        blocks = [block for group in self._groups for block in self._compared(group)]
-        divergence, same, nll_change = (torch.cat(column) for column in zip(*blocks, strict=True))
+        num_probes = sum(len(branch.targets) for branch in self._branches)
+        # made before the blocks: what stays of each would lie between the memory of one and the next, and split it
+        divergence, nll_change = (torch.empty(num_probes, dtype=torch.float64) for _ in range(2))
+        same, first = torch.empty(num_probes, dtype=torch.bool), 0
+        for group in self._groups:
+            for block in self._compared(group):
+                last = first + len(block[0])
+                divergence[first:last], same[first:last], nll_change[first:last] = block
+                first = last
         return Fidelity(
             mean_kl=float(divergence.mean()),
             p95_kl=float(divergence.quantile(0.95)),
@@ -115,10 +122,12 @@ class FidelityProbe:
         """KL, agreement and change of the NLL, each `[block]`, block by block."""
         coded = self._logits(group)
         targets = torch.tensor([target for branch in group for target in branch.targets])
+        exact = np.empty((min(_BLOCK_ROWS, len(coded)), coded.shape[1]), dtype=np.float32)
         for first in range(0, len(coded), _BLOCK_ROWS):
             block = coded[first : first + _BLOCK_ROWS]
-            exact = np.frombuffer(self._exact.read(block.nbytes), dtype=np.float32).copy()
-            yield compare(torch.from_numpy(exact).view_as(block), block, targets[first : first + _BLOCK_ROWS])
+            kept = exact[: len(block)]
+            self._exact.readinto(kept.data.cast("B"))
+            yield compare(torch.from_numpy(kept), block, targets[first : first + _BLOCK_ROWS])
 
 
 def same_bits(branches: Sequence[Branch]) -> Fidelity:
@@ -146,10 +155,11 @@ def compare(exact: Tensor, coded: Tensor, targets: Tensor) -> tuple[Tensor, Tens
         KL divergence of coded from exact in nats, whether the most likely token is the same, and the change of the
         real token's negative log-likelihood; each `[num_probes]`.
     """
-    log_p, log_q = exact.double().log_softmax(-1), coded.double().log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    log_p = exact.double().log_softmax(-1)
+    difference = log_p - coded.double().log_softmax(-1)
+    change = difference.gather(1, targets[:, None])[:, 0]
+    divergence = difference.mul_(log_p.exp_()).sum(-1).clamp_min(0)
     same = exact.argmax(-1) == coded.argmax(-1)
-    change = (log_p - log_q).gather(1, targets[:, None])[:, 0]
     return divergence, same, change
 
 
