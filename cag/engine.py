@@ -24,8 +24,8 @@ from cag.host_copies import HostCopies
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
+from cag.runtime import choose_device, plan_runtime, usable_cores
 from cag.resident import ResidentPrefix
-from cag.runtime import usable_cores
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
 from cag_store.codecs import warm_up
@@ -84,8 +84,9 @@ class Engine:
         Raises:
             ModelError: see `LanguageModel.load` and `fetch_model`.
         """
-        threading.Thread(target=warm_up, name="cag-warm-up", daemon=True).start()
         files = fetch_model(model, progress=progress)
+        plan_runtime(choose_device(device))  # measures, perhaps: before any work of our own takes a core
+        threading.Thread(target=warm_up, name="cag-warm-up", daemon=True).start()
         options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
         loaded = LanguageModel.load(files.directory, model_id=model, options=options)
         return cls(loaded, open_store(store))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cag import runtime
+from cag import engine, runtime
 from cag.errors import UsageError
 from cag.runtime import LARGE_ROWS, SMALL_ROWS, choose_device, plan_runtime
 
@@ -104,3 +104,13 @@ def test_no_cuda_here():
     assert choose_device("auto") == CPU
     with pytest.raises(UsageError, match="no CUDA"):
         choose_device("cuda")
+
+
+def test_nothing_of_our_own_runs_while_the_machine_is_measured(tiny_model_dir, tmp_path, monkeypatch):
+    """Loops that compile on a thread of ours once cost a core during the measurement, and the plan was a slow one."""
+    order = []
+    plan = engine.plan_runtime
+    monkeypatch.setattr(engine, "plan_runtime", lambda device: order.append("measure") or plan(device))
+    monkeypatch.setattr(engine, "warm_up", lambda: order.append("warm up"))
+    engine.Engine.load(str(tiny_model_dir), store=tmp_path / "store", device="cpu")
+    assert order == ["measure", "warm up"]
