@@ -24,8 +24,8 @@ from cag.host_copies import HostCopies
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
-from cag.runtime import choose_device, plan_runtime, usable_cores
 from cag.resident import ResidentPrefix
+from cag.runtime import choose_device, plan_runtime, usable_cores
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
 from cag_store.codecs import warm_up
