@@ -33,8 +33,8 @@ _NEARBY = np.array([0, -1, 1, -2, 2])  # bases that are tried, from the median
 
 
 class PackedRanks(NamedTuple):
-    """Codes without rank by rank. counts: how many codes are left behind each level; levels: words; rest: differences
-    that have no rank."""
+    """The codes of a plane, level by level. counts: how many differences are left behind each level; levels: words;
+    rest: the differences that have no rank."""
 
     counts: tuple[int, int, int]
     levels: list[bytes]
