@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cag.state import AttentionRule, PrefixLayers, PrefixSegment, SequenceState, attend_prefix
-from cag.step_tensors import StepSizes, StepTensors
+from cag.step_tensors import StepSizes, StepState, StepTensors
 from cag_kernels import (
     DensePrefix,
     cascade_attention,
@@ -130,33 +130,18 @@ class Batch:
         return before if count > 1 and count * before > TAIL_PAIRS else 0
 
 
-class BatchState(Batch):
+class BatchState(Batch, StepState):
     """A batch that a network's own forward attends with; see `SequenceState.attend`, of which it gives the same."""
 
     def upload(self, ids: Tensor, wanted: Sequence[int], device: torch.device) -> StepTensors:
         """What the forward needs, ids and wanted rows too, on `device`: before the first layer attends."""
-        self._tensors = StepTensors(StepSizes.of(self, len(wanted)), device)
-        self._tensors.fill(ids, self, wanted)
-        return self._tensors
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Store the keys and values of all rows, `[num_kv_heads, num_rows, head_dim]`, and attend."""
-        store_rows(self.sides(layer), keys, values, self._tensors)
-        return self.attend_stored(layer, query, AttentionRule(scale, window, softcap))
+        self.tensors = StepTensors(StepSizes.of(self, len(wanted)), device)
+        self.tensors.fill(ids, self, wanted)
+        return self.tensors
 
     def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
         """Attend; the keys and values of all rows are in their pages."""
-        tails, masks = self._tensors.tails(*self.sides(layer)), asdict(rule)
+        tails, masks = self.tensors.tails(*self.sides(layer)), asdict(rule)
         if query.is_cuda and self.stands_behind_one:
             return cascade_attention(query, segments_of(self.states[0].prefix, layer), tails, **masks)
         found = [paged_attention(query, tails, **masks), *self._before(layer, query, masks)]
@@ -195,7 +180,7 @@ class BatchState(Batch):
         self, group: RowGroup, segments: Sequence[PrefixSegment], query: Tensor, rule: dict[str, Any]
     ) -> list[tuple[Tensor, Tensor]]:
         """A group's rows over each segment of its prefix, read once for all of them, codes as they are."""
-        positions = self._tensors.positions[group.rows].int()
+        positions = self.tensors.positions[group.rows].int()
         found = []
         for segment in segments:
             found.append(prefix_attention(query, segment, positions=positions, **rule))
@@ -209,12 +194,6 @@ class BatchState(Batch):
         first = int(self.starts[group.sequences.start])
         for index in range(group.sequences.start, group.sequences.stop):
             yield slice(int(self.starts[index]) - first, int(self.starts[index + 1]) - first)
-
-
-def store_rows(sides: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, tensors: StepTensors) -> None:
-    """Put keys and values `[num_kv_heads, num_rows, head_dim]` where their rows go in a layer's pages."""
-    for side, new in zip(sides, (keys, values), strict=True):
-        side[tensors.row_pages, :, tensors.row_places] = new.transpose(0, 1).to(side.dtype)
 
 
 def segments_of(prefix: PrefixLayers | None, layer: int) -> tuple[PrefixSegment, ...]:

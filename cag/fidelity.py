@@ -126,7 +126,8 @@ class FidelityProbe:
         for first in range(0, len(coded), _BLOCK_ROWS):
             block = coded[first : first + _BLOCK_ROWS]
             kept = exact[: len(block)]
-            self._exact.readinto(kept.data.cast("B"))
+            if self._exact.readinto(kept.data.cast("B")) != kept.nbytes:
+                raise InsufficientResources(f"the distributions of the probes were cut in {tempfile.gettempdir()}.")
             yield compare(torch.from_numpy(kept), block, targets[first : first + _BLOCK_ROWS])
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cag.batch import Batch, segments_of, store_rows
+from cag.batch import Batch, segments_of
 from cag.pages import PagedTail, PagePool
 from cag.state import AttentionRule, PrefixSegment
 from cag.step_tensors import StepSizes, StepState, StepTensors
@@ -58,7 +58,7 @@ def _next(count: int) -> int:
     return ROWS[place]
 
 
-class PaddedState:
+class PaddedState(StepState):
     """What the rows of a padded step attend to; see `cag.batch.BatchState`, of which it is the part for one prefix."""
 
     def __init__(self, tensors: StepTensors, pool: PagePool, layers: Sequence[tuple[PrefixSegment, ...]]) -> None:
@@ -67,21 +67,6 @@ class PaddedState:
     def sides(self, layer: int) -> tuple[Tensor, Tensor]:
         """The pages of a layer, keys and values."""
         return self._pool.keys[layer], self._pool.values[layer]
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Store the keys and values of all rows, `[num_kv_heads, num_rows, head_dim]`, and attend."""
-        store_rows(self.sides(layer), keys, values, self.tensors)
-        return self.attend_stored(layer, query, AttentionRule(scale, window, softcap))
 
     def segments(self, layer: int) -> tuple[PrefixSegment, ...]:
         """What stands before all rows."""

@@ -7,9 +7,10 @@ the real ones are filled with ones that touch a scratch page only. Knows batches
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,8 +41,21 @@ class StepSizes:
         return cls(batch.num_rows, batch.num_sequences, batch.pages.shape[1], max(batch.counts), num_wanted)
 
 
-class StepState(Protocol):
-    """What the rows of a step attend to: their own tokens in pages, and what stands before them."""
+class StepState(ABC):
+    """What the rows of a step attend to: their own tokens in pages, and what stands before them.
+
+    `tensors` are those of the step.
+    """
+
+    tensors: StepTensors
+
+    @abstractmethod
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The pages of a layer, keys and values."""
+
+    @abstractmethod
+    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
+        """Attend; the keys and values of all rows are in their pages."""
 
     def attend(
         self,
@@ -54,13 +68,11 @@ class StepState(Protocol):
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """See `cag.state.SequenceState.attend`."""
-
-    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The pages of a layer, keys and values."""
-
-    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
-        """Attend; the keys and values of all rows are in their pages."""
+        """Store the keys and values of all rows, `[num_kv_heads, num_rows, head_dim]`, and attend; see
+        `cag.state.SequenceState.attend`."""
+        for side, new in zip(self.sides(layer), (keys, values), strict=True):
+            side[self.tensors.row_pages, :, self.tensors.row_places] = new.transpose(0, 1).to(side.dtype)
+        return self.attend_stored(layer, query, AttentionRule(scale, window, softcap))
 
 
 class StepTensors:

@@ -180,6 +180,15 @@ def test_a_full_temporary_directory_is_a_typed_error(model, monkeypatch):
         FidelityProbe(model, resident(model, layout), branches)
 
 
+def test_distributions_that_were_cut_are_not_compared(model):
+    """What is missing would be whatever lay in memory."""
+    layout, branches = laid_out(model, documents())
+    with FidelityProbe(model, resident(model, layout), branches) as probe:
+        probe._exact.truncate(probe._exact.seek(0, 2) - 1)
+        with pytest.raises(InsufficientResources, match="cut"):
+            probe.measure()
+
+
 def test_fidelity_of_other_versions_is_not_taken_for_this_ones():
     stored = Fidelity(0.1, 0.2, 0.9, 256, 0.01, {"answer_tokens": 0}).to_json()
     assert Fidelity.from_json(stored) == Fidelity(**stored)

@@ -179,27 +179,20 @@ class Answers:
             model.replays = usual
 
 
-class AttendingApart:
+class AttendingApart(StepState):
     """A step's state whose rows attend to the prefix one by one, as if it were each session's own."""
 
     def __init__(self, tensors: StepTensors, state: Any) -> None:
-        self._tensors, self._state = tensors, state
+        self.tensors, self._state = tensors, state
 
     def sides(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `cag.step_tensors.StepState`."""
         found: tuple[Tensor, Tensor] = self._state.sides(layer)
         return found
 
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor:
-        """See `cag.step_tensors.StepState`; networks without a decoder of few launches come here."""
-        pages, places = self._tensors.row_pages, self._tensors.row_places
-        for side, new in zip(self.sides(layer), (keys, values), strict=True):
-            side[pages, :, places] = new.transpose(0, 1).to(side.dtype)
-        return self.attend_stored(layer, query, AttentionRule(**rule))
-
     def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
         """See `cag.step_tensors.StepState`."""
-        parts = [paged_attention(query, self._tensors.tails(*self.sides(layer)), scale=rule.scale)]
+        parts = [paged_attention(query, self.tensors.tails(*self.sides(layer)), scale=rule.scale)]
         for segment in self._state.segments(layer):
             found = [prefix_attention(row, segment, scale=rule.scale) for row in torch.split(query, 1, dim=1)]
             parts.append((torch.cat([out for out, _ in found], 1), torch.cat([lse for _, lse in found], 1)))

@@ -26,8 +26,9 @@ NUM_RANKED = sum((1 << bits) - 1 for bits in LEVEL_BITS)
 GROUP = 64  # codes that share words
 
 _COUNTS = struct.Struct("<III")
-_FIRST_OF_LEVEL = (0, 3, 6)  # ranks
-_LENGTH_BY_RANK = np.repeat([2, 4, 7, 15], [3, 3, 7, 256 - NUM_RANKED])  # bits
+_RANKS_OF_LEVEL = [(1 << bits) - 1 for bits in LEVEL_BITS]
+_FIRST_OF_LEVEL = [sum(_RANKS_OF_LEVEL[:level]) for level in range(len(LEVEL_BITS))]
+_LENGTH_BY_RANK = np.repeat(np.cumsum([*LEVEL_BITS, 8]), [*_RANKS_OF_LEVEL, 256 - NUM_RANKED])  # bits
 _VALUES = np.arange(256)
 _NEARBY = np.array([0, -1, 1, -2, 2])  # bases that are tried, from the median
 
