@@ -6,9 +6,7 @@ layer by layer, and can be kept to be sent again. Knows shapes of keys, values a
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cag.host_copies import HostCopy
+from cag.huge_pages import has_huge_pages, huge_mapping, whole_pages
 from cag.uploads import Uploads, pinned, pinned_like
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_store.codecs import CodedShape, CodedSide
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 Sides = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer."""
 
-HUGE_PAGE_BYTES = 2 << 20
 _ALIGNED = 64  # bytes: an array begins with a line of the processor's cache
 
 
@@ -193,22 +191,19 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self._free: deque[mmap.mmap] = deque(maxlen=1)  # no lock: memory may come free in the midst of `take`
+        self._free: deque[tuple[int, Any]] = deque(maxlen=1)  # no lock: memory may come free in the midst of `take`
 
     def take(self, num_bytes: int) -> Tensor:
-        """At least `num_bytes` of any content, uint8; the memory comes back when no tensor uses it any more."""
+        """`num_bytes` of any content, uint8, or more; the memory comes back when no tensor uses it any more."""
         try:
-            memory = self._free.pop()
+            size, memory = self._free.pop()
         except IndexError:
-            memory = None
-        if memory is None or not num_bytes <= len(memory) <= 2 * num_bytes:
-            # private: shared memory gets huge pages only where the system's administrator allows them
-            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
+            size, memory = 0, None
+        if memory is None or not num_bytes <= size <= 2 * num_bytes:
+            size, memory = num_bytes, huge_mapping(num_bytes)
         holder = np.frombuffer(memory, dtype=np.uint8)
-        weakref.finalize(holder, self._free.append, memory)
-        return torch.from_numpy(holder)
+        weakref.finalize(holder, self._free.append, (size, memory))
+        return whole_pages(torch.from_numpy(holder))
 
 
 _memory = _Memory()
@@ -216,9 +211,9 @@ _memory = _Memory()
 
 def _allocate(sizes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Uninitialized tensors; on a CPU in one mapping of huge pages where the system has them."""
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu" or not has_huge_pages():
         return [torch.empty(size, dtype=dtype, device=device) for size in sizes]
     counts = [math.prod(size) for size in sizes]
-    whole = _memory.take(sum(counts) * dtype.itemsize + HUGE_PAGE_BYTES)
-    aligned = whole[-whole.data_ptr() % HUGE_PAGE_BYTES :][: sum(counts) * dtype.itemsize].view(dtype)
-    return [part.view(size) for part, size in zip(torch.split(aligned, counts), sizes, strict=True)]
+    num_bytes = sum(counts) * dtype.itemsize
+    numbers = _memory.take(num_bytes)[:num_bytes].view(dtype)
+    return [part.view(size) for part, size in zip(torch.split(numbers, counts), sizes, strict=True)]

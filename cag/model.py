@@ -21,6 +21,7 @@ from cag.batch import TAIL_PAIRS, Batch, BatchState
 from cag.decoder import FewRowsDecoder, recognize
 from cag.device_decoder import DeviceDecoder, recognize_on_device
 from cag.errors import UnsupportedModel
+from cag.huge_pages import move_weights
 from cag.layer_probe import NUM_PROBES, gives_the_same, probed_layers
 from cag.model_files import (
     check_memory,
@@ -166,6 +167,8 @@ class LanguageModel:
         else:
             if device.type == "cpu" and compute == torch.bfloat16:
                 join_network(network)
+            if device.type == "cpu":
+                move_weights(network)
             if plan.product in ("transposed", "tiles"):
                 use_transposed_products(network)
         return cls(

@@ -1,5 +1,7 @@
 """Weights packed or side by side, and the quick forward for few rows, against plain transformers in float32."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
 from cag import model as model_module
 from cag.batch import TAIL_PAIRS, Batch
 from cag.decoder import recognize
+from cag.huge_pages import HUGE_PAGE_BYTES
 from cag.model import LanguageModel, ModelOptions
 from cag.runtime import RuntimePlan
 from cag.state import AttentionRule
@@ -204,10 +207,12 @@ def test_weights_side_by_side_take_no_more_memory(monkeypatch, tmp_path):
     for layer, expected in zip(model.network.model.layers, plain.model.layers, strict=True):
         for part, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
             weights = [getattr(getattr(layer, part), name).weight for name in names]
-            assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-            assert weights[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in weights)
+            assert all(left.data_ptr() + left.nbytes == right.data_ptr() for left, right in pairwise(weights))
             for name, weight in zip(names, weights, strict=True):
                 assert torch.equal(weight, getattr(getattr(expected, part), name).weight)
+    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.network.parameters()}
+    padding = 64 * len(list(model.network.parameters()))
+    assert sum(memory.values()) <= sum(p.nbytes for p in plain.parameters()) + padding + HUGE_PAGE_BYTES
 
 
 def test_a_model_stored_in_float32_stays_as_it_is(tmp_path):
