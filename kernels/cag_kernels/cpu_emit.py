@@ -48,7 +48,7 @@ class Emitter:
         self.builder = ir.IRBuilder(function.append_basic_block("entry"))
 
     @contextmanager
-    def loop(self, start: Value, stop: Value, step: int, carried: Sequence[Value] = ()) -> Iterator[Loop]:
+    def loop(self, start: Value, stop: Value, step: int | Value, carried: Sequence[Value] = ()) -> Iterator[Loop]:
         """Loop from `start` up to `stop`; set `following` inside, read it behind the loop."""
         builder = self.builder
         before = builder.block
@@ -59,7 +59,7 @@ class Emitter:
         values = [builder.phi(value.type) for value in carried]
         loop = Loop(index, values)
         yield loop
-        advanced = builder.add(index, self.integer(step))
+        advanced = builder.add(index, self.integer(step) if isinstance(step, int) else step)
         builder.cbranch(builder.icmp_signed("<", advanced, stop), body, behind)
         for phi, first, then in zip([index, *values], [start, *carried], [advanced, *loop.following], strict=True):
             phi.add_incoming(first, before)
@@ -83,6 +83,10 @@ class Emitter:
     def minimum(self, left: Value, right: Value) -> Value:
         """The smaller of two indices."""
         return self.builder.select(self.builder.icmp_signed("<", left, right), left, right)
+
+    def rounded_up(self, count: Value, size: Value) -> Value:
+        """How many of `size` hold `count`, both above 0."""
+        return self.builder.udiv(self.builder.add(count, self.builder.sub(size, self.integer(1))), size)
 
     def scratch(self, count: int) -> Value:
         """`count` float32 on the stack."""

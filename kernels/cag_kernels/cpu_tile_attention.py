@@ -12,7 +12,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu_call import Call, Field
 from cag_kernels.cpu_dequantize import Dequantizer
-from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, POINTER, UNSEEN, Emitter, Value, function_blocks
+from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
 from cag_kernels.cpu_loops import emit_factors, emit_logsumexps, emit_tasks
 from cag_kernels.cpu_panel import MAX_WIDTH, Blocking
 from cag_kernels.cpu_tile_piece import PIECE, Piece, piece_bytes
@@ -101,15 +101,27 @@ class _Task:
         with emit.loop(first, stop, PIECE) as piece:
             count = emit.minimum(builder.sub(stop, piece.index), emit.integer(PIECE))
             keys, values = (self._emit_whole(side, head, piece.index, count) for side in range(2))
-            following = builder.add(piece.index, emit.integer(PIECE))
-            following = builder.select(builder.icmp_signed("<", following, stop), following, piece.index)
-            ahead = [self._place(side, head, following) for side in range(2)]
+            ahead = self._emit_ahead(head, builder.add(piece.index, emit.integer(PIECE)), stop)
             self._emit_paired(values, count)
             self._emit_panels(query, [keys, self.paired], sums, ahead, count)
         scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
         with emit.loop(emit.integer(0), lanes, TILE) as lane:
             place = emit.at(sums[0], lane.index)
             emit.store(builder.fmul(emit.load(place), scale), place)
+
+    def _emit_ahead(self, head: Value, token: Value, stop: Value) -> list[Value]:
+        """Where the piece lies that is computed with next: from `token` on, and behind the range that of the task that
+        is taken next, by this thread as likely as by another."""
+        call, emit, builder = self.call, self.emit, self.emit.builder
+        num_ranges = call[Field.NUM_RANGES]
+        last = builder.sub(builder.mul(num_ranges, call[Field.NUM_KV_HEADS]), emit.integer(1))
+        coming = builder.load_atomic(call.place(Field.NEXT_TASK), "monotonic", 8, typ=INT64)
+        task = emit.minimum(coming, last)
+        first = builder.mul(builder.srem(task, num_ranges), emit.integer(call.blocking.range_tokens))
+        is_here = builder.icmp_signed("<", token, stop)
+        token = builder.select(is_here, token, first)
+        head = builder.select(is_here, head, builder.sdiv(task, num_ranges))
+        return [self._place(side, head, token) for side in range(2)]
 
     def _emit_start(self, sums: list[Value], lanes: Value) -> None:
         emit, builder = self.emit, self.emit.builder
@@ -175,12 +187,15 @@ class _Task:
     def _emit_panels(
         self, query: Value, sides: list[Value], sums: list[Value], ahead: list[Value], count: Value
     ) -> None:
-        """All rows, as many vectors of them at a time as there are tiles for."""
+        """All rows, in panels of about as many vectors each, which there are tiles for."""
         call, emit, builder = self.call, self.emit, self.emit.builder
         lanes, scale = call[Field.NUM_LANES], call[Field.SCALE]
-        with emit.loop(emit.integer(0), lanes, TILE * MAX_WIDTH) as column:
+        vectors = builder.udiv(lanes, emit.integer(TILE))
+        num_panels = emit.rounded_up(vectors, emit.integer(MAX_WIDTH))
+        most = emit.rounded_up(vectors, num_panels)
+        with emit.loop(emit.integer(0), lanes, builder.mul(most, emit.integer(TILE))) as column:
             left = builder.sub(lanes, column.index)
-            width = emit.minimum(builder.sdiv(left, emit.integer(TILE)), emit.integer(MAX_WIDTH))
+            width = emit.minimum(builder.sdiv(left, emit.integer(TILE)), most)
             channels = builder.mul(column.index, emit.integer(self.head_dim))
             shifted = [
                 emit.at(place, index) for place, index in zip(sums, (column.index, column.index, channels), strict=True)

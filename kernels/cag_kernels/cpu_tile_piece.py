@@ -1,6 +1,6 @@
-"""A piece of attention by tile products: up to 128 keys and values for up to 48 rows, as one function.
+"""A piece of attention by tile products: up to 64 keys and values for up to 48 rows, as one function.
 
-Scores, weights and sums of a piece stay in the first two caches, and what the next piece reads is asked for meanwhile.
+Scores and weights of a piece stay in the first cache, and what the next piece reads is asked for meanwhile.
 Knows where a piece's operands lie; not what ranges, heads and tasks they come from (`cpu_tile_attention`).
 """
 
@@ -14,7 +14,7 @@ from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSE
 from cag_kernels.cpu_tiles import DEPTH, FEW_TERMS, TILE, TileEmitter
 from cag_kernels.prefixes import Codes
 
-PIECE = 128  # keys of one softmax step: scores, turned values and weights of them stay in the first two caches
+PIECE = 64  # keys of one softmax step: scores, turned values and weights of them stay in the first cache
 LINE_BYTES = 64  # of a processor's cache
 _SECOND_CACHE = 2
 # which share of the next piece is asked for during which phase of this one: about as long as each takes. Memory brings
@@ -112,7 +112,7 @@ class Piece:
             self._emit_ahead("maxima", key.index, 2, PIECE)
             key.following = [emit.larger(odd[i], emit.larger(even[i], key.values[i])) for i in lanes]
         larger = list(key.following)
-        corrections = [self._weight(before[i], larger[i]) for i in lanes]
+        corrections = [self._correction(before[i], larger[i]) for i in lanes]
         old = self._lanes_of(self.denominator)
         with emit.loop(emit.integer(0), self.num_keys, 2, [builder.fmul(old[i], corrections[i]) for i in lanes]) as key:
             weights = [
@@ -149,6 +149,11 @@ class Piece:
             line = builder.select(of_keys, line, builder.sub(line, emit.integer(num_keys)))
             emit.prefetch(emit.at(place, builder.mul(line, emit.integer(LINE_BYTES)), INT8), near=_SECOND_CACHE)
 
+    def _correction(self, before: Value, larger: Value) -> Value:
+        """What older sums are multiplied by: exactly 1 where the maximum is what it was."""
+        same = self.emit.builder.fcmp_ordered("==", before, larger)
+        return self.emit.builder.select(same, self.emit.constant(1.0), self._weight(before, larger))
+
     def _weight(self, score: Value, maximum: Value) -> Value:
         """The difference first: a product of its own for each would round huge scores to more than the maximum."""
         exponent = self.emit.builder.fmul(self.emit.builder.fsub(score, maximum), self.factor)
@@ -169,15 +174,21 @@ class Piece:
             self._emit_ahead("left", key.index, DEPTH, PIECE)
 
     def _emit_corrected(self, corrections: list[Value]) -> None:
+        """Multiply older sums, 16 rows at a time and only where the maximum of one of these has grown."""
         emit, builder = self.emit, self.emit.builder
         for lane, vector in enumerate(corrections):
             emit.store(vector, emit.at(self.corrections, lane * TILE))
-        with emit.loop(emit.integer(0), emit.integer(self.row_floats), 1) as row:
-            factor = emit.spread(emit.at(self.corrections, row.index))
-            place = emit.at(self.weighted, builder.mul(row.index, emit.integer(self.head_dim)))
-            for channel in range(0, self.head_dim, TILE):
-                target = emit.at(place, channel)
-                emit.store(builder.fmul(emit.load(target), factor), target)
+            moved = builder.bitcast(builder.fcmp_unordered("!=", vector, emit.constant(1.0)), INT16)
+            first = emit.integer(lane * TILE)
+            with (
+                emit.when(builder.icmp_signed("!=", moved, ir.Constant(INT16, 0))),
+                emit.loop(first, builder.add(first, emit.integer(TILE)), 1) as row,
+            ):
+                factor = emit.spread(emit.at(self.corrections, row.index))
+                place = emit.at(self.weighted, builder.mul(row.index, emit.integer(self.head_dim)))
+                for channel in range(0, self.head_dim, TILE):
+                    target = emit.at(place, channel)
+                    emit.store(builder.fmul(emit.load(target), factor), target)
 
     def _emit_weighted(self) -> None:
         """Add the piece's weighted values, 16 channels at a time."""

@@ -97,10 +97,13 @@ class TileEmitter(Emitter):
         return memory
 
     def pairs(self, even: Value, odd: Value) -> Value:
-        """Two vectors of float32 rounded to bfloat16, lane by lane side by side: vector of 16 int32."""
-        lanes = [lane + odd for lane in range(TILE) for odd in (0, TILE)]
-        numbers = self.builder.shuffle_vector(self._narrowed_both(even, odd), self._halves, self._both(lanes))
-        return self.builder.bitcast(numbers, self.integers)
+        """Two vectors of finite float32, rounded to the nearest bfloat16 (ties away from zero), lane by lane side by
+        side: vector of 16 int32."""
+        builder, half = self.builder, self._integers(1 << 15)
+        low, high = (builder.add(builder.bitcast(value, self.integers), half) for value in (even, odd))
+        rows = [builder.bitcast(value, _HALVES) for value in (builder.lshr(low, self._integers(16)), high)]
+        numbers = builder.shuffle_vector(*rows, self._both([i if i % 2 == 0 else i + DEPTH for i in range(DEPTH)]))
+        return builder.bitcast(numbers, self.integers)
 
     def load_pairs(self, even: Value, odd: Value) -> list[Value]:
         """Two places in memory that hold 32 bfloat16 each, number by number side by side: two vectors of 16 int32."""
