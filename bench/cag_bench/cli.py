@@ -57,6 +57,7 @@ def ttft(
     out: OutOption = None,
     model: ModelOption = None,
     codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "lossless",
+    prefix_tokens: Annotated[int | None, typer.Option(help="Cut the corpus to N tokens, exactly.")] = None,
     store: StoreOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -70,7 +71,7 @@ def ttft(
     from cag_bench.ttft import TtftOptions, run_ttft
     from cag_store import codec_from_config
 
-    options = TtftOptions(parse_arms(arms), n, full_n, max_tokens, seed, codec)
+    options = TtftOptions(parse_arms(arms), n, full_n, max_tokens, seed, codec, prefix_tokens)
     codec_from_config(codec)
     asked, documents = load_questions(questions), read_corpus(corpus)
     folder = _folder(out, "ttft")

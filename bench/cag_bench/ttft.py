@@ -21,6 +21,7 @@ from cag_bench.arm_names import DEFAULT_ARMS, FULL_PREFILL, ArmSpec, parse_arms
 from cag_bench.arms import ArmContext, open_arms
 from cag_bench.cache import BenchCache, build_bench_cache
 from cag_bench.corpus import BenchCorpus
+from cag_bench.exact_prefix import cut_corpus
 from cag_bench.measure import MeasurePlan, Sample, measure, num_samples, warm_up
 from cag_bench.notes import run_notes
 from cag_bench.plot import plot_ttft, require_matplotlib
@@ -38,7 +39,7 @@ PRINTED = ("machine", "commit", "versions", "arms", "ratios", "notes")
 @dataclass(frozen=True)
 class TtftOptions:
     """How a run goes. `n` takes the first questions of the file, all if None; `full_n` the first of those for
-    `full-prefill`."""
+    `full-prefill`. `prefix_tokens` cuts the corpus to exactly as many tokens with its prompt."""
 
     arms: tuple[ArmSpec, ...] = parse_arms(DEFAULT_ARMS)
     n: int | None = None
@@ -46,9 +47,10 @@ class TtftOptions:
     max_tokens: int = 32
     seed: int = 0
     codec: str = "lossless"
+    prefix_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "full_n"):
+        for name in ("n", "full_n", "prefix_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; it must be at least 1.")
@@ -93,7 +95,7 @@ def run_ttft(
     Raises:
         CorpusTooLarge: a cached arm is wanted and the corpus exceeds the model's window.
         PrefixRecomputed: a cached arm computed what the cache should have served; the run is refused.
-        UsageError: no question, or no matplotlib.
+        UsageError: no question, no matplotlib, or a corpus that has no cut of the size wanted.
     """
     require_matplotlib()
     machine = machine_facts(engine.model) | {"load_average_begin": load_average()}
@@ -160,6 +162,8 @@ def _prepare(
     engine: Engine, corpus: BenchCorpus, questions: Sequence[Question], options: TtftOptions, progress: Progress
 ) -> _PreparedRun:
     asked, spare = _chosen(questions, options.n)
+    if options.prefix_tokens is not None:
+        corpus = cut_corpus(corpus, engine.model.tokenizer, engine.model.template, options.prefix_tokens)
     layout = lay_out(engine.model.tokenizer, engine.model.template, corpus.documents)
     cache = _cache(engine, corpus, layout, options, progress)
     retrievers, index_s = _retrievers(engine, corpus, options, progress)

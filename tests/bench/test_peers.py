@@ -14,7 +14,7 @@ from cag.prompt import lay_out
 from cag_bench.cli import app
 from cag_bench.corpus import read_corpus
 from cag_bench.errors import PeerDied, PeerNonsense, PeerRefused, PeerTimeout
-from cag_bench.peers.exact_prefix import cut_corpus
+from cag_bench.exact_prefix import cut_corpus
 from cag_bench.peers.measure import PeerSample, SessionsSample, drawn
 from cag_bench.peers.parties import DISK, MEMORY, AskedQuestion, PeerParty, PeerSessions, answers_of_full_length
 from cag_bench.peers.process import PeerProcess, peer_environment

@@ -62,6 +62,18 @@ def test_a_run_measures_every_arm_and_writes_its_files(run, tiny_engine, tmp_pat
         assert (sample.read_s is not None and sample.read_s > 0) == bool(sample.page_cache_dropped)
 
 
+def test_a_corpus_can_be_cut_to_a_number_of_tokens(run, corpus_dir):
+    whole = read_corpus([str(corpus_dir)])
+    summary = run(arms=parse_arms("cag-hot,rag-bm25@1"), prefix_tokens=600).summary
+    assert summary["corpus"]["num_tokens"] == 600
+    assert 0 < summary["corpus"]["num_passages"] < len(whole.passages)  # none from behind the cut
+    assert summary["options"]["prefix_tokens"] == 600
+    with pytest.raises(UsageError, match="fewer than"):
+        run(prefix_tokens=10**6)
+    with pytest.raises(UsageError, match="prefix-tokens"):
+        run(prefix_tokens=0)
+
+
 def test_a_cache_changes_no_answer(run):
     answers = {}
     for sample in run().samples:

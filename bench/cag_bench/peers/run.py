@@ -22,8 +22,8 @@ from cag_bench.arms import BenchArm
 from cag_bench.arms.cached import HotArm, StoredArm
 from cag_bench.cache import BenchCache, build_bench_cache
 from cag_bench.corpus import BenchCorpus
+from cag_bench.exact_prefix import cut_corpus
 from cag_bench.figures import NUM_RESAMPLES, percentiles
-from cag_bench.peers.exact_prefix import cut_corpus
 from cag_bench.peers.measure import PeerSample, SessionsSample, measure_questions, measure_sessions
 from cag_bench.peers.parties import (
     DISK,

@@ -19,7 +19,7 @@ def cut_corpus(corpus: BenchCorpus, tokenizer: Any, template: PromptTemplate, nu
     """The first documents, the last of them cut, so that `lay_out` makes `num_tokens` tokens of them.
 
     A document's marker brings several tokens at once, so where no cut meets the size, the first documents are left out
-    one after the other.
+    one after the other. Passages that reach beyond the cut are left out.
 
     Raises: `UsageError` for a corpus that is too small, or a size that no cut meets.
     """
@@ -32,7 +32,9 @@ def cut_corpus(corpus: BenchCorpus, tokenizer: Any, template: PromptTemplate, nu
     for first in range(len(corpus.documents)):
         cut = _cut(corpus.documents[first:], count, num_tokens)
         if cut is not None:
-            return replace(corpus, report=replace(corpus.report, documents=cut), passages=())
+            kept = {document.doc_id: len(document.text) for document in cut}
+            passages = tuple(found for found in corpus.passages if found.end <= kept.get(found.doc_id, 0))
+            return replace(corpus, report=replace(corpus.report, documents=cut), passages=passages)
     raise UsageError(
         f"no cut of the corpus has exactly {num_tokens} tokens with its prompt.", hint="Take another size."
     )
