@@ -16,7 +16,7 @@ class Reader:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._scratch = Scratch(keep=store.workers + 1)
+        self._scratch = Scratch(keep=store.workers + 2)
 
     def seconds(self, paths: Sequence[str]) -> float:
         """Seconds that every byte of `paths` takes."""
@@ -29,6 +29,6 @@ class Reader:
             with self._scratch.taken(largest) as buffer:
                 backend.read_range(path, 0, sizes[path], buffer)
 
-        with ThreadPoolExecutor(self._store.workers + 1) as pool:
+        with ThreadPoolExecutor(self._store.workers + 2) as pool:
             list(pool.map(read, paths))
         return time.perf_counter() - begin

@@ -27,6 +27,7 @@ from cag_bench.cores import can_pin, on_cores
 from cag_bench.corpus import BenchCorpus
 from cag_bench.errors import WrongValues
 from cag_bench.figures import paired_ratio, percentiles
+from cag_bench.kept_codes import Encoded, KeptCodes
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.quality import ready_codecs, warm_up
 from cag_bench.quality_corpus import cut_corpus
@@ -34,7 +35,7 @@ from cag_bench.reading import Reader
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
 from cag_bench.store_table import markdown, notes
 from cag_store import ROOT, ChunkContext, ChunkEntry, Codec, Store
-from cag_store.codecs import EncodedSegment, Side, layer_groups
+from cag_store.codecs import CodedSide, EncodedSegment, Side, layer_groups
 from cag_store.paths import chunk_path
 
 CODECS = ("lossless", "int8", "int4", "transform@-580", "transform@-515", "transform@-445")
@@ -114,7 +115,7 @@ class TimedCodec:
                 encode[cores] = self._timed(partial(self._encoded, codec, cores), ENCODE_SAMPLES)
                 decode[cores] = self._timed(partial(self._decode, codec, segments, cores))
         most = max(options.cores)
-        loads = self._loads(partial(self._decode, codec, segments, most))
+        loads = self._loads(codec, encoded, partial(self._decode, codec, segments, most))
         return {
             "codec": self._config,
             "label": codec_label(self._config),
@@ -166,8 +167,9 @@ class TimedCodec:
             for _ in pool.map(codec.decode_segments, segments):
                 pass
 
-    def _loads(self, decode: Callable[[], None]) -> dict[str, Any]:
-        """Loads through the store, in turn with reading alone and decoding alone."""
+    def _loads(self, codec: Codec, encoded: Encoded, decode: Callable[[], None]) -> dict[str, Any]:
+        """Loads through the store, in turn with reading alone and decoding alone; and, where the engine keeps codes,
+        loads that keep them, and keeping alone."""
         entries: list[ChunkEntry] = []
         for start, _ in self._spans():
             entries.append(self._chunks.put(self._context, entries[-1].key if entries else ROOT, start))
@@ -177,33 +179,61 @@ class TimedCodec:
         expected = [(keys.copy(), values.copy()) for keys, values in self._buffers]
         first_s = _seconds(partial(self._load, entries))
         self._check(expected)
-        taken: dict[str, list[float]] = {name: [] for name in ("read_cold", "load_cold", "load_warm", "decode")}
+        kept = self._kept_codes(codec, encoded, entries)
+        names = ("read_cold", "load_cold", "load_warm", "decode")
+        taken: dict[str, list[float]] = {name: [] for name in (*names, *(("load_cold_codes", "keep") if kept else ()))}
         dropped = True
         for _ in range(self._options.num_samples):
             dropped &= self._dropped(paths)
             taken["read_cold"].append(self._reader.seconds(paths))
             dropped &= self._dropped(paths)
             taken["load_cold"].append(_seconds(partial(self._load, entries)))
+            if kept is not None:
+                dropped &= self._dropped(paths)
+                taken["load_cold_codes"].append(_seconds(partial(self._load, entries, kept.buffers)))
+                taken["keep"].append(_seconds(partial(kept.keep, max(self._options.cores))))
             self._bring_into_memory(paths)  # a cold load leaves nothing in the page cache
             taken["load_warm"].append(_seconds(partial(self._load, entries)))
             taken["decode"].append(_seconds(decode))
-        longer = [max(pair) for pair in zip(taken["read_cold"], taken["decode"], strict=True)]
-        pairs = list(zip(taken["load_cold"], longer, strict=True))
+        ratios = {"cold_over_longer": self._over_longer(taken, "load_cold", "decode")}
+        if kept is not None:
+            ratios["codes_over_longer"] = self._over_longer(taken, "load_cold_codes", "keep")
         return {
             "stored_bytes": sum(entry.stored_bytes for entry in entries),
             "page_cache_dropped": dropped,
             "first_load_s": first_s,
             "seconds": {name: {**(percentiles(v) or {}), "samples": v} for name, v in taken.items()},
-            "cold_over_longer": paired_ratio(pairs, self._options.seed),
+            **ratios,
         }
+
+    def _over_longer(self, taken: dict[str, list[float]], load: str, work: str) -> dict[str, object] | None:
+        """A load over the longer of reading and `work`, sample by sample."""
+        longer = [max(pair) for pair in zip(taken["read_cold"], taken[work], strict=True)]
+        return paired_ratio(list(zip(taken[load], longer, strict=True)), self._options.seed)
+
+    def _kept_codes(self, codec: Codec, encoded: Encoded, entries: Sequence[ChunkEntry]) -> KeptCodes | None:
+        """None where the engine keeps no codes: of other codecs, and of other types than bfloat16. Raises:
+        `WrongValues` unless the store gives back what is kept from memory."""
+        with self._store.chunk_reader(entries, self._context) as reader:
+            shapes = reader.coded_shapes()
+        if shapes is None or self._context.dtype != "bfloat16":
+            return None
+        kept = KeptCodes(codec, shapes, encoded, self._context.chunk_tokens)
+        kept.keep(max(self._options.cores))
+        expected = kept.copies()
+        self._load(entries, kept.buffers)
+        if not all(map(np.array_equal, expected, kept.copies())):
+            label = codec_label(self._config)
+            raise WrongValues(f"{label}: the store gave back other codes than were kept from memory.", codec=label)
+        return kept
 
     def _dropped(self, paths: Sequence[str]) -> bool:
         dropped = [self._store.backend.drop_page_cache(path) for path in paths]  # of all, whatever the first says
         return all(dropped)
 
-    def _load(self, entries: Sequence[ChunkEntry]) -> None:
+    def _load(self, entries: Sequence[ChunkEntry], codes: Sequence[tuple[CodedSide, CodedSide]] | None = None) -> None:
         with self._store.chunk_reader(entries, self._context) as reader:
-            reader.load(self._buffers, first_layer_soon=False)  # nobody waits for it
+            reader.load(codes or self._buffers, first_layer_soon=False)  # nobody waits for it
 
     def _check(self, expected: Buffers) -> None:
         """Raises: `WrongValues` unless the store gave back what was decoded from memory."""

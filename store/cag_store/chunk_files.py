@@ -51,6 +51,16 @@ class OpenChunk:
         """Where the file lies."""
         return chunk_path(self.entry.key)
 
+    def hashes(self, first: int, last: int) -> NDArray[np.uint64] | None:
+        """The checksums of the segments [first, last), `[num_segments, 2]`, the high half first; None when one is no
+        number, which no checksum is equal to."""
+        text = "".join(segment.xxh3 for segment in self.index.segments[first:last])
+        try:
+            found = bytes.fromhex(text)
+        except ValueError:
+            return None
+        return np.frombuffer(found, ">u8").astype(np.uint64).reshape(-1, 2) if found.hex() == text else None
+
 
 def encode_chunk(
     header: ChunkHeader,

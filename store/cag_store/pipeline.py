@@ -1,45 +1,49 @@
 """Layer by layer from a backend into buffers: several threads read, verify and decode, the caller waits in order.
 
-    thread:  next job -> read it -> for each segment: checksum -> decode_into the chunk's slice of the buffers
+    thread:  next job -> read it -> verify and decode its segments into the chunk's slice of the buffers
     jobs:    first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
     caller:  wait for layer 0, on_layer(0), wait for layer 1, ...
 
-A job stays with one thread, which reads, verifies and decodes it in three long steps: between them it needs the
-interpreter's lock, for which threads wait. There is one thread more than workers: a core decodes while another job
-waits for the disk. A backend that wants many reads at the same time gets as many threads, of which no more than
-workers decode. Memory beyond the buffers: one buffer of an encoded job a thread, which the next load uses again, and
-the scratch of the codecs.
+A job stays with one thread, which takes two long steps: between them it needs the interpreter's lock, for which threads
+wait. The second is one compiled call for all segments that the codec knows such a step for; what that leaves is
+verified and decoded one by one. There are two threads more than workers: cores decode while two jobs wait for the
+disk. A backend that wants many reads at the same time gets as many threads, of which no more than workers decode.
+Memory beyond the buffers: one buffer of an encoded job a thread, which the next load uses again, and the scratch of the
+codecs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
+
+import numpy as np
 
 from cag_store.backends import SCRATCH_BYTES, ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
-from cag_store.codecs import CodedSide, EncodedSegment
+from cag_store.codecs import CodedSide, EncodedSegment, RawSegments
 from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry
 from cag_store.scratch import Scratch
 
 Buffers = Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]]
 
-_JOB_BYTES = 3 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
+_JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 _scratch = Scratch(keep=4)  # threads of one load
 
 
 @dataclass
 class LoadTimings:
-    """Where the time of `load` went. Reading, verifying and decoding are summed over threads and overlap;
-    `wall_s` is the clock. `bytes_by_tier` says how many of the bytes came from where."""
+    """Where the time of `load` went. Reading (`read_s`), and verifying and decoding, which are one step (`decode_s`),
+    are summed over threads and overlap; `wall_s` is the clock. `bytes_by_tier` says how many of the bytes came from
+    where."""
 
     bytes_read: int = 0
     read_s: float = 0.0
-    verify_s: float = 0.0
     decode_s: float = 0.0
     wall_s: float = 0.0
     bytes_by_tier: dict[str, int] = field(default_factory=dict)
@@ -48,7 +52,6 @@ class LoadTimings:
         """Add what `other` holds, but for the clock."""
         self.bytes_read += other.bytes_read
         self.read_s += other.read_s
-        self.verify_s += other.verify_s
         self.decode_s += other.decode_s
         for tier, num_bytes in other.bytes_by_tier.items():
             self.bytes_by_tier[tier] = self.bytes_by_tier.get(tier, 0) + num_bytes
@@ -86,12 +89,13 @@ class Pipeline:
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
         self._groups = chunks[0].index.header.groups
+        self._bulk = chunks[0].codec.bulk_decoder(buffers)
         job_bytes = max(_JOB_BYTES, backend.read_bytes)
         spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
-        self._num_threads = min(max(workers + 1, backend.parallel_reads), len(self._jobs))
-        many_readers = backend.parallel_reads > workers + 1
+        self._num_threads = min(max(workers + 2, backend.parallel_reads), len(self._jobs))
+        many_readers = backend.parallel_reads > workers + 2
         self._decoding = threading.Semaphore(workers if many_readers else self._num_threads)
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -171,37 +175,52 @@ class Pipeline:
         taken.read_s += time.perf_counter() - started
         with self._decoding:
             read = time.perf_counter()
-            segments = list(self._verified(job, data))
-            verified = time.perf_counter()
-            taken.verify_s += verified - read
-            if isinstance(segments[0].outs[0], CodedSide):
-                job.chunk.codec.keep_codes(segments, job.chunk.entry.num_tokens)
-            else:
-                job.chunk.codec.decode_segments(segments)
-            taken.decode_s += time.perf_counter() - verified
+            left = self._left_by_bulk(job, data)
+            if left:
+                self._decode_singly(job, data, left)
+            taken.decode_s += time.perf_counter() - read
 
-    def _verified(self, job: Job, data: memoryview) -> Iterator[EncodedSegment]:
-        """The segments of a job, each after its checksum was compared, with the slices of the buffers to fill."""
-        chunk = job.chunk
-        start, end = chunk.entry.start, chunk.entry.start + chunk.entry.num_tokens
-        for position in range(2 * job.first, 2 * job.last):
-            segment = chunk.index.segments[position]
-            encoded, data = data[: segment.encoded_bytes], data[segment.encoded_bytes :]
-            check_segment(encoded, segment, chunk, position)
+    def _left_by_bulk(self, job: Job, data: memoryview) -> Sequence[int]:
+        """Verify and decode what one compiled step can of a job; the positions of the other segments."""
+        first, last, chunk = 2 * job.first, 2 * job.last, job.chunk
+        hashes = None if self._bulk is None else chunk.hashes(first, last)
+        if self._bulk is None or hashes is None:
+            return range(first, last)
+        bounds = np.array(chunk.offsets[first : last + 1], np.int64)
+        address = np.frombuffer(data, np.uint8).ctypes.data - chunk.offsets[first]
+        pieces = np.stack([bounds[:-1] + address, np.diff(bounds)], axis=1)
+        done = self._bulk(RawSegments(first, pieces, hashes, chunk.entry.start, chunk.entry.num_tokens))
+        return [first + int(index) for index in np.flatnonzero(~done)]
+
+    def _decode_singly(self, job: Job, data: memoryview, positions: Sequence[int]) -> None:
+        """Verify and decode these segments of a job. Raises: CorruptEntry."""
+        chunk, entry = job.chunk, job.chunk.entry
+        segments = []
+        for position in positions:
+            begin, end = (chunk.offsets[at] - chunk.offsets[2 * job.first] for at in (position, position + 1))
+            check_segment(data[begin:end], chunk.index.segments[position], chunk, position)
             first, last = self._groups[position // 2]
             sides = [buffers[position % 2] for buffers in self._buffers[first:last]]
-            outs = tuple(side if isinstance(side, CodedSide) else side[:, start:end] for side in sides)
-            yield EncodedSegment(encoded, outs, side_of(position), first, start)
+            span = slice(entry.start, entry.start + entry.num_tokens)
+            outs = tuple(side if isinstance(side, CodedSide) else side[:, span] for side in sides)
+            segments.append(EncodedSegment(data[begin:end], outs, side_of(position), first, entry.start))
+        if isinstance(segments[0].outs[0], CodedSide):
+            chunk.codec.keep_codes(segments, entry.num_tokens)
+        else:
+            chunk.codec.decode_segments(segments)
 
 
 def _group_spans(
     chunks: Sequence[OpenChunk], num_groups: int, job_bytes: int, first_layer_soon: bool
 ) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring groups of at most `job_bytes` in every chunk. The group of layer 0 has one of its own where
-    the caller waits for it first."""
-    first = 0
-    for group in range(1, num_groups + 1):
-        whole = group == num_groups or (first == 0 and first_layer_soon)
-        if whole or any(Job(chunk, first, group + 1).num_bytes > job_bytes for chunk in chunks):
-            yield first, group
-            first = group
+    """Spans of neighbouring groups, which in the largest chunk have about equal bytes, about `job_bytes`: what would be
+    left over otherwise is a small read for each chunk. The group of layer 0 has a span of its own where the caller
+    waits for it first."""
+    first = int(first_layer_soon and num_groups > 1)
+    if first:
+        yield 0, 1
+    ends = max((chunk.offsets for chunk in chunks), key=lambda offsets: offsets[-1] - offsets[0])[2 * first :: 2]
+    num_spans = min(max(round((ends[-1] - ends[0]) / job_bytes), 1), num_groups - first)
+    goals = [ends[0] + (ends[-1] - ends[0]) * number / num_spans for number in range(1, num_spans)]
+    bounds = [first + bisect_left(ends, goal) for goal in goals]
+    yield from ((begin, end) for begin, end in pairwise([first, *bounds, num_groups]) if begin < end)

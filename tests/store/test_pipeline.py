@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,26 @@ def test_layers_are_read_together_but_the_first_alone(store, small, monkeypatch)
     assert spans_of(store, manifest, first_layer_soon=False) == [(0, 3)]
     monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
     assert spans_of(store, manifest) == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("first_layer_soon", [True, False])
+def test_jobs_have_about_equal_bytes(first_layer_soon):
+    """No rest of a layer or two, which is a small read for each chunk."""
+    sizes = [100, 130, 90, 110, 120, 80, 100, 100, 105, 95]  # of each layer's keys, as of its values
+    bounds = [1000]
+    for size in sizes:
+        bounds += [bounds[-1] + size, bounds[-1] + 2 * size]
+    small = [1000 + (bound - 1000) // 3 for bound in bounds]
+    chunks = [SimpleNamespace(offsets=offsets) for offsets in (small, bounds)]
+    for job_bytes in (1, 150, 500, 690, 3000):
+        spans = list(pipeline._group_spans(chunks, len(sizes), job_bytes, first_layer_soon))
+        assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
+        assert spans[-1][1] == len(sizes)
+        rest = spans[1:] if first_layer_soon else spans
+        assert not first_layer_soon or spans[0] == (0, 1)
+        found = [bounds[2 * last] - bounds[2 * first] for first, last in rest]
+        assert max(found) <= min(found) + 2 * 2 * max(sizes)
+        assert abs(len(found) - max(sum(found) / job_bytes, 1)) <= 0.5 or job_bytes < 2 * max(sizes)
 
 
 @pytest.mark.parametrize("first_layer_soon", [True, False])
@@ -49,7 +70,7 @@ def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, 
         cache.check(buffers)
 
 
-@pytest.mark.parametrize(("parallel_reads", "num_threads", "decoding"), [(1, 3, 3), (8, 8, 2)])
+@pytest.mark.parametrize(("parallel_reads", "num_threads", "decoding"), [(1, 4, 4), (8, 8, 2)])
 def test_many_threads_read_but_only_the_workers_decode(
     store, small, monkeypatch, parallel_reads, num_threads, decoding
 ):

@@ -8,11 +8,13 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from cag_store.codecs.base import (
+    BulkDecoder,
     Codec,
     Config,
     Configured,
     EncodedSegment,
     Packer,
+    RawSegments,
     Resources,
     Side,
     Transform,
@@ -32,6 +34,7 @@ from cag_store.codecs.transforms import Rotate
 from cag_store.errors import UnknownCodec
 
 __all__ = [
+    "BulkDecoder",
     "Codec",
     "CodedShape",
     "CodedSide",
@@ -43,6 +46,7 @@ __all__ = [
     "Lossless",
     "Packer",
     "Ranks",
+    "RawSegments",
     "Resources",
     "Rotate",
     "Side",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,23 @@ class EncodedSegment(NamedTuple):
     start: int
 
 
+class RawSegments(NamedTuple):
+    """Neighbouring segments of one chunk in memory, not verified yet. first: place of the first in the chunk's table;
+    pieces: int64 `[num_segments, 2]` of address and number of bytes; hashes: uint64 `[num_segments, 2]`, the xxh3-128
+    that each must have, the high half first; start and num_tokens: of the chunk."""
+
+    first: int
+    pieces: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    start: int
+    num_tokens: int
+
+
+BulkDecoder = Callable[[RawSegments], NDArray[np.bool_]]
+"""Verifies and decodes segments in one compiled step; returns which are done. The others are damaged or of a form that
+needs more: they are to be verified and decoded by `Codec.decode_segments` or `Codec.keep_codes`."""
+
+
 class Codec(Configured):
     """Arrays -> bytes: what a segment of a chunk is written with.
 
@@ -158,6 +175,10 @@ class Codec(Configured):
             arrays = [out for out in outs if isinstance(out, np.ndarray)]
             self.decode_layers_into(data, arrays, side, first_layer, start)
 
+    def bulk_decoder(self, buffers: Sequence[Sequence[Array | CodedSide]]) -> BulkDecoder | None:  # noqa: ARG002
+        """A step that loads segments into these keys and values of all layers; None where there is none."""
+        return None
+
     def coded_shape(
         self,
         shape: tuple[int, int, int],  # noqa: ARG002
@@ -173,6 +194,16 @@ class Codec(Configured):
         """Put the codes of segments of one chunk of `num_tokens` tokens into their `CodedSide`s. Raises: CorruptEntry;
         the arrays are then undefined."""
         raise UnknownCodec(f"codec {self.codec_id!r} keeps no codes; decode its segments")
+
+
+def tokens_of(segment: EncodedSegment) -> int:
+    """How many tokens a segment that is decoded into arrays has."""
+    return int(cast(Array, segment.outs[0]).shape[1])
+
+
+def left_over(segments: Sequence[EncodedSegment], done: NDArray[np.bool_]) -> list[EncodedSegment]:
+    """The segments that are not done."""
+    return [segment for segment, well in zip(segments, done, strict=True) if not well]
 
 
 def config_joint_layers(config: Mapping[str, Any]) -> int:

@@ -263,30 +263,20 @@ _shape = types.UniTuple(types.int64, 3)
 _unpack_at = compiled(_unpack, types.boolean(*[types.int64] * 5, _shape))
 
 
-def _decode_segments(segments: Any, kind: Any, decoded: Any) -> None:
-    for index in range(segments.shape[0]):
-        data, num_bytes, out, head_bytes = (
-            segments[index, 0],
-            segments[index, 1],
-            segments[index, 2],
-            segments[index, 3],
-        )
-        shape = segments[index, 4], segments[index, 5], segments[index, 6]
-        size = shape[0] * shape[1] * shape[2]
-        if num_bytes < 16 + size:
-            continue
-        head, length, low_length = word(data) & np.uint64(0xFFFF), count_at(data + 2), count_at(data + 7)
-        low_kind = word(data + 3) >> np.uint64(24) & np.uint64(0xFF)
-        if (
-            head == np.uint64(2 + 256 * kind)
-            and low_kind == 0
-            and low_length == size
-            and num_bytes == 11 + length + size
-        ):
-            decoded[index] = _unpack_at(data + 11, length, data + 11 + length, out, head_bytes, shape)
+def _decode_segment(data: Any, num_bytes: Any, out: Any, head_bytes: Any, shape: Any, kind: Any) -> Any:
+    """Decode a segment of `lossless` of 2-byte elements that is ranks, packed as `kind` says, and a raw plane; whether
+    it is one, and whole."""
+    size = shape[0] * shape[1] * shape[2]
+    if num_bytes < 16 + size:
+        return False
+    head, length, low_length = word(data) & np.uint64(0xFFFF), count_at(data + 2), count_at(data + 7)
+    low_kind = word(data + 3) >> np.uint64(24) & np.uint64(0xFF)
+    if head != np.uint64(2 + 256 * kind) or low_kind != 0 or low_length != size or num_bytes != 11 + length + size:
+        return False
+    return _unpack_at(data + 11, length, data + 11 + length, out, head_bytes, shape)
 
 
-_segments = compiled(_decode_segments, types.void(array(types.int64, 2), types.int64, array(types.boolean, 1)))
+decode_segment = compiled(_decode_segment, types.boolean(*[types.int64] * 4, _shape, types.int64))
 
 
 def _around_medians(plane: Any) -> Any:
@@ -377,10 +367,3 @@ def pack_ranks(plane: NDArray[np.uint8], base: NDArray[np.uint8], rank_of: NDArr
 def unpack_ranks(data: NDArray[np.uint8], out: Array) -> bool:
     """See `Loops`."""
     return bool(_unpack_at(data.ctypes.data, data.size, 0, out.ctypes.data, out.strides[0], out.shape))
-
-
-def decode_ranked(segments: NDArray[np.int64], kind: int) -> NDArray[np.bool_]:
-    """See `Loops`."""
-    decoded = np.zeros(len(segments), dtype=np.bool_)
-    _segments(segments, kind, decoded)
-    return decoded

@@ -9,31 +9,37 @@ first tokens exact as in KVQuant (arXiv:2401.18079).
 from __future__ import annotations
 
 import math
+import struct
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.codecs import loops
 from cag_store.codecs.base import (
+    BulkDecoder,
     Codec,
     Config,
     EncodedSegment,
     Packer,
+    RawSegments,
     Side,
     checked_array,
     checked_int,
     corrupt_segment,
+    left_over,
+    tokens_of,
 )
 from cag_store.codecs.coded import CodedShape, CodedSide
-from cag_store.codecs.places import HEAD, SegmentPlace, bad_scales, table
 from cag_store.codecs.widths import CodeWidth, to_bfloat16
 from cag_store.dtypes import Array, narrow_into, widen
 from cag_store.errors import UnencodableArray
 
 _SIDES: tuple[Side, Side] = ("keys", "values")
+_HEAD = struct.Struct("<BBHII")
 _LARGEST = np.float32(1e38)
 _BLOCK_TOKENS = 256  # decoded at once: float32 scratch that stays in the cache of a core
 
@@ -72,9 +78,6 @@ class GroupedIntegers(Codec):
         self.group_tokens = group_tokens
         self.exact_tokens = exact_tokens
         self.packer = packer
-        self._places: dict[
-            tuple[Side, int, tuple[int, int, int], int], SegmentPlace
-        ] = {}  # found once a shape and chunk
 
     @classmethod
     def _common(cls, config: Mapping[str, Any]) -> tuple[int, int, Packer | None]:
@@ -155,78 +158,58 @@ class GroupedIntegers(Codec):
 
     def keep_codes(self, segments: Sequence[EncodedSegment], num_tokens: int) -> None:
         """See `Codec`. What is plain moves in one compiled step, which needs no interpreter's lock."""
-        fast = loops.compiled()
-        spans: list[tuple[int, int, int]] = []
-        checks: list[tuple[int, int, int]] = []
-        for segment in segments:
-            place = None if fast is None else self._plain_place(segment, num_tokens)
-            if place is None:
-                self._keep(segment, num_tokens)
-            else:
-                source, out = np.frombuffer(segment.data, np.uint8).ctypes.data, cast(CodedSide, segment.outs[0])
-                for array, first, offset, num_bytes in place.parts:
-                    target, step = out[array].ctypes.data + first, out[array].strides[0]
-                    heads = range(out.codes.shape[0])
-                    spans += [(source + offset + i * num_bytes, target + i * step, num_bytes) for i in heads]
-                checks += place.checks(source)
-        if fast is not None and not fast.copy_checked(table(spans), table(checks)):
-            raise bad_scales()
+        fast, left = loops.compiled(), segments
+        if fast is not None and segments and all(_can_keep(segment.outs[0]) for segment in segments):
+            span = self._span(num_tokens, segments[0].start)
+            left = left_over(segments, fast.keep_grouped(*self._plain(segments), span))
+        for segment in left:
+            self._keep(segment, num_tokens)
 
     def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
-        """See `Codec`. Scales of all plain segments are checked in one compiled step and their codes dequantized in
-        another, which need no interpreter's lock."""
-        fast, checks = loops.compiled(), []
-        rows: list[tuple[int, ...]] = []
-        for segment in segments:
-            out = cast(Array, segment.outs[0])
-            fits = loops.has_whole_heads(out) and out.dtype != np.float16 and out.shape[2] % 2 == 0
-            place = self._plain_place(segment, out.shape[1]) if fits else None
-            if place is None:
-                super().decode_segments([segment])
-            else:
-                address = np.frombuffer(segment.data, np.uint8).ctypes.data
-                checks += place.checks(address)
-                rows.append(self._row(segment, place, address, out))
-        if fast is not None and rows:
-            if not fast.copy_checked(table([]), table(checks)):
-                raise bad_scales()
-            fast.dequantize_segments(np.array(rows, np.int64))
+        """See `Codec`. What is plain is dequantized in one compiled step, which needs no interpreter's lock."""
+        fast = loops.compiled()
+        for num_tokens, same in groupby(segments, key=tokens_of):
+            left = list(same)
+            if fast is not None and all(_can_decode(segment.outs[0]) for segment in left):
+                span = self._span(num_tokens, left[0].start)._replace(start=0)
+                left = left_over(left, fast.decode_grouped(*self._plain(left), span))
+            super().decode_segments(left)
 
-    def _row(self, segment: EncodedSegment, place: SegmentPlace, address: int, out: Array) -> tuple[int, ...]:
-        """A plain segment as `Loops.dequantize_segments` takes it."""
-        num_heads, num_tokens, head_dim = out.shape
-        width, is_keys = self.widths[self._mark(segment.side, segment.first_layer)], segment.side == "keys"
-        places = address + place.codes_at, address + HEAD.size, out.ctypes.data, out.strides[0]
-        groups = *place.groups, self.group_tokens if is_keys else self._channels(head_dim)
-        return (*places, num_heads, num_tokens, head_dim, width.row_bytes(head_dim), *groups, width.bits, int(is_keys))
-
-    def _plain_place(self, segment: EncodedSegment, num_tokens: int) -> SegmentPlace | None:
-        """Where the parts of a segment lie and belong, when it has codes alone, neither packed nor exact."""
-        data, (out,), side, layer, start = segment
-        num_heads, _, head_dim = (out.recent if isinstance(out, CodedSide) else out).shape
-        mark, num_first = self._mark(side, layer), self._num_first(num_tokens, start)
-        if num_first or self._num_recent(num_tokens, num_first):
+    def bulk_decoder(self, buffers: Sequence[Sequence[Array | CodedSide]]) -> BulkDecoder | None:
+        """See `Codec`."""
+        fast, outs = loops.compiled(), [out for sides in buffers for out in sides]
+        keeps = all(map(_can_keep, outs))
+        if fast is None or not (keeps or all(map(_can_decode, outs))):
             return None
-        key = side, mark, (num_heads, num_tokens, head_dim), start
-        if key not in self._places:
-            self._places[key] = self._place(*key)
-        place = self._places[key]
-        return place if data[: HEAD.size] == place.head and len(data) == place.num_bytes else None
+        step = fast.keep_grouped if keeps else fast.decode_grouped
+        places = ((side, layer) for layer in range(len(buffers)) for side in _SIDES)
+        rows = np.array([self._row(out, *place) for out, place in zip(outs, places, strict=True)], np.int64)
 
-    def _place(self, side: Side, mark: int, shape: tuple[int, int, int], start: int) -> SegmentPlace:
-        num_heads, num_tokens, head_dim = shape
-        groups, row_bytes = self._groups(side, num_tokens, head_dim), self.widths[mark].row_bytes(head_dim)
-        first = start // self.group_tokens if side == "keys" else start
-        num_scales, codes_bytes = num_heads * math.prod(groups), num_heads * num_tokens * row_bytes
-        offsets_at, codes_at = HEAD.size + 2 * num_scales, HEAD.size + 4 * num_scales
-        scale_bytes = 2 * math.prod(groups)
-        parts = (
-            (0, start * row_bytes, codes_at, num_tokens * row_bytes),
-            (1, 2 * first * groups[1], HEAD.size, scale_bytes),
-            (2, 2 * first * groups[1], offsets_at, scale_bytes),
-        )
-        head = HEAD.pack(_SIDES.index(side), 0, mark, 0, codes_bytes)
-        return SegmentPlace(head, codes_at + codes_bytes, parts, offsets_at, codes_at, num_scales, groups)
+        def decode(segments: RawSegments) -> NDArray[np.bool_]:
+            first, pieces, hashes, start, num_tokens = segments
+            return step(pieces, hashes, rows[first : first + len(pieces)], self._span(num_tokens, start))
+
+        return decode
+
+    def _plain(
+        self, segments: Sequence[EncodedSegment]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]:
+        """Pieces, hashes and rows of verified segments, as `Loops` takes them."""
+        rows = [self._row(segment.outs[0], segment.side, segment.first_layer) for segment in segments]
+        return loops.addresses(segment.data for segment in segments), loops.UNVERIFIED, np.array(rows, np.int64)
+
+    def _row(self, out: Array | CodedSide, side: Side, layer: int) -> tuple[int, ...]:
+        """What `Loops.decode_grouped` or `Loops.keep_grouped` takes of a segment."""
+        arrays, numbers = (out, out.recent) if isinstance(out, CodedSide) else ((out,), out)
+        num_heads, _, head_dim = numbers.shape
+        mark, is_keys = self._mark(side, layer), side == "keys"
+        group_size = self.group_tokens if is_keys else self._channels(head_dim)
+        places = [number for array in arrays for number in (array.ctypes.data, array.strides[0])]
+        return (num_heads, head_dim, self.widths[mark].bits, int(is_keys), group_size, mark, numbers.itemsize, *places)
+
+    def _span(self, num_tokens: int, start: int) -> loops.ChunkSpan:
+        num_first = self._num_first(num_tokens, start)
+        return loops.ChunkSpan(start, num_tokens, num_first, self._num_recent(num_tokens, num_first))
 
     def _keep(self, segment: EncodedSegment, num_tokens: int) -> None:
         """Any segment; numpy moves it."""
@@ -261,7 +244,7 @@ class GroupedIntegers(Codec):
         packed = codes if self.packer is None else self.packer.pack(codes, stored_codes.shape)
         smaller = len(packed) < len(codes)
         stored = packed if smaller else codes
-        head = HEAD.pack(_SIDES.index(side), int(smaller), mark, first, len(stored))
+        head = _HEAD.pack(_SIDES.index(side), int(smaller), mark, first, len(stored))
         parameters = [to_bfloat16(groups.scales).tobytes(), to_bfloat16(groups.offsets).tobytes()]
         exact = np.concatenate([array[:, :first], array[:, end:]], axis=1)
         return b"".join([head, *parameters, exact.tobytes(), stored])
@@ -343,21 +326,21 @@ class GroupedIntegers(Codec):
 
     def _parse(self, view: memoryview, out: Array) -> _Parsed:
         num_heads, num_tokens, head_dim = out.shape
-        if len(view) < HEAD.size:
-            raise corrupt_segment("length", f"at least {HEAD.size}", len(view))
-        side, packed, mark, num_exact, stored = HEAD.unpack_from(view)
+        if len(view) < _HEAD.size:
+            raise corrupt_segment("length", f"at least {_HEAD.size}", len(view))
+        side, packed, mark, num_exact, stored = _HEAD.unpack_from(view)
         known = side < 2 and packed < 2 and mark in (self.widths if side == 0 else {self._mark("values", None)})
         if not known or num_exact > min(num_tokens, self.exact_tokens):
             raise corrupt_segment(
                 "head", "side, flag, codes and number of exact tokens in range", (side, packed, mark, num_exact)
             )
         shape = num_heads, *self._groups(_SIDES[side], num_tokens, head_dim)
-        exact_at = HEAD.size + 4 * math.prod(shape)
+        exact_at = _HEAD.size + 4 * math.prod(shape)
         exact_shape = num_heads, num_exact + self._num_recent(num_tokens, num_exact), head_dim
         codes_at = exact_at + math.prod(exact_shape) * out.itemsize
         if codes_at + stored != len(view):
             raise corrupt_segment("length", codes_at + stored, len(view))
-        parameters = _checked_bfloat16(view[HEAD.size : exact_at]).reshape(2, *shape)
+        parameters = _checked_bfloat16(view[_HEAD.size : exact_at]).reshape(2, *shape)
         exact = np.frombuffer(view[exact_at:codes_at], dtype=out.dtype).reshape(exact_shape)
         width = self.widths[mark]
         codes = self._codes(view[codes_at:], bool(packed), width, out)
@@ -384,3 +367,15 @@ def _checked_bfloat16(data: memoryview) -> NDArray[np.uint16]:
     if patterns[: len(patterns) // 2].max() > 0x8000:
         raise corrupt_segment("scales", "none below 0", "one below 0")
     return patterns
+
+
+def _can_decode(out: Array | CodedSide) -> bool:
+    """Whether `Loops.decode_grouped` can write there."""
+    if not isinstance(out, np.ndarray) or not loops.has_whole_heads(out):
+        return False
+    return out.dtype != np.float16 and out.shape[2] % 2 == 0
+
+
+def _can_keep(out: Array | CodedSide) -> bool:
+    """Whether `Loops.keep_grouped` can write there: each head of its arrays is contiguous."""
+    return isinstance(out, CodedSide) and all(array[0].flags.c_contiguous for array in out)

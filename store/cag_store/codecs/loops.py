@@ -6,8 +6,9 @@ numba is imported by the first segment that is decoded, or by `warm_up`; whoever
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,20 @@ from cag_store.dtypes import Array
 
 if TYPE_CHECKING:
     from cag_store.codecs.ranks import PackedRanks
+
+
+XXH3_ABOVE_BYTES = 240  # smaller segments are hashed in another way, and left
+UNVERIFIED = np.empty((0, 2), np.uint64)  # no hashes
+
+
+class ChunkSpan(NamedTuple):
+    """Where the tokens of a chunk go in arrays (from `start` on), how many there are, and how many of them are exact at
+    its beginning and at its end."""
+
+    start: int
+    num_tokens: int
+    num_first: int = 0
+    num_recent: int = 0
 
 
 class Loops(Protocol):
@@ -39,14 +54,6 @@ class Loops(Protocol):
         """Unpack what `cag_store.codecs.ranks.Ranks` packed into bytes `out` `[num_kv_heads, num_tokens, channels]`.
         False, with anything in `out`, where `data` is damaged."""
 
-    def decode_ranked(self, segments: NDArray[np.int64], kind: int) -> NDArray[np.bool_]:
-        """Decode those segments of `lossless` that are ranks (`packers[kind - 1]`) and a raw plane.
-
-        segments: `[num_segments, 7]` of the address of its bytes, their number, the address of the first head of its
-        array of 2-byte elements, bytes from head to head, and shape; heads are contiguous. Returns which are decoded;
-        others are of another form, or damaged, and have anything in their array.
-        """
-
     def dequantize_keys(
         self, codes: NDArray[np.int8], parameters: NDArray[np.uint16], group_tokens: int, out: Array
     ) -> None:
@@ -67,21 +74,35 @@ class Loops(Protocol):
     ) -> None:
         """The same with parameters `[2, num_kv_heads, num_tokens, num_channel_groups]`."""
 
-    def dequantize_segments(self, segments: NDArray[np.int64]) -> None:
-        """What the four above do, for several segments of 2-byte elements, as many calls would.
+    # Segments of one chunk that lie in memory, verified and decoded one by one. pieces: `[num_segments, 2]` of address
+    # and number of bytes. hashes: `[num_segments, 2]`, the xxh3-128 that each must have, the high half first; `[0, 2]`
+    # where they were verified before. rows: what a segment is and where it goes. Returned is which are done: others
+    # have another hash, are of another form, are damaged or tiny, and have anything in their arrays. Each head of an
+    # array is contiguous.
 
-        segments: `[num_segments, 13]` of address of the codes, address of scales and offsets, address of the first
-        head of the array, bytes from head to head, `num_kv_heads`, `num_tokens`, `head_dim`, bytes of a row of codes,
-        groups along the tokens and along the channels, size of a group, bits of a code, and 1 for keys. Each head of an
-        array is contiguous.
-        """
+    def decode_ranked(
+        self,
+        pieces: NDArray[np.int64],
+        hashes: NDArray[np.uint64],
+        rows: NDArray[np.int64],
+        span: ChunkSpan,
+        kind: int,
+    ) -> NDArray[np.bool_]:
+        """Segments of `lossless` that are ranks (`packers[kind - 1]`) and a raw plane, of 2-byte elements. rows:
+        `num_kv_heads`, `head_dim`, address of the array, bytes from head to head."""
 
-    def copy_checked(self, spans: NDArray[np.int64], checks: NDArray[np.int64]) -> bool:
-        """Copy bytes, unless a check fails.
+    def decode_grouped(
+        self, pieces: NDArray[np.int64], hashes: NDArray[np.uint64], rows: NDArray[np.int64], span: ChunkSpan
+    ) -> NDArray[np.bool_]:
+        """Segments of `int8` and `int4` with unpacked codes, to numbers of the bfloat16 storage dtype. rows:
+        `num_kv_heads`, `head_dim` (even), bits of a code, 1 for keys, tokens (of keys) or channels (of values) of a
+        group, the head's number for that width, 2, address of the array, bytes from head to head."""
 
-        spans: `[num_spans, 3]` of source address, target address and number of bytes, which do not overlap; checks:
-        `[num_checks, 3]` of address, number of bfloat16 that must be finite, and 1 if none may be below 0.
-        """
+    def keep_grouped(
+        self, pieces: NDArray[np.int64], hashes: NDArray[np.uint64], rows: NDArray[np.int64], span: ChunkSpan
+    ) -> NDArray[np.bool_]:
+        """The same to a `CodedSide`. rows: as before, with bytes of an exact number instead of 2, then address and
+        bytes from head to head of each of its arrays."""
 
 
 @cache
@@ -98,6 +119,11 @@ def compiled_for(out: Array) -> Loops | None:
     """The compiled loops if they can write into `out`."""
     writable = out.strides[-1] == out.itemsize and out.flags.aligned and out.dtype.isnative
     return compiled() if writable else None
+
+
+def addresses(pieces: Iterable[memoryview]) -> NDArray[np.int64]:
+    """`[num_pieces, 2]` of address and number of bytes."""
+    return np.array([(np.asarray(piece).ctypes.data, len(piece)) for piece in pieces], np.int64).reshape(-1, 2)
 
 
 def has_whole_heads(out: object) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Self
 
 import numpy as np
@@ -17,18 +18,23 @@ from numpy.typing import NDArray
 
 from cag_store.codecs import loops
 from cag_store.codecs.base import (
+    BulkDecoder,
     Codec,
     Config,
     EncodedSegment,
     Packer,
+    RawSegments,
     Shape,
     Side,
     Transform,
     checked_array,
     corrupt_segment,
+    left_over,
     native_scratch,
     refuse_unknown_keys,
+    tokens_of,
 )
+from cag_store.codecs.coded import CodedSide
 from cag_store.codecs.packers import Zstd
 from cag_store.codecs.ranks import Ranks
 from cag_store.codecs.transforms import Rotate
@@ -96,14 +102,32 @@ class Lossless(Codec):
     def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
         """See `Codec`. What nearly all segments of 16-bit floats are, ranks and raw bytes, is decoded in one compiled
         step, without planes in between and without the interpreter's lock."""
-        fast = loops.compiled() if self._ranks and self._compilable else None
-        plain = [] if fast is None else [segment for segment in segments if loops.has_whole_heads(segment.outs[0])]
-        rest = segments
-        if fast is not None and plain:
-            decoded = fast.decode_ranked(np.array([_place(segment) for segment in plain], np.int64), self._ranks)
-            done = {id(segment) for segment, well in zip(plain, decoded, strict=True) if well}
-            rest = [segment for segment in segments if id(segment) not in done]
-        super().decode_segments(rest)
+        fast = self._ranked_loops()
+        for num_tokens, same in groupby(segments, key=tokens_of):
+            left = list(same)
+            if fast is not None and all(loops.has_whole_heads(segment.outs[0]) for segment in left):
+                pieces, rows = loops.addresses(part.data for part in left), _rows(part.outs[0] for part in left)
+                span = loops.ChunkSpan(0, num_tokens)
+                left = left_over(left, fast.decode_ranked(pieces, loops.UNVERIFIED, rows, span, self._ranks))
+            super().decode_segments(left)
+
+    def bulk_decoder(self, buffers: Sequence[Sequence[Array | CodedSide]]) -> BulkDecoder | None:
+        """See `Codec`."""
+        fast, outs = self._ranked_loops(), [out for sides in buffers for out in sides]
+        if fast is None or not all(map(loops.has_whole_heads, outs)):
+            return None
+        rows = _rows(outs)
+
+        def decode(segments: RawSegments) -> NDArray[np.bool_]:
+            first, pieces, hashes, *span = segments
+            return fast.decode_ranked(
+                pieces, hashes, rows[first : first + len(pieces)], loops.ChunkSpan(*span), self._ranks
+            )
+
+        return decode
+
+    def _ranked_loops(self) -> loops.Loops | None:
+        return loops.compiled() if self._ranks and self._compilable else None
 
     def _join_planes(self, planes: list[NDArray[np.uint8]], target: Array) -> None:
         """The reference for `Loops.join_planes`, for any transform."""
@@ -147,9 +171,7 @@ class Lossless(Codec):
         return np.frombuffer(data, dtype=np.uint8)
 
 
-def _place(segment: EncodedSegment) -> tuple[int, ...]:
-    """A row of what `Loops.decode_ranked` takes."""
-    (out,) = segment.outs
-    assert isinstance(out, np.ndarray)
-    data = np.frombuffer(segment.data, dtype=np.uint8)
-    return (data.ctypes.data, data.size, out.ctypes.data, out.strides[0], *out.shape)
+def _rows(outs: Iterable[object]) -> NDArray[np.int64]:
+    """What `Loops.decode_ranked` takes."""
+    arrays = [out for out in outs if isinstance(out, np.ndarray)]
+    return np.array([(out.shape[0], out.shape[2], out.ctypes.data, out.strides[0]) for out in arrays], np.int64)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cag_store.codecs.compiled_loops import narrowing
+from cag_store.codecs.compiled_groups import narrowing
 from cag_store.codecs.emitting import array, compiled, numba, row_pointer, types
 from cag_store.codecs.transform import compiled_decode
 from cag_store.codecs.transform.compiled_costs import add_costs
