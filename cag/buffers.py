@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cag.host_copies import HostCopy
-from cag.huge_pages import has_huge_pages, huge_mapping, whole_pages
+from cag.huge_pages import has_huge_pages, huge_memory, whole_pages
 from cag.uploads import Uploads, pinned, pinned_like
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_store.codecs import CodedShape, CodedSide
@@ -200,7 +200,7 @@ class _Memory:
         except IndexError:
             size, memory = 0, None
         if memory is None or not num_bytes <= size <= 2 * num_bytes:
-            size, memory = num_bytes, huge_mapping(num_bytes)
+            size, memory = num_bytes, huge_memory(num_bytes)
         holder = np.frombuffer(memory, dtype=np.uint8)
         weakref.finalize(holder, self._free.append, (size, memory))
         return whole_pages(torch.from_numpy(holder))

@@ -6,7 +6,6 @@ it reads, on a virtual machine twice, and its own looking ahead stops there.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-HUGE_PAGE_BYTES = 2 << 20
+from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping
+
 _ALIGNED = 64  # bytes: a weight begins with a line of the processor's cache
 _GRACE_S, _LEAST_RATE = 0.5, 2e9  # seconds, and bytes a second behind them, that moving weights may take
 
@@ -26,14 +26,10 @@ def has_huge_pages() -> bool:
     return hasattr(mmap, "MADV_HUGEPAGE")
 
 
-def huge_mapping(num_bytes: int) -> mmap.mmap:
+def huge_memory(num_bytes: int) -> mmap.mmap:
     """Fresh memory of the process for `num_bytes` from its first whole huge page on; `whole_pages` says where that
-    is. In ordinary pages where the system has no others to give."""
-    # private: shared memory gets huge pages only where the system's administrator allows them
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    is."""
+    return huge_mapping(num_bytes + HUGE_PAGE_BYTES)
 
 
 def whole_pages(memory: Tensor) -> Tensor:
@@ -53,7 +49,7 @@ def move_weights(network: nn.Module, *, clock: Callable[[], float] = time.perf_c
     on_cpu = all(storage.device.type == "cpu" for storage, _ in stored)
     if not stored or not on_cpu or not has_huge_pages() or psutil.virtual_memory().available < num_bytes:
         return 0
-    memory = whole_pages(torch.from_numpy(np.frombuffer(huge_mapping(num_bytes), dtype=np.uint8)))
+    memory = whole_pages(torch.from_numpy(np.frombuffer(huge_memory(num_bytes), dtype=np.uint8)))
     begun, moved = clock(), 0
     for storage, views in stored:
         if clock() - begun > _GRACE_S + moved / _LEAST_RATE:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cag_store import Store
 from cag_store.backends import SCRATCH_BYTES
+from cag_store.pipeline import SPARE_THREADS
 from cag_store.scratch import Scratch
 
 
@@ -16,7 +17,8 @@ class Reader:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._scratch = Scratch(keep=store.workers + 2)
+        self._num_threads = store.workers + SPARE_THREADS
+        self._scratch = Scratch(keep=self._num_threads)
 
     def seconds(self, paths: Sequence[str]) -> float:
         """Seconds that every byte of `paths` takes."""
@@ -29,6 +31,6 @@ class Reader:
             with self._scratch.taken(largest) as buffer:
                 backend.read_range(path, 0, sizes[path], buffer)
 
-        with ThreadPoolExecutor(self._store.workers + 2) as pool:
+        with ThreadPoolExecutor(self._num_threads) as pool:
             list(pool.map(read, paths))
         return time.perf_counter() - begin

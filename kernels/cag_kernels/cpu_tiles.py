@@ -153,10 +153,6 @@ class TileEmitter(Emitter):
         narrow = self.builder.fptrunc(numbers, ir.VectorType(_BFloat(), 2 * TILE))
         return self.builder.bitcast(narrow, _HALVES)
 
-    @property
-    def _halves(self) -> Value:
-        return ir.Constant(_HALVES, ir.Undefined)
-
     def _both(self, lanes: Sequence[int]) -> Value:
         return ir.Constant(ir.VectorType(INT32, 2 * TILE), list(lanes))
 

@@ -33,6 +33,7 @@ from cag_store.scratch import Scratch
 Buffers = Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]]
 
 _JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
+SPARE_THREADS = 2  # more than workers: cores decode while other jobs wait for the disk
 _scratch = Scratch(keep=4)  # threads of one load
 
 
@@ -94,8 +95,8 @@ class Pipeline:
         spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
-        self._num_threads = min(max(workers + 2, backend.parallel_reads), len(self._jobs))
-        many_readers = backend.parallel_reads > workers + 2
+        self._num_threads = min(max(workers + SPARE_THREADS, backend.parallel_reads), len(self._jobs))
+        many_readers = backend.parallel_reads > workers + SPARE_THREADS
         self._decoding = threading.Semaphore(workers if many_readers else self._num_threads)
         self._changed = threading.Condition()
         self._error: BaseException | None = None

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_HUGE_PAGE_BYTES = 2 << 20
+HUGE_PAGE_BYTES = 2 << 20
 
 
 class Scratch:
@@ -34,11 +34,16 @@ class Scratch:
             memory = self._free.pop()
             if len(memory) >= num_bytes:
                 return memory  # one that is too small is given up
-        size = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        if not hasattr(mmap, "MAP_PRIVATE"):
-            return mmap.mmap(-1, size)
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        return memory
+        return huge_mapping(-(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
+
+
+def huge_mapping(num_bytes: int) -> mmap.mmap:
+    """Fresh memory of the process, of any content, in huge pages where the system has them."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes)
+    # private: shared memory gets huge pages only where the system's administrator allows them
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from cag.huge_pages import HUGE_PAGE_BYTES, has_huge_pages, huge_mapping, move_weights, whole_pages
+from cag.huge_pages import has_huge_pages, huge_memory, move_weights, whole_pages
 from cag.weights import join_network
+from cag_store.scratch import HUGE_PAGE_BYTES
 
 pytestmark = pytest.mark.skipif(not has_huge_pages(), reason="no huge pages on this system")
 
@@ -85,6 +86,6 @@ def test_nothing_is_moved_without_room_for_it(monkeypatch):
 
 
 def test_memory_begins_with_a_whole_page_and_is_large_enough():
-    memory = whole_pages(torch.frombuffer(huge_mapping(3 * HUGE_PAGE_BYTES - 1), dtype=torch.uint8))
+    memory = whole_pages(torch.frombuffer(huge_memory(3 * HUGE_PAGE_BYTES - 1), dtype=torch.uint8))
     assert memory.data_ptr() % HUGE_PAGE_BYTES == 0
     assert memory.numel() >= 3 * HUGE_PAGE_BYTES - 1

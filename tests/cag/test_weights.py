@@ -17,12 +17,12 @@ from transformers import (
 from cag import model as model_module
 from cag.batch import TAIL_PAIRS, Batch
 from cag.decoder import recognize
-from cag.huge_pages import HUGE_PAGE_BYTES
 from cag.model import LanguageModel, ModelOptions
 from cag.runtime import RuntimePlan
 from cag.state import AttentionRule
 from cag.weights import PackedLinear, WidenedEmbedding, join_network, joined_product, pack_network
 from cag_kernels import has_compiler, pack_weight
+from cag_store.scratch import HUGE_PAGE_BYTES
 from tiny import write_tiny_model
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")

@@ -26,8 +26,16 @@ def _narrowing(out: Any) -> Any:
     return (np.uint32(0x8000), np.uint32(16)) if out.itemsize == 2 else (np.uint32(0), np.uint32(0))
 
 
+def _widen_group(parameters: Any, head: Any, group: Any, scales: Any, offsets: Any) -> None:
+    """The parameters of a group of tokens, one scale and offset a channel."""
+    for i in range(scales.shape[0]):
+        scales[i] = widened(parameters[0, head, group, i])
+        offsets[i] = widened(parameters[1, head, group, i])
+
+
 widened = numba.njit(inline="always")(_widened)
 narrowing = numba.njit(inline="always")(_narrowing)
+widen_group = numba.njit(inline="always")(_widen_group)
 
 
 def _dequantize_keys(codes: Any, parameters: Any, group_tokens: Any, out: Any) -> None:
@@ -36,9 +44,7 @@ def _dequantize_keys(codes: Any, parameters: Any, group_tokens: Any, out: Any) -
     scales, offsets = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     for head in range(num_heads):
         for first in range(0, num_tokens, group_tokens):
-            for i in range(head_dim):
-                scales[i] = widened(parameters[0, head, first // group_tokens, i])
-                offsets[i] = widened(parameters[1, head, first // group_tokens, i])
+            widen_group(parameters, head, first // group_tokens, scales, offsets)
             for token in range(first, min(first + group_tokens, num_tokens)):
                 target = numba.carray(row_pointer(out, out[head, token].ctypes.data), (head_dim,))
                 row = codes[head, token]
@@ -67,9 +73,7 @@ def _dequantize_nibble_keys(codes: Any, parameters: Any, group_tokens: Any, out:
     scales, offsets = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     for head in range(num_heads):
         for first in range(0, num_tokens, group_tokens):
-            for i in range(head_dim):
-                scales[i] = widened(parameters[0, head, first // group_tokens, i])
-                offsets[i] = widened(parameters[1, head, first // group_tokens, i])
+            widen_group(parameters, head, first // group_tokens, scales, offsets)
             high_scales, high_offsets = scales[half_dim:], offsets[half_dim:]
             for token in range(first, min(first + group_tokens, num_tokens)):
                 target = numba.carray(row_pointer(out, out[head, token].ctypes.data), (head_dim,))
