@@ -1,8 +1,9 @@
 """How fast the codec `transform` becomes keys and values on the device: entropy decoding, then the inverse transform.
 
 Random streams at the sizes that the codec has for a model of a shape: groups of `joint_layers` layers, 65 % of their
-components coded, about 2.5 bits a code. The figure is that of decoding everything: all groups and both sides side by
-side in streams of their own, then a product for each group and side. Both halves are measured by themselves too.
+components coded, about 2.5 bits a code, the first few components with low bits, so that their codes are no bytes.
+The figure is that of decoding everything: all groups and both sides side by side in streams of their own, then a
+product for each group and side. Both halves are measured by themselves too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cag_kernels.rotation import angles
 CODED_SHARE = 0.65  # of a group's components, at the codec's usual steps (docs/design/004)
 CHUNK_TOKENS = 512
 MEAN_SIZE = 1.0  # of a code: of the two-sided geometric distribution that the table is of
+NUM_LARGE, LOW_BITS = 8, 3  # components whose codes take more than a byte, as those of keys in real caches
 SPARE_WORDS = 1.03  # as many as the codes take, and a few more, or zeros would be read
 Found = TypeVar("Found")
 CHECKED_SEGMENTS, CHECKED_COMPONENTS, CHECKED_TOKENS = 2, 24, 64
@@ -107,7 +109,10 @@ def random_streams(
     num_segments = math.ceil(num_tokens / chunk_tokens)
     counts = [chunk_tokens] * (num_segments - 1) + [num_tokens - chunk_tokens * (num_segments - 1)]
     slots = geometric_slots()
-    num_words = round(SPARE_WORDS * chunk_tokens * num_components * bits_per_code(slots) / 16)
+    low_bits = torch.zeros(num_components, dtype=torch.int8)
+    low_bits[:NUM_LARGE] = LOW_BITS
+    bits = num_components * bits_per_code(slots) + int(low_bits.sum())
+    num_words = round(SPARE_WORDS * chunk_tokens * bits / 16)
     starts = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
     token_starts = torch.tensor([0, *counts]).cumsum(0).to(device=device, dtype=torch.int32)
     half = 1 << 15
@@ -121,8 +126,7 @@ def random_streams(
         token_shifts=torch.zeros(num_tokens, dtype=torch.int8, device=device),
         component_shifts=torch.zeros(num_segments, num_components, dtype=torch.int8, device=device),
     )
-    zeros = torch.zeros(2, num_components, dtype=torch.int8, device=device)
-    return Streams(segments, slots.to(device), zeros[0], zeros[1])
+    return Streams(segments, slots.to(device), torch.zeros_like(low_bits).to(device), low_bits.to(device))
 
 
 def geometric_slots() -> Tensor:
