@@ -96,6 +96,11 @@ class StepReplays:
         self.num_replayed = 0
         self.refusal: str | None = None
 
+    @property
+    def records(self) -> bool:
+        """Whether the second step of a bucket is recorded."""
+        return self._captures
+
     def serves(self, batch: Batch) -> bool:
         """Whether `forward` takes a batch: sessions of the pool, one prefix that is there, not too many rows."""
         prefix = batch.states[0].prefix
