@@ -140,12 +140,14 @@ def _decode_plain(
     lower, lanes: tl.constexpr,
 ):  # fmt: skip
     """All components of a full window without low bits; escapes are looked for once a group."""
+    number = _of_lane(numbers, 0, lane) + shift
     for begin in range(0, lanes, GROUP):
         entries = ()
         least = tl.full((lanes,), 0xFFFFFFFF, tl.uint32)
         for index in tl.static_range(GROUP):
-            number = _of_lane(numbers, begin + index, lane) + shift
+            next_number = _of_lane(numbers, begin + index + 1, lane) + shift
             entry, state, words, left = _symbol(state, number, is_token, words, left, slots, last_table, lower)
+            number = next_number
             code = (entry >> 24).to(tl.int32) - 64
             tl.store(target + index * num_tokens, code.to(tl.int16), mask=is_token)
             entries += (entry,)
