@@ -18,14 +18,13 @@ import triton
 import triton.language as tl
 
 from cag_kernels.triton_numbers import (
-    LOG2_E,
     dequantized_bytes,
     dequantized_nibbles,
     fetched_ahead,
     product,
     rounded,
 )
-from cag_kernels.triton_tiles import capped, halves, store_part, take_plain
+from cag_kernels.triton_tiles import halves, masked, store_part, take_plain
 
 EXACT_TOKENS = tl.constexpr(16)  # of a tile of exact tokens, which are a handful
 
@@ -144,9 +143,8 @@ def few_values(
 
 
 @triton.jit
-def few_weighed(scores, visible, maximum, denominator):
+def few_weighed(scores, maximum, denominator):
     """`triton_tiles.weighed` for each warp apart."""
-    scores = tl.where(visible, scores, float("-inf"))
     higher = tl.maximum(maximum, tl.max(scores, 2))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, :, None])
@@ -179,10 +177,10 @@ def groups_ahead(scales, start, last, group_tokens, half: tl.constexpr, num_toke
 @triton.jit
 def attend_exact(
     places, is_row, exact_keys, exact_values, kv_head, hidden, part_out, part_lse, row_places, scale, softcap,
-    num_exact, half: tl.constexpr, has_cap: tl.constexpr,
+    num_exact, half: tl.constexpr, block_half: tl.constexpr, has_cap: tl.constexpr,
 ):  # fmt: skip
     """The part of the exact tokens, stored; `places` point to the rows' queries."""
-    low, high = halves(places, is_row, half, half, 16)
+    low, high = halves(places, is_row, half, block_half, 16)
     maximum = tl.full((low.shape[0],), float("-inf"), tl.float32)
     denominator = tl.zeros((low.shape[0],), tl.float32)
     low_sum, high_sum = tl.zeros(low.shape, tl.float32), tl.zeros(low.shape, tl.float32)
@@ -194,7 +192,7 @@ def attend_exact(
             low, high, exact_keys + at, exact_values + at, is_token, visible, scale, softcap,
             maximum, denominator, low_sum, high_sum, half, has_cap,
         )  # fmt: skip
-    store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, half)
+    store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
 
 
 @triton.jit
@@ -220,7 +218,7 @@ def attend_few(
     if first >= num_tokens:
         attend_exact(
             places, is_row, exact_keys, exact_values, kv_head, hidden, part_out, part_lse, row_places, scale, softcap,
-            num_exact, half, has_cap,
+            num_exact, half, half, has_cap,
         )  # fmt: skip
     else:
         block: tl.constexpr = warps * warp_tokens
@@ -249,12 +247,12 @@ def attend_few(
                 low, high, keys, key_scales + key_at, key_offsets + key_at, start, last, key_stride, group_tokens,
                 num_groups, half, key_bits, warps, warp_tokens,
             )  # fmt: skip
-            scores = capped(scores * scale, softcap, True) if has_cap else scores * (scale * LOG2_E)
             tokens = (start + columns)[:, None, :]
             visible = (tokens < last) & (tokens >= num_exact)
             if has_window:
                 visible = visible & (tokens > hidden[None, :, None])
-            weights, factor, maximum, denominator = few_weighed(scores, visible, maximum, denominator)
+            scores = masked(scores, visible, scale, softcap, has_cap)
+            weights, factor, maximum, denominator = few_weighed(scores, maximum, denominator)
             values_low, values_high = few_values(
                 values, value_scales + value_at, value_offsets + value_at, start, last, value_stride, half, value_bits,
                 value_groups, warps, warp_tokens,

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
-from cag_kernels.triton_codes import take_codes, take_nibbles
-from cag_kernels.triton_few import attend_few
+from cag_kernels.triton_codes import take_codes, take_half_codes
+from cag_kernels.triton_few import attend_few, rows_ahead
+from cag_kernels.triton_many import attend_many
 from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
@@ -37,6 +38,7 @@ def attend_prefix(
     group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
     block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
     value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
+    tiles_ahead: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the first split takes the exact tokens too."""
     kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -64,7 +66,9 @@ def attend_prefix(
     for start in range(first, last, block_tokens):
         tokens = start + places
         is_token = tokens < last
-        visible = (is_token & (tokens >= num_exact))[None, :] & (tokens[None, :] > hidden[:, None])
+        visible = (is_token & (tokens >= num_exact))[None, :]
+        if has_window:
+            visible = visible & (tokens[None, :] > hidden[:, None])
         tile_keys = keys + kv_head * key_head_stride + tokens * key_stride
         tile_values = values + kv_head * value_head_stride + tokens * value_stride
         if key_bits == 16:
@@ -75,11 +79,16 @@ def attend_prefix(
         else:
             group = (kv_head * num_groups + start // group_tokens) * (2 * half)
             at = (kv_head * num_tokens + tokens) * ((2 * half + group_channels - 1) // group_channels)
-            if key_bits == 4 and value_bits == 4 and low.dtype == tl.bfloat16:
-                maximum, denominator, low_sum, high_sum = take_nibbles(
+            if low.dtype == tl.bfloat16:
+                num_vectors: tl.constexpr = (2 * half + group_channels - 1) // group_channels
+                if tiles_ahead > 0:
+                    soon, vector = start + tiles_ahead * block_tokens, kv_head * num_tokens * num_vectors
+                    rows_ahead(value_scales + vector, soon, last, num_vectors, block_tokens)
+                    rows_ahead(value_offsets + vector, soon, last, num_vectors, block_tokens)
+                maximum, denominator, low_sum, high_sum = take_half_codes(
                     low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
                     value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
-                    half, group_channels, has_cap,
+                    half, group_channels, key_bits, value_bits, has_cap,
                 )  # fmt: skip
             else:
                 maximum, denominator, low_sum, high_sum = take_codes(
@@ -104,6 +113,7 @@ class SplitPlan(NamedTuple):
     warp_tokens: int = 0  # of a warp, in `triton_few`'s kernel, which serves if this is not 0
     tiles_ahead: int = 2  # fetched into the second-level cache by it
     max_registers: int | None = None
+    is_many: bool = False  # `triton_many`'s kernel serves
 
 
 def plan_splits(
@@ -118,14 +128,19 @@ def plan_splits(
     stay few."""
     if num_rows <= FEW_ROWS and _few_serves(prefix, head_dim, dtype):
         return _plan_few(prefix, num_rows, num_processors * (programs_a_processor or 3))
+    is_many = isinstance(prefix, QuantizedPrefix) and dtype == torch.bfloat16
+    has_exact = is_many and prefix[6].shape[1] > 0
     block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
     group_tokens = prefix.group_tokens if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
     block_tokens = math.gcd(group_tokens, BLOCK_TOKENS)
     programs_at_once = num_processors * (programs_a_processor or {128: 1, 64: 2}.get(block_rows, 4))
-    split_tokens, num_splits = _split(prefix, programs_at_once // (prefix[0].shape[0] * row_blocks), block_tokens)
+    wanted = programs_at_once // (prefix[0].shape[0] * row_blocks) - has_exact
+    split_tokens, num_splits = _split(prefix, wanted, block_tokens)
     num_warps = 8 if block_rows == 128 or head_dim > 128 else 4
-    return SplitPlan(block_rows, row_blocks, block_tokens, split_tokens, num_splits, num_warps)
+    return SplitPlan(
+        block_rows, row_blocks, block_tokens, split_tokens, num_splits + has_exact, num_warps, is_many=is_many
+    )
 
 
 def _split(prefix: Prefix, wanted: int, block_tokens: int) -> tuple[int, int]:
@@ -170,15 +185,16 @@ def attend_prefix_parts(
     num_kv_heads, half = prefix[0].shape[0], head_dim // 2
     tensors, num_exact, sizes = _arguments(prefix, query)
     sizes |= {"group_size": num_q_heads // num_kv_heads, "half": half, "block_rows": plan.block_rows}
-    sizes |= {"has_window": window is not None, "has_cap": softcap is not None}
+    sizes |= {"has_window": window is not None, "has_cap": softcap is not None, "tiles_ahead": plan.tiles_ahead}
     if plan.warp_tokens:
         kernel: Any = attend_few
         sizes |= {"value_groups": head_dim // sizes.pop("group_channels"), "warps": plan.num_warps}
-        sizes |= {"warp_tokens": plan.warp_tokens, "tiles_ahead": plan.tiles_ahead}
+        sizes |= {"warp_tokens": plan.warp_tokens}
     else:
-        kernel = attend_prefix
         sizes |= {"block_half": max(16, triton.next_power_of_2(half)), "block_tokens": plan.block_tokens}
-        sizes |= {"folded": plan.block_rows <= MAX_FOLDED_ROWS}
+        kernel = attend_many if plan.is_many else attend_prefix
+        if not plan.is_many:
+            sizes |= {"folded": plan.block_rows <= MAX_FOLDED_ROWS}
     kernel[(plan.row_blocks, num_kv_heads, plan.num_splits)](
         query, *tensors, query if positions is None else positions, part_out, part_lse, scale, softcap or 0.0,
         window or 0, prefix.num_tokens, num_exact, tensors[1].shape[1], num_queries, plan.split_tokens,
