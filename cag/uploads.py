@@ -1,18 +1,23 @@
-"""Layers on their way from pinned host memory to a GPU: copies in a stream of their own, beside what is computed.
+"""Layers on their way from pinned host memory to a GPU: copies in a stream of their own, beside what is computed, and
+what is made of the copies there.
 
-Whoever uses a layer lets the device wait for its copy, not the host. On a CPU "copies" are made at once.
+Whoever uses a layer lets the device wait for it, not the host. On a CPU "copies" are made at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 class Uploads:
-    """Copies of one prefix, layer by layer. `send` from one thread, `wait` from any."""
+    """Copies of one prefix, layer by layer. `send`, `stream` and `mark` from one thread, `wait` from any."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: dict[int, torch.cuda.Event] = {}
@@ -24,25 +29,51 @@ class Uploads:
 
     def send(self, layer: int, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Start to copy each source (pinned) to its target; both must live until `finish`."""
-        if self._stream is None:
-            for source, target in pairs:
-                target.copy_(source)
-            return
-        with torch.cuda.stream(self._stream):
+        with self.stream():
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
+            self.mark(layer)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """What the calling thread starts inside is done on the device in the order in which it was started, behind the
+        copies; memory that is taken inside is for use inside."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self, layer: int) -> None:
+        """Inside of `stream`: the layer is there when all that was started so far is done."""
+        if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._events[layer] = event
+            event.record(self._stream)
+            self._events[layer] = event
+
+    def fetch(self, numbers: Tensor) -> Callable[[], Tensor]:
+        """Inside of `stream`: start to copy numbers to the host. What is returned waits for them, and for nothing that
+        was started later."""
+        if self._stream is None:
+            return lambda: numbers
+        host = pinned_like(numbers).copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+
+        def arrived() -> Tensor:
+            event.synchronize()
+            return host
+
+        return arrived
 
     def wait(self, layer: int) -> None:
-        """Let what the calling thread does next on the device come after the copy of a layer; it was sent before."""
+        """Let what the calling thread does next on the device come after a layer that was sent or marked before."""
         event = self._events.get(layer)
         if event is not None:
             event.wait()
 
     def finish(self) -> None:
-        """Wait until everything has been copied; afterwards `wait` costs nothing, also while a graph is recorded."""
+        """Wait until everything is there; afterwards `wait` costs nothing, also while a graph is recorded."""
         if self._stream is not None:
             self._stream.synchronize()
         self._events.clear()
@@ -56,3 +87,8 @@ def pinned(num_bytes: int) -> Tensor:
 def pinned_like(tensor: Tensor) -> Tensor:
     """As much of it, for numbers."""
     return pinned(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+
+
+def sent(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A small array of any memory on a device, in the thread's stream; on a CPU perhaps the array itself."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

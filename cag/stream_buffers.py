@@ -1,0 +1,166 @@
+"""A `transform` cache on its way to a device that decodes it: its bytes in pinned memory of the host, and from there,
+group by group of layers, over the bus and through the kernels.
+
+The store verifies every byte and puts it here; a layer counts as there only when the decoder has said that all segments
+of its group are whole. Knows kernels and shapes; knows no reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cag.angles import angles_on
+from cag.basis_tensors import basis_tensors
+from cag.host_copies import HostCopy
+from cag.stream_decoding import Angles, DecodedChunks, refuse_torn
+from cag.uploads import Uploads, pinned
+from cag_kernels import DensePrefix
+from cag_kernels.device import MAX_HEAD_DIM
+from cag_store.codecs import StreamShape, StreamSide
+from cag_store.codecs.streams import NUM_PARTS
+
+if TYPE_CHECKING:
+    from cag.state import PrefixSegment
+    from cag_store.codecs.transform import Rotation
+
+GroupShapes = tuple[StreamShape, StreamShape]
+"""Keys and values of a group of layers."""
+
+MAX_CODES = 1 << 30
+"""Of a side that are decoded at once: 2 GiB."""
+
+_MAX_SIDE_BYTES = 1 << 32  # kernels count pairs of bytes in 31 bits
+
+
+def can_decode(shapes: Sequence[GroupShapes]) -> bool:
+    """Whether the kernels take heads and sizes of all groups."""
+    sides = [side for both in shapes for side in both]
+    heads = {head_dim for side in sides for _, head_dim in side.static.shapes}
+    return all(side.slots[-1] < _MAX_SIDE_BYTES for side in sides) and all(
+        head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM for head_dim in heads
+    )
+
+
+class StreamBuffers:
+    """Where the store puts the segments of a prefix, and what the device makes of them.
+
+    `arrived` raises CorruptEntry for what passed all checksums and is no stream: before a layer of it is used.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[GroupShapes],
+        dtype: torch.dtype,
+        device: torch.device,
+        kept: tuple[Tensor, NDArray[np.int64]] | None = None,
+    ) -> None:
+        """`shapes` of all groups; `kept`: bytes and bounds that are there already."""
+        self._shapes, self._device = shapes, device
+        self._again = partial(StreamBuffers, shapes, dtype, device)
+        self._num_tokens = sum(chunk.num_tokens for chunk in shapes[0][0].chunks)
+        sizes = [side.slots[-1] for both in shapes for side in both]
+        self._starts = list(accumulate(sizes, initial=0))
+        num_chunks = len(shapes[0][0].chunks)
+        self._host, self._bounds = kept or (
+            pinned(self._starts[-1]),
+            np.zeros((len(sizes), num_chunks, NUM_PARTS + 1), np.int64),
+        )
+        self._layers = [self._room(*heads, dtype) for keys, _ in shapes for heads in keys.static.shapes]
+        self._groups = {keys.static.layers.start: number for number, (keys, _) in enumerate(shapes)}
+        self._angles: dict[Rotation, Angles] = {}
+        self.uploads = Uploads(device)
+
+    def host_copy(self) -> HostCopy:
+        """What is in the host's memory, for another time: the cache as small as it is stored."""
+        num_bytes = self._host.nbytes + self._bounds.nbytes
+        return HostCopy(num_bytes, partial(self._again, kept=(self._host, self._bounds)))
+
+    def views(self) -> list[tuple[StreamSide, StreamSide]]:
+        """Writable arrays of all layers, as the store wants them."""
+        return [self._sides(group) for group, (keys, _) in enumerate(self._shapes) for _ in keys.static.layers]
+
+    def layers(self) -> list[tuple[PrefixSegment, ...]]:
+        """What to attend to when all has arrived."""
+        return [(DensePrefix(*pair),) for pair in self._layers]
+
+    def arrived(self, layer: int) -> None:
+        """A layer's segments are there. Raises: CorruptEntry for segments that are not whole."""
+        if layer in self._groups:  # the layers of a group arrive together
+            self._decode(self._groups[layer])
+
+    def _decode(self, group: int) -> None:
+        sides, pieces = self._sides(group), list(self._pieces(group))
+        with self.uploads.stream():
+            bases = [basis_tensors(side.shape.static, self._device) for side in sides]
+            turned = [[self._turned(rotation) for rotation in side.shape.rotations] for side in sides]
+            data = self._sent(group)
+            checks: list[tuple[NDArray[np.int64], Callable[[], Tensor]]] = []
+            for first, last in pieces:
+                parts = [
+                    DecodedChunks(side, first, last, part, basis)
+                    for side, part, basis in zip(sides, data, bases, strict=True)
+                ]
+                checks += [
+                    (side.bounds[first:last], self.uploads.fetch(part.whole))
+                    for side, part in zip(sides, parts, strict=True)
+                ]
+                self._put(parts, turned, sides[0].shape.static.layers, is_last=last == pieces[-1][1])
+        for bounds, whole in checks:
+            refuse_torn(bounds, whole())
+
+    def _put(
+        self, parts: Sequence[DecodedChunks], turned: Sequence[Sequence[Angles | None]], layers: range, *, is_last: bool
+    ) -> None:
+        """Numbers of decoded chunks, layer by layer."""
+        for number, layer in enumerate(layers):
+            for part, angles, out in zip(parts, turned, self._layers[layer], strict=True):
+                part.put(number, out, angles[number])
+            if is_last:
+                self.uploads.mark(layer)
+
+    def _sent(self, group: int) -> list[Tensor]:
+        """The bytes of keys and values of a group, on the device: one copy."""
+        first, middle, last = self._starts[2 * group : 2 * group + 3]
+        data = self._host[first:last].to(self._device, non_blocking=True)
+        return [data[: middle - first], data[middle - first :]]
+
+    def _pieces(self, group: int) -> Iterator[tuple[int, int]]:
+        """Spans of neighbouring chunks whose codes, of a side, are about MAX_CODES or fewer."""
+        keys, values = self._shapes[group]
+        width = max(keys.static.num_components, values.static.num_components, 1)
+        first, num_tokens = 0, 0
+        for number, chunk in enumerate(keys.chunks):
+            if num_tokens and (num_tokens + chunk.num_tokens) * width > MAX_CODES:
+                yield first, number
+                first, num_tokens = number, 0
+            num_tokens += chunk.num_tokens
+        yield first, len(keys.chunks)
+
+    def _sides(self, group: int) -> tuple[StreamSide, StreamSide]:
+        """Keys and values of a group in the host's memory."""
+        memory = self._host.numpy()
+        keys, values = (
+            StreamSide(shape, self._bounds[place], memory[self._starts[place] : self._starts[place + 1]])
+            for place, shape in enumerate(self._shapes[group], start=2 * group)
+        )
+        return keys, values
+
+    def _turned(self, rotation: Rotation | None) -> Angles | None:
+        """Angles of all positions; None where nothing is turned."""
+        if rotation is None or not rotation.inverse_frequencies:
+            return None
+        if rotation not in self._angles:
+            self._angles[rotation] = angles_on(self._device, rotation, self._num_tokens)
+        return self._angles[rotation]
+
+    def _room(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        size = (num_kv_heads, self._num_tokens, head_dim)
+        return torch.empty(size, dtype=dtype, device=self._device), torch.empty(size, dtype=dtype, device=self._device)
