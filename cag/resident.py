@@ -72,6 +72,7 @@ class ResidentPrefix:
         self.tier = "memory"
         self.shares_cores = False
         self._uploads: Uploads | None = None
+        self._confirm: Callable[[int], None] | None = None  # while layers arrive that may prove damaged
         self._ready = [threading.Event() for _ in layers]
         self._error: BaseException | None = None
 
@@ -113,9 +114,8 @@ class ResidentPrefix:
             sizes = [(s.num_kv_heads, len(token_ids), s.head_dim) for s in shapes]
             host = HostBuffers.of(sizes, dtype, device)
         prefix = cls(host.layers(), token_ids)
-        prefix.shares_cores, prefix._uploads = not overlap, host.uploads
-        work = (host, partial(prefix._read, reader, host), on_host_copy)
-        threading.Thread(target=prefix._load, args=work, name="cag-load", daemon=True).start()
+        prefix.shares_cores = not overlap
+        prefix._start(host, partial(prefix._read, reader, host), on_host_copy)
         return prefix
 
     @classmethod
@@ -123,10 +123,14 @@ class ResidentPrefix:
         """Start to send to the device what an earlier load left in the host's memory. Returns at once, as `load`."""
         host = copy.again()
         prefix = cls(host.layers(), token_ids)
-        prefix._uploads = host.uploads
-        work = (host, partial(prefix._send, host), None)
-        threading.Thread(target=prefix._load, args=work, name="cag-load", daemon=True).start()
+        prefix._start(host, partial(prefix._send, host), None)
         return prefix
+
+    def _start(self, host: Buffers, work: Callable[[], None], on_host_copy: Callable[[HostCopy], None] | None) -> None:
+        self._uploads = host.uploads
+        self._confirm = host.confirm if isinstance(host, StreamBuffers) else None
+        arguments = (host, work, on_host_copy)
+        threading.Thread(target=self._load, args=arguments, name="cag-load", daemon=True).start()
 
     def _load(
         self,
@@ -141,12 +145,16 @@ class ResidentPrefix:
             finally:
                 if host.uploads is not None:  # after an error too: the memory must not go while it is written to
                     host.uploads.finish()
+            if self._confirm is not None:
+                for layer in range(len(self._ready)):
+                    self._confirm(layer)
             if host.uploads is not None and on_host_copy is not None:
                 on_host_copy(host.host_copy())
             self.load_s = time.perf_counter() - start
         except BaseException as error:  # handed to whoever waits for a layer
             self._error = error
         finally:
+            self._confirm = None  # behind the error: `wait_for` looks at both in the other order
             self.mark_loaded()
 
     def _read(self, reader: CacheReader, host: Buffers) -> None:
@@ -220,8 +228,11 @@ class ResidentPrefix:
     def wait_for(self, index: int) -> None:
         """Wait until a layer is there. Raises: StoreError."""
         self._ready[index].wait()
+        confirm = self._confirm
         if self._error is not None:
             raise self._error
+        if confirm is not None:
+            confirm(index)
 
     def wait(self) -> None:
         """Wait until all layers are there."""

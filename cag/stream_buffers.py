@@ -7,6 +7,7 @@ of its group are whole. Knows kernels and shapes; knows no reader.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
 GroupShapes = tuple[StreamShape, StreamShape]
 """Keys and values of a group of layers."""
 
-MAX_CODES = 1 << 30
-"""Of a side that are decoded at once: 2 GiB."""
+MAX_CODES = 1 << 29
+"""Of a side that are decoded at once: 1 GiB."""
+MAX_PIECES = 2
+"""That are in work at the same time: one is read while the one before is multiplied."""
 
 _MAX_SIDE_BYTES = 1 << 32  # kernels count pairs of bytes in 31 bits
+_Check = tuple[NDArray[np.int64], Callable[[], Tensor]]  # bounds of segments, and what says whether they are whole
 
 
 def can_decode(shapes: Sequence[GroupShapes]) -> bool:
@@ -52,7 +56,7 @@ def can_decode(shapes: Sequence[GroupShapes]) -> bool:
 class StreamBuffers:
     """Where the store puts the segments of a prefix, and what the device makes of them.
 
-    `arrived` raises CorruptEntry for what passed all checksums and is no stream: before a layer of it is used.
+    All memory of a piece is kept until the device is done with it, as several streams use it.
     """
 
     def __init__(
@@ -76,7 +80,9 @@ class StreamBuffers:
         self._layers = [self._room(*heads, dtype) for keys, _ in shapes for heads in keys.static.shapes]
         self._groups = {keys.static.layers.start: number for number, (keys, _) in enumerate(shapes)}
         self._angles: dict[Rotation, Angles] = {}
-        self.uploads = Uploads(device)
+        self._checks: list[list[_Check]] = [[] for _ in shapes]
+        self._in_work: deque[tuple[Callable[[], None], list[DecodedChunks]]] = deque()
+        self.uploads = Uploads(device, num_lanes=2)
 
     def host_copy(self) -> HostCopy:
         """What is in the host's memory, for another time: the cache as small as it is stored."""
@@ -92,29 +98,49 @@ class StreamBuffers:
         return [(DensePrefix(*pair),) for pair in self._layers]
 
     def arrived(self, layer: int) -> None:
-        """A layer's segments are there. Raises: CorruptEntry for segments that are not whole."""
+        """A layer's segments are there: start to decode its group. Layers may be used behind `confirm`."""
         if layer in self._groups:  # the layers of a group arrive together
             self._decode(self._groups[layer])
 
+    def confirm(self, layer: int) -> None:
+        """Wait until the device has read the segments of a layer that has arrived. Safe from any thread.
+
+        Raises:
+            CorruptEntry: one of them passed all checksums and is no stream, as the store's own decoder says it.
+        """
+        group = max(number for first, number in self._groups.items() if first <= layer)
+        for bounds, whole in self._checks[group]:
+            refuse_torn(bounds, whole())
+
     def _decode(self, group: int) -> None:
+        """Keys and values are read beside each other, and beside the products of the piece before."""
         sides, pieces = self._sides(group), list(self._pieces(group))
         with self.uploads.stream():
-            bases = [basis_tensors(side.shape.static, self._device) for side in sides]
             turned = [[self._turned(rotation) for rotation in side.shape.rotations] for side in sides]
-            data = self._sent(group)
-            checks: list[tuple[NDArray[np.int64], Callable[[], Tensor]]] = []
-            for first, last in pieces:
-                parts = [
-                    DecodedChunks(side, first, last, part, basis)
-                    for side, part, basis in zip(sides, data, bases, strict=True)
-                ]
-                checks += [
-                    (side.bounds[first:last], self.uploads.fetch(part.whole))
-                    for side, part in zip(sides, parts, strict=True)
-                ]
-                self._put(parts, turned, sides[0].shape.static.layers, is_last=last == pieces[-1][1])
-        for bounds, whole in checks:
-            refuse_torn(bounds, whole())
+        for first, last in pieces:
+            while len(self._in_work) >= MAX_PIECES:
+                self._in_work.popleft()[0]()
+            parts = [
+                self._read(lane, side, self._starts[2 * group + lane], first, last) for lane, side in enumerate(sides)
+            ]
+            self._checks[group] += [
+                (side.bounds[first:last], whole) for side, (_, whole) in zip(sides, parts, strict=True)
+            ]
+            with self.uploads.stream():
+                decoded = [part for part, _ in parts]
+                self._put(decoded, turned, sides[0].shape.static.layers, is_last=last == pieces[-1][1])
+                self._in_work.append((self.uploads.done(), decoded))
+
+    def _read(
+        self, lane: int, side: StreamSide, place: int, first: int, last: int
+    ) -> tuple[DecodedChunks, Callable[[], Tensor]]:
+        """Send chunks [first, last) of a side, whose bytes begin at `place`, and start to decode their codes."""
+        with self.uploads.lane(lane):
+            basis = basis_tensors(side.shape.static, self._device)
+            begin, end = side.shape.slots[first], side.shape.slots[last]
+            data = self._host[place + begin : place + end].to(self._device, non_blocking=True)
+            part = DecodedChunks(side, first, last, data, begin, basis)
+            return part, self.uploads.fetch(part.whole)
 
     def _put(
         self, parts: Sequence[DecodedChunks], turned: Sequence[Sequence[Angles | None]], layers: range, *, is_last: bool
@@ -125,12 +151,6 @@ class StreamBuffers:
                 part.put(number, out, angles[number])
             if is_last:
                 self.uploads.mark(layer)
-
-    def _sent(self, group: int) -> list[Tensor]:
-        """The bytes of keys and values of a group, on the device: one copy."""
-        first, middle, last = self._starts[2 * group : 2 * group + 3]
-        data = self._host[first:last].to(self._device, non_blocking=True)
-        return [data[: middle - first], data[middle - first :]]
 
     def _pieces(self, group: int) -> Iterator[tuple[int, int]]:
         """Spans of neighbouring chunks whose codes, of a side, are about MAX_CODES or fewer."""

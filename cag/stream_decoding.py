@@ -33,20 +33,21 @@ class DecodedChunks:
         whole: bool `[last - first]` on the device: whether each segment ended where it should.
     """
 
-    def __init__(self, side: StreamSide, first: int, last: int, data: Tensor, basis: BasisTensors) -> None:
-        """`data`: what is in `side.data`, on the device."""
-        self._shape, self._basis, self._bounds = side.shape, basis, side.bounds[first:last]
+    def __init__(self, side: StreamSide, first: int, last: int, data: Tensor, begin: int, basis: BasisTensors) -> None:
+        """`data`: on the device, what is in `side.data` from `begin` on."""
+        self._shape, self._basis = side.shape, basis
+        bounds = side.bounds[first:last] - begin
         chunks = side.shape.chunks[first:last]
         self._tokens = slice(chunks[0].start, chunks[-1].start + chunks[-1].num_tokens)
-        exact = [_exact_tokens(side.data, bounds) for bounds in self._bounds]
+        exact = [_exact_tokens(side.data, parts) for parts in side.bounds[first:last]]
         num_coded = np.array([chunk.num_tokens - len(part) for chunk, part in zip(chunks, exact, strict=True)])
         self._starts = [0, *np.cumsum(num_coded).tolist()]
-        segments = segment_tensors(data, self._bounds, num_coded, basis)
+        segments = segment_tensors(data, bounds, num_coded, basis)
         self._means = segments.means
         self._codes, whole = decode_segments(segments.streams, basis.slots, basis.tables, basis.low_bits)
         self.whole = whole[::2]
         places = [part + (chunk.start - chunks[0].start) for chunk, part in zip(chunks, exact, strict=True)]
-        self._exact = _ExactTokens(np.concatenate(places), self._tokens, data, self._bounds)
+        self._exact = _ExactTokens(np.concatenate(places), self._tokens, data, bounds)
 
     def put(self, number: int, out: Tensor, angles: Angles | None) -> None:
         """Layer `number` of the group into `out` `[num_kv_heads, num_tokens, head_dim]`; `out` and `angles` have all
@@ -134,6 +135,6 @@ class _ExactTokens:
             out.index_copy_(1, self._places, rows.reshape(len(rows), out.shape[0], out.shape[2]).transpose(0, 1))
 
 
-def _exact_tokens(data: NDArray[np.uint8], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+def _exact_tokens(data: NDArray[np.uint8], parts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Places within its chunk of the tokens of a segment that have no codes."""
-    return np.frombuffer(data[bounds[EXACT] : bounds[EXACT_ROWS]], "<u4").astype(np.int64)
+    return np.frombuffer(data[parts[EXACT] : parts[EXACT_ROWS]], "<u4").astype(np.int64)

@@ -17,13 +17,18 @@ from torch import Tensor
 
 
 class Uploads:
-    """Copies of one prefix, layer by layer. `send`, `stream` and `mark` from one thread, `wait` from any."""
+    """Copies of one prefix, layer by layer, and work on them. `wait` from any thread, everything else from one."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_lanes: int = 0) -> None:
+        """`num_lanes`: streams for what may be done beside each other before it comes together in `stream`."""
         self._events: dict[int, torch.cuda.Event] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._lanes: list[torch.cuda.Stream] = []
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream, *self._lanes = (
+                torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                for _ in range(1 + num_lanes)
+            )
             # the memory that is written to may have been somebody else's until now
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -36,12 +41,23 @@ class Uploads:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """What the calling thread starts inside is done on the device in the order in which it was started, behind the
-        copies; memory that is taken inside is for use inside."""
+        """What the calling thread starts inside is done in its order, behind all that was started before, here and in
+        lanes. Memory that is taken inside must live until the work that uses it outside is done."""
         if self._stream is None:
             yield
             return
+        for lane in self._lanes:
+            self._stream.wait_stream(lane)
         with torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
+    def lane(self, number: int) -> Iterator[None]:
+        """What is started inside is done in its order, but beside everything else."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._lanes[number]):
             yield
 
     def mark(self, layer: int) -> None:
@@ -51,17 +67,23 @@ class Uploads:
             event.record(self._stream)
             self._events[layer] = event
 
+    def done(self) -> Callable[[], None]:
+        """Inside of `stream` or `lane`: what waits on the host until all that was started there so far is done."""
+        if self._stream is None:
+            return lambda: None
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event.synchronize
+
     def fetch(self, numbers: Tensor) -> Callable[[], Tensor]:
-        """Inside of `stream`: start to copy numbers to the host. What is returned waits for them, and for nothing that
-        was started later."""
+        """Inside of `stream` or `lane`: start to copy numbers to the host; what waits for them and gives them."""
         if self._stream is None:
             return lambda: numbers
         host = pinned_like(numbers).copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(self._stream)
+        done = self.done()
 
         def arrived() -> Tensor:
-            event.synchronize()
+            done()
             return host
 
         return arrived
@@ -75,7 +97,8 @@ class Uploads:
     def finish(self) -> None:
         """Wait until everything is there; afterwards `wait` costs nothing, also while a graph is recorded."""
         if self._stream is not None:
-            self._stream.synchronize()
+            for stream in (*self._lanes, self._stream):
+                stream.synchronize()
         self._events.clear()
 
 

@@ -104,14 +104,16 @@ class CacheReader:
         """How keys and values of each group of layers can be kept undecoded; None if the codec cannot do that for
         all."""
         header, codec, itemsize = self.header, self._chunks[0].codec, storage_dtype(self.header.context.dtype).itemsize
-        sizes = list(zip(header.num_kv_heads, header.head_dim, strict=True))
-        found = [
-            codec.stream_shape(sizes[first:last], side, first, self._stream_chunks(2 * group + place), itemsize)
-            for group, (first, last) in enumerate(header.groups)
-            for place, side in enumerate(SIDES)
-        ]
-        shapes = [shape for shape in found if shape is not None]
-        return list(zip(shapes[::2], shapes[1::2], strict=True)) if len(shapes) == len(found) else None
+        sizes, groups = list(zip(header.num_kv_heads, header.head_dim, strict=True)), header.groups
+        shapes: list[StreamShape] = []
+        for position in range(2 * len(groups)):
+            first, last = groups[position // 2]
+            chunks = self._stream_chunks(position)
+            shape = codec.stream_shape(sizes[first:last], SIDES[position % 2], first, chunks, itemsize)
+            if shape is None:
+                return None
+            shapes.append(shape)
+        return list(zip(shapes[::2], shapes[1::2], strict=True))
 
     def _stream_chunks(self, position: int) -> list[StreamChunk]:
         return [

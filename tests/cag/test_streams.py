@@ -1,6 +1,8 @@
 """`transform` caches decoded on a device: the bits of the store's own decoder, and its errors. On a CPU by torch's
 reference operations, on a GPU by Triton's kernels."""
 
+import importlib
+import os
 import struct
 from dataclasses import replace
 
@@ -29,6 +31,7 @@ from tiny import tiny_config, write_tiny_model
 
 HEADS, DIMS = (2, 1, 2, 1, 3), (8, 16, 8, 4, 6)  # groups of two layers, the last of one
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+rans_operation, inverse_operation = (importlib.import_module(f"cag_kernels.{name}") for name in ("rans", "inverse"))
 SEGMENT_HEAD = struct.Struct("<BBHIII")
 
 
@@ -90,6 +93,8 @@ class Cache:
             reader.load(buffers.views(), lambda layer: (arrived.append(layer), buffers.arrived(layer)))
         buffers.uploads.finish()
         assert arrived == list(range(len(HEADS)))
+        for layer in arrived:
+            buffers.confirm(layer)
         return buffers
 
 
@@ -124,6 +129,17 @@ def test_decoded_there_is_decoded_here(device, dtype, num_tokens, chunk_tokens, 
     again.uploads.finish()
     assert_same_bits(again.layers(), expected)
     assert again.layers()[0][0].keys.data_ptr() != found.layers()[0][0].keys.data_ptr()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles here")
+@pytest.mark.parametrize("choices", [{}, {"kept": 7, "pairing": "adjacent", "exact_tokens": 0, "step": -512}], ids=str)
+def test_the_kernels_in_their_interpreter_take_what_is_made_for_them(choices, monkeypatch):
+    """Among it: segments without tokens between the others."""
+    pytest.importorskip("triton")
+    for module in (rans_operation, inverse_operation):
+        monkeypatch.setattr(module, "triton_runs_on", lambda _device: True)
+    cache = Cache(40, 33, **choices)
+    assert_same_bits(cache.kept(torch.device("cpu")).layers(), cache.decoded())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -27,6 +27,7 @@ _LEAST_METRIC = 1e-2
 CENTER = np.float32(64)
 _NO_PAIRS = np.empty((0, 2), np.int64)
 _one_at_a_time = threading.Lock()
+_rows_once = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +50,15 @@ class PreparedSide:
         """Components that are coded."""
         return len(self.low)
 
-    @cached_property
+    @property
     def rows(self) -> NDArray[np.int16]:
-        """`[kept components, num_channels]`; made when they are asked for, as whoever decodes on a device makes them
-        there."""
+        """`[kept components, num_channels]`; made when they are first asked for, by one thread: whoever decodes on a
+        device makes them there."""
+        with _rows_once:
+            return self._rows
+
+    @cached_property
+    def _rows(self) -> NDArray[np.int16]:
         count = self.num_components
         return np.left_shift(self.group.mantissas[:count], self.group.row_shifts[:count, None].astype(np.int16))
 
