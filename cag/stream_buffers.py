@@ -112,6 +112,7 @@ class StreamBuffers:
         for bounds, whole in self._checks[group]:
             refuse_torn(bounds, whole())
 
+    @torch.inference_mode()
     def _decode(self, group: int) -> None:
         """Keys and values are read beside each other, and beside the products of the piece before."""
         sides, pieces = self._sides(group), list(self._pieces(group))
