@@ -7,10 +7,11 @@ of its group are whole. Knows kernels and shapes; knows no reader.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -154,16 +155,10 @@ class StreamBuffers:
                 self.uploads.mark(layer)
 
     def _pieces(self, group: int) -> Iterator[tuple[int, int]]:
-        """Spans of neighbouring chunks whose codes, of a side, are about MAX_CODES or fewer."""
-        keys, values = self._shapes[group]
-        width = max(keys.static.num_components, values.static.num_components, 1)
-        first, num_tokens = 0, 0
-        for number, chunk in enumerate(keys.chunks):
-            if num_tokens and (num_tokens + chunk.num_tokens) * width > MAX_CODES:
-                yield first, number
-                first, num_tokens = number, 0
-            num_tokens += chunk.num_tokens
-        yield first, len(keys.chunks)
+        """Equal spans of neighbouring chunks whose codes, of a side, are about MAX_CODES or fewer."""
+        width, num_chunks = max(side.static.num_components for side in self._shapes[group]), len(self._bounds[0])
+        num_pieces = min(max(math.ceil(self._num_tokens * width / MAX_CODES), 1), num_chunks)
+        return pairwise(number * num_chunks // num_pieces for number in range(num_pieces + 1))
 
     def _sides(self, group: int) -> tuple[StreamSide, StreamSide]:
         """Keys and values of a group in the host's memory."""

@@ -111,26 +111,30 @@ class _ExactTokens:
 
     def __init__(self, places: NDArray[np.int64], tokens: slice, data: Tensor, bounds: NDArray[np.int64]) -> None:
         """`places` within `tokens`, ascending."""
-        self._places = sent(places, data.device)
-        coded = torch.arange(tokens.stop - tokens.start - len(places), device=data.device)
-        before = self._places - torch.arange(len(places), device=data.device)  # coded tokens before each exact one
-        self._coded = coded + torch.searchsorted(before, coded, right=True)
+        self._places, count = sent(places, data.device), tokens.stop - tokens.start
+        self._coded: slice | Tensor = slice(len(places), count)
+        if len(places) and places[-1] >= len(places):  # not just the first tokens of a cache
+            coded = torch.arange(count - len(places), device=data.device)
+            before = self._places - torch.arange(len(places), device=data.device)  # coded ones before each exact one
+            self._coded = coded + torch.searchsorted(before, coded, right=True)
         rows = [data[first:last] for first, last in bounds[:, EXACT_ROWS : EXACT_ROWS + 2].tolist() if first < last]
-        self._rows = torch.cat(rows).view(len(places), -1) if rows else data[:0]
+        self._rows = torch.cat(rows).view(len(places), -1) if rows else None
 
     def left_out(self, cosines: Tensor, sines: Tensor) -> Angles:
         """Angles of the other tokens."""
-        return (cosines[self._coded], sines[self._coded]) if len(self._places) else (cosines, sines)
+        return cosines[self._coded], sines[self._coded]
 
     def room_beside(self, out: Tensor) -> Tensor:
-        """Where to put all other tokens, side by side: `out` itself where there are no exact ones."""
-        size = (out.shape[0], len(self._coded), out.shape[2])
-        return out.new_empty(size) if len(self._places) else out
+        """Where to put the other tokens, side by side: a part of `out` where they lie so there."""
+        if isinstance(self._coded, slice):
+            return out[:, self._coded]
+        return out.new_empty(out.shape[0], len(self._coded), out.shape[2])
 
     def put(self, coded: Tensor, span: slice, out: Tensor) -> None:
         """All tokens to their places, if they are not there."""
-        if len(self._places):
+        if not isinstance(self._coded, slice):
             out.index_copy_(1, self._coded, coded)
+        if self._rows is not None:
             rows = self._rows.view(out.dtype)[:, span]
             out.index_copy_(1, self._places, rows.reshape(len(rows), out.shape[0], out.shape[2]).transpose(0, 1))
 

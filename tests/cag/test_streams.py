@@ -4,6 +4,7 @@ reference operations, on a GPU by Triton's kernels."""
 import importlib
 import os
 import struct
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from cag.resident import ResidentPrefix
 from cag.runtime import RuntimePlan
 from cag.state import KvShape
 from cag.stream_buffers import StreamBuffers, can_decode
+from cag.uploads import Uploads
 from cag_store import ROOT, ChunkContext, ChunkHeader, Store, chunk_key
 from cag_store.codecs import JointTransform, StreamChunk
 from cag_store.codecs.transform import Rotation, rans
@@ -90,6 +92,8 @@ class Cache:
             buffers, arrived = StreamBuffers(shapes, self.dtype, device), []
             for keys, values in buffers._layers:
                 assert keys.fill_(77).device.type == values.fill_(77).device.type == device.type
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             reader.load(buffers.views(), lambda layer: (arrived.append(layer), buffers.arrived(layer)))
         buffers.uploads.finish()
         assert arrived == list(range(len(HEADS)))
@@ -235,6 +239,30 @@ def test_no_layer_of_a_torn_group_is_ever_given_out(device, damaged):
         for layer in (2, 3, 4):
             with pytest.raises(CorruptEntry, match="entropy-coded words"):
                 prefix.segments(layer)
+
+
+def test_a_layer_is_given_out_when_its_segments_are_confirmed_and_not_before(device, monkeypatch):
+    """`segments` waits for what the device says of them, also when all of it has been started."""
+    released, fetch, cache, found = threading.Event(), Uploads.fetch, Cache(), []
+    shapes = [KvShape(heads, dim) for heads, dim in zip(HEADS, DIMS, strict=True)]
+
+    def late(self, numbers):
+        arrived = fetch(self, numbers)
+        return lambda: arrived() if released.wait(30) else pytest.fail("never released")
+
+    monkeypatch.setattr(Uploads, "fetch", late)
+    with cache.reader() as reader:
+        prefix = ResidentPrefix.load(reader, shapes, cache.dtype, device, in_streams=True)
+        user = threading.Thread(target=lambda: found.append(prefix.segments(0)))
+        user.start()
+        assert prefix._ready[0].wait(30)
+        user.join(0.1)
+        assert not (found or prefix.is_loaded)
+        released.set()
+        user.join(30)
+        prefix.wait()
+    assert prefix._confirm is None
+    assert_same_bits([found[0], *(prefix.segments(layer) for layer in range(1, len(HEADS)))], cache.decoded())
 
 
 def test_any_damaged_byte_gives_the_stores_bits_or_its_error(device, damaged):
