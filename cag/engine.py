@@ -233,6 +233,7 @@ class Engine:
                 model.device,
                 overlap=overlap,
                 in_codes=model.attends_to_codes,
+                in_streams=model.decodes_streams,
                 on_host_copy=partial(self.host_copies.put, manifest.digest),
             )
         except BaseException:

@@ -125,6 +125,7 @@ class LanguageModel:
         self.compute_dtype = compute_dtype
         self._forward_lock = threading.Lock()
         self.most_read_tokens = 0  # of one sequence, by this process
+        self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
         self.template: PromptTemplate = read_template(tokenizer)
         probe = probed_layers(self.network, self.device)
         self.kv_shapes = [shape for shape, _ in probe]

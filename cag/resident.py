@@ -20,6 +20,7 @@ from torch import Tensor
 from cag.buffers import CodedBuffers, HostBuffers
 from cag.host_copies import HostCopy
 from cag.ngrams import NgramIndex
+from cag.stream_buffers import StreamBuffers, can_decode
 from cag.uploads import Uploads
 from cag_kernels import DensePrefix, dequantize_prefix
 from cag_kernels.device import serves_codes
@@ -30,10 +31,26 @@ if TYPE_CHECKING:
     from cag.state import KvShape, PrefixSegment, Tail
     from cag_store import CacheReader
 
+Buffers = HostBuffers | CodedBuffers | StreamBuffers
+
 
 def _attended(keys: CodedShape, values: CodedShape, device: torch.device) -> bool:
     codes = Codes(keys.bits, values.bits, keys.group_tokens, values.group_channels)
     return serves_codes(device, keys.head_dim, codes)
+
+
+def _codes(reader: CacheReader, dtype: torch.dtype, device: torch.device) -> Buffers | None:
+    """Room for the codes of a cache; None where it has none that the device attends to."""
+    shapes = reader.coded_shapes() if dtype == torch.bfloat16 else None
+    if shapes is None or not all(_attended(*both, device) for both in shapes):
+        return None
+    return CodedBuffers(shapes, device, through_host=device.type != "cpu")
+
+
+def _streams(reader: CacheReader, dtype: torch.dtype, device: torch.device) -> Buffers | None:
+    """Room for the undecoded segments of a cache; None where the codec or the kernels have no such way."""
+    shapes = reader.stream_shapes() if str(dtype) == f"torch.{reader.header.context.dtype}" else None
+    return None if shapes is None or not can_decode(shapes) else StreamBuffers(shapes, dtype, device)
 
 
 class ResidentPrefix:
@@ -55,6 +72,7 @@ class ResidentPrefix:
         self.tier = "memory"
         self.shares_cores = False
         self._uploads: Uploads | None = None
+        self._confirm: Callable[[int], None] | None = None  # while layers arrive that may prove damaged
         self._ready = [threading.Event() for _ in layers]
         self._error: BaseException | None = None
 
@@ -75,11 +93,13 @@ class ResidentPrefix:
         *,
         overlap: bool = True,
         in_codes: bool = False,
+        in_streams: bool = False,
         on_host_copy: Callable[[HostCopy], None] | None = None,
     ) -> ResidentPrefix:
         """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed.
 
-        With `in_codes` the prefix takes the bytes of its codec where that has codes that this device attends to.
+        With `in_codes` the prefix takes the bytes of its codec where that has codes that this device attends to. With
+        `in_streams` the device decodes what the store verified, where the codec's kernels can do that.
 
         `on_host_copy` is given what lies in pinned memory when all layers are on a GPU.
 
@@ -88,18 +108,14 @@ class ResidentPrefix:
         sooner.
         """
         token_ids = reader.token_ids().astype(np.int64)
-        coded = reader.coded_shapes() if in_codes and dtype == torch.bfloat16 else None
-        coded = coded if coded is not None and all(_attended(*both, device) for both in coded) else None
-        host: HostBuffers | CodedBuffers
-        if coded is not None:
-            host = CodedBuffers(coded, device, through_host=device.type != "cpu")
-        else:
+        host = _streams(reader, dtype, device) if in_streams else None
+        host = host or (_codes(reader, dtype, device) if in_codes else None)
+        if host is None:
             sizes = [(s.num_kv_heads, len(token_ids), s.head_dim) for s in shapes]
             host = HostBuffers.of(sizes, dtype, device)
         prefix = cls(host.layers(), token_ids)
-        prefix.shares_cores, prefix._uploads = not overlap, host.uploads
-        work = (host, partial(prefix._read, reader, host), on_host_copy)
-        threading.Thread(target=prefix._load, args=work, name="cag-load", daemon=True).start()
+        prefix.shares_cores = not overlap
+        prefix._start(host, partial(prefix._read, reader, host), on_host_copy)
         return prefix
 
     @classmethod
@@ -107,39 +123,49 @@ class ResidentPrefix:
         """Start to send to the device what an earlier load left in the host's memory. Returns at once, as `load`."""
         host = copy.again()
         prefix = cls(host.layers(), token_ids)
-        prefix._uploads = host.uploads
-        work = (host, partial(prefix._send, host), None)
-        threading.Thread(target=prefix._load, args=work, name="cag-load", daemon=True).start()
+        prefix._start(host, partial(prefix._send, host), None)
         return prefix
+
+    def _start(self, host: Buffers, work: Callable[[], None], on_host_copy: Callable[[HostCopy], None] | None) -> None:
+        self._uploads = host.uploads
+        self._confirm = host.confirm if isinstance(host, StreamBuffers) else None
+        arguments = (host, work, on_host_copy)
+        threading.Thread(target=self._load, args=arguments, name="cag-load", daemon=True).start()
 
     def _load(
         self,
-        host: HostBuffers | CodedBuffers,
+        host: Buffers,
         work: Callable[[], None],
         on_host_copy: Callable[[HostCopy], None] | None,
     ) -> None:
         start = time.perf_counter()
         try:
-            work()
-            if host.uploads is not None:
-                host.uploads.finish()
-                if on_host_copy is not None:
-                    on_host_copy(host.host_copy())
+            try:
+                work()
+            finally:
+                if host.uploads is not None:  # after an error too: the memory must not go while it is written to
+                    host.uploads.finish()
+            if self._confirm is not None:
+                for layer in range(len(self._ready)):
+                    self._confirm(layer)
+            if host.uploads is not None and on_host_copy is not None:
+                on_host_copy(host.host_copy())
             self.load_s = time.perf_counter() - start
         except BaseException as error:  # handed to whoever waits for a layer
             self._error = error
         finally:
+            self._confirm = None  # behind the error: `wait_for` looks at both in the other order
             self.mark_loaded()
 
-    def _read(self, reader: CacheReader, host: HostBuffers | CodedBuffers) -> None:
+    def _read(self, reader: CacheReader, host: Buffers) -> None:
         reader.load(host.views(), partial(self._arrived, host=host), first_layer_soon=not self.shares_cores)
         self.tier = reader.tier
 
-    def _send(self, host: HostBuffers | CodedBuffers) -> None:
+    def _send(self, host: Buffers) -> None:
         for layer in range(len(self._ready)):
             self._arrived(layer, host)
 
-    def _arrived(self, layer: int, host: HostBuffers | CodedBuffers) -> None:
+    def _arrived(self, layer: int, host: Buffers) -> None:
         host.arrived(layer)
         if layer < len(self._ready) - 1:  # the last layer is set with `load_s`
             self._ready[layer].set()
@@ -202,8 +228,11 @@ class ResidentPrefix:
     def wait_for(self, index: int) -> None:
         """Wait until a layer is there. Raises: StoreError."""
         self._ready[index].wait()
+        confirm = self._confirm
         if self._error is not None:
             raise self._error
+        if confirm is not None:
+            confirm(index)
 
     def wait(self) -> None:
         """Wait until all layers are there."""

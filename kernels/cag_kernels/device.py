@@ -69,4 +69,5 @@ def prefix_paths(device: torch.device) -> dict[str, str]:
         "prefix, 8 and 4 bits": f"{kernel}, dequantized in the tile" if on_device else codes,
         "tails in pages": f"{kernel}, all sessions at once" if on_device else tails,
         "quantize, rotate, decode": kernel,
+        "caches in the codec transform": "decoded on the device, by Triton" if on_device else "decoded by the store",
     }

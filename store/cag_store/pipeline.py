@@ -25,12 +25,14 @@ import numpy as np
 
 from cag_store.backends import SCRATCH_BYTES, ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
-from cag_store.codecs import CodedSide, EncodedSegment, RawSegments
+from cag_store.codecs import CodedSide, EncodedSegment, RawSegments, StreamSide
 from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry
 from cag_store.scratch import Scratch
 
-Buffers = Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]]
+Buffers = (
+    Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]] | Sequence[tuple[StreamSide, StreamSide]]
+)
 
 _JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 SPARE_THREADS = 2  # more than workers: cores decode while other jobs wait for the disk
@@ -203,10 +205,12 @@ class Pipeline:
             first, last = self._groups[position // 2]
             sides = [buffers[position % 2] for buffers in self._buffers[first:last]]
             span = slice(entry.start, entry.start + entry.num_tokens)
-            outs = tuple(side if isinstance(side, CodedSide) else side[:, span] for side in sides)
+            outs = tuple(side[:, span] if isinstance(side, np.ndarray) else side for side in sides)
             segments.append(EncodedSegment(data[begin:end], outs, side_of(position), first, entry.start))
         if isinstance(segments[0].outs[0], CodedSide):
             chunk.codec.keep_codes(segments, entry.num_tokens)
+        elif isinstance(segments[0].outs[0], StreamSide):
+            chunk.codec.keep_streams(segments, entry.num_tokens)
         else:
             chunk.codec.decode_segments(segments)
 

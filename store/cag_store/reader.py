@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cag_store.backends import Lease, ReadableBackend
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import CodecSource, OpenChunk, open_chunk
-from cag_store.codecs import CodedShape, CodedSide, Side
+from cag_store.codecs import CodedShape, CodedSide, Side, StreamChunk, StreamShape, StreamSide
 from cag_store.dtypes import storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray
 from cag_store.keys import ROOT, ChunkContext
@@ -77,7 +77,8 @@ class CacheReader:
         """Fill `buffers[layer] = (keys, values)`, each writable `[num_kv_heads, at least num_tokens, head_dim]`.
 
         Their dtype is the numpy carrier of the storage dtype; the last axis is contiguous. Or each is a `CodedSide` of
-        `coded_shapes`, and codes are kept as they are stored.
+        `coded_shapes`, and codes are kept as they are stored; or a `StreamSide` of `stream_shapes`, the same for all
+        layers of a group, and segments are kept undecoded.
         Layers become whole in order;
         `on_layer(i)` is then called on this thread. Who has no use for the first layers before the last ones are there
         is served sooner without `first_layer_soon`. Raises: CorruptEntry, EntryNotFound; the buffers are then
@@ -98,6 +99,27 @@ class CacheReader:
         ]
         shapes = [shape for shape in found if shape is not None]
         return list(zip(shapes[::2], shapes[1::2], strict=True)) if len(shapes) == len(found) else None
+
+    def stream_shapes(self) -> list[tuple[StreamShape, StreamShape]] | None:
+        """How keys and values of each group of layers can be kept undecoded; None if the codec cannot do that for
+        all."""
+        header, codec, itemsize = self.header, self._chunks[0].codec, storage_dtype(self.header.context.dtype).itemsize
+        sizes, groups = list(zip(header.num_kv_heads, header.head_dim, strict=True)), header.groups
+        shapes: list[StreamShape] = []
+        for position in range(2 * len(groups)):
+            first, last = groups[position // 2]
+            chunks = self._stream_chunks(position)
+            shape = codec.stream_shape(sizes[first:last], SIDES[position % 2], first, chunks, itemsize)
+            if shape is None:
+                return None
+            shapes.append(shape)
+        return list(zip(shapes[::2], shapes[1::2], strict=True))
+
+    def _stream_chunks(self, position: int) -> list[StreamChunk]:
+        return [
+            StreamChunk(c.entry.start, c.entry.num_tokens, c.index.segments[position].encoded_bytes)
+            for c in self._chunks
+        ]
 
     def close(self) -> None:
         """Give up the lease, after `on_close` was called. Idempotent."""
@@ -120,6 +142,9 @@ class CacheReader:
         if isinstance(buffers[0][0], CodedSide):
             self._check_coded(buffers)
             return
+        if isinstance(buffers[0][0], StreamSide):
+            self._check_streams(buffers)
+            return
         for layer, sides in enumerate(buffers):
             for array in sides:
                 if not _fits(array, dtype, header, layer, self.num_tokens):
@@ -138,6 +163,17 @@ class CacheReader:
             if all(isinstance(side, CodedSide) and side.fits(shape, dtype) for side, shape in pairs):
                 return
         raise UnencodableArray("arrays for codes that are not those of the cache's `coded_shapes`")
+
+    def _check_streams(self, buffers: Buffers) -> None:
+        shapes, groups = self.stream_shapes(), self.header.groups
+        pairs = zip(groups, shapes or [], strict=False)
+        if shapes is None or not all(
+            isinstance(side, StreamSide) and side.fits(shape)
+            for (first, last), both in pairs
+            for sides in buffers[first:last]
+            for side, shape in zip(sides, both, strict=True)
+        ):
+            raise UnencodableArray("arrays for segments that are not those of the cache's `stream_shapes`")
 
 
 def _described(side: object) -> str:

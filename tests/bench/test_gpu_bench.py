@@ -8,10 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cag.stream_decoding import DecodedChunks
 from cag_bench.cli import app
 from cag_bench.errors import KernelWrong
 from cag_bench.gpu import answers, run, transform
 from cag_bench.gpu.clock import Budget
+from cag_bench.gpu.loads import load_row
 from cag_bench.gpu.model import random_model, random_prefix, weight_bytes
 from cag_bench.gpu.run import run_gpu
 from cag_bench.gpu.shapes import SMALL
@@ -68,10 +70,20 @@ def test_a_part_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch):
     assert found["RAG / first token"] > 0
 
 
+def test_a_load_is_checked_before_it_is_timed(monkeypatch):
+    row = load_row(CPU, SMALL, 1e9, Budget(60))
+    assert row["host_copy_bytes"] < 0.5 * row["plain_bytes"]
+    assert row["first_layer_s"] > 0
+    put = DecodedChunks.put
+    monkeypatch.setattr(DecodedChunks, "put", lambda *args: put(*args) or args[2][0, -1].zero_())
+    with pytest.raises(KernelWrong, match="differ"):
+        load_row(CPU, SMALL, 1e9, Budget(60))
+
+
 def test_what_there_is_no_time_for_is_said(tmp_path):
     summary = run_gpu(CPU, replace(SMALL, budget_s=0.01), tmp_path, quiet)
     assert [row["name"] for row in summary["rows"] if "skipped" in row] == [
-        "check steps", "answers", "attention", "transform", "tuning",
+        "check steps", "answers", "attention", "transform", "load transform", "tuning",
     ]  # fmt: skip
     assert all(bar["found"] is None and bar["met"] is None for bar in bars(summary["rows"]))
 

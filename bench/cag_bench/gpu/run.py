@@ -19,6 +19,7 @@ from cag_bench.figures import percentiles
 from cag_bench.gpu.answers import Answers, Part, check_steps, median_of
 from cag_bench.gpu.attention import attention_rows
 from cag_bench.gpu.clock import Budget, peak_bytes
+from cag_bench.gpu.loads import load_row
 from cag_bench.gpu.model import KINDS, random_model, random_prefix
 from cag_bench.gpu.retrieval import retrieval_samples
 from cag_bench.gpu.shapes import SMALL, GpuOptions
@@ -47,6 +48,7 @@ def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Prog
             "answers": lambda: _answers(device, options, budget, bandwidth, progress),
             "attention": lambda: attention_rows(device, clock, options, bandwidth),
             "transform": lambda: iter([transform_row(device, clock, options, bandwidth, budget)]),
+            "load transform": lambda: iter([load_row(device, options, bandwidth, budget)]),
             "tuning": lambda: tuning_rows(device, clock, options, budget),
         }
         for name, part in parts.items():

@@ -92,7 +92,11 @@ def _cells(row: Row) -> list[str]:
     times = [f"{seconds[key] * 1e3:.3f}" for key in ("p50", "p90")] if isinstance(seconds, dict) else ["", ""]
     floor_s = row.get("floor_s")
     over = kernel.get("p50_over_floor")
-    more = [f"{key} {row[key]:.4g}" for key in ("tokens_per_s", "gb_per_s", "difference", "retrieve_s") if row.get(key)]
+    more = [
+        f"{key} {row[key]:.4g}"
+        for key in ("tokens_per_s", "gb_per_s", "difference", "retrieve_s", "first_layer_s")
+        if row.get(key)
+    ]
     more += [str(row[key]) for key in ("skipped", "failed") if key in row]
     more += [f"{cut}: {value * 1e6:.0f} us" for cut, value in row.get("variants_s", {}).items()]
     if "quicker_bf16_over" in row:

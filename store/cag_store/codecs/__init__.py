@@ -29,6 +29,7 @@ from cag_store.codecs.loops import warm_up
 from cag_store.codecs.lossless import Lossless
 from cag_store.codecs.packers import Zstd
 from cag_store.codecs.ranks import Ranks
+from cag_store.codecs.streams import StreamChunk, StreamShape, StreamSide
 from cag_store.codecs.transform import JointTransform
 from cag_store.codecs.transforms import Rotate
 from cag_store.errors import UnknownCodec
@@ -50,6 +51,9 @@ __all__ = [
     "Resources",
     "Rotate",
     "Side",
+    "StreamChunk",
+    "StreamShape",
+    "StreamSide",
     "Transform",
     "Zstd",
     "codec_from_config",

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cag_store.codecs.coded import CodedShape, CodedSide
+from cag_store.codecs.streams import StreamChunk, StreamShape, StreamSide
 from cag_store.dtypes import Array, storage_dtype
 from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
 
@@ -24,6 +25,8 @@ Side = Literal["keys", "values"]
 Config = dict[str, Any]
 Shape = tuple[int, int, int]
 """`[num_kv_heads, num_tokens, channels]`."""
+Target = Array | CodedSide | StreamSide
+"""Where one side of a layer is decoded to, or kept in codes or undecoded."""
 Resources = Callable[[str], bytes]
 """Gives the verified content of the blob at a sha256. Raises: EntryNotFound, CorruptEntry."""
 
@@ -84,10 +87,10 @@ class Packer(Configured):
 
 class EncodedSegment(NamedTuple):
     """A verified segment and where it is decoded to: one writable view for each of its layers; or, of the codes of one
-    layer, the arrays for all tokens."""
+    layer, the arrays for all tokens; or where it is kept as it is, with those of all chunks."""
 
     data: memoryview
-    outs: tuple[Array | CodedSide, ...]
+    outs: tuple[Target, ...]
     side: Side
     first_layer: int
     start: int
@@ -175,7 +178,7 @@ class Codec(Configured):
             arrays = [out for out in outs if isinstance(out, np.ndarray)]
             self.decode_layers_into(data, arrays, side, first_layer, start)
 
-    def bulk_decoder(self, buffers: Sequence[Sequence[Array | CodedSide]]) -> BulkDecoder | None:  # noqa: ARG002
+    def bulk_decoder(self, buffers: Sequence[Sequence[Target]]) -> BulkDecoder | None:  # noqa: ARG002
         """A step that loads segments into these keys and values of all layers; None where there is none."""
         return None
 
@@ -194,6 +197,23 @@ class Codec(Configured):
         """Put the codes of segments of one chunk of `num_tokens` tokens into their `CodedSide`s. Raises: CorruptEntry;
         the arrays are then undefined."""
         raise UnknownCodec(f"codec {self.codec_id!r} keeps no codes; decode its segments")
+
+    def stream_shape(
+        self,
+        shapes: Sequence[tuple[int, int]],  # noqa: ARG002
+        side: Side,  # noqa: ARG002
+        first_layer: int,  # noqa: ARG002
+        chunks: Sequence[StreamChunk],  # noqa: ARG002
+        itemsize: int,  # noqa: ARG002
+    ) -> StreamShape | None:
+        """How one side of a group of layers can be kept undecoded, `shapes` being (num_kv_heads, head_dim) of its
+        layers; None where it cannot."""
+        return None
+
+    def keep_streams(self, segments: Sequence[EncodedSegment], num_tokens: int) -> None:  # noqa: ARG002
+        """Put segments of one chunk of `num_tokens` tokens into their `StreamSide`s, undecoded. Raises: CorruptEntry
+        for what can be seen without decoding."""
+        raise UnknownCodec(f"codec {self.codec_id!r} keeps no streams; decode its segments")
 
 
 def tokens_of(segment: EncodedSegment) -> int:

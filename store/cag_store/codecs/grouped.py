@@ -27,6 +27,7 @@ from cag_store.codecs.base import (
     Packer,
     RawSegments,
     Side,
+    Target,
     checked_array,
     checked_int,
     corrupt_segment,
@@ -34,6 +35,7 @@ from cag_store.codecs.base import (
     tokens_of,
 )
 from cag_store.codecs.coded import CodedShape, CodedSide
+from cag_store.codecs.streams import StreamSide
 from cag_store.codecs.widths import CodeWidth, to_bfloat16
 from cag_store.dtypes import Array, narrow_into, widen
 from cag_store.errors import UnencodableArray
@@ -175,7 +177,7 @@ class GroupedIntegers(Codec):
                 left = left_over(left, fast.decode_grouped(*self._plain(left), span))
             super().decode_segments(left)
 
-    def bulk_decoder(self, buffers: Sequence[Sequence[Array | CodedSide]]) -> BulkDecoder | None:
+    def bulk_decoder(self, buffers: Sequence[Sequence[Target]]) -> BulkDecoder | None:
         """See `Codec`."""
         fast, outs = loops.compiled(), [out for sides in buffers for out in sides]
         keeps = all(map(_can_keep, outs))
@@ -198,8 +200,9 @@ class GroupedIntegers(Codec):
         rows = [self._row(segment.outs[0], segment.side, segment.first_layer) for segment in segments]
         return loops.addresses(segment.data for segment in segments), loops.UNVERIFIED, np.array(rows, np.int64)
 
-    def _row(self, out: Array | CodedSide, side: Side, layer: int) -> tuple[int, ...]:
+    def _row(self, out: Target, side: Side, layer: int) -> tuple[int, ...]:
         """What `Loops.decode_grouped` or `Loops.keep_grouped` takes of a segment."""
+        assert not isinstance(out, StreamSide)
         arrays, numbers = (out, out.recent) if isinstance(out, CodedSide) else ((out,), out)
         num_heads, _, head_dim = numbers.shape
         mark, is_keys = self._mark(side, layer), side == "keys"
@@ -369,13 +372,13 @@ def _checked_bfloat16(data: memoryview) -> NDArray[np.uint16]:
     return patterns
 
 
-def _can_decode(out: Array | CodedSide) -> bool:
+def _can_decode(out: Target) -> bool:
     """Whether `Loops.decode_grouped` can write there."""
     if not isinstance(out, np.ndarray) or not loops.has_whole_heads(out):
         return False
     return out.dtype != np.float16 and out.shape[2] % 2 == 0
 
 
-def _can_keep(out: Array | CodedSide) -> bool:
+def _can_keep(out: Target) -> bool:
     """Whether `Loops.keep_grouped` can write there: each head of its arrays is contiguous."""
     return isinstance(out, CodedSide) and all(array[0].flags.c_contiguous for array in out)

@@ -26,6 +26,7 @@ from cag_store.codecs.base import (
     RawSegments,
     Shape,
     Side,
+    Target,
     Transform,
     checked_array,
     corrupt_segment,
@@ -34,7 +35,6 @@ from cag_store.codecs.base import (
     refuse_unknown_keys,
     tokens_of,
 )
-from cag_store.codecs.coded import CodedSide
 from cag_store.codecs.packers import Zstd
 from cag_store.codecs.ranks import Ranks
 from cag_store.codecs.transforms import Rotate
@@ -111,7 +111,7 @@ class Lossless(Codec):
                 left = left_over(left, fast.decode_ranked(pieces, loops.UNVERIFIED, rows, span, self._ranks))
             super().decode_segments(left)
 
-    def bulk_decoder(self, buffers: Sequence[Sequence[Array | CodedSide]]) -> BulkDecoder | None:
+    def bulk_decoder(self, buffers: Sequence[Sequence[Target]]) -> BulkDecoder | None:
         """See `Codec`."""
         fast, outs = self._ranked_loops(), [out for sides in buffers for out in sides]
         if fast is None or not all(map(loops.has_whole_heads, outs)):

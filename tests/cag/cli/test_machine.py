@@ -34,6 +34,7 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     if found["runtime"]["compute_dtype"] == "float32" and has_compiler():
         assert found["attention"]["question"].startswith("compiled: ")
     assert not any("Triton" in served or "flash-attn" in served for served in found["kernels"].values())  # on a CPU
+    assert found["kernels"]["caches in the codec transform"] == "decoded by the store"
     if has_numba():
         assert found["kernels"]["layers of a Llama, few rows"] == "compiled, recorded once"
     assert found["runtime"]["measured_ms"]

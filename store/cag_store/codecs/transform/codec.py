@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ from cag_store.codecs.base import (
     MAX_JOINT_LAYERS,
     Codec,
     Config,
+    EncodedSegment,
     Resources,
     Side,
     checked_array,
@@ -31,6 +32,7 @@ from cag_store.codecs.base import (
     refuse_unknown_keys,
 )
 from cag_store.codecs.blas import one_thread_a_product
+from cag_store.codecs.streams import EXACT, StreamChunk, StreamShape, StreamSide
 from cag_store.codecs.transform import loops, rans, shifts, symbols
 from cag_store.codecs.transform.basis import Basis
 from cag_store.codecs.transform.prepared import Angles, PreparedBasis, PreparedSide
@@ -147,13 +149,40 @@ class JointTransform(Codec):
         if prepared.shapes != tuple((out.shape[0], out.shape[2]) for out in outs):
             raise corrupt_segment("heads of the basis", prepared.shapes, [out.shape for out in outs])
         num_tokens = outs[0].shape[1]
-        segment = self._parse(memoryview(data), prepared, outs, side)
+        segment = _parsed(memoryview(data), prepared, outs, side)
         num_coded = num_tokens - len(segment.exact)
         codes = _decoded(segment, prepared, num_coded)
         angles = [self._turned(side, layer, start, num_tokens) for layer in prepared.layers]
         mean = prepared.centered_mean(segment.center)
         prepared.decode(codes, _runs(segment.exact, num_tokens), mean, outs, angles)
         _place_exact(segment, outs)
+
+    def stream_shape(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        side: Side,
+        first_layer: int,
+        chunks: Sequence[StreamChunk],
+        itemsize: int,
+    ) -> StreamShape | None:
+        """See `Codec`. None too for a group that is not the basis', which decoding refuses."""
+        if first_layer % self._joint_layers or first_layer // self._joint_layers >= self._prepared.num_groups:
+            return None
+        static = self._side(side, first_layer)
+        if static.shapes != tuple(shapes):
+            return None
+        rotations = [self._prepared.rotation(layer) if side == "keys" else None for layer in static.layers]
+        return StreamShape(static, tuple(rotations), tuple(chunks), itemsize)
+
+    def keep_streams(self, segments: Sequence[EncodedSegment], num_tokens: int) -> None:
+        """See `Codec`."""
+        for data, outs, side, first_layer, start in segments:
+            kept = outs[0]
+            assert isinstance(kept, StreamSide)
+            prepared = self._side(side, first_layer)
+            bounds = _part_bounds(data, prepared, num_tokens, kept.shape.itemsize, side)
+            _exact_tokens(data[bounds[EXACT] : bounds[EXACT + 1]], num_tokens)
+            kept.put(start, data, bounds)
 
     @property
     def _prepared(self) -> PreparedBasis:
@@ -217,39 +246,53 @@ class JointTransform(Codec):
         shifted = [shifts.pack_shifts(by_component), shifts.pack_shifts(by_token)]
         return b"".join([head, *(part.tobytes() for part in parts), *shifted, *(part.tobytes() for part in coded)])
 
-    def _parse(self, view: memoryview, prepared: PreparedSide, outs: Sequence[Array], side: Side) -> _Segment:
-        if len(view) < _HEAD.size:
-            raise corrupt_segment("length", f"{_HEAD.size} bytes at least", len(view))
-        number, centered, zero, num_exact, num_escapes, num_words = _HEAD.unpack_from(view)
-        if (number, centered >> 1, zero) != (_SIDES.index(side), 0, 0) or num_exact > outs[0].shape[1]:
-            raise corrupt_segment("head", f"{side}, at most {outs[0].shape[1]} exact tokens", bytes(view[: _HEAD.size]))
-        num_coded, itemsize = outs[0].shape[1] - num_exact, outs[0].itemsize
-        sizes = [
-            centered * len(prepared.mean),
-            4 * num_exact,
-            num_exact * len(prepared.mean) * itemsize,
-            shifts.packed_size(prepared.num_components),
-            shifts.packed_size(num_coded),
-            2 * num_escapes,
-            _STATES_BYTES,
-            2 * num_words,
-        ]
-        if len(view) != _HEAD.size + sum(sizes):
-            raise corrupt_segment("length", _HEAD.size + sum(sizes), len(view))
-        ends = np.cumsum([_HEAD.size, *sizes])
-        parts = [view[first:last] for first, last in pairwise(ends.tolist())]
-        exact = np.frombuffer(parts[1], "<u4")
-        if num_exact and (np.any(np.diff(exact.astype(np.int64)) <= 0) or exact[-1] >= outs[0].shape[1]):
-            raise corrupt_segment("exact tokens", f"ascending ones below {outs[0].shape[1]}", exact[-1])
-        rows = np.frombuffer(parts[2], outs[0].dtype).reshape(num_exact, len(prepared.mean))
-        by_component = shifts.unpack_shifts(parts[3], prepared.num_components)
-        by_token = shifts.unpack_shifts(parts[4], num_coded)
-        layout = rans.Layout(prepared.table_numbers + by_component, prepared.low, by_token)
-        escapes, states, words = (
-            np.frombuffer(part, kind) for part, kind in zip(parts[5:], ("<i2", "<u4", "<u2"), strict=True)
-        )
-        stream = rans.Stream.padded(states, words, escapes)
-        return _Segment(np.frombuffer(parts[0], "i1"), exact, rows, layout, stream)
+
+def _parsed(view: memoryview, prepared: PreparedSide, outs: Sequence[Array], side: Side) -> _Segment:
+    """The parts of a segment. Raises: CorruptEntry."""
+    num_tokens = outs[0].shape[1]
+    bounds = _part_bounds(view, prepared, num_tokens, outs[0].itemsize, side)
+    parts = [view[first:last] for first, last in pairwise(bounds)]
+    exact = _exact_tokens(parts[1], num_tokens)
+    rows = np.frombuffer(parts[2], outs[0].dtype).reshape(len(exact), len(prepared.mean))
+    by_component = shifts.unpack_shifts(parts[3], prepared.num_components)
+    by_token = shifts.unpack_shifts(parts[4], num_tokens - len(exact))
+    layout = rans.Layout(prepared.table_numbers + by_component, prepared.low, by_token)
+    escapes, states, words = (
+        np.frombuffer(part, kind) for part, kind in zip(parts[5:], ("<i2", "<u4", "<u2"), strict=True)
+    )
+    stream = rans.Stream.padded(states, words, escapes)
+    return _Segment(np.frombuffer(parts[0], "i1"), exact, rows, layout, stream)
+
+
+def _part_bounds(view: memoryview, prepared: PreparedSide, num_tokens: int, itemsize: int, side: Side) -> list[int]:
+    """Where the parts of a segment begin, in the order of `codecs.streams`, and where the last one ends. Raises:
+    CorruptEntry unless they are those of `num_tokens` tokens of this side, and the bytes end with them."""
+    if len(view) < _HEAD.size:
+        raise corrupt_segment("length", f"{_HEAD.size} bytes at least", len(view))
+    number, centered, zero, num_exact, num_escapes, num_words = _HEAD.unpack_from(view)
+    if (number, centered >> 1, zero) != (_SIDES.index(side), 0, 0) or num_exact > num_tokens:
+        raise corrupt_segment("head", f"{side}, at most {num_tokens} exact tokens", bytes(view[: _HEAD.size]))
+    sizes = [
+        centered * len(prepared.mean),
+        4 * num_exact,
+        num_exact * len(prepared.mean) * itemsize,
+        shifts.packed_size(prepared.num_components),
+        shifts.packed_size(num_tokens - num_exact),
+        2 * num_escapes,
+        _STATES_BYTES,
+        2 * num_words,
+    ]
+    if len(view) != _HEAD.size + sum(sizes):
+        raise corrupt_segment("length", _HEAD.size + sum(sizes), len(view))
+    return list(accumulate(sizes, initial=_HEAD.size))
+
+
+def _exact_tokens(part: memoryview, num_tokens: int) -> NDArray[np.uint32]:
+    """Places of exact tokens. Raises: CorruptEntry."""
+    exact: NDArray[np.uint32] = np.frombuffer(part, "<u4")
+    if exact.size and (np.any(np.diff(exact.astype(np.int64)) <= 0) or exact[-1] >= num_tokens):
+        raise corrupt_segment("exact tokens", f"ascending ones below {num_tokens}", exact[-1])
+    return exact
 
 
 def _decoded(segment: _Segment, prepared: PreparedSide, num_coded: int) -> NDArray[np.int16]:

@@ -27,12 +27,13 @@ _LEAST_METRIC = 1e-2
 CENTER = np.float32(64)
 _NO_PAIRS = np.empty((0, 2), np.int64)
 _one_at_a_time = threading.Lock()
+_rows_once = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedSide:
     """shapes: (num_kv_heads, head_dim) of each layer; table_numbers, low: int32 and uint8 [kept components]
-    (`rans.Layout`); scale: step * unit; rows: int16 [kept components, num_channels], shrunk."""
+    (`rans.Layout`); scale: step * unit."""
 
     layers: range
     shapes: tuple[tuple[int, int], ...]
@@ -41,14 +42,25 @@ class PreparedSide:
     tables: rans.Tables
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
-    rows: NDArray[np.int16]
     group: GroupBasis
     step: float
 
     @property
     def num_components(self) -> int:
         """Components that are coded."""
-        return len(self.rows)
+        return len(self.low)
+
+    @property
+    def rows(self) -> NDArray[np.int16]:
+        """`[kept components, num_channels]`; made when they are first asked for, by one thread: whoever decodes on a
+        device makes them there."""
+        with _rows_once:
+            return self._rows
+
+    @cached_property
+    def _rows(self) -> NDArray[np.int16]:
+        count = self.num_components
+        return np.left_shift(self.group.mantissas[:count], self.group.row_shifts[:count, None].astype(np.int16))
 
     @cached_property
     def spans(self) -> list[slice]:
@@ -166,6 +178,11 @@ class PreparedBasis:
                 self._sides[index, side] = prepare_side(self._basis, index, side, self._step, self._tables)
             return self._sides[index, side]
 
+    def rotation(self, layer: int) -> Rotation | None:
+        """What turns a layer's keys; None where nothing does."""
+        index = self._basis.layer_rotation[layer]
+        return self._basis.rotations[index] if index >= 0 else None
+
     def angles(self, layer: int, start: int, num_tokens: int) -> Angles:
         """By what positions turn a layer's keys; None where they do not."""
         index = self._basis.layer_rotation[layer]
@@ -191,7 +208,6 @@ def prepare_side(basis: Basis, index: int, side: int, step: int, tables: rans.Ta
         tables,
         group.mean.astype(np.float32),
         (group.unit * width).astype(np.float32),
-        group.rows[: len(levels)].astype(np.int16),
         group,
         float(width),
     )

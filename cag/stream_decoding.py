@@ -1,0 +1,144 @@
+"""One side of a group of layers, decoded on a device from the segments of its chunks: the codec `transform` there.
+
+In: segments as the store verified and kept them. Out: keys or values, the bits that the store's own decoder gives, and
+which segments did not end where they should. Knows no cache as a whole and no loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cag.basis_tensors import BasisTensors
+from cag.segment_tensors import segment_tensors
+from cag.uploads import sent
+from cag_kernels import decode_segments, inverse_transform
+from cag_store.codecs import StreamSide
+from cag_store.codecs.streams import EXACT, EXACT_ROWS, WORDS
+from cag_store.codecs.transform.rans import torn
+
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines float32 `[num_tokens, num_pairs]`."""
+
+
+class DecodedChunks:
+    """Codes of chunks [first, last) of a side, decoded when this is made; `put` makes keys or values of them.
+
+    Attributes:
+        whole: bool `[last - first]` on the device: whether each segment ended where it should.
+    """
+
+    def __init__(self, side: StreamSide, first: int, last: int, data: Tensor, begin: int, basis: BasisTensors) -> None:
+        """`data`: on the device, what is in `side.data` from `begin` on."""
+        self._shape, self._basis = side.shape, basis
+        bounds = side.bounds[first:last] - begin
+        chunks = side.shape.chunks[first:last]
+        self._tokens = slice(chunks[0].start, chunks[-1].start + chunks[-1].num_tokens)
+        exact = [_exact_tokens(side.data, parts) for parts in side.bounds[first:last]]
+        num_coded = np.array([chunk.num_tokens - len(part) for chunk, part in zip(chunks, exact, strict=True)])
+        self._starts = [0, *np.cumsum(num_coded).tolist()]
+        segments = segment_tensors(data, bounds, num_coded, basis)
+        self._means = segments.means
+        self._codes, whole = decode_segments(segments.streams, basis.slots, basis.tables, basis.low_bits)
+        self.whole = whole[::2]
+        places = [part + (chunk.start - chunks[0].start) for chunk, part in zip(chunks, exact, strict=True)]
+        self._exact = _ExactTokens(np.concatenate(places), self._tokens, data, bounds)
+
+    def put(self, number: int, out: Tensor, angles: Angles | None) -> None:
+        """Layer `number` of the group into `out` `[num_kv_heads, num_tokens, head_dim]`; `out` and `angles` have all
+        tokens of the cache, and there are none where nothing is turned."""
+        span, rotation = self._shape.static.spans[number], self._shape.rotations[number]
+        out = out[:, self._tokens]
+        turned = None if angles is None else self._exact.left_out(angles[0][self._tokens], angles[1][self._tokens])
+        coded = self._exact.room_beside(out)
+        basis = self._basis
+        pairing = "halves" if rotation is None else rotation.pairing
+        invert_layer(
+            self._codes,
+            self._starts,
+            basis.rows[:, span],
+            basis.scale[span],
+            self._means[:, span],
+            coded,
+            turned,
+            pairing,
+        )
+        self._exact.put(coded, span, out)
+
+
+def refuse_torn(bounds: NDArray[np.int64], whole: Tensor) -> None:
+    """Raises: CorruptEntry, as the store's own decoder does, unless all segments with these bounds are whole."""
+    for good, parts in zip(whole.tolist(), bounds, strict=True):
+        if not good:
+            raise torn(int(parts[WORDS + 1] - parts[WORDS]) // 2)
+
+
+def invert_layer(
+    codes: Tensor,
+    starts: Sequence[int],
+    rows: Tensor,
+    scale: Tensor,
+    means: Tensor,
+    out: Tensor,
+    angles: Angles | None,
+    pairing: str,
+) -> None:
+    """Codes `[num_components, num_tokens]` to one layer, `out` `[num_kv_heads, num_tokens, head_dim]`.
+
+    The tokens of segment `i` begin at `starts[i]` and have the mean `means[i]`, so each segment is a call of its own.
+    """
+    for number, (first, last) in enumerate(pairwise(starts)):
+        if first < last:
+            out[:, first:last] = inverse_transform(
+                codes[:, first:last].T,
+                rows,
+                scale,
+                means[number],
+                head_dim=out.shape[2],
+                dtype=out.dtype,
+                angles=None if angles is None else (angles[0][first:last], angles[1][first:last]),
+                pairing=pairing,
+            )
+
+
+class _ExactTokens:
+    """Tokens of some chunks that have no codes, and their channels of all layers."""
+
+    def __init__(self, places: NDArray[np.int64], tokens: slice, data: Tensor, bounds: NDArray[np.int64]) -> None:
+        """`places` within `tokens`, ascending."""
+        self._places, count = sent(places, data.device), tokens.stop - tokens.start
+        self._coded: slice | Tensor = slice(len(places), count)
+        if len(places) and places[-1] >= len(places):  # not just the first tokens of a cache
+            coded = torch.arange(count - len(places), device=data.device)
+            before = self._places - torch.arange(len(places), device=data.device)  # coded ones before each exact one
+            self._coded = coded + torch.searchsorted(before, coded, right=True)
+        rows = [data[first:last] for first, last in bounds[:, EXACT_ROWS : EXACT_ROWS + 2].tolist() if first < last]
+        self._rows = torch.cat(rows).view(len(places), -1) if rows else None
+
+    def left_out(self, cosines: Tensor, sines: Tensor) -> Angles:
+        """Angles of the other tokens."""
+        return cosines[self._coded], sines[self._coded]
+
+    def room_beside(self, out: Tensor) -> Tensor:
+        """Where to put the other tokens, side by side: a part of `out` where they lie so there."""
+        if isinstance(self._coded, slice):
+            return out[:, self._coded]
+        return out.new_empty(out.shape[0], len(self._coded), out.shape[2])
+
+    def put(self, coded: Tensor, span: slice, out: Tensor) -> None:
+        """All tokens to their places, if they are not there."""
+        if not isinstance(self._coded, slice):
+            out.index_copy_(1, self._coded, coded)
+        if self._rows is not None:
+            rows = self._rows.view(out.dtype)[:, span]
+            out.index_copy_(1, self._places, rows.reshape(len(rows), out.shape[0], out.shape[2]).transpose(0, 1))
+
+
+def _exact_tokens(data: NDArray[np.uint8], parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places within its chunk of the tokens of a segment that have no codes."""
+    return np.frombuffer(data[parts[EXACT] : parts[EXACT_ROWS]], "<u4").astype(np.int64)
