@@ -8,8 +8,6 @@ a lossy codec encodes what is exact. Nothing else of the store changes before th
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +29,7 @@ from cag.prompt import PrefixLayout, lay_out
 from cag.rungs import REFINED, codec_of, ladder_of
 from cag.runtime import processor_name, usable_cores
 from cag.trials import CodecTrials
+from cag.versions import installed_versions
 from cag_store import (
     ROOT,
     ChunkContext,
@@ -44,6 +43,7 @@ from cag_store import (
 )
 from cag_store.errors import StoreError
 
+_VERSIONED = ("cag-engine", "torch", "transformers", "tokenizers", "numpy", "zstandard")
 RESERVED_TOKENS = 512  # of the window, kept for question and answer
 EXACT = "lossless"  # what keys and values are computed behind
 
@@ -344,7 +344,7 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
         layout=build.layout.to_json(),
         blob_bytes=store.blob_bytes([*blobs, *cag_store.config_resources(cache.codec)]),
         fidelity=cache.fidelity.to_json(),
-        versions=_versions(),
+        versions=installed_versions(_VERSIONED),
         machine={"processor": processor_name(), "cores": usable_cores(), "device": str(model.device)},
         build=_build_facts(build, cache),
     )
@@ -362,8 +362,3 @@ def _build_facts(build: Build, cache: BuiltCache) -> dict[str, Any]:
         "forced": build.options.force,
         "codec_choice": cache.choice,
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("cag-engine", "torch", "transformers", "tokenizers", "numpy", "zstandard")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

@@ -89,11 +89,17 @@ class StepReplays:
     def __init__(self, run: RunNetwork, pool: PagePool, device: torch.device, *, capture: bool) -> None:
         """`capture`: record the second step of each bucket in a CUDA graph."""
         self._run, self._pool, self._device, self._captures = run, pool, device, capture
-        self._memory = torch.cuda.graph_pool_handle() if capture else None
+        self._recordings: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._memory: Any = None  # of all recordings; not to be used again once the last of them is gone
         self._behind: weakref.WeakKeyDictionary[Any, _Steps] = weakref.WeakKeyDictionary()
         self._behind_nothing = _Steps()
         self.num_replayed = 0
         self.refusal: str | None = None
+
+    @property
+    def records(self) -> bool:
+        """Whether the second step of a bucket is recorded."""
+        return self._captures
 
     def serves(self, batch: Batch) -> bool:
         """Whether `forward` takes a batch: sessions of the pool, one prefix that is there, not too many rows."""
@@ -145,6 +151,8 @@ class StepReplays:
     def _record(self, step: _Step) -> None:
         """Record a step that has run once. Other threads may load a prefix meanwhile."""
         graph = torch.cuda.CUDAGraph()
+        if not self._recordings:
+            self._memory = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 logits = self._run(step.tensors, step.state)
@@ -152,6 +160,7 @@ class StepReplays:
             self._captures, self.refusal = False, str(error)
             warnings.warn(f"steps are not recorded in CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
             return
+        self._recordings.add(graph)
         step.graph, step.logits = graph, logits
 
 

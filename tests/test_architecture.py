@@ -22,11 +22,11 @@ FORBIDDEN = {
 MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
 WALK = [
-    "home", "errors", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt", "runtime", "state", "pages",
-    "step_tensors", "batch", "weights", "recorded", "decoder", "replays", "device_decoder", "layer_probe",
-    "model_files", "model", "prefill", "uploads", "host_copies", "buffers", "angles", "basis_tensors",
-    "segment_tensors", "stream_decoding", "stream_buffers", "ngrams", "resident", "answer",
-    "citations", "speculation", "generate", "scheduler", "session", "prefix", "fresh", "calibration", "probes",
+    "home", "errors", "versions", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt", "runtime",
+    "state", "pages", "step_tensors", "batch", "weights", "recorded", "decoder", "replays", "device_decoder",
+    "layer_probe", "model_files", "model", "prefill", "uploads", "host_copies", "buffers", "angles", "basis_tensors",
+    "segment_tensors", "stream_decoding", "stream_buffers", "ngrams", "resident", "answer", "citations",
+    "speculation", "generate", "scheduler", "session", "prefix", "fresh", "first_steps", "calibration", "probes",
     "fidelity", "key_errors", "ladder", "rungs", "chunks", "memory", "trials", "building", "builder", "engine",
     "describe", "server", "cli",
 ]  # fmt: skip

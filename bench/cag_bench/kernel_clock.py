@@ -29,11 +29,11 @@ class Clock(ABC):
         """Warm `work` up; what comes back runs it and returns its seconds a call."""
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second that a copy moves, read and written counted; the best of a few."""
-        source = torch.ones(COPY_BYTES[self.device.type], dtype=torch.uint8, device=self.device)
+        """Bytes a second that a copy moves, read and written counted; the best of a few, by copying or by a kernel."""
+        source = torch.arange(COPY_BYTES[self.device.type] // 4, dtype=torch.int32, device=self.device)
         target = torch.empty_like(source)
-        copy = self.prepared(lambda: target.copy_(source))
-        return 2 * source.nbytes / min(copy() for _ in range(COPY_SAMPLES))
+        copies = [self.prepared(lambda: target.copy_(source)), self.prepared(lambda: torch.neg(source, out=target))]
+        return 2 * source.nbytes / min(copy() for _ in range(COPY_SAMPLES) for copy in copies)
 
 
 class WallClock(Clock):

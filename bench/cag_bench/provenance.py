@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import torch
 
 from cag.model import LanguageModel
 from cag.runtime import processor_name, usable_cores
+from cag.versions import ENGINE, installed_version, installed_versions
 
 DISTRIBUTIONS = (
     "cag-engine",
@@ -58,13 +58,7 @@ def load_average() -> list[float]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the distributions that are installed here."""
-    found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(DISTRIBUTIONS)
 
 
 def commit(directory: Path = Path(__file__).resolve().parent) -> str:
@@ -83,7 +77,7 @@ def commit(directory: Path = Path(__file__).resolve().parent) -> str:
 
 
 def _version() -> str:
-    return f"v{versions().get('cag-engine', '0')}"
+    return f"v{installed_version(ENGINE)}"
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

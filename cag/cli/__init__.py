@@ -28,9 +28,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        import importlib.metadata
+        from cag.versions import ENGINE, installed_version
 
-        print(f"cag {importlib.metadata.version('cag-engine')}")
+        print(f"cag {installed_version(ENGINE)}")
         raise typer.Exit
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cag.cli.opening import store_at
 from cag.cli.options import DeviceOption, JsonOption, StoreOption
 from cag.cli.output import bytes_text, note, print_facts, print_json
+from cag.versions import installed_version
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: Json
         "memory": _memory_facts(),
         "store": _store_facts(opened),
         "models": _pulled_models(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
+        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in VERSIONED},
     }
     if as_json:
         print_json(found)
@@ -118,13 +118,6 @@ def _pulled_models() -> list[dict[str, Any]]:
             num_bytes = sum(file["num_bytes"] for file in record["files"].values())
             here.append({"name": name, "directory": str(model_directory(name)), "num_bytes": num_bytes})
     return here
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def print_report(found: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ The record is written last, into a folder that gets its final name afterwards: a
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from cag.errors import HashMismatch
 from cag.models.catalogue import HubSource, ModelEntry, WheelSource
 from cag.models.digests import file_sha256
 from cag.models.progress import Progress, silent
+from cag.versions import installed_version
 
 RECORD_NAME = "cag-model.json"
 SCHEMA = 1
@@ -40,7 +40,7 @@ def write_record(entry: ModelEntry, source: dict[str, Any], directory: Path, pro
         "licence": entry.licence,
         "source": source,
         "files": files,
-        "versions": {name: _version(name) for name in _VERSIONED},
+        "versions": {name: installed_version(name) for name in _VERSIONED},
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     (directory / RECORD_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -91,10 +91,3 @@ def wheel_provenance(source: WheelSource) -> dict[str, Any]:
     content: dict[str, Any] = {"type": "wheel", "wheels": [asdict(wheel) for wheel in source.wheels]}
     sha256 = getattr(source, "sha256", None)
     return content | ({"format": "gguf", "sha256": sha256} if sha256 else {"format": "directory"})
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

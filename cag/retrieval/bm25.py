@@ -5,14 +5,31 @@ Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-import bm25s
 import numpy as np
 import Stemmer
 
 from cag.retrieval.base import ExactRetriever, Passage, Vectors
 from cag.retrieval.words import split_words
+
+
+def _imported_bm25s() -> ModuleType:
+    """bm25s without JAX: where it finds JAX it starts it at once, and JAX takes three quarters of a GPU's memory."""
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        import bm25s
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+    return bm25s  # type: ignore[no-any-return]
+
+
+bm25s = _imported_bm25s()
 
 
 class Bm25Retriever(ExactRetriever):

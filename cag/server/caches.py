@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from cag.engine import Engine
 from cag.errors import InsufficientResources, QueueFull
+from cag.first_steps import record_first_steps
 from cag.prefix import Prefix
 from cag_store import utc_now
 from cag_store.errors import EntryNotFound, StoreError
@@ -88,9 +89,10 @@ class ResidentCaches:
             self._give_back(held)
 
     def load(self, name: str) -> None:
-        """Make a cache resident; returns when all of it is there. Raises as `use`."""
+        """Make a cache resident; returns when all of it is there and a first question would find its steps recorded.
+        Raises as `use`."""
         with self.use(name) as use:
-            use.prefix.resident.wait()
+            record_first_steps(self._engine.model, use.prefix.resident)
 
     def is_resident(self, name: str, digest: str) -> bool:
         """Whether this version of the cache is open and whole."""

@@ -14,12 +14,13 @@ from cag_kernels.triton_numbers import (
     code_bias,
     code_middle,
     converted,
+    dequantized_bytes,
     dequantized_nibbles,
     nibbles,
     product,
     rounded,
 )
-from cag_kernels.triton_tiles import capped, halves, row_scores, summed, weighed
+from cag_kernels.triton_tiles import halves, masked, row_scores, summed, weighed
 
 
 @triton.jit
@@ -171,26 +172,46 @@ def packed_tile(places, is_token, half: tl.constexpr, block_half: tl.constexpr):
 
 
 @triton.jit
-def take_nibbles(
-    low, high, keys, key_scales, key_offsets, values, value_scales, value_offsets, is_token, visible, scale, softcap,
-    maximum, denominator, low_sum, high_sum, half: tl.constexpr, group_channels: tl.constexpr, has_cap: tl.constexpr,
+def numbers_of(
+    codes, is_token, scale_low, scale_high, offset_low, offset_high,
+    half: tl.constexpr, block_half: tl.constexpr, bits: tl.constexpr,
 ):  # fmt: skip
-    """As `take_codes`, 4 bits on both sides and a query in bfloat16."""
+    """Both halves of a tile of codes as bfloat16 numbers; `codes` point to its tokens."""
+    if bits == 4:
+        packed = packed_tile(codes, is_token, half, block_half)
+        low, high = dequantized_nibbles(packed, scale_low, scale_high, offset_low, offset_high)
+    else:
+        low, high = halves(codes, is_token, half, block_half, bits)
+        low, high = dequantized_bytes(low, scale_low, offset_low), dequantized_bytes(high, scale_high, offset_high)
+    return low, high
+
+
+@triton.jit
+def take_half_codes(
+    low, high, keys, key_scales, key_offsets, values, value_scales, value_offsets, is_token, visible, scale, softcap,
+    maximum, denominator, low_sum, high_sum, half: tl.constexpr, group_channels: tl.constexpr,
+    key_bits: tl.constexpr, value_bits: tl.constexpr, has_cap: tl.constexpr,
+):  # fmt: skip
+    """As `take_codes` for a query in bfloat16, whose tiles are dequantized in pairs of numbers.
+
+    What waits for memory and the values' part of the work stand before the products, which run beside them.
+    """
     size: tl.constexpr = low.shape[1]
-    keys_low, keys_high = dequantized_nibbles(
-        packed_tile(keys, is_token, half, size),
+    scales_low = value_vectors(value_scales, is_token, 0, half, size, group_channels)
+    scales_high = value_vectors(value_scales, is_token, half, half, size, group_channels)
+    offsets_low = value_vectors(value_offsets, is_token, 0, half, size, group_channels)
+    offsets_high = value_vectors(value_offsets, is_token, half, half, size, group_channels)
+    keys_low, keys_high = numbers_of(
+        keys, is_token,
         key_vectors(key_scales, 0, half, size), key_vectors(key_scales, half, half, size),
-        key_vectors(key_offsets, 0, half, size), key_vectors(key_offsets, half, half, size),
+        key_vectors(key_offsets, 0, half, size), key_vectors(key_offsets, half, half, size), half, size, key_bits,
     )  # fmt: skip
-    scores = capped(row_scores(low, high, keys_low, keys_high) * scale, softcap, has_cap)
-    weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)
-    values_low, values_high = dequantized_nibbles(
-        packed_tile(values, is_token, half, size),
-        value_vectors(value_scales, is_token, 0, half, size, group_channels),
-        value_vectors(value_scales, is_token, half, half, size, group_channels),
-        value_vectors(value_offsets, is_token, 0, half, size, group_channels),
-        value_vectors(value_offsets, is_token, half, half, size, group_channels),
-    )  # fmt: skip
+    scores = row_scores(low, high, keys_low, keys_high)
+    scores = masked(scores, visible, scale, softcap, has_cap)
+    weights, factor, maximum, denominator = weighed(scores, maximum, denominator)
+    values_low, values_high = numbers_of(
+        values, is_token, scales_low, scales_high, offsets_low, offsets_high, half, size, value_bits
+    )
     low_sum, high_sum = summed(rounded(weights, low.dtype), factor, low_sum, high_sum, values_low, values_high)
     return maximum, denominator, low_sum, high_sum
 
@@ -202,10 +223,10 @@ def take_codes(
     value_bits: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
 ):  # fmt: skip
     """A tile of codes; pointers lead to its tokens, those of key scales to its group. The new state of the rows."""
-    tl.static_assert(not (key_bits == 4 and value_bits == 4 and low.dtype == tl.bfloat16))  # for those `take_nibbles`
+    tl.static_assert(low.dtype != tl.bfloat16)  # for those `take_half_codes`
     scores = code_scores(low, high, keys, key_scales, key_offsets, is_token, half, key_bits, folded)
-    scores = capped(scores * scale, softcap, has_cap)
-    weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)
+    scores = masked(scores, visible, scale, softcap, has_cap)
+    weights, factor, maximum, denominator = weighed(scores, maximum, denominator)
     low_sum, high_sum = take_code_values(
         weights, factor, low_sum, high_sum, values, value_scales, value_offsets, is_token, low.dtype, half,
         group_channels, value_bits,

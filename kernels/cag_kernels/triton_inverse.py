@@ -1,14 +1,16 @@
-"""Triton kernel of `inverse.inverse_transform`.
+"""Triton kernel of `inverse.inverse_transform`: products of signed bytes, then scales, rotation and rounding.
 
-`sum = codes @ rows modulo 2**32` in 8-bit products, as no processor multiplies matrices of 16-bit integers: with
-`c = 256 c1 + c0 + 128`, `r = 256 r1 + r0 + 128` and all of `c1, c0, r1, r0` signed bytes,
-`sum c r = 2**16 (c1 r1) + 2**8 (c1 r0 + c0 r1) + c0 r0 + 128 (sum c + sum r) - 2**14 n`. Sums are int32 and wrap.
-Then `sum * scale + mean` and the rotation in float32, nothing fused.
-Grid: `(blocks of tokens, key/value heads)`. Not yet run on a GPU.
+`sum = codes @ rows modulo 2**32`. With `r = 256 u + l + 128` (`triton_bytes`), `sum c r = 256 sum c u + sum c l +
+128 sum c`: two products of bytes, where codes are bytes. Of a tile with codes that are not, `c = 256 h + b + 128`, `b`
+is multiplied first, and behind it comes `65536 sum h u + 256 sum h l + 128 sum r`; `128 sum c` becomes
+`128 sum (c - 128)`, which holds what `h` and `b` have of it. Sums are int32 and wrap.
+Then `sum * scale + mean` and the rotation in float32, nothing fused. Columns are pairs of channels side by side, of
+any number of heads and layers. Grid: `(blocks of tokens x blocks of columns)`, those of one block of tokens together.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,88 +18,110 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cag_kernels.triton_bytes import BLOCK, paired_channels, split_codes, split_rows
 from cag_kernels.triton_quantize import narrow_to
 
+ROOMY_BYTES = 160 << 10  # of shared memory, for tiles of three steps at once
 
-class Blocks(NamedTuple):
+
+class Cut(NamedTuple):
     """How a launch is cut."""
 
-    tokens: int = 32
-    components: int = 64
-    num_warps: int | None = None
+    num_warps: int = 8
+    num_stages: int = 3
 
 
 @triton.jit
-def _bytes(numbers):
-    """Upper and lower signed byte of 16-bit numbers, the lower one 128 less than it is."""
-    return (numbers >> 8).to(tl.int8), ((numbers & 0xFF) - 128).to(tl.int8)
+def add_wide(
+    total, high, wide, count, code_at, row_high, row_low, row_at, row_sums, columns, num_channels, depth: tl.constexpr
+):
+    """The sums with the rest of wide tiles; `code_at`, `row_at` lead to a block's first tile of components."""
+    for index in range(count):
+        block = tl.load(wide + index)
+        tile = tl.load(high + code_at + block * depth)
+        upper = tl.dot(tile, tl.load(row_high + row_at + block * depth), out_dtype=tl.int32)
+        lower = tl.dot(tile, tl.load(row_low + row_at + block * depth), out_dtype=tl.int32)
+        total += (upper << 16) + (lower << 8)
+        total += 128 * tl.load(row_sums + block * num_channels + columns)[None, :]
+    return total
 
 
 @triton.jit
-def _add_products(codes_high, codes_low, code_sums, rows, high, middle, low):
-    """The sums with a tile of components taken in; `low` takes everything that is not shifted."""
-    rows_high, rows_low = _bytes(rows)
-    high += tl.dot(codes_high, rows_high, out_dtype=tl.int32)
-    middle += tl.dot(codes_high, rows_low, out_dtype=tl.int32) + tl.dot(codes_low, rows_high, out_dtype=tl.int32)
-    low += tl.dot(codes_low, rows_low, out_dtype=tl.int32)
-    low += 128 * (code_sums[:, None] + tl.sum(rows.to(tl.int32), 0)[None, :])
-    return high, middle, low
-
-
-@triton.jit
-def _finished(high, middle, low, scale, mean, channels, mask):
-    """float32 values of some channels of a block of tokens."""
-    sums = (high << 16) + (middle << 8) + low
-    factor, shift = tl.load(scale + channels, mask=mask, other=0.0), tl.load(mean + channels, mask=mask, other=0.0)
-    return sums.to(tl.float32) * factor[None, :] + shift[None, :]
-
-
-@triton.jit
-def invert_block(
-    codes, rows, scale, mean, cosines, sines, out, num_tokens, num_components, token_stride, component_stride,
-    row_stride, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr, block_half: tl.constexpr,
-    block_tokens: tl.constexpr, block_components: tl.constexpr,
+def store_turned(
+    values, cosines, sines, out, tokens, columns, is_token, is_column, num_tokens,
+    half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens of one head; pair `i` is channels `firsts[i]` and `seconds[i]`, those behind are not turned."""
-    head, tokens = tl.program_id(1), tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
-    is_token, places = tokens < num_tokens, tl.arange(0, block_half)
-    is_pair = places < half
-    if adjacent:
-        firsts, seconds = 2 * places, 2 * places + 1
-    else:
-        firsts = tl.where(places < num_pairs, places, num_pairs + places)
-        seconds = firsts + tl.where(places < num_pairs, num_pairs, half - num_pairs)
-    zeros = tl.zeros((block_tokens, block_half), tl.int32)
-    high, middle, low = zeros, zeros, zeros
-    other_high, other_middle, other_low = zeros, zeros, zeros
-    channels = head * 2 * half
-    for start in range(0, num_components, block_components):
-        components = start + tl.arange(0, block_components)
-        is_component = components < num_components
-        at = codes + tokens.to(tl.int64)[:, None] * token_stride
-        at += components.to(tl.int64)[None, :] * component_stride
-        tile = tl.load(at, mask=is_token[:, None] & is_component[None, :], other=0)
-        codes_high, codes_low = _bytes(tile)
-        code_sums = tl.sum(tile.to(tl.int32), 1)
-        at = rows + components[:, None] * row_stride + channels
-        mask = is_component[:, None] & is_pair[None, :]
-        row_tile = tl.load(at + firsts[None, :], mask=mask, other=0)
-        high, middle, low = _add_products(codes_high, codes_low, code_sums, row_tile, high, middle, low)
-        row_tile = tl.load(at + seconds[None, :], mask=mask, other=0)
-        other_high, other_middle, other_low = _add_products(
-            codes_high, codes_low, code_sums, row_tile, other_high, other_middle, other_low
-        )
-    counted = (num_components + block_components - 1) // block_components * block_components * 16384
-    first = _finished(high, middle, low - counted, scale, mean, channels + firsts, is_pair)
-    second = _finished(other_high, other_middle, other_low - counted, scale, mean, channels + seconds, is_pair)
-    at = tokens[:, None] * num_pairs + places[None, :]
-    mask = is_token[:, None] & (places < num_pairs)[None, :]
-    cosine, sine = tl.load(cosines + at, mask=mask, other=1.0), tl.load(sines + at, mask=mask, other=0.0)
-    target = out + (head.to(tl.int64) * num_tokens + tokens)[:, None] * (2 * half)
-    mask = is_token[:, None] & is_pair[None, :]
+    """Turn pairs of columns, round and store them: `out [num_heads, num_tokens, 2 * half]`."""
+    tokens_wide, head = tokens.to(tl.int64)[:, None], columns // (2 * half)
+    at = (head.to(tl.int64) * (num_tokens * 2 * half))[None, :] + tokens_wide * (2 * half)
+    at += (paired_channels(columns, half, num_pairs, adjacent) - head * (2 * half))[None, :]
+    mask = is_token[:, None] & is_column[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
-    tl.store(target + firsts[None, :], narrow_to(first * cosine - second * sine, dtype), mask=mask)
-    tl.store(target + seconds[None, :], narrow_to(second * cosine + first * sine, dtype), mask=mask)
+    if num_pairs == 0:
+        tl.store(out + at, narrow_to(values, dtype), mask=mask)
+    else:
+        size: tl.constexpr = values.shape[0]
+        pairs: tl.constexpr = values.shape[1] // 2
+        first, second = tl.split(tl.reshape(values, (size, pairs, 2)))
+        _, place = tl.split(tl.reshape(columns // 2 % half, (pairs, 2)))
+        angle_at, turns = tokens_wide * num_pairs + place[None, :], is_token[:, None] & (place < num_pairs)[None, :]
+        cosine, sine = (
+            tl.load(cosines + angle_at, mask=turns, other=1.0),
+            tl.load(sines + angle_at, mask=turns, other=0.0),
+        )
+        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
+        tl.store(out + at, narrow_to(tl.reshape(turned, (size, 2 * pairs)), dtype), mask=mask)
+
+
+@triton.jit
+def invert_tile(
+    low, high, code_sums, num_wide, wide, row_low, row_high, row_sums, scale, mean, cosines, sines, out,
+    num_tokens, num_channels, padded, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens and of columns."""
+    num_blocks = (num_channels + block - 1) // block
+    token_block = tl.program_id(0) // num_blocks
+    tokens = token_block * block + tl.arange(0, block)
+    columns = tl.program_id(0) % num_blocks * block + tl.arange(0, block)
+    is_token, is_column, depth = tokens < num_tokens, columns < num_channels, tl.arange(0, block)
+    code_at = tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * padded + depth[None, :]
+    row_at = tl.minimum(columns, num_channels - 1).to(tl.int64)[None, :] * padded + depth[:, None]
+    codes, uppers, lowers = low + code_at, row_high + row_at, row_low + row_at
+    upper, lower = tl.zeros((block, block), tl.int32), tl.zeros((block, block), tl.int32)
+    for _ in range(0, padded, block):
+        tile = tl.load(codes)
+        upper += tl.dot(tile, tl.load(uppers), out_dtype=tl.int32)
+        lower += tl.dot(tile, tl.load(lowers), out_dtype=tl.int32)
+        codes += block
+        uppers += block
+        lowers += block
+    total = (upper << 8) + lower + 128 * tl.load(code_sums + tokens, mask=is_token, other=0)[:, None]
+    count = tl.load(num_wide + token_block)
+    if count > 0:
+        wide += token_block * (padded // block)
+        safe = tl.minimum(columns, num_channels - 1)
+        total = add_wide(
+            total, high, wide, count, code_at, row_high, row_low, row_at, row_sums, safe, num_channels, block
+        )
+    channels = paired_channels(columns, half, num_pairs, adjacent)
+    factor, shift = (
+        tl.load(scale + channels, mask=is_column, other=0.0),
+        tl.load(mean + channels, mask=is_column, other=0.0),
+    )
+    values = total.to(tl.float32) * factor[None, :] + shift[None, :]
+    store_turned(
+        values, cosines, sines, out, tokens, columns, is_token, is_column, num_tokens, half, num_pairs, adjacent
+    )
+
+
+@cache
+def default_cut(device: torch.device) -> Cut:
+    """Fewer tiles at once where they would not fit."""
+    if device.type != "cuda":
+        return Cut()
+    properties = torch.cuda.get_device_properties(device)
+    return Cut(num_stages=3 if properties.shared_memory_per_block_optin >= ROOMY_BYTES else 2)
 
 
 def invert(
@@ -109,20 +133,21 @@ def invert(
     head_dim: int,
     dtype: torch.dtype,
     pairing: str,
-    blocks: Blocks = Blocks(),
+    cut: Cut | None = None,
 ) -> Tensor:
-    """`[num_kv_heads, num_tokens, head_dim]` as `inverse.inverse_transform_reference` gives it."""
-    num_tokens, num_kv_heads, half = codes.shape[0], rows.shape[1] // head_dim, head_dim // 2
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    """`[num_heads, num_tokens, head_dim]` as `inverse.inverse_transform_reference` gives it."""
+    num_tokens, num_channels, half = codes.shape[0], rows.shape[1], head_dim // 2
+    out = torch.empty((num_channels // head_dim, num_tokens, head_dim), dtype=dtype, device=codes.device)
+    if not num_tokens:
+        return out
+    num_pairs, adjacent = 0 if angles is None else angles[0].shape[1], pairing == "adjacent"
+    bytes_of_codes = split_codes(codes)
+    bytes_of_rows = split_rows(rows if rows.stride(1) == 1 else rows.contiguous(), half, num_pairs, adjacent)
     cosines, sines = (scale, scale) if angles is None else (part.contiguous() for part in angles)
-    out = torch.empty((num_kv_heads, num_tokens, head_dim), dtype=dtype, device=codes.device)
-    if num_tokens:
-        invert_block[(triton.cdiv(num_tokens, blocks.tokens), num_kv_heads)](
-            codes, rows, scale.contiguous(), mean.contiguous(), cosines, sines, out, num_tokens, codes.shape[1],
-            *codes.stride(), rows.stride(0), half=half, num_pairs=0 if angles is None else cosines.shape[1],
-            adjacent=pairing == "adjacent", block_half=max(16, triton.next_power_of_2(half)),
-            block_tokens=blocks.tokens, block_components=blocks.components,
-            num_warps=blocks.num_warps or (8 if half > 64 else 4),
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    num_warps, num_stages = cut or default_cut(codes.device)
+    invert_tile[(triton.cdiv(num_tokens, BLOCK) * triton.cdiv(num_channels, BLOCK),)](
+        *bytes_of_codes, *bytes_of_rows, scale.contiguous(), mean.contiguous(), cosines, sines, out,
+        num_tokens, num_channels, bytes_of_codes.low.shape[1], half=half, num_pairs=num_pairs, adjacent=adjacent,
+        block=BLOCK, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
     return out

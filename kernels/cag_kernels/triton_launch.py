@@ -35,7 +35,10 @@ def attend(
     query = query if query.stride(2) == 1 else query.contiguous()
     pieces = pieces_of(prefix)
     plans = [
-        plan_splits(piece, num_q_heads // piece[0].shape[0] * num_queries, head_dim, num_processors) for piece in pieces
+        plan_splits(
+            piece, num_q_heads // piece[0].shape[0] * num_queries, head_dim, num_processors, dtype=query.dtype
+        )
+        for piece in pieces
     ]
     num_shared = sum(plan.num_splits for plan in plans)
     num_own = 0 if tails is None else num_tail_splits(tails)

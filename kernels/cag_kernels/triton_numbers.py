@@ -46,7 +46,24 @@ _DEQUANTIZED = """{
     fma.rn.bf16x2 $2, n2, $7, $11;
     fma.rn.bf16x2 $3, n3, $8, $12;
 }"""
+# 4 signed bytes to 4 bfloat16 `byte * scale + offset`: 7 bits under the exponent of 128, minus 128 or, for a negative
+# one, 256; $3, $4 are the scales, $5, $6 the offsets, two in a register
+_DEQUANTIZED_BYTES = """{
+    .reg .b32 seven, sign, n0, n1, b0, b1, one;
+    and.b32 seven, $2, 0x7F7F7F7F;
+    and.b32 sign, $2, 0x80808080;
+    prmt.b32 n0, seven, 0x43434343, 0x4140;
+    prmt.b32 n1, seven, 0x43434343, 0x4342;
+    prmt.b32 b0, sign, 0xC3C3C3C3, 0x4140;
+    prmt.b32 b1, sign, 0xC3C3C3C3, 0x4342;
+    mov.b32 one, 0x3F803F80;
+    fma.rn.bf16x2 n0, n0, one, b0;
+    fma.rn.bf16x2 n1, n1, one, b1;
+    fma.rn.bf16x2 $0, n0, $3, $5;
+    fma.rn.bf16x2 $1, n1, $4, $6;
+}"""
 DEQUANTIZED = tl.constexpr(_DEQUANTIZED)
+DEQUANTIZED_BYTES = tl.constexpr(_DEQUANTIZED_BYTES)
 BFLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x43434343"))
 FLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x64646464"))
 
@@ -127,6 +144,28 @@ def dequantized_nibbles(packed, scale_low, scale_high, offset_low, offset_high):
             dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4,
         )  # fmt: skip
     return low, high
+
+
+@triton.jit
+def dequantized_bytes(codes, scale, offset):
+    """`code * scale + offset` of 8-bit codes, rounded once to bfloat16; otherwise as `dequantized_nibbles`."""
+    if EMULATED:
+        result = rounded(codes.to(tl.float32) * scale.to(tl.float32) + offset.to(tl.float32), tl.bfloat16)
+    else:
+        result = tl.inline_asm_elementwise(
+            DEQUANTIZED_BYTES, "=r,=r,r,r,r,r,r", [codes, scale, offset], dtype=tl.bfloat16, is_pure=False, pack=4
+        )
+    return result
+
+
+@triton.jit
+def fetched_ahead(places):
+    """Asks for the memory at some places, so that a later load finds it in the second-level cache; waits for nothing."""
+    if not EMULATED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

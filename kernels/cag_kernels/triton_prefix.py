@@ -11,18 +11,22 @@ Source: flash-decoding, https://pytorch.org/blog/flash-decoding/
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
-from cag_kernels.triton_codes import take_codes, take_nibbles
+from cag_kernels.triton_codes import take_codes, take_half_codes
+from cag_kernels.triton_few import attend_few, rows_ahead
+from cag_kernels.triton_many import attend_many
 from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
+FEW_ROWS, FEW_WARPS, WARP_TOKENS = 16, 4, 32  # of `triton_few`
 MAX_FOLDED_ROWS = 32  # up to which scaling the rows is less work than dequantizing a tile of 64 tokens
 
 
@@ -34,6 +38,7 @@ def attend_prefix(
     group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
     block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
     value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
+    tiles_ahead: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the first split takes the exact tokens too."""
     kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -61,7 +66,9 @@ def attend_prefix(
     for start in range(first, last, block_tokens):
         tokens = start + places
         is_token = tokens < last
-        visible = (is_token & (tokens >= num_exact))[None, :] & (tokens[None, :] > hidden[:, None])
+        visible = (is_token & (tokens >= num_exact))[None, :]
+        if has_window:
+            visible = visible & (tokens[None, :] > hidden[:, None])
         tile_keys = keys + kv_head * key_head_stride + tokens * key_stride
         tile_values = values + kv_head * value_head_stride + tokens * value_stride
         if key_bits == 16:
@@ -72,11 +79,16 @@ def attend_prefix(
         else:
             group = (kv_head * num_groups + start // group_tokens) * (2 * half)
             at = (kv_head * num_tokens + tokens) * ((2 * half + group_channels - 1) // group_channels)
-            if key_bits == 4 and value_bits == 4 and low.dtype == tl.bfloat16:
-                maximum, denominator, low_sum, high_sum = take_nibbles(
+            if low.dtype == tl.bfloat16:
+                num_vectors: tl.constexpr = (2 * half + group_channels - 1) // group_channels
+                if tiles_ahead > 0:
+                    soon, vector = start + tiles_ahead * block_tokens, kv_head * num_tokens * num_vectors
+                    rows_ahead(value_scales + vector, soon, last, num_vectors, block_tokens)
+                    rows_ahead(value_offsets + vector, soon, last, num_vectors, block_tokens)
+                maximum, denominator, low_sum, high_sum = take_half_codes(
                     low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
                     value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
-                    half, group_channels, has_cap,
+                    half, group_channels, key_bits, value_bits, has_cap,
                 )  # fmt: skip
             else:
                 maximum, denominator, low_sum, high_sum = take_codes(
@@ -95,26 +107,65 @@ class SplitPlan(NamedTuple):
     row_blocks: int
     block_tokens: int
     split_tokens: int
-    num_splits: int
+    num_splits: int  # a last one for the exact tokens included, if they have one of their own
     num_warps: int
     num_stages: int = 3
+    warp_tokens: int = 0  # of a warp, in `triton_few`'s kernel, which serves if this is not 0
+    tiles_ahead: int = 2  # fetched into the second-level cache by it
+    max_registers: int | None = None
+    is_many: bool = False  # `triton_many`'s kernel serves
 
 
 def plan_splits(
-    prefix: Prefix, num_rows: int, head_dim: int, num_processors: int, programs_a_processor: int | None = None
+    prefix: Prefix,
+    num_rows: int,
+    head_dim: int,
+    num_processors: int,
+    programs_a_processor: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> SplitPlan:
-    """Cut `num_rows` rows a key/value head, and the tokens: all processors work, partial results stay few."""
+    """Cut `num_rows` rows a key/value head of queries of `dtype`, and the tokens: all processors work, partial results
+    stay few."""
+    if num_rows <= FEW_ROWS and _few_serves(prefix, head_dim, dtype):
+        return _plan_few(prefix, num_rows, num_processors * (programs_a_processor or 3))
+    is_many = isinstance(prefix, QuantizedPrefix) and dtype == torch.bfloat16
+    has_exact = is_many and prefix[6].shape[1] > 0
     block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
     group_tokens = prefix.group_tokens if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
     block_tokens = math.gcd(group_tokens, BLOCK_TOKENS)
     programs_at_once = num_processors * (programs_a_processor or {128: 1, 64: 2}.get(block_rows, 4))
-    wanted = max(1, programs_at_once // (prefix[0].shape[0] * row_blocks))
-    num_splits = max(1, min(wanted, prefix.num_tokens // MIN_SPLIT_TOKENS))
-    split_tokens = max(1, triton.cdiv(prefix.num_tokens, num_splits * block_tokens)) * block_tokens
-    num_splits = max(1, triton.cdiv(prefix.num_tokens, split_tokens))
+    wanted = programs_at_once // (prefix[0].shape[0] * row_blocks) - has_exact
+    split_tokens, num_splits = _split(prefix, wanted, block_tokens)
     num_warps = 8 if block_rows == 128 or head_dim > 128 else 4
-    return SplitPlan(block_rows, row_blocks, block_tokens, split_tokens, num_splits, num_warps)
+    return SplitPlan(
+        block_rows, row_blocks, block_tokens, split_tokens, num_splits + has_exact, num_warps, is_many=is_many
+    )
+
+
+def _split(prefix: Prefix, wanted: int, block_tokens: int) -> tuple[int, int]:
+    """Tokens of a split, whole blocks, and the number of splits, at most `wanted`."""
+    most = max(1, min(wanted, prefix.num_tokens // MIN_SPLIT_TOKENS))
+    split_tokens = max(1, triton.cdiv(prefix.num_tokens, most * block_tokens)) * block_tokens
+    return split_tokens, max(1, triton.cdiv(prefix.num_tokens, split_tokens))
+
+
+def _few_serves(prefix: Prefix, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `triton_few` takes this prefix and queries."""
+    if not isinstance(prefix, QuantizedPrefix) or dtype != torch.bfloat16 or head_dim not in (64, 128):
+        return False
+    return prefix.group_tokens % WARP_TOKENS == 0 and prefix.group_channels in (head_dim, head_dim // 2)
+
+
+def _plan_few(prefix: QuantizedPrefix, num_rows: int, programs_at_once: int) -> SplitPlan:
+    num_exact = prefix.exact_keys.shape[1]
+    wanted = programs_at_once // prefix[0].shape[0] - (num_exact > 0)
+    block_tokens = FEW_WARPS * WARP_TOKENS
+    split_tokens, num_splits = _split(prefix, wanted, block_tokens)
+    return SplitPlan(
+        FEW_ROWS, triton.cdiv(num_rows, FEW_ROWS), block_tokens, split_tokens, num_splits + (num_exact > 0), FEW_WARPS,
+        num_stages=1, warp_tokens=WARP_TOKENS, max_registers=168,
+    )  # fmt: skip
 
 
 def attend_prefix_parts(
@@ -133,21 +184,29 @@ def attend_prefix_parts(
     num_q_heads, num_queries, head_dim = query.shape
     num_kv_heads, half = prefix[0].shape[0], head_dim // 2
     tensors, num_exact, sizes = _arguments(prefix, query)
-    attend_prefix[(plan.row_blocks, num_kv_heads, plan.num_splits)](
+    sizes |= {"group_size": num_q_heads // num_kv_heads, "half": half, "block_rows": plan.block_rows}
+    sizes |= {"has_window": window is not None, "has_cap": softcap is not None, "tiles_ahead": plan.tiles_ahead}
+    if plan.warp_tokens:
+        kernel: Any = attend_few
+        sizes |= {"value_groups": head_dim // sizes.pop("group_channels"), "warps": plan.num_warps}
+        sizes |= {"warp_tokens": plan.warp_tokens}
+    else:
+        sizes |= {"block_half": max(16, triton.next_power_of_2(half)), "block_tokens": plan.block_tokens}
+        kernel = attend_many if plan.is_many else attend_prefix
+        if not plan.is_many:
+            sizes |= {"folded": plan.block_rows <= MAX_FOLDED_ROWS}
+    kernel[(plan.row_blocks, num_kv_heads, plan.num_splits)](
         query, *tensors, query if positions is None else positions, part_out, part_lse, scale, softcap or 0.0,
         window or 0, prefix.num_tokens, num_exact, tensors[1].shape[1], num_queries, plan.split_tokens,
         *query.stride()[:2], *tensors[0].stride()[:2], *tensors[3].stride()[:2],
-        group_size=num_q_heads // num_kv_heads, half=half, block_half=max(16, triton.next_power_of_2(half)),
-        block_rows=plan.block_rows, block_tokens=plan.block_tokens, has_window=window is not None,
-        has_cap=softcap is not None, folded=plan.block_rows <= MAX_FOLDED_ROWS,
-        num_warps=plan.num_warps, num_stages=plan.num_stages, **sizes,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.max_registers, **sizes,
     )  # fmt: skip
 
 
-def _arguments(prefix: Prefix, query: Tensor) -> tuple[list[Tensor], int, dict[str, int]]:
+def _arguments(prefix: Prefix, query: Tensor) -> tuple[list[Tensor], int, dict[str, Any]]:
     """Tensors in the kernel's order (`query` for those that the prefix has not), exact tokens, compile-time sizes."""
     if isinstance(prefix, QuantizedPrefix):
-        sizes = {"key_bits": code_bits(prefix.key_codes), "value_bits": code_bits(prefix.value_codes)}
+        sizes: dict[str, Any] = {"key_bits": code_bits(prefix.key_codes), "value_bits": code_bits(prefix.value_codes)}
         sizes |= {"group_tokens": prefix.group_tokens, "group_channels": prefix.group_channels}
         return list(prefix[:8]), prefix.exact_keys.shape[1], sizes
     keys, values = prefix

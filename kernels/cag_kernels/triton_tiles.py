@@ -41,9 +41,18 @@ def capped(scores, softcap, has_cap: tl.constexpr):
 
 
 @triton.jit
-def weighed(scores, visible, maximum, denominator):
+def masked(scores, visible, scale, softcap, has_cap: tl.constexpr):
+    """Products times the scale, capped, in powers of 2, `-inf` where not visible; `visible` may be common to the rows."""
+    if has_cap or visible.numel == scores.numel:
+        scores = tl.where(visible, capped(scores * scale, softcap, has_cap), float("-inf"))
+    else:
+        scores = scores * (scale * LOG2_E) + tl.where(visible, 0.0, float("-inf"))  # one instruction a score
+    return scores
+
+
+@triton.jit
+def weighed(scores, maximum, denominator):
     """A step of the softmax: weights, factor of the sums so far, new maximum, new denominator."""
-    scores = tl.where(visible, scores, float("-inf"))
     higher = tl.maximum(maximum, tl.max(scores, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, None])
@@ -74,8 +83,8 @@ def take_plain(
 ):  # fmt: skip
     """A tile of keys and values held as numbers; `keys`, `values` point to its tokens. The new state of the rows."""
     keys_low, keys_high = halves(keys, is_token, half, low.shape[1], 16)
-    scores = capped(row_scores(low, high, keys_low, keys_high) * scale, softcap, has_cap)
-    weights, factor, maximum, denominator = weighed(scores, visible, maximum, denominator)
+    scores = masked(row_scores(low, high, keys_low, keys_high), visible, scale, softcap, has_cap)
+    weights, factor, maximum, denominator = weighed(scores, maximum, denominator)
     values_low, values_high = halves(values, is_token, half, low.shape[1], 16)
     low_sum, high_sum = summed(rounded(weights, low.dtype), factor, low_sum, high_sum, values_low, values_high)
     return maximum, denominator, low_sum, high_sum

@@ -9,6 +9,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Conf
 
 from cag import model as model_module
 from cag.batch import Batch
+from cag.first_steps import record_first_steps
 from cag.model import LanguageModel
 from cag.replays import ROWS, padded_sizes
 from cag.resident import ResidentPrefix
@@ -222,6 +223,19 @@ def test_a_prefix_that_is_gone_leaves_no_steps(device, tmp_path, monkeypatch):
     assert len(model.replays._behind) == 1
     del prefix
     assert len(model.replays._behind) == 0
+
+
+def test_first_steps_are_recorded_before_anybody_asks(device, tmp_path, monkeypatch):
+    model = model_of("llama", device, tmp_path, monkeypatch)
+    prefix = prefix_of(model, "numbers")
+    record_first_steps(model, prefix)
+    before = model.replays.num_replayed
+    state = model.new_session_state(prefix)
+    for count in (19, 1, 1):
+        model.forward([3] * count, state)
+    assert model.replays.num_replayed - before == (3 if device.type == "cuda" else 0)
+    del state
+    model.pages.check_integrity([])
 
 
 def test_buckets_hold_what_they_are_for():

@@ -26,7 +26,7 @@ NUM_SAMPLES = 7
 MIN_VARIANT_S = 12.0  # one more is compiled and timed only with so much left
 CUTS = [(4, 3, 4), (2, 3, 6), (1, 3, 8), (4, 2, 4), (4, 4, 4), (4, 3, 6), (2, 4, 6)]  # warps, stages, programs at once
 WIDE_CUTS = [(8, 3, 1), (4, 3, 2), (8, 2, 1), (8, 4, 1)]
-BLOCKS = [(32, 64, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8), (64, 32, 4)]  # tokens, components, warps
+INVERSE_CUTS = [(8, 3), (8, 4), (8, 2), (4, 3)]  # warps, stages
 
 Row = dict[str, Any]
 
@@ -66,15 +66,15 @@ def attend_cut(query: Tensor, prefix: Prefix, num_warps: int, num_stages: int, p
 
 
 def _inverse_works(device: torch.device, options: GpuOptions) -> dict[str, Work]:
-    from cag_kernels.triton_inverse import Blocks, invert
+    from cag_kernels.triton_inverse import Cut, invert
 
-    channels = options.network.num_kv_heads * options.network.head_dim
-    num_components = round(CODED_SHARE * options.joint_layers * channels)
+    channels = options.joint_layers * options.network.num_kv_heads * options.network.head_dim
+    num_components = round(CODED_SHARE * channels)
     codes = torch.randint(-64, 64, (num_components, options.prefix_tokens), dtype=torch.int16, device=device).t()
     rows = torch.randint(-(1 << 14), 1 << 14, (num_components, channels), dtype=torch.int16, device=device)
     scale, mean = torch.rand(2, channels, device=device)
     arguments = (codes, rows, scale, mean, None, options.network.head_dim, torch.bfloat16, "halves")
-    return {str(blocks): partial(invert, *arguments, Blocks(*blocks)) for blocks in BLOCKS}
+    return {str(cut): partial(invert, *arguments, Cut(*cut)) for cut in INVERSE_CUTS}
 
 
 def _timed(works: Mapping[str, Work], clock: Clock, budget: Budget) -> Row:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -186,3 +189,14 @@ def test_other_distributions_plug_in_by_entry_point(tmp_path, monkeypatch, passa
 def test_everything_public_is_exported_once():
     assert len(set(cag.retrieval.__all__)) == len(cag.retrieval.__all__)
     assert all(hasattr(cag.retrieval, name) for name in cag.retrieval.__all__)
+
+
+def test_bm25_does_not_start_jax(tmp_path):
+    """JAX takes most of a GPU's memory when it starts, which bm25s would make it do on import."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('JAX was started')\n")
+    code = "import cag.retrieval.bm25, sys; assert 'jax' not in sys.modules; import jax"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "JAX was started"

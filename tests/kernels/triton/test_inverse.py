@@ -36,6 +36,23 @@ def test_layers_are_the_references(device, pairing, num_pairs, dtype):
         assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_tiles_of_bytes_and_wide_tiles_are_added_up(device, turned):
+    """Several tiles of tokens, components and channels; few codes that are no signed bytes, next to the largest."""
+    generator = torch.Generator().manual_seed(8)
+    codes = torch.randint(-128, 128, (270, 300), generator=generator).short()
+    rows = torch.randint(-32767, 32768, (300, 4 * 40), generator=generator).short()
+    for token, component, code in ((3, 299, 128), (130, 5, -129), (131, 140, 32767), (269, 128, -32768)):
+        codes[token, component] = code
+    scale, mean = normal(160).abs() * 1e-8, normal(160)
+    tables = angles(torch.arange(270), 0.5 ** torch.arange(20)) if turned else None
+    kwargs = {"head_dim": 40, "dtype": torch.float32}
+    expected = inverse_transform_reference(codes, rows, scale, mean, angles=tables, **kwargs)
+    moved = None if tables is None else tuple(table.to(device) for table in tables)
+    operands = [part.to(device) for part in (codes.t().contiguous().t(), rows, scale, mean)]
+    assert torch.equal(invert(*operands, moved, 40, torch.float32, "halves").cpu(), expected)
+
+
 @pytest.mark.parametrize("pairing", ["halves", "adjacent"])
 def test_the_reference_is_the_stores(pairing):
     codes, rows, scale, mean = make(5, 40, 3 * 16)

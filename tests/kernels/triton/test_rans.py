@@ -10,6 +10,8 @@ from cag_kernels.triton_rans import decode_on_device
 NUM_TABLES = 5
 LOW_BITS = np.array([3, 1, 0, 0, 0, 2], np.int8)
 TABLES = np.array([4, 4, 3, 2, 0, 4], np.int8)
+SCALES = np.array([40, 6, 3, 2, 1, 20])
+WIDE = 20  # components of each kind: of four windows of 32 the third has no low bits, and the last is not full
 
 
 def make_frequencies():
@@ -40,6 +42,7 @@ def make_slots():
 def encode(codes, token_shifts, component_shifts):
     """States, words and escapes of one segment: every step of a decoder undone, the last one first."""
     num_tokens, num_components = codes.shape
+    tables, low_bits = np.repeat([TABLES, LOW_BITS], num_components // len(TABLES), axis=1)
     states, words, escapes = [1 << 16] * 32, [], []
 
     def push(lane, limit):
@@ -50,13 +53,13 @@ def encode(codes, token_shifts, component_shifts):
     for begin in reversed(range(0, num_tokens, 32)):
         tokens = range(begin, min(begin + 32, num_tokens))
         for component in reversed(range(num_components)):
-            low = int(LOW_BITS[component])
+            low = int(low_bits[component])
             for token in reversed(tokens):
                 if low:
                     push(token - begin, 1 << 32 - low)
                     states[token - begin] = states[token - begin] << low | int(codes[token, component]) & (1 << low) - 1
             for token in reversed(tokens):
-                number = int(TABLES[component]) + int(component_shifts[component]) + int(token_shifts[token])
+                number = int(tables[component]) + int(component_shifts[component]) + int(token_shifts[token])
                 table, symbol = min(max(number, 0), NUM_TABLES - 1), (int(codes[token, component]) >> low) + 64
                 if not 0 < symbol < 128 or FREQUENCIES[table, symbol] == 0:
                     symbol = 0
@@ -68,15 +71,17 @@ def encode(codes, token_shifts, component_shifts):
     return states, words[::-1], escapes[::-1]
 
 
-def make_segments(counts, seed=0):
-    """Segments of as many tokens, and their codes `[num_components, num_tokens]`."""
-    generator = np.random.default_rng(seed)
-    scale = np.array([40, 6, 3, 2, 1, 20])
+def make_segments(counts, times=1):
+    """Segments of as many tokens, and their codes `[num_components, num_tokens]`, `times` components of each kind."""
+    generator = np.random.default_rng(0)
+    scale = np.repeat(SCALES, times)
     coded, parts, shifts = [], [], []
     for count in counts:
         codes = np.rint(generator.laplace(size=(count, len(scale))) * scale).astype(np.int16)
         codes[generator.random(codes.shape) < 0.02] = 3000
-        shifts.append((generator.integers(-2, 3, count).astype(np.int8), generator.integers(-2, 3, 6).astype(np.int8)))
+        shifts.append(
+            (generator.integers(-2, 3, count).astype(np.int8), generator.integers(-2, 3, len(scale)).astype(np.int8))
+        )
         parts.append(encode(codes, *shifts[-1]))
         coded.append(codes)
 
@@ -97,23 +102,29 @@ def make_segments(counts, seed=0):
     return segments, torch.from_numpy(np.concatenate(coded).T.copy())
 
 
-COUNTS = [70, 1, 32]
-STATIC = make_slots(), torch.from_numpy(TABLES), torch.from_numpy(LOW_BITS)
+COUNTS, FEW = [70, 1, 32], [33, 1]
+BOTH = pytest.mark.parametrize("counts, times", [(COUNTS, 1), (FEW, WIDE)])
 
 
-def test_the_reference_reads_what_was_written():
-    segments, codes = make_segments(COUNTS)
+def make_static(times=1):
+    return make_slots(), torch.from_numpy(np.repeat(TABLES, times)), torch.from_numpy(np.repeat(LOW_BITS, times))
+
+
+@BOTH
+def test_the_reference_reads_what_was_written(counts, times):
+    segments, codes = make_segments(counts, times)
     assert len(segments.words) > 100
     assert len(segments.escapes) > 3
-    found, whole = decode_segments(segments, *STATIC)
+    found, whole = decode_segments(segments, *make_static(times))
     assert torch.equal(found, codes)
     assert whole.all()
 
 
-def test_the_kernel_reads_what_was_written(device):
-    segments, codes = make_segments(COUNTS)
+@BOTH
+def test_the_kernel_reads_what_was_written(device, counts, times):
+    segments, codes = make_segments(counts, times)
     on_device = RansSegments(*(part.to(device) for part in segments))
-    found, whole = decode_on_device(on_device, *(part.to(device) for part in STATIC))
+    found, whole = decode_on_device(on_device, *(part.to(device) for part in make_static(times)))
     assert torch.equal(found.cpu(), codes)
     assert whole.all()
 
@@ -123,24 +134,29 @@ def test_a_changed_segment_harms_itself_only(device, part, index):
     """What comes out is the reference's even then, and the other segments are as they were."""
     segments, codes = make_segments(COUNTS)
     getattr(segments, part)[index] += 1
-    expected, whole = decode_segments_reference(segments, *STATIC)
+    expected, whole = read_by_both(device, segments)
     assert whole[1:].all()
     assert not whole[0] or not torch.equal(expected[:, :70], codes[:, :70])  # a change may stay within low bits
     assert torch.equal(expected[:, 70:], codes[:, 70:])
+
+
+@pytest.mark.parametrize("part, first", [("word_starts", 5), ("word_starts", 900), ("escape_starts", 1)])
+def test_a_segment_cut_short_reads_nothing_of_what_follows(device, part, first):
+    """Zeros stand for what it lacks, and it is not whole; nor is the next, which begins too early."""
+    segments, _ = make_segments(FEW, WIDE)
+    getattr(segments, part)[1] = first
+    assert not read_by_both(device, segments, WIDE)[1].any()
+
+
+def read_by_both(device, segments, times=1):
+    """What the reference reads, which must be what the kernel does."""
+    static = make_static(times)
+    expected, whole = decode_segments_reference(segments, *static)
     on_device = RansSegments(*(one.to(device) for one in segments))
-    found, found_whole = decode_on_device(on_device, *(one.to(device) for one in STATIC))
+    found, found_whole = decode_on_device(on_device, *(one.to(device) for one in static))
     assert torch.equal(found.cpu(), expected)
     assert torch.equal(found_whole.cpu(), whole)
-
-
-def test_a_segment_cut_short_is_not_whole(device):
-    segments, _ = make_segments([40])
-    segments = segments._replace(word_starts=torch.tensor([0, 5], dtype=torch.int32))
-    for decode in (decode_segments_reference, decode_on_device):
-        target = device if decode is decode_on_device else "cpu"
-        parts = [one.to(target) for one in (*segments, *STATIC)]
-        _, whole = decode(RansSegments(*parts[:8]), *parts[8:])
-        assert not whole.any()
+    return expected, whole
 
 
 def test_what_does_not_fit_is_refused():
@@ -152,4 +168,4 @@ def test_what_does_not_fit_is_refused():
         {"component_shifts": segments.component_shifts[:, :2]},
     ):
         with pytest.raises(ValueError, match="do not fit"):
-            decode_segments(segments._replace(**change), *STATIC)
+            decode_segments(segments._replace(**change), *make_static())

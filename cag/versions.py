@@ -1,0 +1,30 @@
+"""Versions of what runs here: in manifests, records of models, `cag doctor` and rows of benchmarks.
+
+Names of distributions in, versions out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+
+ENGINE = "cag-engine"
+
+
+def installed_version(distribution: str) -> str | None:
+    """Its version, None where it is not installed; the engine's own also where it runs from a checkout."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        if distribution != ENGINE:
+            return None
+    import cag
+
+    return cag.__version__
+
+
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Python's version and those of the distributions that are installed."""
+    found = {name: installed_version(name) for name in distributions}
+    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
