@@ -24,7 +24,7 @@ from cag_kernels.triton_numbers import (
     product,
     rounded,
 )
-from cag_kernels.triton_tiles import halves, masked, store_part, take_plain
+from cag_kernels.triton_tiles import between, halves, masked, store_part, take_plain
 
 EXACT_TOKENS = tl.constexpr(16)  # of a tile of exact tokens, which are a handful
 
@@ -41,11 +41,7 @@ def key_channels(half: tl.constexpr):
 def column_start(column, half: tl.constexpr):
     """The first of the `half / 4` channels side by side that a column of threads has; 8 of 32 in an order that keeps
     the compiler from loading 16 at once."""
-    if half == 32:
-        start = column % 2 * 16 + column // 2 * 8
-    else:
-        start = column * (half // 4)
-    return start
+    return column % 2 * 16 + column // 2 * 8 if half == 32 else column * (half // 4)
 
 
 @triton.jit
@@ -77,7 +73,10 @@ def few_scores(
     channel = (row // (8 * warps) * 8)[:, None] + (column_start(place // 8, half) + place % 8)[None, :]
     vector = group[:, None] * (2 * half) + channel
     scale_low, scale_high = key_vectors(scales, vector, half, warps), key_vectors(scales + half, vector, half, warps)
-    offset_low, offset_high = key_vectors(offsets, vector, half, warps), key_vectors(offsets + half, vector, half, warps)
+    offset_low, offset_high = (
+        key_vectors(offsets, vector, half, warps),
+        key_vectors(offsets + half, vector, half, warps),
+    )
     shape: tl.constexpr = (warp_tokens // 8, warps * 8, 4, half // 32, 8)
     if bits == 4:
         packed = tl.reshape(tl.load(codes + at), shape)
@@ -248,7 +247,7 @@ def attend_few(
                 num_groups, half, key_bits, warps, warp_tokens,
             )  # fmt: skip
             tokens = (start + columns)[:, None, :]
-            visible = (tokens < last) & (tokens >= num_exact)
+            visible = between(tokens, num_exact, last)
             if has_window:
                 visible = visible & (tokens > hidden[None, :, None])
             scores = masked(scores, visible, scale, softcap, has_cap)

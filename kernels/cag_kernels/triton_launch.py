@@ -35,9 +35,7 @@ def attend(
     query = query if query.stride(2) == 1 else query.contiguous()
     pieces = pieces_of(prefix)
     plans = [
-        plan_splits(
-            piece, num_q_heads // piece[0].shape[0] * num_queries, head_dim, num_processors, dtype=query.dtype
-        )
+        plan_splits(piece, num_q_heads // piece[0].shape[0] * num_queries, head_dim, num_processors, dtype=query.dtype)
         for piece in pieces
     ]
     num_shared = sum(plan.num_splits for plan in plans)

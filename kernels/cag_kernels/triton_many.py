@@ -14,7 +14,7 @@ import triton.language as tl
 from cag_kernels.triton_codes import key_vectors, numbers_of, value_vectors
 from cag_kernels.triton_few import attend_exact, rows_ahead
 from cag_kernels.triton_numbers import LN_2, product, rounded
-from cag_kernels.triton_tiles import masked, weighed
+from cag_kernels.triton_tiles import between, masked, weighed
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def attend_many(
                 is_token, half, block_half, key_bits,
             )  # fmt: skip
             scores = product(tile_query, tl.trans(tile_keys), tl.zeros((block_rows, block_tokens), tl.float32))
-            visible = (is_token & (tokens >= num_exact))[None, :]
+            visible = between(tokens, num_exact, last)[None, :]
             if has_window:
                 visible = visible & (tokens[None, :] > hidden[:, None])
             scores = masked(scores, visible, scale, softcap, has_cap)

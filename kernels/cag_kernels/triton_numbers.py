@@ -160,7 +160,7 @@ def dequantized_bytes(codes, scale, offset):
 
 @triton.jit
 def fetched_ahead(places):
-    """Asks for the memory at some places, so that a later load finds it in the second-level cache; waits for nothing."""
+    """Asks for memory at some places, so that a later load finds it in the second-level cache. Waits for nothing."""
     if not EMULATED:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False,

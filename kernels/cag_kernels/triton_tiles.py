@@ -42,12 +42,18 @@ def capped(scores, softcap, has_cap: tl.constexpr):
 
 @triton.jit
 def masked(scores, visible, scale, softcap, has_cap: tl.constexpr):
-    """Products times the scale, capped, in powers of 2, `-inf` where not visible; `visible` may be common to the rows."""
+    """Products times the scale, capped, in powers of 2, `-inf` where not `visible`, which may be common to the rows."""
     if has_cap or visible.numel == scores.numel:
         scores = tl.where(visible, capped(scores * scale, softcap, has_cap), float("-inf"))
     else:
         scores = scores * (scale * LOG2_E) + tl.where(visible, 0.0, float("-inf"))  # one instruction a score
     return scores
+
+
+@triton.jit
+def between(tokens, first, last):
+    """`first <= tokens < last` in one comparison; `tokens` and `first` are not negative."""
+    return (tokens - first).to(tl.uint32) < tl.maximum(last - first, 0).to(tl.uint32)
 
 
 @triton.jit

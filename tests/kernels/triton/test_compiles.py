@@ -13,6 +13,7 @@ import pytest
 
 SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}  # of a program, by compute capability
 SPILLED_BYTES = {90: 0, 80: 256}  # of a thread at most: 8-bit codes for 128 rows, 216 to 224 from run to run
+FEW_SPILLED_BYTES = 128  # of `attend_few`, whose registers are held down so that three programs fit a processor
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
@@ -25,6 +26,8 @@ def test_every_launch_compiles(capability):
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     kernels = {row["kernel"] for row in found}
     assert {
+        "attend_few",
+        "attend_many",
         "attend_prefix",
         "attend_tails",
         "merge",
@@ -39,9 +42,12 @@ def test_every_launch_compiles(capability):
         "rotate_store",
         "gate_rows",
     } <= kernels
-    assert {(row["block_rows"], row["key_bits"]) for row in found if row["kernel"] == "attend_prefix"} == {
-        (rows, bits) for rows in (16, 128) for bits in (16, 8, 4)
-    }
+    launches = {(row["kernel"], row["block_rows"], row["key_bits"]) for row in found if "key_bits" in row}
+    assert {("attend_prefix", rows, 16) for rows in (16, 128)} <= launches
+    assert {(kernel, rows, bits) for kernel, rows in (("attend_few", 16), ("attend_many", 128)) for bits in (8, 4)} <= (
+        launches
+    )
     for row in found:
-        assert row["spilled_bytes"] <= SPILLED_BYTES[capability], row
+        allowed = FEW_SPILLED_BYTES if row["kernel"] == "attend_few" else SPILLED_BYTES[capability]
+        assert row["spilled_bytes"] <= allowed, row
         assert row["shared_bytes"] <= SHARED_BYTES[capability], row
