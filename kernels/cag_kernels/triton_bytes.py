@@ -36,10 +36,10 @@ class ByteCodes(NamedTuple):
 
 
 class ByteRows(NamedTuple):
-    """Rows, turned: column `2 i` and `2 i + 1` are the two channels of a pair.
+    """Rows, turned: each block of columns has the first channels of `BLOCK / 2` pairs, then their second ones.
 
-    low, high: int8 `[num_channels, padded components]`.
-    sums: int32 `[component blocks, num_channels]`, of the rows of a block.
+    low, high: int8 `[blocks * BLOCK, padded components]`, 0 behind the last channel.
+    sums: int32 `[component blocks, blocks * BLOCK]`, of the rows of a block of components.
     """
 
     low: Tensor
@@ -48,15 +48,18 @@ class ByteRows(NamedTuple):
 
 
 @triton.jit
-def paired_channels(columns, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr):
-    """The channel of each column: pairs `i` and `i + num_pairs` or `2 i` and `2 i + 1`; those behind are not turned."""
-    head, place, is_second = columns // (2 * half), columns // 2 % half, columns % 2
+def channel_of(pairs, is_second, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr):
+    """The first or second channel of pairs: `i` and `i + num_pairs`, or `2 i` and `2 i + 1`, of a head of `2 * half`
+    channels. Channels behind the pairs are not turned and pair up in the same way."""
+    place = pairs % half
     if adjacent:
-        channels = 2 * place + is_second
+        channel = 2 * place + is_second
+    elif num_pairs == half:
+        channel = place + is_second * half
     else:
-        firsts = tl.where(place < num_pairs, place, num_pairs + place)
-        channels = firsts + is_second * tl.where(place < num_pairs, num_pairs, half - num_pairs)
-    return head * (2 * half) + channels
+        first = tl.where(place < num_pairs, place, num_pairs + place)
+        channel = first + is_second * tl.where(place < num_pairs, num_pairs, half - num_pairs)
+    return pairs // half * (2 * half) + channel
 
 
 @triton.jit
@@ -93,21 +96,21 @@ def split_rows_tile(
     rows, low, high, sums, num_components, num_channels, row_stride, padded,
     half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows; both bytes of rows that are not there are 0."""
-    first_column, first_component, places = tl.program_id(0) * block, tl.program_id(1) * block, tl.arange(0, block)
-    columns = first_column + places
-    is_column, is_component = columns < num_channels, first_component + places < num_components
-    is_row = is_column[:, None] & is_component[None, :]
-    channels = paired_channels(columns, half, num_pairs, adjacent)
+    """A tile of rows: first channels of some pairs, or second ones; bytes of rows that are not there are 0."""
+    side: tl.constexpr = block // 2
+    column_block, is_second = tl.program_id(0) // 2, tl.program_id(0) % 2
+    first_component, places = tl.program_id(1) * block, tl.arange(0, block)
+    pairs = column_block * side + tl.arange(0, side)
+    is_pair = 2 * pairs < num_channels
+    is_row = is_pair[:, None] & (first_component + places < num_components)[None, :]
+    channels = channel_of(pairs, is_second, half, num_pairs, adjacent)
     rows += first_component.to(tl.int64) * row_stride
     tile = tl.load(rows + channels[:, None] + places[None, :] * row_stride, mask=is_row, other=0).to(tl.int32)
-    low += first_column.to(tl.int64) * padded + first_component
-    high += first_column.to(tl.int64) * padded + first_component
-    place = places[:, None] * padded + places[None, :]
-    lower = tl.where(is_row, (tile & 0xFF) - 128, 0)
-    tl.store(low + place, lower.to(tl.int8), mask=is_column[:, None])
-    tl.store(high + place, (tile >> 8).to(tl.int8), mask=is_column[:, None])
-    tl.store(sums + tl.program_id(1) * num_channels + columns, tl.sum(tile, 1), mask=is_column)
+    columns = tl.program_id(0) * side + tl.arange(0, side)
+    place = columns.to(tl.int64)[:, None] * padded + (first_component + places)[None, :]
+    tl.store(low + place, tl.where(is_row, (tile & 0xFF) - 128, 0).to(tl.int8))
+    tl.store(high + place, (tile >> 8).to(tl.int8))
+    tl.store(sums + tl.program_id(1) * (tl.num_programs(0) * side) + columns, tl.sum(tile, 1))
 
 
 def split_codes(codes: Tensor) -> ByteCodes:
@@ -131,12 +134,12 @@ def split_codes(codes: Tensor) -> ByteCodes:
 def split_rows(rows: Tensor, half: int, num_pairs: int, adjacent: bool) -> ByteRows:
     """Bytes of `rows`, int16 `[num_components, num_channels]`, channels side by side."""
     (num_components, num_channels), device = rows.shape, rows.device
-    grid = triton.cdiv(num_channels, BLOCK), triton.cdiv(num_components, BLOCK)
-    low = torch.empty(num_channels, grid[1] * BLOCK, dtype=torch.int8, device=device)
-    sums = torch.empty(grid[1], num_channels, dtype=torch.int32, device=device)
+    column_blocks, component_blocks = triton.cdiv(num_channels, BLOCK), triton.cdiv(num_components, BLOCK)
+    low = torch.empty(column_blocks * BLOCK, component_blocks * BLOCK, dtype=torch.int8, device=device)
+    sums = torch.empty(component_blocks, column_blocks * BLOCK, dtype=torch.int32, device=device)
     parts = ByteRows(low, torch.empty_like(low), sums)
-    split_rows_tile[grid](
+    split_rows_tile[(2 * column_blocks, component_blocks)](
         rows, *parts, num_components, num_channels, rows.stride(0), low.shape[1],
-        half=half, num_pairs=num_pairs, adjacent=adjacent, block=BLOCK, num_warps=8,
+        half=half, num_pairs=num_pairs, adjacent=adjacent, block=BLOCK, num_warps=4,
     )  # fmt: skip
     return parts

@@ -1,9 +1,9 @@
 """Triton kernel of `inverse.inverse_transform`: products of signed bytes, then scales, rotation and rounding.
 
 `sum = codes @ rows modulo 2**32`. With `r = 256 u + l + 128` (`triton_bytes`), `sum c r = 256 sum c u + sum c l +
-128 sum c`: two products of bytes, where codes are bytes. Of a tile with codes that are not, `c = 256 h + b + 128`, `b`
-is multiplied first, and behind it comes `65536 sum h u + 256 sum h l + 128 sum r`; `128 sum c` becomes
-`128 sum (c - 128)`, which holds what `h` and `b` have of it. Sums are int32 and wrap.
+128 sum c`: two products of bytes, where codes are bytes. Of a tile with codes that are not, `c = 256 h + b + 128`,
+`256 (256 sum h u + sum h l) + 128 sum r` comes first, and then `b` is multiplied as any code; `128 sum c` is
+`128 sum (c - 128)` there, which holds what `h` and `b` have of it. Sums are int32 and wrap.
 Then `sum * scale + mean` and the rotation in float32, nothing fused. Columns are pairs of channels side by side, of
 any number of heads and layers. Grid: `(blocks of tokens x blocks of columns)`, those of one block of tokens together.
 """
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cag_kernels.triton_bytes import BLOCK, paired_channels, split_codes, split_rows
+from cag_kernels.triton_bytes import BLOCK, channel_of, split_codes, split_rows
 from cag_kernels.triton_quantize import narrow_to
 
 ROOMY_BYTES = 160 << 10  # of shared memory, for tiles of three steps at once
@@ -32,45 +32,42 @@ class Cut(NamedTuple):
 
 
 @triton.jit
-def add_wide(
-    total, high, wide, count, code_at, row_high, row_low, row_at, row_sums, columns, num_channels, depth: tl.constexpr
-):
-    """The sums with the rest of wide tiles; `code_at`, `row_at` lead to a block's first tile of components."""
-    for index in range(count):
-        block = tl.load(wide + index)
-        tile = tl.load(high + code_at + block * depth)
-        upper = tl.dot(tile, tl.load(row_high + row_at + block * depth), out_dtype=tl.int32)
-        lower = tl.dot(tile, tl.load(row_low + row_at + block * depth), out_dtype=tl.int32)
-        total += (upper << 16) + (lower << 8)
-        total += 128 * tl.load(row_sums + block * num_channels + columns)[None, :]
-    return total
+def wide_sums(high, code_at, row_high, row_low, row_at, row_sums, wide, count, num_columns, block: tl.constexpr):
+    """What wide tiles add to the sums that count 256 times and to those that count once; `code_at`, `row_at` lead to
+    the first tile of components, `row_sums` to the tile's columns."""
+    upper, lower = tl.zeros((block, block), tl.int32), tl.zeros((block, block), tl.int32)
+    rows = tl.zeros((block,), tl.int32)
+    for index in tl.range(0, count, num_stages=1):
+        number = tl.load(wide + index)
+        tile = tl.load(high + code_at + number * block)
+        upper += tl.dot(tile, tl.load(row_high + row_at + number * block), out_dtype=tl.int32)
+        lower += tl.dot(tile, tl.load(row_low + row_at + number * block), out_dtype=tl.int32)
+        rows += tl.load(row_sums + number * num_columns)
+    return (upper << 8) + lower, (rows * 128)[None, :] + tl.zeros((block, block), tl.int32)
 
 
 @triton.jit
 def store_turned(
-    values, cosines, sines, out, tokens, columns, is_token, is_column, num_tokens,
+    values, cosines, sines, out, tokens, pairs, is_token, is_pair, num_tokens,
     half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
 ):  # fmt: skip
-    """Turn pairs of columns, round and store them: `out [num_heads, num_tokens, 2 * half]`."""
-    tokens_wide, head = tokens.to(tl.int64)[:, None], columns // (2 * half)
-    at = (head.to(tl.int64) * (num_tokens * 2 * half))[None, :] + tokens_wide * (2 * half)
-    at += (paired_channels(columns, half, num_pairs, adjacent) - head * (2 * half))[None, :]
-    mask = is_token[:, None] & is_column[None, :]
+    """Turn the pairs of a tile, round and store them: `out [num_heads, num_tokens, 2 * half]`."""
+    size: tl.constexpr = values.shape[0]
+    side: tl.constexpr = values.shape[1] // 2
+    first, second = tl.split(tl.permute(tl.reshape(values, (size, 2, side)), (0, 2, 1)))
     dtype: tl.constexpr = out.dtype.element_ty
-    if num_pairs == 0:
-        tl.store(out + at, narrow_to(values, dtype), mask=mask)
-    else:
-        size: tl.constexpr = values.shape[0]
-        pairs: tl.constexpr = values.shape[1] // 2
-        first, second = tl.split(tl.reshape(values, (size, pairs, 2)))
-        _, place = tl.split(tl.reshape(columns // 2 % half, (pairs, 2)))
-        angle_at, turns = tokens_wide * num_pairs + place[None, :], is_token[:, None] & (place < num_pairs)[None, :]
-        cosine, sine = (
-            tl.load(cosines + angle_at, mask=turns, other=1.0),
-            tl.load(sines + angle_at, mask=turns, other=0.0),
-        )
-        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
-        tl.store(out + at, narrow_to(tl.reshape(turned, (size, 2 * pairs)), dtype), mask=mask)
+    wide_tokens, place = tokens.to(tl.int64)[:, None], pairs % half
+    mask = is_token[:, None] & is_pair[None, :]
+    if num_pairs > 0:
+        at, turns = wide_tokens * num_pairs + place[None, :], mask & (place < num_pairs)[None, :]
+        cosine, sine = tl.load(cosines + at, mask=turns, other=1.0), tl.load(sines + at, mask=turns, other=0.0)
+        first, second = first * cosine - second * sine, second * cosine + first * sine
+    head = pairs // half
+    to_head = wide_tokens * (2 * half) + (head.to(tl.int64) * (num_tokens * 2 * half))[None, :]
+    firsts = channel_of(pairs, 0, half, num_pairs, adjacent) - head * (2 * half)
+    seconds = channel_of(pairs, 1, half, num_pairs, adjacent) - head * (2 * half)
+    tl.store(out + to_head + firsts[None, :], narrow_to(first, dtype), mask=mask)
+    tl.store(out + to_head + seconds[None, :], narrow_to(second, dtype), mask=mask)
 
 
 @triton.jit
@@ -80,15 +77,18 @@ def invert_tile(
     block: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens and of columns."""
-    num_blocks = (num_channels + block - 1) // block
-    token_block = tl.program_id(0) // num_blocks
-    tokens = token_block * block + tl.arange(0, block)
-    columns = tl.program_id(0) % num_blocks * block + tl.arange(0, block)
-    is_token, is_column, depth = tokens < num_tokens, columns < num_channels, tl.arange(0, block)
-    code_at = tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * padded + depth[None, :]
-    row_at = tl.minimum(columns, num_channels - 1).to(tl.int64)[None, :] * padded + depth[:, None]
+    num_blocks, side = (num_channels + block - 1) // block, block // 2
+    token_block, column_block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    places = tl.arange(0, block)
+    tokens, columns = token_block * block + places, column_block * block + places
+    is_token = tokens < num_tokens
+    code_at = tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * padded + places[None, :]
+    row_at = columns.to(tl.int64)[None, :] * padded + places[:, None]
     codes, uppers, lowers = low + code_at, row_high + row_at, row_low + row_at
-    upper, lower = tl.zeros((block, block), tl.int32), tl.zeros((block, block), tl.int32)
+    upper, lower = wide_sums(
+        high, code_at, row_high, row_low, row_at, row_sums + columns, wide + token_block * (padded // block),
+        tl.load(num_wide + token_block), num_blocks * block, block,
+    )  # fmt: skip
     for _ in range(0, padded, block):
         tile = tl.load(codes)
         upper += tl.dot(tile, tl.load(uppers), out_dtype=tl.int32)
@@ -97,22 +97,15 @@ def invert_tile(
         uppers += block
         lowers += block
     total = (upper << 8) + lower + 128 * tl.load(code_sums + tokens, mask=is_token, other=0)[:, None]
-    count = tl.load(num_wide + token_block)
-    if count > 0:
-        wide += token_block * (padded // block)
-        safe = tl.minimum(columns, num_channels - 1)
-        total = add_wide(
-            total, high, wide, count, code_at, row_high, row_low, row_at, row_sums, safe, num_channels, block
-        )
-    channels = paired_channels(columns, half, num_pairs, adjacent)
-    factor, shift = (
-        tl.load(scale + channels, mask=is_column, other=0.0),
-        tl.load(mean + channels, mask=is_column, other=0.0),
-    )
-    values = total.to(tl.float32) * factor[None, :] + shift[None, :]
+    channels = channel_of(column_block * side + places % side, places // side, half, num_pairs, adjacent)
+    is_channel = channels < num_channels
+    factor = tl.load(scale + channels, mask=is_channel, other=0.0)
+    values = total.to(tl.float32) * factor[None, :] + tl.load(mean + channels, mask=is_channel, other=0.0)[None, :]
+    pairs = column_block * side + tl.arange(0, block // 2)
     store_turned(
-        values, cosines, sines, out, tokens, columns, is_token, is_column, num_tokens, half, num_pairs, adjacent
-    )
+        values, cosines, sines, out, tokens, pairs, is_token, 2 * pairs < num_channels, num_tokens,
+        half, num_pairs, adjacent,
+    )  # fmt: skip
 
 
 @cache
