@@ -90,7 +90,7 @@ class Cache:
             shapes = reader.stream_shapes()
             assert can_decode(shapes)
             buffers, arrived = StreamBuffers(shapes, self.dtype, device), []
-            for keys, values in buffers._layers:
+            for ((keys, values),) in buffers.layers():
                 assert keys.fill_(77).device.type == values.fill_(77).device.type == device.type
             if device.type == "cuda":
                 torch.cuda.synchronize()
