@@ -7,7 +7,7 @@ which segments did not end where they should. Knows no cache as a whole and no l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from cag.basis_tensors import BasisTensors
 from cag.segment_tensors import segment_tensors
 from cag.uploads import sent
-from cag_kernels import decode_segments, inverse_transform
+from cag_kernels import CodeBlocks, decode_segments, inverse_transform
 from cag_store.codecs import StreamShape, StreamSide
 from cag_store.codecs.streams import EXACT, EXACT_ROWS, WORDS
 from cag_store.codecs.transform.rans import torn
@@ -96,7 +96,7 @@ def refuse_torn(bounds: NDArray[np.int64], whole: Tensor) -> None:
 
 
 def invert_layers(
-    codes: Tensor,
+    codes: CodeBlocks,
     starts: Sequence[int],
     rows: Tensor,
     scale: Tensor,
@@ -105,22 +105,25 @@ def invert_layers(
     angles: Angles | None,
     pairing: str,
 ) -> None:
-    """Codes `[num_components, num_tokens]` to `out` `[num_kv_heads, num_tokens, head_dim]`, heads of all layers.
+    """Codes of some tokens to `out` `[num_kv_heads, num_tokens, head_dim]`, heads of all layers.
 
-    The tokens of segment `i` begin at `starts[i]` and have the mean `means[i]`, so each segment is a call of its own.
+    The tokens of segment `i` begin at `starts[i]` and have the mean `means[i]`.
     """
-    for number, (first, last) in enumerate(pairwise(starts)):
-        if first < last:
-            out[:, first:last] = inverse_transform(
-                codes[:, first:last].T,
-                rows,
-                scale,
-                means[number],
-                head_dim=out.shape[2],
-                dtype=out.dtype,
-                angles=None if angles is None else (angles[0][first:last], angles[1][first:last]),
-                pairing=pairing,
-            )
+    counts = sent(np.diff(starts), out.device)
+    numbers = torch.arange(len(counts), dtype=torch.int32, device=out.device)
+    mean_of = numbers.repeat_interleave(counts, output_size=starts[-1])
+    inverse_transform(
+        codes,
+        rows,
+        scale,
+        means,
+        head_dim=out.shape[2],
+        dtype=out.dtype,
+        mean_of=mean_of,
+        angles=angles,
+        pairing=pairing,
+        out=out,
+    )
 
 
 class _ExactTokens:

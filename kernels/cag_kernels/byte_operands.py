@@ -47,12 +47,12 @@ class ByteRows(NamedTuple):
 
 def prepare_codes(codes: Tensor | CodeBlocks) -> Tensor | ByteCodes:
     """What `inverse_transform` takes for `codes`, int16 `[num_tokens, num_components]` of any strides, or blocks."""
-    blocks = codes if isinstance(codes, CodeBlocks) else None
-    if not triton_runs_on(codes.device if blocks is None else blocks.blocks.device):
-        return codes if blocks is None else blocks.by_token()
+    places = codes.places if isinstance(codes, CodeBlocks) else codes
+    if not triton_runs_on(places.device):
+        return codes.by_token() if isinstance(codes, CodeBlocks) else codes
     from cag_kernels.triton_bytes import split_blocks, split_codes
 
-    return split_codes(codes) if blocks is None else split_blocks(blocks)
+    return split_blocks(codes) if isinstance(codes, CodeBlocks) else split_codes(codes)
 
 
 def prepare_rows(rows: Tensor, *, head_dim: int, num_pairs: int = 0, pairing: str = "halves") -> Tensor | ByteRows:

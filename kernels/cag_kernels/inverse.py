@@ -29,9 +29,11 @@ def inverse_transform(
     mean_of: Tensor | None = None,
     angles: tuple[Tensor, Tensor] | None = None,
     pairing: str = "halves",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Keys or values of one layer, or of several with the same angles; see `inverse_transform_reference`. Codes and
-    rows also as `prepare_codes` and `prepare_rows` give them, for whoever uses them again.
+    rows also as `prepare_codes` and `prepare_rows` give them, for whoever uses them again. `out` is where to put them,
+    each head's tokens side by side.
 
     Raises:
         ValueError: tensors that do not fit together.
@@ -44,12 +46,13 @@ def inverse_transform(
     if isinstance(codes, Tensor) or isinstance(rows, Tensor):
         assert isinstance(codes, Tensor), "prepared codes come with prepared rows"
         assert isinstance(rows, Tensor), "prepared rows come with prepared codes"
-        return inverse_transform_reference(
+        found = inverse_transform_reference(
             codes, rows, scale, mean, head_dim=head_dim, dtype=dtype, mean_of=mean_of, angles=angles, pairing=pairing
         )
+        return found if out is None else out.copy_(found)
     from cag_kernels.triton_inverse import invert
 
-    return invert(codes, rows, scale, mean, mean_of, angles, dtype)
+    return invert(codes, rows, scale, mean, mean_of, angles, out_of(codes, rows, dtype, out))
 
 
 def inverse_transform_reference(
@@ -87,6 +90,21 @@ def inverse_transform_reference(
     if angles is not None:
         values = move_by(values, *angles, pairing)
     return narrowed_to(values.contiguous(), dtype)
+
+
+def out_of(codes: ByteCodes, rows: ByteRows, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`out`, or memory for keys or values.
+
+    Raises:
+        ValueError: `out` is not of that shape and type, or its tokens do not lie side by side.
+    """
+    head_dim = 2 * rows.pairs[0]
+    shape = rows.num_channels // head_dim, codes.low.shape[0], head_dim
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=codes.low.device)
+    if out.shape != shape or out.dtype != dtype or out.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}: {shape} of {dtype} do not fit there")
+    return out
 
 
 def _check(

@@ -49,10 +49,10 @@ def wide_sums(high, code_at, row_high, row_low, row_at, row_sums, wide, count, n
 
 @triton.jit
 def store_turned(
-    values, cosines, sines, out, tokens, pairs, is_token, is_pair, num_tokens,
+    values, cosines, sines, out, tokens, pairs, is_token, is_pair, head_stride,
     half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
 ):  # fmt: skip
-    """Turn the pairs of a tile, round and store them: `out [num_heads, num_tokens, 2 * half]`."""
+    """Turn the pairs of a tile, round and store them: `out [num_heads, num_tokens, 2 * half]`, tokens side by side."""
     size: tl.constexpr = values.shape[0]
     side: tl.constexpr = values.shape[1] // 2
     first, second = tl.split(tl.permute(tl.reshape(values, (size, 2, side)), (0, 2, 1)))
@@ -64,7 +64,7 @@ def store_turned(
         cosine, sine = tl.load(cosines + at, mask=turns, other=1.0), tl.load(sines + at, mask=turns, other=0.0)
         first, second = first * cosine - second * sine, second * cosine + first * sine
     head = pairs // half
-    to_head = wide_tokens * (2 * half) + (head.to(tl.int64) * (num_tokens * 2 * half))[None, :]
+    to_head = wide_tokens * (2 * half) + (head.to(tl.int64) * head_stride)[None, :]
     firsts = channel_of(pairs, 0, half, num_pairs, adjacent) - head * (2 * half)
     seconds = channel_of(pairs, 1, half, num_pairs, adjacent) - head * (2 * half)
     tl.store(out + to_head + firsts[None, :], narrow_to(first, dtype), mask=mask)
@@ -74,7 +74,7 @@ def store_turned(
 @triton.jit
 def invert_tile(
     low, high, code_sums, num_wide, wide, row_low, row_high, row_sums, scale, mean, mean_of, cosines, sines, out,
-    num_tokens, num_channels, padded, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
+    num_tokens, num_channels, padded, head_stride, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
     has_means: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens and of columns."""
@@ -109,7 +109,7 @@ def invert_tile(
         values += tl.load(mean + channels, mask=is_channel, other=0.0)[None, :]
     pairs = column_block * side + tl.arange(0, block // 2)
     store_turned(
-        values, cosines, sines, out, tokens, pairs, is_token, 2 * pairs < num_channels, num_tokens,
+        values, cosines, sines, out, tokens, pairs, is_token, 2 * pairs < num_channels, head_stride,
         half, num_pairs, adjacent,
     )  # fmt: skip
 
@@ -130,19 +130,18 @@ def invert(
     mean: Tensor,
     mean_of: Tensor | None,
     angles: tuple[Tensor, Tensor] | None,
-    dtype: torch.dtype,
+    out: Tensor,
     cut: Cut | None = None,
 ) -> Tensor:
-    """`[num_heads, num_tokens, head_dim]` as `inverse.inverse_transform_reference` gives it."""
+    """Into `out` `[num_heads, num_tokens, head_dim]` what `inverse.inverse_transform_reference` gives."""
     (num_tokens, padded), (half, num_pairs, adjacent) = codes.low.shape, rows.pairs
-    out = torch.empty((rows.num_channels // (2 * half), num_tokens, 2 * half), dtype=dtype, device=scale.device)
     cosines, sines = (scale, scale) if angles is None else (part.contiguous() for part in angles)
     num_warps, num_stages = cut or default_cut(scale.device)
     if num_tokens:
         invert_tile[(triton.cdiv(num_tokens, BLOCK) * triton.cdiv(rows.num_channels, BLOCK),)](
             *codes, *rows[:3], scale.contiguous(), mean.contiguous(), scale if mean_of is None else mean_of, cosines,
-            sines, out, num_tokens, rows.num_channels, padded, half=half, num_pairs=num_pairs, adjacent=adjacent,
-            has_means=mean_of is not None, block=BLOCK, num_warps=num_warps, num_stages=num_stages,
+            sines, out, num_tokens, rows.num_channels, padded, out.stride(0), half=half, num_pairs=num_pairs,
+            adjacent=adjacent, has_means=mean_of is not None, block=BLOCK, num_warps=num_warps, num_stages=num_stages,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out

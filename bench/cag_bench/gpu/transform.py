@@ -45,7 +45,7 @@ class Streams:
     tables: Tensor
     low_bits: Tensor
 
-    def decode(self) -> tuple[Tensor, Tensor]:
+    def decode(self) -> tuple[CodeBlocks, Tensor]:
         """Codes and which segments are whole."""
         return decode_segments(self.segments, self.slots, self.tables, self.low_bits)
 

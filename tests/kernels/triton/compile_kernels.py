@@ -100,9 +100,10 @@ def launch_everything():
     tables = angles(torch.zeros(64, dtype=torch.int64), torch.ones(64))
     codes, rows = torch.zeros(64, 700, dtype=torch.int16), torch.zeros(700, 1024, dtype=torch.int16)
     split = split_rows(rows, (64, 64, False))
+    out, ones = torch.empty(8, 64, 128, dtype=torch.bfloat16), torch.ones(2, 1024)
     for found in (split_codes(codes), split_blocks(CodeBlocks(torch.zeros(2, 700, 32, dtype=torch.int16), pages[0]))):
-        invert(found, split, torch.ones(1024), torch.ones(2, 1024), counts[:1].expand(64), tables, torch.bfloat16)
-    invert(split_codes(codes), split, torch.ones(1024), torch.ones(1024), None, None, torch.bfloat16)
+        invert(found, split, ones[0], ones, counts[:1].expand(64), tables, out)
+    invert(found, split_rows(rows, (64, 0, False)), ones[0], ones[0], None, None, out)
     counts = torch.tensor([0, 64], dtype=torch.int32)
     shifts = torch.zeros(64, dtype=torch.int8), torch.zeros(1, 700, dtype=torch.int8)
     numbers = torch.zeros(1, 32, dtype=torch.int32), torch.zeros(64, dtype=torch.int16)

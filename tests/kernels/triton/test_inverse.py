@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cag_kernels.byte_operands import ByteCodes, ByteRows, prepare_codes, prepare_rows
-from cag_kernels.inverse import inverse_transform, inverse_transform_reference
+from cag_kernels.inverse import inverse_transform, inverse_transform_reference, out_of
 from cag_kernels.rans import CodeBlocks, places_of
 from cag_kernels.rotation import angles
 from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
@@ -18,7 +18,8 @@ def inverted(codes, rows, scale, mean, tables, head_dim, dtype, pairing="halves"
     """By the kernels."""
     pairs = head_dim // 2, 0 if tables is None else tables[0].shape[1], pairing == "adjacent"
     split = split_blocks if isinstance(codes, CodeBlocks) else split_codes
-    return invert(split(codes), split_rows(rows, pairs), scale, mean, mean_of, tables, dtype)
+    operands = split(codes), split_rows(rows, pairs)
+    return invert(*operands, scale, mean, mean_of, tables, out_of(*operands, dtype))
 
 
 def make(num_tokens, num_components, num_channels):
@@ -92,6 +93,12 @@ def test_prepared_operands_give_the_same(device):
     expected = inverse_transform(codes, rows, scale, mean, **kwargs)
     assert torch.equal(inverse_transform(*prepared, scale, mean, **kwargs), expected)
     if device.type == "cuda":
+        wide = torch.full((2, 50, 16), 7.0, dtype=torch.bfloat16, device=device)
+        inverse_transform(*prepared, scale, mean, **kwargs, out=wide[:, 3:42])
+        assert torch.equal(wide[:, 3:42], expected)
+        assert (wide[:, :3] == 7).all() and (wide[:, 42:] == 7).all()
+        with pytest.raises(ValueError, match="do not fit"):
+            inverse_transform(*prepared, scale, mean, **kwargs, out=wide[:, ::2][:, :39])
         with pytest.raises(ValueError, match="do not fit"):
             inverse_transform(*prepared, scale, mean, **{**kwargs, "pairing": "halves"})
 
