@@ -18,7 +18,7 @@ from torch import Tensor
 from cag.basis_tensors import BasisTensors
 from cag.segment_tensors import segment_tensors
 from cag.uploads import sent
-from cag_kernels import CodeBlocks, decode_segments, inverse_transform
+from cag_kernels import CodeBlocks, count_blocks, decode_segments, inverse_transform
 from cag_store.codecs import StreamShape, StreamSide
 from cag_store.codecs.streams import EXACT, EXACT_ROWS, WORDS
 from cag_store.codecs.transform.rans import torn
@@ -48,7 +48,9 @@ class DecodedChunks:
         self._starts = [0, *np.cumsum(num_coded).tolist()]
         segments = segment_tensors(data, bounds, num_coded, basis)
         self._means = segments.means
-        self._codes, whole = decode_segments(segments.streams, basis.slots, basis.tables, basis.low_bits)
+        self._codes, whole = decode_segments(
+            segments.streams, basis.slots, basis.tables, basis.low_bits, count_blocks(num_coded.tolist())
+        )
         self.whole = whole[::2]
         places = [part + (chunk.start - chunks[0].start) for chunk, part in zip(chunks, exact, strict=True)]
         self._exact = _ExactTokens(np.concatenate(places), self._tokens, data, bounds)

@@ -30,7 +30,7 @@ from cag_kernels.packed import PackedWeight, can_pack, pack_weight
 from cag_kernels.prefix import cascade_attention, choose_prefix_path, paged_attention, prefix_attention, rows_stay_apart
 from cag_kernels.prefixes import DensePrefix, PagedTails, QuantizedPrefix
 from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize, quantize_prefix
-from cag_kernels.rans import CodeBlocks, RansSegments, decode_segments
+from cag_kernels.rans import CodeBlocks, RansSegments, count_blocks, decode_segments
 from cag_kernels.reference import segment_attention_reference
 from cag_kernels.rotation import move_keys
 from cag_kernels.rows import add_and_norm, gate, rotate_and_store
@@ -51,6 +51,7 @@ __all__ = [
     "cascade_attention",
     "choose_path",
     "choose_prefix_path",
+    "count_blocks",
     "decode_segments",
     "dequantize",
     "dequantize_prefix",

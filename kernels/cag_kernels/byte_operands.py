@@ -14,12 +14,14 @@ from cag_kernels.rans import CodeBlocks
 
 
 class ByteCodes(NamedTuple):
-    """Codes of some tokens, `256 high + low`, or `256 high + low + 128` in wide tiles (`triton_bytes`).
+    """Codes, a row for each place that a token can have; in wide tiles `256 high + low + 128` (`triton_bytes`).
 
-    low, high: int8 `[num_tokens, padded components]`; of a tile that is not wide `low` is the codes, `high` anything.
-    sums: int32 `[num_tokens]`, of the codes, of those in wide tiles less 128 each.
-    num_wide: int32 `[token blocks]`.
-    wide: int32 `[token blocks, component blocks]`, each block's wide blocks of components, in any order.
+    low, high: int8 `[num_rows, padded components]`; of a tile that is not wide `low` is the codes, `high` anything.
+    sums: int32 `[num_rows]`, of the codes, of those in wide tiles less 128 each.
+    num_wide: int32 `[row blocks]`.
+    wide: int32 `[row blocks, component blocks]`, each block's wide blocks of components, in any order.
+    tokens: int32 `[num_rows]`, the token of each row, -1 where there is none; None where row `i` is token `i`.
+    num_tokens: that have a row.
     """
 
     low: Tensor
@@ -27,6 +29,8 @@ class ByteCodes(NamedTuple):
     sums: Tensor
     num_wide: Tensor
     wide: Tensor
+    tokens: Tensor | None
+    num_tokens: int
 
 
 class ByteRows(NamedTuple):
@@ -47,8 +51,8 @@ class ByteRows(NamedTuple):
 
 def prepare_codes(codes: Tensor | CodeBlocks) -> Tensor | ByteCodes:
     """What `inverse_transform` takes for `codes`, int16 `[num_tokens, num_components]` of any strides, or blocks."""
-    places = codes.places if isinstance(codes, CodeBlocks) else codes
-    if not triton_runs_on(places.device):
+    numbers = codes.blocks if isinstance(codes, CodeBlocks) else codes
+    if not triton_runs_on(numbers.device):
         return codes.by_token() if isinstance(codes, CodeBlocks) else codes
     from cag_kernels.triton_bytes import split_blocks, split_codes
 

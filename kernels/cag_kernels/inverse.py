@@ -99,7 +99,7 @@ def out_of(codes: ByteCodes, rows: ByteRows, dtype: torch.dtype, out: Tensor | N
         ValueError: `out` is not of that shape and type, or its tokens do not lie side by side.
     """
     head_dim = 2 * rows.pairs[0]
-    shape = rows.num_channels // head_dim, codes.low.shape[0], head_dim
+    shape = rows.num_channels // head_dim, codes.num_tokens, head_dim
     if out is None:
         return torch.empty(shape, dtype=dtype, device=codes.low.device)
     if out.shape != shape or out.dtype != dtype or out.stride()[1:] != (head_dim, 1):
@@ -121,7 +121,7 @@ def _check(
     turned = [] if angles is None else list(angles)
     num_pairs = turned[0].shape[-1] if turned else 0
     if isinstance(codes, ByteCodes) and isinstance(rows, ByteRows):
-        (num_tokens, num_components), found = codes.low.shape, rows.low.shape[1]
+        num_tokens, num_components, found = codes.num_tokens, codes.low.shape[1], rows.low.shape[1]
         num_channels = rows.num_channels
         fits = rows.pairs == (head_dim // 2, num_pairs, pairing == "adjacent")
     elif isinstance(codes, Tensor) and isinstance(rows, Tensor) and codes.ndim == rows.ndim == 2:

@@ -7,6 +7,7 @@ Source: Duda, arXiv:1311.2540; Giesen, arXiv:1402.3392 (interleaving).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,32 +47,43 @@ class CodeBlocks(NamedTuple):
     """Codes in the order in which they are decoded, which is the quickest to write.
 
     blocks: int16 `[num_blocks, num_components, 32]`: 32 tokens of a segment. What has no token means nothing.
-    places: int32 `[num_tokens]`: `32 * block + lane` of each token, rising.
+    tokens: int32 `[num_blocks * 32]`: the token of each place, rising, -1 where there is none.
+    num_tokens: that have a place.
     """
 
     blocks: Tensor
-    places: Tensor
+    tokens: Tensor
+    num_tokens: int
 
     def by_token(self) -> Tensor:
         """int16 `[num_tokens, num_components]`."""
-        return self.blocks.transpose(1, 2).flatten(0, 1)[self.places.long()]
+        return self.blocks.transpose(1, 2).flatten(0, 1)[self.tokens >= 0]
 
 
 def decode_segments(
-    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor
+    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor, num_blocks: int | None = None
 ) -> tuple[CodeBlocks, Tensor]:
     """Codes of all segments, and which segments are whole; see `decode_segments_reference`.
+
+    `num_blocks`: of 32 tokens, in all segments together (`count_blocks`); without it as many as there can be.
 
     Raises:
         ValueError: tensors that do not fit together.
     """
     _check(segments, slots, tables, low_bits)
+    if num_blocks is None:
+        num_blocks = len(segments.token_shifts) // LANES + segments.states.shape[0]
     if not triton_runs_on(segments.states.device):
         codes, whole = decode_segments_reference(segments, slots, tables, low_bits)
-        return _blocks_of(codes, segments.token_starts), whole
+        return _blocks_of(codes, segments.token_starts, num_blocks), whole
     from cag_kernels.triton_rans import decode_on_device
 
-    return decode_on_device(segments, slots, tables, low_bits)
+    return decode_on_device(segments, slots, tables, low_bits, num_blocks)
+
+
+def count_blocks(token_counts: Sequence[int]) -> int:
+    """Blocks of segments of so many tokens."""
+    return sum(-(-int(count) // LANES) for count in token_counts)
 
 
 def first_blocks(token_starts: Tensor) -> Tensor:
@@ -80,18 +92,13 @@ def first_blocks(token_starts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def places_of(token_starts: Tensor, num_tokens: int) -> Tensor:
-    """`CodeBlocks.places` of the tokens of segments that begin at `token_starts`."""
+def _blocks_of(codes: Tensor, token_starts: Tensor, num_blocks: int) -> CodeBlocks:
     shifts = first_blocks(token_starts)[:-1] * LANES - token_starts[:-1]
-    tokens = torch.arange(num_tokens, dtype=torch.int32, device=token_starts.device)
-    return tokens + torch.repeat_interleave(shifts, token_starts.diff(), output_size=num_tokens)
-
-
-def _blocks_of(codes: Tensor, token_starts: Tensor) -> CodeBlocks:
-    places = places_of(token_starts, codes.shape[1])
-    blocks = codes.new_zeros(int(first_blocks(token_starts)[-1]), LANES, len(codes))
-    blocks.flatten(0, 1)[places.long()] = codes.T
-    return CodeBlocks(blocks.transpose(1, 2).contiguous(), places)
+    numbers = torch.arange(codes.shape[1], dtype=torch.int32)
+    places = (numbers + torch.repeat_interleave(shifts, token_starts.diff())).long()
+    blocks, tokens = codes.new_zeros(num_blocks * LANES, len(codes)), numbers.new_full((num_blocks * LANES,), -1)
+    blocks[places], tokens[places] = codes.T, numbers
+    return CodeBlocks(blocks.view(num_blocks, LANES, -1).transpose(1, 2).contiguous(), tokens, len(numbers))
 
 
 def decode_segments_reference(

@@ -9,13 +9,15 @@ Grids: `(blocks of tokens or of columns, blocks of components)`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.byte_operands import ByteCodes, ByteRows
-from cag_kernels.rans import LANES, CodeBlocks
+from cag_kernels.rans import CodeBlocks
 
 BLOCK = 128  # tokens, columns or components of a tile
 
@@ -37,39 +39,32 @@ def channel_of(pairs, is_second, half: tl.constexpr, num_pairs: tl.constexpr, ad
 
 @triton.jit
 def split_codes_tile(
-    codes, places, low, high, sums, num_wide, wide, num_tokens, num_components, token_stride, component_stride, padded,
-    in_blocks: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr,
+    codes, low, high, sums, num_wide, wide, num_rows, num_components, row_stride, component_stride, padded,
+    side_by_side: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A tile of codes: `places` of tokens in blocks of `lanes`, or strides."""
-    token_block, component_block = tl.program_id(0), tl.program_id(1)
-    first_token, first_component, numbers = token_block * block, component_block * block, tl.arange(0, block)
-    tokens, components = first_token + numbers, first_component + numbers
-    is_token, is_component = tokens < num_tokens, components < num_components
-    if in_blocks:
-        first_block = tl.load(places + first_token) // lanes
-        place = tl.load(places + tokens, mask=is_token, other=first_block * lanes)
-        token_at = (place // lanes - first_block) * token_stride + place % lanes
-        codes += first_block.to(tl.int64) * token_stride
-    else:
-        token_at = numbers * token_stride
-        codes += first_token.to(tl.int64) * token_stride
-    codes += first_component.to(tl.int64) * component_stride
-    is_code = is_component[:, None] & is_token[None, :]
-    at = numbers[:, None] * component_stride + token_at[None, :]
-    tile = tl.trans(tl.load(codes + at, mask=is_code, other=0)).to(tl.int32)
+    """A tile of codes, of which groups of `side_by_side` rows lie side by side; `row_stride` is that of the groups."""
+    row_block, component_block = tl.program_id(0), tl.program_id(1)
+    first_row, first_component, numbers = row_block * block, component_block * block, tl.arange(0, block)
+    rows = first_row + numbers
+    is_row, is_component = rows < num_rows, first_component + numbers < num_components
+    codes += (first_row // side_by_side).to(tl.int64) * row_stride + first_component.to(tl.int64) * component_stride
+    row_at = numbers // side_by_side * row_stride + numbers % side_by_side
+    at = numbers[:, None] * component_stride + row_at[None, :]
+    turned = tl.load(codes + at, mask=is_component[:, None] & is_row[None, :], other=0)
+    tile = tl.trans(turned).to(tl.int32)
     is_wide = tl.max(tl.max(tl.maximum(tile, -1 - tile), 1), 0) > 127
-    low += first_token.to(tl.int64) * padded + first_component
-    high += first_token.to(tl.int64) * padded + first_component
+    low += first_row.to(tl.int64) * padded + first_component
+    high += first_row.to(tl.int64) * padded + first_component
     at = numbers[:, None] * padded + numbers[None, :]
     if is_wide:
-        tl.store(low + at, ((tile & 0xFF) - 128).to(tl.int8), mask=is_token[:, None])
-        tl.store(high + at, (tile >> 8).to(tl.int8), mask=is_token[:, None])
+        tl.store(low + at, ((tile & 0xFF) - 128).to(tl.int8), mask=is_row[:, None])
+        tl.store(high + at, (tile >> 8).to(tl.int8), mask=is_row[:, None])
         tile = tl.where(is_component[None, :], tile - 128, 0)
-        before = tl.atomic_add(num_wide + token_block, 1)
-        tl.store(wide + token_block * tl.num_programs(1) + before, component_block)
+        before = tl.atomic_add(num_wide + row_block, 1)
+        tl.store(wide + row_block * tl.num_programs(1) + before, component_block)
     else:
-        tl.store(low + at, tile.to(tl.int8), mask=is_token[:, None])
-    tl.atomic_add(sums + tokens, tl.sum(tile, 1), mask=is_token)
+        tl.store(low + at, tile.to(tl.int8), mask=is_row[:, None])
+    tl.atomic_add(sums + rows, tl.sum(tile, 1), mask=is_row)
 
 
 @triton.jit
@@ -96,33 +91,40 @@ def split_rows_tile(
 
 def split_codes(codes: Tensor) -> ByteCodes:
     """Bytes of `codes`, int16 `[num_tokens, num_components]`, any strides."""
-    return _split(codes, None, *codes.shape, *codes.stride())
+    return _split(codes, None, len(codes), codes.shape, codes.stride(), 1)
 
 
 def split_blocks(codes: CodeBlocks) -> ByteCodes:
     """Bytes of codes that lie as they were decoded."""
-    _, num_components, lanes = codes.blocks.shape
-    return _split(codes.blocks, codes.places, len(codes.places), num_components, num_components * lanes, lanes)
+    num_blocks, num_components, lanes = codes.blocks.shape
+    shape = num_blocks * lanes, num_components
+    return _split(codes.blocks, codes.tokens, codes.num_tokens, shape, codes.blocks.stride()[:2], lanes)
 
 
 def _split(
-    codes: Tensor, places: Tensor | None, num_tokens: int, num_components: int, token_stride: int, component_stride: int
+    codes: Tensor,
+    tokens: Tensor | None,
+    num_tokens: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    side_by_side: int,
 ) -> ByteCodes:
-    """`token_stride`: of the blocks where there are places."""
-    device, grid = codes.device, (triton.cdiv(num_tokens, BLOCK), triton.cdiv(num_components, BLOCK))
-    low = torch.empty(num_tokens, grid[1] * BLOCK, dtype=torch.int8, device=device)
+    """Of rows and components; see `split_codes_tile`."""
+    device, grid = codes.device, (triton.cdiv(shape[0], BLOCK), triton.cdiv(shape[1], BLOCK))
+    low = torch.empty(shape[0], grid[1] * BLOCK, dtype=torch.int8, device=device)
     parts = ByteCodes(
         low=low,
         high=torch.empty_like(low),
-        sums=torch.zeros(num_tokens, dtype=torch.int32, device=device),
+        sums=torch.zeros(shape[0], dtype=torch.int32, device=device),
         num_wide=torch.zeros(grid[0], dtype=torch.int32, device=device),
         wide=torch.empty(grid, dtype=torch.int32, device=device),
+        tokens=tokens,
+        num_tokens=num_tokens,
     )
-    if num_tokens:
+    if shape[0]:
         split_codes_tile[grid](
-            codes, codes if places is None else places, *parts, num_tokens, num_components, token_stride,
-            component_stride, low.shape[1], in_blocks=places is not None, lanes=LANES, block=BLOCK, num_warps=8,
-        )  # fmt: skip
+            codes, *parts[:5], *shape, *strides, low.shape[1], side_by_side=side_by_side, block=BLOCK, num_warps=16
+        )
     return parts
 
 

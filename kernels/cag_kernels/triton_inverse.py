@@ -73,22 +73,22 @@ def store_turned(
 
 @triton.jit
 def invert_tile(
-    low, high, code_sums, num_wide, wide, row_low, row_high, row_sums, scale, mean, mean_of, cosines, sines, out,
-    num_tokens, num_channels, padded, head_stride, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
-    has_means: tl.constexpr, block: tl.constexpr,
+    low, high, code_sums, num_wide, wide, row_tokens, row_low, row_high, row_sums, scale, mean, mean_of, cosines, sines,
+    out, num_rows, num_channels, padded, head_stride, half: tl.constexpr, num_pairs: tl.constexpr,
+    adjacent: tl.constexpr, has_means: tl.constexpr, has_tokens: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens and of columns."""
     num_blocks, side = (num_channels + block - 1) // block, block // 2
-    token_block, column_block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    row_block, column_block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     places = tl.arange(0, block)
-    tokens, columns = token_block * block + places, column_block * block + places
-    is_token = tokens < num_tokens
-    code_at = tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * padded + places[None, :]
+    rows, columns = row_block * block + places, column_block * block + places
+    is_row = rows < num_rows
+    code_at = tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * padded + places[None, :]
     row_at = columns.to(tl.int64)[None, :] * padded + places[:, None]
     codes, uppers, lowers = low + code_at, row_high + row_at, row_low + row_at
     upper, lower = wide_sums(
-        high, code_at, row_high, row_low, row_at, row_sums + columns, wide + token_block * (padded // block),
-        tl.load(num_wide + token_block), num_blocks * block, block,
+        high, code_at, row_high, row_low, row_at, row_sums + columns, wide + row_block * (padded // block),
+        tl.load(num_wide + row_block), num_blocks * block, block,
     )  # fmt: skip
     for _ in range(0, padded, block):
         tile = tl.load(codes)
@@ -97,7 +97,9 @@ def invert_tile(
         codes += block
         uppers += block
         lowers += block
-    total = (upper << 8) + lower + 128 * tl.load(code_sums + tokens, mask=is_token, other=0)[:, None]
+    total = (upper << 8) + lower + 128 * tl.load(code_sums + rows, mask=is_row, other=0)[:, None]
+    tokens = tl.load(row_tokens + rows, mask=is_row, other=-1) if has_tokens else tl.where(is_row, rows, -1)
+    is_token = tokens >= 0
     channels = channel_of(column_block * side + places % side, places // side, half, num_pairs, adjacent)
     is_channel = channels < num_channels
     values = total.to(tl.float32) * tl.load(scale + channels, mask=is_channel, other=0.0)[None, :]
@@ -134,14 +136,15 @@ def invert(
     cut: Cut | None = None,
 ) -> Tensor:
     """Into `out` `[num_heads, num_tokens, head_dim]` what `inverse.inverse_transform_reference` gives."""
-    (num_tokens, padded), (half, num_pairs, adjacent) = codes.low.shape, rows.pairs
+    (num_rows, padded), (half, num_pairs, adjacent) = codes.low.shape, rows.pairs
     cosines, sines = (scale, scale) if angles is None else (part.contiguous() for part in angles)
     num_warps, num_stages = cut or default_cut(scale.device)
-    if num_tokens:
-        invert_tile[(triton.cdiv(num_tokens, BLOCK) * triton.cdiv(rows.num_channels, BLOCK),)](
-            *codes, *rows[:3], scale.contiguous(), mean.contiguous(), scale if mean_of is None else mean_of, cosines,
-            sines, out, num_tokens, rows.num_channels, padded, out.stride(0), half=half, num_pairs=num_pairs,
-            adjacent=adjacent, has_means=mean_of is not None, block=BLOCK, num_warps=num_warps, num_stages=num_stages,
-            enable_fp_fusion=False,
+    tokens, numbers = (scale if part is None else part for part in (codes.tokens, mean_of))
+    if num_rows:
+        invert_tile[(triton.cdiv(num_rows, BLOCK) * triton.cdiv(rows.num_channels, BLOCK),)](
+            *codes[:5], tokens, *rows[:3], scale.contiguous(), mean.contiguous(), numbers, cosines, sines, out,
+            num_rows, rows.num_channels, padded, out.stride(0), half=half, num_pairs=num_pairs, adjacent=adjacent,
+            has_means=mean_of is not None, has_tokens=codes.tokens is not None, block=BLOCK, num_warps=num_warps,
+            num_stages=num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cag_kernels.rans import LANES, CodeBlocks, RansSegments, first_blocks, places_of
+from cag_kernels.rans import LANES, CodeBlocks, RansSegments, first_blocks
 from cag_kernels.triton_numbers import EMULATED
 
 GROUP = tl.constexpr(4)  # components between two looks for escapes
@@ -127,7 +127,7 @@ def _decode_any(
         state = tl.where(shrunk, state >> low.to(tl.uint32, bitcast=True), state)
         state, words, left = _filled(state, shrunk, words, left, lower)
         code = (((entry >> 24).to(tl.int32) - 64) << low) + rest
-        tl.store(target, code.to(tl.int16), mask=is_token)
+        tl.store(target, code.to(tl.int16))
         if _has_escape(entry, is_token):
             escapes, escapes_left = _store_escapes(target, entry, is_token, escapes, escapes_left, lower)
         target += lane.shape[0]
@@ -149,7 +149,7 @@ def _decode_plain(
             entry, state, words, left = _symbol(state, number, is_token, words, left, slots, last_table, lower)
             number = next_number
             code = (entry >> 24).to(tl.int32) - 64
-            tl.store(target + index * lanes, code.to(tl.int16), mask=is_token)
+            tl.store(target + index * lanes, code.to(tl.int16))
             entries += (entry,)
             least = tl.minimum(least, entry)
         if _has_escape(least, is_token):
@@ -163,7 +163,7 @@ def _decode_plain(
 @triton.jit
 def decode_segment(
     states, words, word_starts, escapes, escape_starts, token_starts, token_shifts, component_shifts, slots, tables,
-    low_bits, block_starts, blocks, whole, num_components, num_tables, lanes: tl.constexpr,
+    low_bits, block_starts, blocks, block_tokens, whole, num_components, num_tables, lanes: tl.constexpr,
 ):  # fmt: skip
     """One segment, its components in windows of one for each lane."""
     segment, lane = tl.program_id(0), tl.arange(0, lanes)
@@ -180,6 +180,7 @@ def decode_segment(
         tokens = begin + lane
         is_token = tokens < last
         block = tl.load(block_starts + segment) + (begin - first) // lanes
+        tl.store(block_tokens + block * lanes + lane, tl.where(is_token, tokens, -1))
         target, idle = blocks + block.to(tl.int64) * (num_components * lanes) + lane, state
         shift = tl.load(token_shifts + tokens, mask=is_token, other=0).to(tl.int32)
         table, component_shift, low = _components(tables, component_shifts, low_bits, lane, num_components)
@@ -206,17 +207,16 @@ def decode_segment(
 
 
 def decode_on_device(
-    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor
+    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor, num_blocks: int
 ) -> tuple[CodeBlocks, Tensor]:
     """Codes as `rans.decode_segments_reference` gives them, in blocks, and whether each segment is whole."""
-    num_segments, num_components, num_tokens = segments.states.shape[0], len(tables), len(segments.token_shifts)
-    most_blocks = num_tokens // LANES + num_segments  # how many there are is on the device only
-    blocks = torch.empty((most_blocks, num_components, LANES), dtype=torch.int16, device=slots.device)
-    whole = torch.empty(num_segments, dtype=torch.bool, device=slots.device)
+    num_segments, num_components, device = segments.states.shape[0], len(tables), slots.device
+    blocks = torch.empty((num_blocks, num_components, LANES), dtype=torch.int16, device=device)
+    tokens = torch.full((num_blocks * LANES,), -1, dtype=torch.int32, device=device)
+    whole = torch.empty(num_segments, dtype=torch.bool, device=device)
     if num_segments:
-        block_starts = first_blocks(segments.token_starts)
         decode_segment[(num_segments,)](
-            *segments, slots, tables, low_bits, block_starts, blocks, whole.view(torch.int8), num_components,
-            slots.shape[0], lanes=LANES, num_warps=1,
+            *segments, slots, tables, low_bits, first_blocks(segments.token_starts), blocks, tokens,
+            whole.view(torch.int8), num_components, slots.shape[0], lanes=LANES, num_warps=1,
         )  # fmt: skip
-    return CodeBlocks(blocks, places_of(segments.token_starts, num_tokens)), whole
+    return CodeBlocks(blocks, tokens, len(segments.token_shifts)), whole

@@ -22,7 +22,7 @@ from cag_bench.figures import percentiles
 from cag_bench.gpu.clock import Budget
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.kernel_clock import Clock
-from cag_kernels import CodeBlocks, RansSegments, decode_segments, inverse_transform
+from cag_kernels import CodeBlocks, RansSegments, count_blocks, decode_segments, inverse_transform
 from cag_kernels.inverse import inverse_transform_reference
 from cag_kernels.rans import LANES, SLOTS, decode_segments_reference
 from cag_kernels.rotation import angles
@@ -44,10 +44,11 @@ class Streams:
     slots: Tensor
     tables: Tensor
     low_bits: Tensor
+    num_blocks: int
 
     def decode(self) -> tuple[CodeBlocks, Tensor]:
         """Codes and which segments are whole."""
-        return decode_segments(self.segments, self.slots, self.tables, self.low_bits)
+        return decode_segments(self.segments, self.slots, self.tables, self.low_bits, self.num_blocks)
 
 
 def transform_row(
@@ -124,7 +125,8 @@ def random_streams(
         token_shifts=torch.zeros(num_tokens, dtype=torch.int8, device=device),
         component_shifts=torch.zeros(num_segments, num_components, dtype=torch.int8, device=device),
     )
-    return Streams(segments, slots.to(device), torch.zeros_like(low_bits).to(device), low_bits.to(device))
+    slots, tables, low_bits = (part.to(device) for part in (slots, torch.zeros_like(low_bits), low_bits))
+    return Streams(segments, slots, tables, low_bits, count_blocks(counts))
 
 
 def segment_tokens(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> list[int]:

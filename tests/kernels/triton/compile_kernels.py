@@ -101,14 +101,15 @@ def launch_everything():
     codes, rows = torch.zeros(64, 700, dtype=torch.int16), torch.zeros(700, 1024, dtype=torch.int16)
     split = split_rows(rows, (64, 64, False))
     out, ones = torch.empty(8, 64, 128, dtype=torch.bfloat16), torch.ones(2, 1024)
-    for found in (split_codes(codes), split_blocks(CodeBlocks(torch.zeros(2, 700, 32, dtype=torch.int16), pages[0]))):
+    blocks = CodeBlocks(torch.zeros(2, 700, 32, dtype=torch.int16), pages[0], 64)
+    for found in (split_codes(codes), split_blocks(blocks)):
         invert(found, split, ones[0], ones, counts[:1].expand(64), tables, out)
     invert(found, split_rows(rows, (64, 0, False)), ones[0], ones[0], None, None, out)
     counts = torch.tensor([0, 64], dtype=torch.int32)
     shifts = torch.zeros(64, dtype=torch.int8), torch.zeros(1, 700, dtype=torch.int8)
     numbers = torch.zeros(1, 32, dtype=torch.int32), torch.zeros(64, dtype=torch.int16)
     segments = RansSegments(*numbers, counts, numbers[1], counts, counts, *shifts)
-    decode_on_device(segments, torch.zeros(64, 4096, dtype=torch.int32), *shifts[1].expand(2, -1))
+    decode_on_device(segments, torch.zeros(64, 4096, dtype=torch.int32), *shifts[1].expand(2, -1), 2)
     rows, residual = torch.zeros(32, 6144, dtype=torch.bfloat16), torch.zeros(32, 4096)
     add_and_norm_on_device(residual, rows[:, :4096].contiguous(), residual[0], 1e-5, torch.bfloat16)
     places = torch.zeros(32, dtype=torch.int64)

@@ -6,7 +6,7 @@ import torch
 
 from cag_kernels.byte_operands import ByteCodes, ByteRows, prepare_codes, prepare_rows
 from cag_kernels.inverse import inverse_transform, inverse_transform_reference, out_of
-from cag_kernels.rans import CodeBlocks, places_of
+from cag_kernels.rans import CodeBlocks
 from cag_kernels.rotation import angles
 from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
 from cag_kernels.triton_inverse import invert
@@ -69,15 +69,15 @@ def test_segments_have_means_of_their_own_and_codes_lie_as_they_were_decoded(dev
     codes, rows, scale, _ = make(150, 70, 2 * 48)
     starts, means = torch.tensor([0, 33, 34, 150], dtype=torch.int32), normal(3, 96)
     mean_of = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), starts.diff())
-    places = places_of(starts, 150)
-    blocks = torch.full((7 * 32, 70), 0x5555, dtype=torch.int16)
-    blocks[places.long()] = codes
-    decoded = CodeBlocks(blocks.view(7, 32, 70).transpose(1, 2).contiguous(), places)
+    places = torch.cat([torch.arange(33), torch.tensor([64]), torch.arange(96, 212)])
+    blocks, tokens = torch.full((8 * 32, 70), 0x5555, dtype=torch.int16), torch.full((8 * 32,), -1, dtype=torch.int32)
+    blocks[places], tokens[places] = codes, torch.arange(150, dtype=torch.int32)
+    decoded = CodeBlocks(blocks.view(8, 32, 70).transpose(1, 2).contiguous(), tokens, 150)
     assert torch.equal(decoded.by_token(), codes)
     kwargs = {"head_dim": 48, "dtype": torch.bfloat16, "mean_of": mean_of}
     expected = inverse_transform_reference(codes, rows, scale, means, **kwargs)
     assert torch.equal(inverse_transform(decoded, rows, scale, means, **kwargs), expected)
-    decoded = CodeBlocks(*(part.to(device) for part in decoded))
+    decoded = CodeBlocks(decoded.blocks.to(device), decoded.tokens.to(device), 150)
     operands = [part.to(device) for part in (rows, scale, means)]
     found = inverted(decoded, *operands, None, 48, torch.bfloat16, mean_of=mean_of.to(device))
     assert torch.equal(found.cpu(), expected)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cag_kernels.rans import RansSegments, decode_segments, decode_segments_reference
+from cag_kernels.rans import RansSegments, count_blocks, decode_segments, decode_segments_reference
 from cag_kernels.triton_rans import decode_on_device
 
 NUM_TABLES = 5
@@ -124,7 +124,7 @@ def test_the_reference_reads_what_was_written(counts, times):
 def test_the_kernel_reads_what_was_written(device, counts, times):
     segments, codes = make_segments(counts, times)
     on_device = RansSegments(*(part.to(device) for part in segments))
-    found, whole = decode_on_device(on_device, *(part.to(device) for part in make_static(times)))
+    found, whole = decode_on_device(on_device, *(part.to(device) for part in make_static(times)), count_blocks(counts))
     assert torch.equal(found.by_token().T.cpu(), codes)
     assert whole.all()
 
@@ -153,7 +153,7 @@ def read_by_both(device, segments, times=1):
     static = make_static(times)
     expected, whole = decode_segments_reference(segments, *static)
     on_device = RansSegments(*(one.to(device) for one in segments))
-    found, found_whole = decode_on_device(on_device, *(one.to(device) for one in static))
+    found, found_whole = decode_on_device(on_device, *(one.to(device) for one in static), 9)
     assert torch.equal(found.by_token().T.cpu(), expected)
     assert torch.equal(found_whole.cpu(), whole)
     return expected, whole

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cag_kernels.inverse import inverse_transform
-from cag_kernels.rans import RansSegments, decode_segments
+from cag_kernels.rans import RansSegments, count_blocks, decode_segments
 from cag_kernels.triton_rans import decode_on_device
 from cag_store.codecs.transform.product import product_reference
 from cag_store.codecs.transform.rans import Layout, Tables, encode_codes
@@ -56,7 +56,7 @@ def test_streams_of_the_store_are_read(device):
     on_device = RansSegments(*(part.to(device) for part in segments))
     for decode, parts, tables in (
         (decode_segments, segments, static),
-        (decode_on_device, on_device, tuple(part.to(device) for part in static)),
+        (decode_on_device, on_device, (*(part.to(device) for part in static), count_blocks(COUNTS))),
     ):
         found, whole = decode(parts, *tables)
         assert torch.equal(found.by_token().cpu(), codes)
