@@ -15,7 +15,7 @@ from torch import Tensor
 from cag_store.codecs.transform import Rotation
 
 DOUBTFUL = 64
-"""Last places of a double by which two machines' cosines may differ; both are within 4 by their makers' word."""
+"""Last places of a double by which two machines' cosines may differ; libraries of mathematics are within a few."""
 
 _CUT = 29  # bits that a double has more than a float32
 
@@ -24,7 +24,7 @@ def angles_on(device: torch.device, rotation: Rotation, num_tokens: int) -> tupl
     """Cosines and sines float32 `[num_tokens, num_pairs]` of positions from 0 on, as `Rotation.angles` has them.
 
     Double precision on the device, rounded. Where the double lies so near to the middle of two float32 that another
-    machine's may be rounded to the other one, the host's is taken: about one in two million.
+    machine's may be rounded to the other one, the host's is taken: about one in four million.
     """
     frequencies = torch.tensor(rotation.inverse_frequencies, dtype=torch.float64, device=device)
     turned = torch.arange(num_tokens, dtype=torch.float64, device=device)[:, None] * frequencies

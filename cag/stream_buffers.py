@@ -22,7 +22,7 @@ from torch import Tensor
 from cag.angles import angles_on
 from cag.basis_tensors import basis_tensors
 from cag.host_copies import HostCopy
-from cag.stream_decoding import Angles, DecodedChunks, refuse_torn
+from cag.stream_decoding import Angles, DecodedChunks, LayerRun, layer_runs, refuse_torn
 from cag.uploads import Uploads, pinned
 from cag_kernels import DensePrefix
 from cag_kernels.device import MAX_HEAD_DIM
@@ -78,7 +78,7 @@ class StreamBuffers:
             pinned(self._starts[-1]),
             np.zeros((len(sizes), num_chunks, NUM_PARTS + 1), np.int64),
         )
-        self._layers = [self._room(*heads, dtype) for keys, _ in shapes for heads in keys.static.shapes]
+        self._room = [[_room(side, self._num_tokens, dtype, device) for side in both] for both in shapes]
         self._groups = {keys.static.layers.start: number for number, (keys, _) in enumerate(shapes)}
         self._angles: dict[Rotation, Angles] = {}
         self._checks: list[list[_Check]] = [[] for _ in shapes]
@@ -96,7 +96,8 @@ class StreamBuffers:
 
     def layers(self) -> list[tuple[PrefixSegment, ...]]:
         """What to attend to when all has arrived."""
-        return [(DensePrefix(*pair),) for pair in self._layers]
+        sides = [[_layers_of(side) for side in both] for both in self._room]
+        return [(DensePrefix(*pair),) for keys, values in sides for pair in zip(keys, values, strict=True)]
 
     def arrived(self, layer: int) -> None:
         """A layer's segments are there: start to decode its group. Layers may be used behind `confirm`."""
@@ -117,8 +118,8 @@ class StreamBuffers:
     def _decode(self, group: int) -> None:
         """Keys and values are read beside each other, and beside the products of the piece before."""
         sides, pieces = self._sides(group), list(self._pieces(group))
-        with self.uploads.stream():
-            turned = [[self._turned(rotation) for rotation in side.shape.rotations] for side in sides]
+        with self.uploads.stream():  # before anything else: the host waits for some of them
+            turned = [[self._turned(run.rotation) for run, _ in room] for room in self._room[group]]
         for first, last in pieces:
             while len(self._in_work) >= MAX_PIECES:
                 self._in_work.popleft()[0]()
@@ -129,9 +130,13 @@ class StreamBuffers:
                 (side.bounds[first:last], whole) for side, (_, whole) in zip(sides, parts, strict=True)
             ]
             with self.uploads.stream():
-                decoded = [part for part, _ in parts]
-                self._put(decoded, turned, sides[0].shape.static.layers, is_last=last == pieces[-1][1])
-                self._in_work.append((self.uploads.done(), decoded))
+                for (part, _), room, angles in zip(parts, self._room[group], turned, strict=True):
+                    for (run, out), angle in zip(room, angles, strict=True):
+                        part.put(run, out, angle)
+                self._in_work.append((self.uploads.done(), [part for part, _ in parts]))
+        with self.uploads.stream():
+            for layer in sides[0].shape.static.layers:
+                self.uploads.mark(layer)
 
     def _read(
         self, lane: int, side: StreamSide, place: int, first: int, last: int
@@ -143,16 +148,6 @@ class StreamBuffers:
             data = self._host[place + begin : place + end].to(self._device, non_blocking=True)
             part = DecodedChunks(side, first, last, data, begin, basis)
             return part, self.uploads.fetch(part.whole)
-
-    def _put(
-        self, parts: Sequence[DecodedChunks], turned: Sequence[Sequence[Angles | None]], layers: range, *, is_last: bool
-    ) -> None:
-        """Numbers of decoded chunks, layer by layer."""
-        for number, layer in enumerate(layers):
-            for part, angles, out in zip(parts, turned, self._layers[layer], strict=True):
-                part.put(number, out, angles[number])
-            if is_last:
-                self.uploads.mark(layer)
 
     def _pieces(self, group: int) -> Iterator[tuple[int, int]]:
         """Equal spans of neighbouring chunks whose codes, of a side, are about MAX_CODES or fewer."""
@@ -177,6 +172,16 @@ class StreamBuffers:
             self._angles[rotation] = angles_on(self._device, rotation, self._num_tokens)
         return self._angles[rotation]
 
-    def _room(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        size = (num_kv_heads, self._num_tokens, head_dim)
-        return torch.empty(size, dtype=dtype, device=self._device), torch.empty(size, dtype=dtype, device=self._device)
+
+def _room(
+    side: StreamShape, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[LayerRun, Tensor]]:
+    """`[num_kv_heads of all, num_tokens, head_dim]` for each run of layers that are alike."""
+    runs = layer_runs(side)
+    sizes = [(sum(run.num_kv_heads), num_tokens, run.head_dim) for run in runs]
+    return [(run, torch.empty(size, dtype=dtype, device=device)) for run, size in zip(runs, sizes, strict=True)]
+
+
+def _layers_of(side: Sequence[tuple[LayerRun, Tensor]]) -> list[Tensor]:
+    """Each layer's part."""
+    return [layer for run, whole in side for layer in torch.split(whole, list(run.num_kv_heads))]

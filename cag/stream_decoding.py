@@ -7,7 +7,8 @@ which segments did not end where they should. Knows no cache as a whole and no l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor
 from cag.basis_tensors import BasisTensors
 from cag.segment_tensors import segment_tensors
 from cag.uploads import sent
-from cag_kernels import decode_segments, inverse_transform
-from cag_store.codecs import StreamSide
+from cag_kernels import CodeBlocks, decode_segments, inverse_transform
+from cag_store.codecs import StreamShape, StreamSide
 from cag_store.codecs.streams import EXACT, EXACT_ROWS, WORDS
 from cag_store.codecs.transform.rans import torn
+
+if TYPE_CHECKING:
+    from cag_store.codecs.transform import Rotation
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines float32 `[num_tokens, num_pairs]`."""
@@ -35,7 +39,7 @@ class DecodedChunks:
 
     def __init__(self, side: StreamSide, first: int, last: int, data: Tensor, begin: int, basis: BasisTensors) -> None:
         """`data`: on the device, what is in `side.data` from `begin` on."""
-        self._shape, self._basis = side.shape, basis
+        self._basis = basis
         bounds = side.bounds[first:last] - begin
         chunks = side.shape.chunks[first:last]
         self._tokens = slice(chunks[0].start, chunks[-1].start + chunks[-1].num_tokens)
@@ -49,26 +53,39 @@ class DecodedChunks:
         places = [part + (chunk.start - chunks[0].start) for chunk, part in zip(chunks, exact, strict=True)]
         self._exact = _ExactTokens(np.concatenate(places), self._tokens, data, bounds)
 
-    def put(self, number: int, out: Tensor, angles: Angles | None) -> None:
-        """Layer `number` of the group into `out` `[num_kv_heads, num_tokens, head_dim]`; `out` and `angles` have all
-        tokens of the cache, and there are none where nothing is turned."""
-        span, rotation = self._shape.static.spans[number], self._shape.rotations[number]
+    def put(self, run: LayerRun, out: Tensor, angles: Angles | None) -> None:
+        """Some layers of the group into `out` `[num_kv_heads of all, num_tokens, head_dim]`; it and `angles` have all
+        tokens of the cache, and there are no angles where nothing is turned."""
         out = out[:, self._tokens]
         turned = None if angles is None else self._exact.left_out(angles[0][self._tokens], angles[1][self._tokens])
-        coded = self._exact.room_beside(out)
-        basis = self._basis
-        pairing = "halves" if rotation is None else rotation.pairing
-        invert_layer(
-            self._codes,
-            self._starts,
-            basis.rows[:, span],
-            basis.scale[span],
-            self._means[:, span],
-            coded,
-            turned,
-            pairing,
-        )
+        coded, basis, span = self._exact.room_beside(out), self._basis, run.channels
+        parts = basis.rows[:, span], basis.scale[span], self._means[:, span]
+        pairing = "halves" if run.rotation is None else run.rotation.pairing
+        invert_layers(self._codes, self._starts, *parts, coded, turned, pairing)
         self._exact.put(coded, span, out)
+
+
+class LayerRun(NamedTuple):
+    """Neighbouring layers of a group that are alike but for their number of heads.
+
+    num_kv_heads: one a layer. channels: of all of them, within those of the group.
+    """
+
+    num_kv_heads: tuple[int, ...]
+    head_dim: int
+    rotation: Rotation | None
+    channels: slice
+
+
+def layer_runs(shape: StreamShape) -> list[LayerRun]:
+    """The layers of one side of a group."""
+    runs: list[LayerRun] = []
+    layers = zip(shape.static.shapes, shape.rotations, shape.static.spans, strict=True)
+    for (head_dim, rotation), alike in groupby(layers, key=lambda layer: (layer[0][1], layer[1])):
+        heads, _, spans = zip(*alike, strict=True)
+        channels = slice(spans[0].start, spans[-1].stop)
+        runs.append(LayerRun(tuple(count for count, _ in heads), head_dim, rotation, channels))
+    return runs
 
 
 def refuse_torn(bounds: NDArray[np.int64], whole: Tensor) -> None:
@@ -78,8 +95,8 @@ def refuse_torn(bounds: NDArray[np.int64], whole: Tensor) -> None:
             raise torn(int(parts[WORDS + 1] - parts[WORDS]) // 2)
 
 
-def invert_layer(
-    codes: Tensor,
+def invert_layers(
+    codes: CodeBlocks,
     starts: Sequence[int],
     rows: Tensor,
     scale: Tensor,
@@ -88,22 +105,25 @@ def invert_layer(
     angles: Angles | None,
     pairing: str,
 ) -> None:
-    """Codes `[num_components, num_tokens]` to one layer, `out` `[num_kv_heads, num_tokens, head_dim]`.
+    """Codes of some tokens to `out` `[num_kv_heads, num_tokens, head_dim]`, heads of all layers.
 
-    The tokens of segment `i` begin at `starts[i]` and have the mean `means[i]`, so each segment is a call of its own.
+    The tokens of segment `i` begin at `starts[i]` and have the mean `means[i]`.
     """
-    for number, (first, last) in enumerate(pairwise(starts)):
-        if first < last:
-            out[:, first:last] = inverse_transform(
-                codes[:, first:last].T,
-                rows,
-                scale,
-                means[number],
-                head_dim=out.shape[2],
-                dtype=out.dtype,
-                angles=None if angles is None else (angles[0][first:last], angles[1][first:last]),
-                pairing=pairing,
-            )
+    counts = sent(np.diff(starts), out.device)
+    numbers = torch.arange(len(counts), dtype=torch.int32, device=out.device)
+    mean_of = numbers.repeat_interleave(counts, output_size=starts[-1])
+    inverse_transform(
+        codes,
+        rows,
+        scale,
+        means,
+        head_dim=out.shape[2],
+        dtype=out.dtype,
+        mean_of=mean_of,
+        angles=angles,
+        pairing=pairing,
+        out=out,
+    )
 
 
 class _ExactTokens:

@@ -238,7 +238,7 @@ def _entropy_case(sizes: GpuSizes) -> KernelCase:
         on_host = (part.cpu() for part in (*first, slots, zeros[0], zeros[1]))
         parts = list(on_host)
         expected, _ = decode_segments_reference(RansSegments(*parts[:8]), *parts[8:])
-        return 0.0 if torch.equal(decode()[0][:, : sizes.chunk_tokens].cpu(), expected) else 1.0
+        return 0.0 if torch.equal(decode()[0].by_token()[: sizes.chunk_tokens].T.cpu(), expected) else 1.0
 
     moved = _bytes(segments.words) + 2 * num_tokens * num_components
     shape = {"num_segments": num_segments, "num_components": num_components, "num_tokens": num_tokens}

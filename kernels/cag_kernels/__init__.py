@@ -11,6 +11,7 @@ one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys t
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
+from cag_kernels.byte_operands import prepare_codes, prepare_rows
 from cag_kernels.cpu import has_compiler, has_numba, has_tiles, warm_up, warm_up_tiles
 from cag_kernels.device import prefix_paths
 from cag_kernels.inverse import inverse_transform
@@ -29,13 +30,14 @@ from cag_kernels.packed import PackedWeight, can_pack, pack_weight
 from cag_kernels.prefix import cascade_attention, choose_prefix_path, paged_attention, prefix_attention, rows_stay_apart
 from cag_kernels.prefixes import DensePrefix, PagedTails, QuantizedPrefix
 from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize, quantize_prefix
-from cag_kernels.rans import RansSegments, decode_segments
+from cag_kernels.rans import CodeBlocks, RansSegments, decode_segments
 from cag_kernels.reference import segment_attention_reference
 from cag_kernels.rotation import move_keys
 from cag_kernels.rows import add_and_norm, gate, rotate_and_store
 
 __all__ = [
     "FEW_ROWS",
+    "CodeBlocks",
     "Coded",
     "DensePrefix",
     "PackedProduct",
@@ -65,6 +67,8 @@ __all__ = [
     "paged_attention",
     "prefix_attention",
     "prefix_paths",
+    "prepare_codes",
+    "prepare_rows",
     "quantize",
     "quantize_prefix",
     "rotate_and_store",

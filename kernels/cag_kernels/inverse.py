@@ -9,36 +9,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.device import MAX_HEAD_DIM, triton_runs_on
+from cag_kernels.byte_operands import ByteCodes, ByteRows, prepare_codes, prepare_rows
 from cag_kernels.prefixes import FLOATS
 from cag_kernels.quantize import narrowed_to
+from cag_kernels.rans import CodeBlocks
 from cag_kernels.rotation import PAIRINGS, move_by
+
+Codes = Tensor | CodeBlocks | ByteCodes
 
 
 def inverse_transform(
-    codes: Tensor,
-    rows: Tensor,
+    codes: Codes,
+    rows: Tensor | ByteRows,
     scale: Tensor,
     mean: Tensor,
     *,
     head_dim: int,
     dtype: torch.dtype,
+    mean_of: Tensor | None = None,
     angles: tuple[Tensor, Tensor] | None = None,
     pairing: str = "halves",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Keys or values of one layer; see `inverse_transform_reference`.
+    """Keys or values of one layer, or of several with the same angles; see `inverse_transform_reference`. Codes and
+    rows also as `prepare_codes` and `prepare_rows` give them, for whoever uses them again. `out` is where to put them,
+    each head's tokens side by side.
 
     Raises:
         ValueError: tensors that do not fit together.
     """
-    _check(codes, rows, scale, mean, head_dim, dtype, angles, pairing)
-    if not triton_runs_on(codes.device) or head_dim > MAX_HEAD_DIM:
-        return inverse_transform_reference(
-            codes, rows, scale, mean, head_dim=head_dim, dtype=dtype, angles=angles, pairing=pairing
+    num_pairs = 0 if angles is None else angles[0].shape[-1]
+    codes = codes if isinstance(codes, ByteCodes) else prepare_codes(codes)
+    if isinstance(rows, Tensor) and isinstance(codes, ByteCodes):
+        rows = prepare_rows(rows, head_dim=head_dim, num_pairs=num_pairs, pairing=pairing)
+    _check(codes, rows, scale, mean, head_dim, dtype, mean_of, angles, pairing)
+    if isinstance(codes, Tensor) or isinstance(rows, Tensor):
+        assert isinstance(codes, Tensor), "prepared codes come with prepared rows"
+        assert isinstance(rows, Tensor), "prepared rows come with prepared codes"
+        found = inverse_transform_reference(
+            codes, rows, scale, mean, head_dim=head_dim, dtype=dtype, mean_of=mean_of, angles=angles, pairing=pairing
         )
+        return found if out is None else out.copy_(found)
     from cag_kernels.triton_inverse import invert
 
-    return invert(codes, rows, scale, mean, angles, head_dim, dtype, pairing)
+    return invert(codes, rows, scale, mean, mean_of, angles, out_of(codes, rows, dtype, out))
 
 
 def inverse_transform_reference(
@@ -49,57 +63,88 @@ def inverse_transform_reference(
     *,
     head_dim: int,
     dtype: torch.dtype,
+    mean_of: Tensor | None = None,
     angles: tuple[Tensor, Tensor] | None = None,
     pairing: str = "halves",
 ) -> Tensor:
     """`(codes @ rows modulo 2**32) * scale + mean`, turned by the angles, each operation rounded to float32.
 
     Args:
-        codes: int16 `[num_tokens, num_components]`, any strides: transposed as `rans.decode_segments` gives them.
-        rows: int16 `[num_components, num_kv_heads * head_dim]`, the layer's channels.
-        scale, mean: float32 `[num_kv_heads * head_dim]`.
+        codes: int16 `[num_tokens, num_components]`, any strides.
+        rows: int16 `[num_components, num_heads * head_dim]`, the channels of a layer, or of several.
+        scale: float32 `[num_heads * head_dim]`.
+        mean: float32 `[num_heads * head_dim]`, or `[num_means, num_heads * head_dim]` with `mean_of`.
         head_dim: even.
         dtype: of the result: bfloat16 (halves away from zero), float16 (no infinities) or float32.
+        mean_of: int32 `[num_tokens]`, which of the means each token has.
         angles: cosines and sines float32 `[num_tokens, num_pairs]` (`rotation.angles`), None for values.
         pairing: as in `rotation.move_keys_reference`.
 
     Returns:
-        `[num_kv_heads, num_tokens, head_dim]`.
+        `[num_heads, num_tokens, head_dim]`.
     """
     exact = codes.double() @ rows.double()  # each sum is below 2**53
     sums = exact.long().to(torch.int32)  # keeps the lower 32 bits
-    values = (sums.float() * scale + mean).reshape(len(codes), rows.shape[1] // head_dim, head_dim).transpose(0, 1)
+    values = sums.float() * scale + (mean if mean_of is None else mean[mean_of.long()])
+    values = values.reshape(len(codes), rows.shape[1] // head_dim, head_dim).transpose(0, 1)
     if angles is not None:
         values = move_by(values, *angles, pairing)
     return narrowed_to(values.contiguous(), dtype)
 
 
+def out_of(codes: ByteCodes, rows: ByteRows, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`out`, or memory for keys or values.
+
+    Raises:
+        ValueError: `out` is not of that shape and type, or its tokens do not lie side by side.
+    """
+    head_dim = 2 * rows.pairs[0]
+    shape = rows.num_channels // head_dim, codes.low.shape[0], head_dim
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=codes.low.device)
+    if out.shape != shape or out.dtype != dtype or out.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}: {shape} of {dtype} do not fit there")
+    return out
+
+
 def _check(
-    codes: Tensor,
-    rows: Tensor,
+    codes: Tensor | ByteCodes,
+    rows: Tensor | ByteRows,
     scale: Tensor,
     mean: Tensor,
     head_dim: int,
     dtype: torch.dtype,
+    mean_of: Tensor | None,
     angles: tuple[Tensor, Tensor] | None,
     pairing: str,
 ) -> None:
-    num_channels = rows.shape[-1]
     turned = [] if angles is None else list(angles)
+    num_pairs = turned[0].shape[-1] if turned else 0
+    if isinstance(codes, ByteCodes) and isinstance(rows, ByteRows):
+        (num_tokens, num_components), found = codes.low.shape, rows.low.shape[1]
+        num_channels = rows.num_channels
+        fits = rows.pairs == (head_dim // 2, num_pairs, pairing == "adjacent")
+    elif isinstance(codes, Tensor) and isinstance(rows, Tensor) and codes.ndim == rows.ndim == 2:
+        (num_tokens, num_components), (found, num_channels) = codes.shape, rows.shape
+        fits = codes.dtype == rows.dtype == torch.int16
+    else:
+        raise ValueError("codes and rows do not fit each other: both are prepared, or both are matrices")
+    means = (num_channels,) if mean_of is None else (mean.shape[0], num_channels)
     fits = (
-        codes.ndim == rows.ndim == 2
-        and codes.dtype == rows.dtype == torch.int16
-        and codes.shape[1] == rows.shape[0]
-        and scale.shape == mean.shape == (num_channels,)
+        fits
+        and num_components == found
+        and scale.shape == (num_channels,)
+        and mean.shape == means
+        and (mean_of is None or (mean_of.shape == (num_tokens,) and mean_of.dtype == torch.int32))
         and all(part.dtype == torch.float32 for part in (scale, mean, *turned))
         and head_dim > 0
         and head_dim % 2 == 0
         and num_channels % head_dim == 0
         and all(part.ndim == 2 and part.shape == turned[0].shape for part in turned)
-        and all(part.shape[0] == codes.shape[0] and 2 * part.shape[1] <= head_dim for part in turned)
+        and all(part.shape[0] == num_tokens and 2 * part.shape[1] <= head_dim for part in turned)
     )
     if not fits or dtype not in FLOATS or pairing not in PAIRINGS:
         raise ValueError(
-            f"codes {codes.dtype} {tuple(codes.shape)} and rows {rows.dtype} {tuple(rows.shape)} do not fit each "
-            f"other, a head_dim of {head_dim}, scales, means, angles, {dtype} or {pairing!r}"
+            f"codes of {num_tokens} tokens and {num_components} components, {found} rows of {num_channels} channels do "
+            f"not fit each other, a head_dim of {head_dim}, scales, means, angles, {dtype} or {pairing!r}"
         )

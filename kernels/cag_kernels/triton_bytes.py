@@ -9,42 +9,15 @@ Grids: `(blocks of tokens or of columns, blocks of components)`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from cag_kernels.byte_operands import ByteCodes, ByteRows
+from cag_kernels.rans import LANES, CodeBlocks
+
 BLOCK = 128  # tokens, columns or components of a tile
-
-
-class ByteCodes(NamedTuple):
-    """Codes of some tokens.
-
-    low, high: int8 `[num_tokens, padded components]`; of a tile that is not wide `low` is the codes, `high` anything.
-    sums: int32 `[num_tokens]`, of the codes, of those in wide tiles less 128 each.
-    num_wide: int32 `[token blocks]`.
-    wide: int32 `[token blocks, component blocks]`, each block's wide blocks of components, in any order.
-    """
-
-    low: Tensor
-    high: Tensor
-    sums: Tensor
-    num_wide: Tensor
-    wide: Tensor
-
-
-class ByteRows(NamedTuple):
-    """Rows, turned: each block of columns has the first channels of `BLOCK / 2` pairs, then their second ones.
-
-    low, high: int8 `[blocks * BLOCK, padded components]`, 0 behind the last channel.
-    sums: int32 `[component blocks, blocks * BLOCK]`, of the rows of a block of components.
-    """
-
-    low: Tensor
-    high: Tensor
-    sums: Tensor
 
 
 @triton.jit
@@ -64,30 +37,38 @@ def channel_of(pairs, is_second, half: tl.constexpr, num_pairs: tl.constexpr, ad
 
 @triton.jit
 def split_codes_tile(
-    codes, low, high, sums, num_wide, wide, num_tokens, num_components, token_stride, component_stride, padded,
-    block: tl.constexpr,
+    codes, places, low, high, sums, num_wide, wide, num_tokens, num_components, token_stride, component_stride, padded,
+    in_blocks: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A tile of codes."""
+    """A tile of codes: `places` of tokens in blocks of `lanes`, or strides."""
     token_block, component_block = tl.program_id(0), tl.program_id(1)
-    first_token, first_component, places = token_block * block, component_block * block, tl.arange(0, block)
-    tokens = first_token + places
-    is_token, is_component = tokens < num_tokens, first_component + places < num_components
-    codes += first_token.to(tl.int64) * token_stride + first_component.to(tl.int64) * component_stride
-    is_code = is_token[:, None] & is_component[None, :]
-    at = places[:, None] * token_stride + places[None, :] * component_stride
-    tile = tl.load(codes + at, mask=is_code, other=0).to(tl.int32)
+    first_token, first_component, numbers = token_block * block, component_block * block, tl.arange(0, block)
+    tokens, components = first_token + numbers, first_component + numbers
+    is_token, is_component = tokens < num_tokens, components < num_components
+    if in_blocks:
+        first_block = tl.load(places + first_token) // lanes
+        place = tl.load(places + tokens, mask=is_token, other=first_block * lanes)
+        token_at = (place // lanes - first_block) * token_stride + place % lanes
+        codes += first_block.to(tl.int64) * token_stride
+    else:
+        token_at = numbers * token_stride
+        codes += first_token.to(tl.int64) * token_stride
+    codes += first_component.to(tl.int64) * component_stride
+    is_code = is_component[:, None] & is_token[None, :]
+    at = numbers[:, None] * component_stride + token_at[None, :]
+    tile = tl.trans(tl.load(codes + at, mask=is_code, other=0)).to(tl.int32)
     is_wide = tl.max(tl.max(tl.maximum(tile, -1 - tile), 1), 0) > 127
     low += first_token.to(tl.int64) * padded + first_component
     high += first_token.to(tl.int64) * padded + first_component
-    place = places[:, None] * padded + places[None, :]
+    at = numbers[:, None] * padded + numbers[None, :]
     if is_wide:
-        tl.store(low + place, ((tile & 0xFF) - 128).to(tl.int8), mask=is_token[:, None])
-        tl.store(high + place, (tile >> 8).to(tl.int8), mask=is_token[:, None])
-        tile = tl.where(is_code, tile - 128, 0)
+        tl.store(low + at, ((tile & 0xFF) - 128).to(tl.int8), mask=is_token[:, None])
+        tl.store(high + at, (tile >> 8).to(tl.int8), mask=is_token[:, None])
+        tile = tl.where(is_component[None, :], tile - 128, 0)
         before = tl.atomic_add(num_wide + token_block, 1)
         tl.store(wide + token_block * tl.num_programs(1) + before, component_block)
     else:
-        tl.store(low + place, tile.to(tl.int8), mask=is_token[:, None])
+        tl.store(low + at, tile.to(tl.int8), mask=is_token[:, None])
     tl.atomic_add(sums + tokens, tl.sum(tile, 1), mask=is_token)
 
 
@@ -115,8 +96,20 @@ def split_rows_tile(
 
 def split_codes(codes: Tensor) -> ByteCodes:
     """Bytes of `codes`, int16 `[num_tokens, num_components]`, any strides."""
-    (num_tokens, num_components), device = codes.shape, codes.device
-    grid = triton.cdiv(num_tokens, BLOCK), triton.cdiv(num_components, BLOCK)
+    return _split(codes, None, *codes.shape, *codes.stride())
+
+
+def split_blocks(codes: CodeBlocks) -> ByteCodes:
+    """Bytes of codes that lie as they were decoded."""
+    _, num_components, lanes = codes.blocks.shape
+    return _split(codes.blocks, codes.places, len(codes.places), num_components, num_components * lanes, lanes)
+
+
+def _split(
+    codes: Tensor, places: Tensor | None, num_tokens: int, num_components: int, token_stride: int, component_stride: int
+) -> ByteCodes:
+    """`token_stride`: of the blocks where there are places."""
+    device, grid = codes.device, (triton.cdiv(num_tokens, BLOCK), triton.cdiv(num_components, BLOCK))
     low = torch.empty(num_tokens, grid[1] * BLOCK, dtype=torch.int8, device=device)
     parts = ByteCodes(
         low=low,
@@ -125,21 +118,24 @@ def split_codes(codes: Tensor) -> ByteCodes:
         num_wide=torch.zeros(grid[0], dtype=torch.int32, device=device),
         wide=torch.empty(grid, dtype=torch.int32, device=device),
     )
-    split_codes_tile[grid](
-        codes, *parts, num_tokens, num_components, *codes.stride(), low.shape[1], block=BLOCK, num_warps=8
-    )
+    if num_tokens:
+        split_codes_tile[grid](
+            codes, codes if places is None else places, *parts, num_tokens, num_components, token_stride,
+            component_stride, low.shape[1], in_blocks=places is not None, lanes=LANES, block=BLOCK, num_warps=8,
+        )  # fmt: skip
     return parts
 
 
-def split_rows(rows: Tensor, half: int, num_pairs: int, adjacent: bool) -> ByteRows:
-    """Bytes of `rows`, int16 `[num_components, num_channels]`, channels side by side."""
-    (num_components, num_channels), device = rows.shape, rows.device
+def split_rows(rows: Tensor, pairs: tuple[int, int, bool]) -> ByteRows:
+    """Bytes of `rows`, int16 `[num_components, num_channels]`; for `pairs` see `ByteRows`."""
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    (num_components, num_channels), device, (half, num_pairs, adjacent) = rows.shape, rows.device, pairs
     column_blocks, component_blocks = triton.cdiv(num_channels, BLOCK), triton.cdiv(num_components, BLOCK)
     low = torch.empty(column_blocks * BLOCK, component_blocks * BLOCK, dtype=torch.int8, device=device)
     sums = torch.empty(component_blocks, column_blocks * BLOCK, dtype=torch.int32, device=device)
-    parts = ByteRows(low, torch.empty_like(low), sums)
+    parts = ByteRows(low, torch.empty_like(low), sums, num_channels, pairs)
     split_rows_tile[(2 * column_blocks, component_blocks)](
-        rows, *parts, num_components, num_channels, rows.stride(0), low.shape[1],
+        rows, *parts[:3], num_components, num_channels, rows.stride(0), low.shape[1],
         half=half, num_pairs=num_pairs, adjacent=adjacent, block=BLOCK, num_warps=4,
     )  # fmt: skip
     return parts

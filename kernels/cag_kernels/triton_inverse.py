@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cag_kernels.triton_bytes import BLOCK, channel_of, split_codes, split_rows
+from cag_kernels.byte_operands import ByteCodes, ByteRows
+from cag_kernels.triton_bytes import BLOCK, channel_of
 from cag_kernels.triton_quantize import narrow_to
 
 ROOMY_BYTES = 160 << 10  # of shared memory, for tiles of three steps at once
@@ -48,10 +49,10 @@ def wide_sums(high, code_at, row_high, row_low, row_at, row_sums, wide, count, n
 
 @triton.jit
 def store_turned(
-    values, cosines, sines, out, tokens, pairs, is_token, is_pair, num_tokens,
+    values, cosines, sines, out, tokens, pairs, is_token, is_pair, head_stride,
     half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
 ):  # fmt: skip
-    """Turn the pairs of a tile, round and store them: `out [num_heads, num_tokens, 2 * half]`."""
+    """Turn the pairs of a tile, round and store them: `out [num_heads, num_tokens, 2 * half]`, tokens side by side."""
     size: tl.constexpr = values.shape[0]
     side: tl.constexpr = values.shape[1] // 2
     first, second = tl.split(tl.permute(tl.reshape(values, (size, 2, side)), (0, 2, 1)))
@@ -63,7 +64,7 @@ def store_turned(
         cosine, sine = tl.load(cosines + at, mask=turns, other=1.0), tl.load(sines + at, mask=turns, other=0.0)
         first, second = first * cosine - second * sine, second * cosine + first * sine
     head = pairs // half
-    to_head = wide_tokens * (2 * half) + (head.to(tl.int64) * (num_tokens * 2 * half))[None, :]
+    to_head = wide_tokens * (2 * half) + (head.to(tl.int64) * head_stride)[None, :]
     firsts = channel_of(pairs, 0, half, num_pairs, adjacent) - head * (2 * half)
     seconds = channel_of(pairs, 1, half, num_pairs, adjacent) - head * (2 * half)
     tl.store(out + to_head + firsts[None, :], narrow_to(first, dtype), mask=mask)
@@ -72,9 +73,9 @@ def store_turned(
 
 @triton.jit
 def invert_tile(
-    low, high, code_sums, num_wide, wide, row_low, row_high, row_sums, scale, mean, cosines, sines, out,
-    num_tokens, num_channels, padded, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
-    block: tl.constexpr,
+    low, high, code_sums, num_wide, wide, row_low, row_high, row_sums, scale, mean, mean_of, cosines, sines, out,
+    num_tokens, num_channels, padded, head_stride, half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr,
+    has_means: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens and of columns."""
     num_blocks, side = (num_channels + block - 1) // block, block // 2
@@ -99,11 +100,16 @@ def invert_tile(
     total = (upper << 8) + lower + 128 * tl.load(code_sums + tokens, mask=is_token, other=0)[:, None]
     channels = channel_of(column_block * side + places % side, places // side, half, num_pairs, adjacent)
     is_channel = channels < num_channels
-    factor = tl.load(scale + channels, mask=is_channel, other=0.0)
-    values = total.to(tl.float32) * factor[None, :] + tl.load(mean + channels, mask=is_channel, other=0.0)[None, :]
+    values = total.to(tl.float32) * tl.load(scale + channels, mask=is_channel, other=0.0)[None, :]
+    if has_means:
+        number = tl.load(mean_of + tokens, mask=is_token, other=0)
+        at = number[:, None] * num_channels + channels[None, :]
+        values += tl.load(mean + at, mask=is_token[:, None] & is_channel[None, :], other=0.0)
+    else:
+        values += tl.load(mean + channels, mask=is_channel, other=0.0)[None, :]
     pairs = column_block * side + tl.arange(0, block // 2)
     store_turned(
-        values, cosines, sines, out, tokens, pairs, is_token, 2 * pairs < num_channels, num_tokens,
+        values, cosines, sines, out, tokens, pairs, is_token, 2 * pairs < num_channels, head_stride,
         half, num_pairs, adjacent,
     )  # fmt: skip
 
@@ -118,29 +124,24 @@ def default_cut(device: torch.device) -> Cut:
 
 
 def invert(
-    codes: Tensor,
-    rows: Tensor,
+    codes: ByteCodes,
+    rows: ByteRows,
     scale: Tensor,
     mean: Tensor,
+    mean_of: Tensor | None,
     angles: tuple[Tensor, Tensor] | None,
-    head_dim: int,
-    dtype: torch.dtype,
-    pairing: str,
+    out: Tensor,
     cut: Cut | None = None,
 ) -> Tensor:
-    """`[num_heads, num_tokens, head_dim]` as `inverse.inverse_transform_reference` gives it."""
-    num_tokens, num_channels, half = codes.shape[0], rows.shape[1], head_dim // 2
-    out = torch.empty((num_channels // head_dim, num_tokens, head_dim), dtype=dtype, device=codes.device)
-    if not num_tokens:
-        return out
-    num_pairs, adjacent = 0 if angles is None else angles[0].shape[1], pairing == "adjacent"
-    bytes_of_codes = split_codes(codes)
-    bytes_of_rows = split_rows(rows if rows.stride(1) == 1 else rows.contiguous(), half, num_pairs, adjacent)
+    """Into `out` `[num_heads, num_tokens, head_dim]` what `inverse.inverse_transform_reference` gives."""
+    (num_tokens, padded), (half, num_pairs, adjacent) = codes.low.shape, rows.pairs
     cosines, sines = (scale, scale) if angles is None else (part.contiguous() for part in angles)
-    num_warps, num_stages = cut or default_cut(codes.device)
-    invert_tile[(triton.cdiv(num_tokens, BLOCK) * triton.cdiv(num_channels, BLOCK),)](
-        *bytes_of_codes, *bytes_of_rows, scale.contiguous(), mean.contiguous(), cosines, sines, out,
-        num_tokens, num_channels, bytes_of_codes.low.shape[1], half=half, num_pairs=num_pairs, adjacent=adjacent,
-        block=BLOCK, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
-    )  # fmt: skip
+    num_warps, num_stages = cut or default_cut(scale.device)
+    if num_tokens:
+        invert_tile[(triton.cdiv(num_tokens, BLOCK) * triton.cdiv(rows.num_channels, BLOCK),)](
+            *codes, *rows[:3], scale.contiguous(), mean.contiguous(), scale if mean_of is None else mean_of, cosines,
+            sines, out, num_tokens, rows.num_channels, padded, out.stride(0), half=half, num_pairs=num_pairs,
+            adjacent=adjacent, has_means=mean_of is not None, block=BLOCK, num_warps=num_warps, num_stages=num_stages,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cag_kernels.rans import LANES, RansSegments
+from cag_kernels.rans import LANES, CodeBlocks, RansSegments, first_blocks, places_of
 from cag_kernels.triton_numbers import EMULATED
 
 GROUP = tl.constexpr(4)  # components between two looks for escapes
@@ -115,7 +115,7 @@ def _ahead(words, left, place):
 
 @triton.jit
 def _decode_any(
-    state, words, left, escapes, escapes_left, target, num_tokens, is_token, shift, numbers, lows, count, slots,
+    state, words, left, escapes, escapes_left, target, is_token, shift, numbers, lows, count, slots,
     last_table, lane, lower,
 ):  # fmt: skip
     """The first `count` components of a window, some with low bits."""
@@ -130,13 +130,13 @@ def _decode_any(
         tl.store(target, code.to(tl.int16), mask=is_token)
         if _has_escape(entry, is_token):
             escapes, escapes_left = _store_escapes(target, entry, is_token, escapes, escapes_left, lower)
-        target += num_tokens
+        target += lane.shape[0]
     return state, words, left, escapes, escapes_left, target
 
 
 @triton.jit
 def _decode_plain(
-    state, words, left, escapes, escapes_left, target, num_tokens, is_token, shift, numbers, slots, last_table, lane,
+    state, words, left, escapes, escapes_left, target, is_token, shift, numbers, slots, last_table, lane,
     lower, lanes: tl.constexpr,
 ):  # fmt: skip
     """All components of a full window without low bits; escapes are looked for once a group."""
@@ -149,21 +149,21 @@ def _decode_plain(
             entry, state, words, left = _symbol(state, number, is_token, words, left, slots, last_table, lower)
             number = next_number
             code = (entry >> 24).to(tl.int32) - 64
-            tl.store(target + index * num_tokens, code.to(tl.int16), mask=is_token)
+            tl.store(target + index * lanes, code.to(tl.int16), mask=is_token)
             entries += (entry,)
             least = tl.minimum(least, entry)
         if _has_escape(least, is_token):
             for index in tl.static_range(GROUP):
-                place = target + index * num_tokens
+                place = target + index * lanes
                 escapes, escapes_left = _store_escapes(place, entries[index], is_token, escapes, escapes_left, lower)
-        target += GROUP * num_tokens
+        target += GROUP * lanes
     return state, words, left, escapes, escapes_left, target
 
 
 @triton.jit
 def decode_segment(
     states, words, word_starts, escapes, escape_starts, token_starts, token_shifts, component_shifts, slots, tables,
-    low_bits, codes, whole, num_components, num_tokens, num_tables, lanes: tl.constexpr,
+    low_bits, block_starts, blocks, whole, num_components, num_tables, lanes: tl.constexpr,
 ):  # fmt: skip
     """One segment, its components in windows of one for each lane."""
     segment, lane = tl.program_id(0), tl.arange(0, lanes)
@@ -179,7 +179,8 @@ def decode_segment(
     for begin in range(first, last, lanes):
         tokens = begin + lane
         is_token = tokens < last
-        target, idle = codes + tokens, state
+        block = tl.load(block_starts + segment) + (begin - first) // lanes
+        target, idle = blocks + block.to(tl.int64) * (num_components * lanes) + lane, state
         shift = tl.load(token_shifts + tokens, mask=is_token, other=0).to(tl.int32)
         table, component_shift, low = _components(tables, component_shifts, low_bits, lane, num_components)
         for window in range(0, num_components, lanes):
@@ -190,12 +191,12 @@ def decode_segment(
             near, far = _ahead(words, left, lane * AHEAD), _ahead(words, left, (lanes + lane) * AHEAD)
             if (tl.max(lows, 0) > 0) | (window + lanes > num_components):
                 state, words, left, escapes, escapes_left, target = _decode_any(
-                    state, words, left, escapes, escapes_left, target, num_tokens, is_token, shift, numbers, lows,
+                    state, words, left, escapes, escapes_left, target, is_token, shift, numbers, lows,
                     tl.minimum(num_components - window, lanes), slots, last_table, lane, lower,
                 )  # fmt: skip
             else:
                 state, words, left, escapes, escapes_left, target = _decode_plain(
-                    state, words, left, escapes, escapes_left, target, num_tokens, is_token, shift, numbers, slots,
+                    state, words, left, escapes, escapes_left, target, is_token, shift, numbers, slots,
                     last_table, lane, lower, lanes,
                 )  # fmt: skip
         state = tl.where(is_token, state, idle)
@@ -204,14 +205,18 @@ def decode_segment(
     tl.store(whole + segment, (tl.sum(wrong.to(tl.int32), 0) == 0).to(tl.int8))
 
 
-def decode_on_device(segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and whether each segment is whole, as `rans.decode_segments_reference` gives them."""
+def decode_on_device(
+    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor
+) -> tuple[CodeBlocks, Tensor]:
+    """Codes as `rans.decode_segments_reference` gives them, in blocks, and whether each segment is whole."""
     num_segments, num_components, num_tokens = segments.states.shape[0], len(tables), len(segments.token_shifts)
-    codes = torch.empty((num_components, num_tokens), dtype=torch.int16, device=slots.device)
+    most_blocks = num_tokens // LANES + num_segments  # how many there are is on the device only
+    blocks = torch.empty((most_blocks, num_components, LANES), dtype=torch.int16, device=slots.device)
     whole = torch.empty(num_segments, dtype=torch.bool, device=slots.device)
     if num_segments:
+        block_starts = first_blocks(segments.token_starts)
         decode_segment[(num_segments,)](
-            *segments, slots, tables, low_bits, codes, whole.view(torch.int8), num_components, num_tokens,
+            *segments, slots, tables, low_bits, block_starts, blocks, whole.view(torch.int8), num_components,
             slots.shape[0], lanes=LANES, num_warps=1,
         )  # fmt: skip
-    return codes, whole
+    return CodeBlocks(blocks, places_of(segments.token_starts, num_tokens)), whole

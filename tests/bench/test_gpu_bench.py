@@ -113,7 +113,9 @@ def test_streams_decode_to_codes_of_their_table():
     assert frequencies[64] == frequencies.max()
     assert (slots[0].long() >> 12 & 4095 == frequencies[slots[0].long() >> 24]).all()
     assert 2.3 < transform.bits_per_code(slots) < 2.7
-    codes, _ = transform.random_streams(CPU, 512, 200).decode()
+    blocks, _ = transform.random_streams(CPU, 512, 200).decode()
+    large, codes = blocks.by_token().split([transform.NUM_LARGE, 200 - transform.NUM_LARGE], dim=1)
+    assert large.abs().max() > 127
     shares = torch.bincount(codes.flatten().long() + 64, minlength=128) / codes.numel()
     torch.testing.assert_close(shares, frequencies / 4096, rtol=0, atol=0.01)
 

@@ -22,7 +22,7 @@ from cag_bench.figures import percentiles
 from cag_bench.gpu.clock import Budget
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.kernel_clock import Clock
-from cag_kernels import RansSegments, decode_segments, inverse_transform
+from cag_kernels import CodeBlocks, RansSegments, decode_segments, inverse_transform
 from cag_kernels.inverse import inverse_transform_reference
 from cag_kernels.rans import LANES, SLOTS, decode_segments_reference
 from cag_kernels.rotation import angles
@@ -45,7 +45,7 @@ class Streams:
     tables: Tensor
     low_bits: Tensor
 
-    def decode(self) -> tuple[Tensor, Tensor]:
+    def decode(self) -> tuple[CodeBlocks, Tensor]:
         """Codes and which segments are whole."""
         return decode_segments(self.segments, self.slots, self.tables, self.low_bits)
 
@@ -66,13 +66,12 @@ def transform_row(
     streams = [random_streams(device, options.prefix_tokens, num_components) for _ in range(2 * num_groups)]
     decoding = side_by_side([stream.decode for stream in streams], device)
     sides = [Inverse(device, options, num_components, side) for side in ("keys", "values")]
-    codes = streams[0].decode()[0].t()
+    codes = streams[0].decode()[0]
     for side in sides:
         side.check(codes)
 
     def decode_everything() -> list[Tensor]:
-        found = [found.t() for found, _ in decoding()]
-        return [sides[index % 2](codes) for index, codes in enumerate(found)]
+        return [sides[index % 2](found) for index, (found, _) in enumerate(decoding())]
 
     whole = samples_of(clock.prepared(decode_everything), options, budget)
     entropy = samples_of(clock.prepared(decoding), options, budget)
@@ -106,9 +105,8 @@ def random_streams(
 
     Such a stream does not end where a writer's would, which the decoder says and which costs it nothing.
     """
-    num_segments = math.ceil(num_tokens / chunk_tokens)
-    counts = [chunk_tokens] * (num_segments - 1) + [num_tokens - chunk_tokens * (num_segments - 1)]
-    slots = geometric_slots()
+    counts = segment_tokens(num_tokens, chunk_tokens)
+    num_segments, slots = len(counts), geometric_slots()
     low_bits = torch.zeros(num_components, dtype=torch.int8)
     low_bits[:NUM_LARGE] = LOW_BITS
     bits = num_components * bits_per_code(slots) + int(low_bits.sum())
@@ -127,6 +125,12 @@ def random_streams(
         component_shifts=torch.zeros(num_segments, num_components, dtype=torch.int8, device=device),
     )
     return Streams(segments, slots.to(device), torch.zeros_like(low_bits).to(device), low_bits.to(device))
+
+
+def segment_tokens(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> list[int]:
+    """Tokens of each segment."""
+    num_segments = math.ceil(num_tokens / chunk_tokens)
+    return [chunk_tokens] * (num_segments - 1) + [num_tokens - chunk_tokens * (num_segments - 1)]
 
 
 def geometric_slots() -> Tensor:
@@ -156,7 +160,11 @@ class Inverse:
         channels = options.joint_layers * shape.num_kv_heads * shape.head_dim
         self.name = name
         self._rows = torch.randint(-limit, limit, (num_components, channels), dtype=torch.int16, device=device)
-        self._scale, self._mean = torch.rand(2, channels, device=device) * 1e-6
+        counts = segment_tokens(options.prefix_tokens)
+        self._scale = torch.rand(channels, device=device) * 1e-6
+        self._means = torch.randn(len(counts), channels, device=device)
+        numbers = torch.arange(len(counts), dtype=torch.int32)
+        self._mean_of = torch.repeat_interleave(numbers, torch.tensor(counts)).to(device)
         self._options: dict[str, Any] = {"head_dim": shape.head_dim, "dtype": torch.bfloat16}
         self._turns: tuple[Tensor, Tensor] | None = None
         if name == "keys":
@@ -165,16 +173,18 @@ class Inverse:
             cosines, sines = angles(torch.arange(options.prefix_tokens), frequencies)
             self._turns = cosines.to(device), sines.to(device)
 
-    def __call__(self, codes: Tensor) -> Tensor:
-        """Keys or values of `codes [num_tokens, num_components]`."""
-        return inverse_transform(codes, self._rows, self._scale, self._mean, angles=self._turns, **self._options)
+    def __call__(self, codes: CodeBlocks) -> Tensor:
+        """Keys or values of the tokens of all segments."""
+        options = {"mean_of": self._mean_of, "angles": self._turns, **self._options}
+        return inverse_transform(codes, self._rows, self._scale, self._means, **options)
 
-    def check(self, codes: Tensor) -> None:
+    def check(self, codes: CodeBlocks) -> None:
         """Raises: KernelWrong: values of a few tokens that are not the reference's to the bit."""
-        few = slice(len(codes) - min(len(codes), CHECKED_TOKENS), len(codes))
-        operands = [part.cpu() for part in (codes[few], self._rows, self._scale, self._mean)]
+        few = slice(-min(len(self._mean_of), CHECKED_TOKENS), None)
+        operands = [part.cpu() for part in (codes.by_token()[few], self._rows, self._scale, self._means)]
         turns = None if self._turns is None else (self._turns[0][few].cpu(), self._turns[1][few].cpu())
-        expected = inverse_transform_reference(*operands, angles=turns, **self._options)
+        options = {"mean_of": self._mean_of[few].cpu(), "angles": turns, **self._options}
+        expected = inverse_transform_reference(*operands, **options)
         if not torch.equal(self(codes)[:, few].cpu(), expected):
             raise KernelWrong(f"the inverse transform of {self.name} differs from its reference.")
 
@@ -185,7 +195,7 @@ def check_entropy(device: torch.device) -> None:
     parts = [part.cpu() for part in stream.segments]
     tables = [part.cpu() for part in (stream.slots, stream.tables, stream.low_bits)]
     expected, _ = decode_segments_reference(RansSegments(*parts), tables[0], tables[1], tables[2])
-    if not torch.equal(stream.decode()[0].cpu(), expected):
+    if not torch.equal(stream.decode()[0].by_token().T.cpu(), expected):
         raise KernelWrong("entropy decoding differs from its reference.")
 
 

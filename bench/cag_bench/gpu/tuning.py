@@ -66,6 +66,8 @@ def attend_cut(query: Tensor, prefix: Prefix, num_warps: int, num_stages: int, p
 
 
 def _inverse_works(device: torch.device, options: GpuOptions) -> dict[str, Work]:
+    from cag_kernels.inverse import out_of
+    from cag_kernels.triton_bytes import split_codes, split_rows
     from cag_kernels.triton_inverse import Cut, invert
 
     channels = options.joint_layers * options.network.num_kv_heads * options.network.head_dim
@@ -73,7 +75,8 @@ def _inverse_works(device: torch.device, options: GpuOptions) -> dict[str, Work]
     codes = torch.randint(-64, 64, (num_components, options.prefix_tokens), dtype=torch.int16, device=device).t()
     rows = torch.randint(-(1 << 14), 1 << 14, (num_components, channels), dtype=torch.int16, device=device)
     scale, mean = torch.rand(2, channels, device=device)
-    arguments = (codes, rows, scale, mean, None, options.network.head_dim, torch.bfloat16, "halves")
+    split = split_codes(codes), split_rows(rows, (options.network.head_dim // 2, 0, False))
+    arguments = (*split, scale, mean, None, None, out_of(*split, torch.bfloat16))
     return {str(cut): partial(invert, *arguments, Cut(*cut)) for cut in INVERSE_CUTS}
 
 

@@ -18,8 +18,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cag_kernels import DensePrefix, PagedTails, quantize_prefix
-from cag_kernels.rans import RansSegments
+from cag_kernels.rans import CodeBlocks, RansSegments
 from cag_kernels.rotation import angles
+from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
 from cag_kernels.triton_inverse import invert
 from cag_kernels.triton_launch import attend
 from cag_kernels.triton_quantize import dequantize_on_device, quantize_on_device
@@ -99,7 +100,11 @@ def launch_everything():
     attend(wide[0, :, :1], quantize_prefix(*wide, key_bits=4, value_bits=4), None, 132, **window)
     tables = angles(torch.zeros(64, dtype=torch.int64), torch.ones(64))
     codes, rows = torch.zeros(64, 700, dtype=torch.int16), torch.zeros(700, 1024, dtype=torch.int16)
-    invert(codes, rows, torch.ones(1024), torch.ones(1024), tables, 128, torch.bfloat16, "halves")
+    split = split_rows(rows, (64, 64, False))
+    out, ones = torch.empty(8, 64, 128, dtype=torch.bfloat16), torch.ones(2, 1024)
+    for found in (split_codes(codes), split_blocks(CodeBlocks(torch.zeros(2, 700, 32, dtype=torch.int16), pages[0]))):
+        invert(found, split, ones[0], ones, counts[:1].expand(64), tables, out)
+    invert(found, split_rows(rows, (64, 0, False)), ones[0], ones[0], None, None, out)
     counts = torch.tensor([0, 64], dtype=torch.int32)
     shifts = torch.zeros(64, dtype=torch.int8), torch.zeros(1, 700, dtype=torch.int8)
     numbers = torch.zeros(1, 32, dtype=torch.int32), torch.zeros(64, dtype=torch.int16)

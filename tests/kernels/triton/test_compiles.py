@@ -15,7 +15,10 @@ SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}  # of a program, by compute capabi
 # Of a thread at most, by capability, kernel and rows of a block, where it is not 0. Blocks of 64 rows are held down to
 # 168 registers so that three programs fit a processor, which was faster on an H100 than two that spill nothing; a
 # thread of a block of 256 has 128 sums and 64 scores. On sm_80 products take their operands through registers too.
+# `invert_tile` spills behind its loops only.
 SPILLED_BYTES = {
+    (90, "invert_tile", None): 128,
+    (80, "invert_tile", None): 128,
     (90, "attend_few", 16): 32,
     (90, "attend_many", 64): 192,
     (90, "attend_many", 256): 320,

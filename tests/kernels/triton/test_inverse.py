@@ -4,11 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from cag_kernels.inverse import inverse_transform, inverse_transform_reference
+from cag_kernels.byte_operands import ByteCodes, ByteRows, prepare_codes, prepare_rows
+from cag_kernels.inverse import inverse_transform, inverse_transform_reference, out_of
+from cag_kernels.rans import CodeBlocks, places_of
 from cag_kernels.rotation import angles
+from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
 from cag_kernels.triton_inverse import invert
 from cag_store.codecs.transform.product import finish_reference, product_reference
 from oracle import normal
+
+
+def inverted(codes, rows, scale, mean, tables, head_dim, dtype, pairing="halves", mean_of=None):
+    """By the kernels."""
+    pairs = head_dim // 2, 0 if tables is None else tables[0].shape[1], pairing == "adjacent"
+    split = split_blocks if isinstance(codes, CodeBlocks) else split_codes
+    operands = split(codes), split_rows(rows, pairs)
+    return invert(*operands, scale, mean, mean_of, tables, out_of(*operands, dtype))
 
 
 def make(num_tokens, num_components, num_channels):
@@ -31,7 +42,7 @@ def test_layers_are_the_references(device, pairing, num_pairs, dtype):
     moved = None if tables is None else tuple(table.to(device) for table in tables)
     operands = [part.to(device) for part in (rows, scale, mean)]
     for given in (codes, codes.t().contiguous().t()):
-        found = invert(given.to(device), *operands, moved, 96, dtype, pairing)
+        found = inverted(given.to(device), *operands, moved, 96, dtype, pairing)
         assert found.dtype == dtype
         assert torch.equal(found.cpu(), expected)
 
@@ -50,7 +61,46 @@ def test_tiles_of_bytes_and_wide_tiles_are_added_up(device, turned):
     expected = inverse_transform_reference(codes, rows, scale, mean, angles=tables, **kwargs)
     moved = None if tables is None else tuple(table.to(device) for table in tables)
     operands = [part.to(device) for part in (codes.t().contiguous().t(), rows, scale, mean)]
-    assert torch.equal(invert(*operands, moved, 40, torch.float32, "halves").cpu(), expected)
+    assert torch.equal(inverted(*operands, moved, 40, torch.float32).cpu(), expected)
+
+
+def test_segments_have_means_of_their_own_and_codes_lie_as_they_were_decoded(device):
+    """Tokens of three segments in blocks of 32, whose other places are never read."""
+    codes, rows, scale, _ = make(150, 70, 2 * 48)
+    starts, means = torch.tensor([0, 33, 34, 150], dtype=torch.int32), normal(3, 96)
+    mean_of = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), starts.diff())
+    places = places_of(starts, 150)
+    blocks = torch.full((7 * 32, 70), 0x5555, dtype=torch.int16)
+    blocks[places.long()] = codes
+    decoded = CodeBlocks(blocks.view(7, 32, 70).transpose(1, 2).contiguous(), places)
+    assert torch.equal(decoded.by_token(), codes)
+    kwargs = {"head_dim": 48, "dtype": torch.bfloat16, "mean_of": mean_of}
+    expected = inverse_transform_reference(codes, rows, scale, means, **kwargs)
+    assert torch.equal(inverse_transform(decoded, rows, scale, means, **kwargs), expected)
+    decoded = CodeBlocks(*(part.to(device) for part in decoded))
+    operands = [part.to(device) for part in (rows, scale, means)]
+    found = inverted(decoded, *operands, None, 48, torch.bfloat16, mean_of=mean_of.to(device))
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_prepared_operands_give_the_same(device):
+    """On a device that multiplies bytes they are bytes; in the interpreter's place the operands themselves."""
+    codes, rows, scale, mean = (part.to(device) for part in make(39, 70, 2 * 16))
+    tables = tuple(table.to(device) for table in angles(torch.arange(39), 0.5 ** torch.arange(6)))
+    kwargs = {"head_dim": 16, "dtype": torch.bfloat16, "angles": tables, "pairing": "adjacent"}
+    prepared = prepare_codes(codes), prepare_rows(rows, head_dim=16, num_pairs=6, pairing="adjacent")
+    assert isinstance(prepared[0], ByteCodes) == isinstance(prepared[1], ByteRows) == (device.type == "cuda")
+    expected = inverse_transform(codes, rows, scale, mean, **kwargs)
+    assert torch.equal(inverse_transform(*prepared, scale, mean, **kwargs), expected)
+    if device.type == "cuda":
+        wide = torch.full((2, 50, 16), 7.0, dtype=torch.bfloat16, device=device)
+        inverse_transform(*prepared, scale, mean, **kwargs, out=wide[:, 3:42])
+        assert torch.equal(wide[:, 3:42], expected)
+        assert (wide[:, :3] == 7).all() and (wide[:, 42:] == 7).all()
+        with pytest.raises(ValueError, match="do not fit"):
+            inverse_transform(*prepared, scale, mean, **kwargs, out=wide[:, ::2][:, :39])
+        with pytest.raises(ValueError, match="do not fit"):
+            inverse_transform(*prepared, scale, mean, **{**kwargs, "pairing": "halves"})
 
 
 @pytest.mark.parametrize("pairing", ["halves", "adjacent"])
