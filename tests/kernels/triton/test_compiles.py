@@ -18,7 +18,7 @@ SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}  # of a program, by compute capabi
 # `invert_tile` spills behind its loops only.
 SPILLED_BYTES = {
     (90, "invert_tile", None): 128,
-    (80, "invert_tile", None): 128,
+    (80, "invert_tile", None): 256,
     (90, "attend_few", 16): 32,
     (90, "attend_many", 64): 192,
     (90, "attend_many", 256): 320,
