@@ -20,7 +20,7 @@ from cag_kernels.triton_numbers import (
     product,
     rounded,
 )
-from cag_kernels.triton_tiles import halves, masked, row_scores, summed, weighed
+from cag_kernels.triton_tiles import halves, masked, row_scores, weighed
 
 
 @triton.jit
@@ -187,43 +187,13 @@ def numbers_of(
 
 
 @triton.jit
-def take_half_codes(
-    low, high, keys, key_scales, key_offsets, values, value_scales, value_offsets, is_token, visible, scale, softcap,
-    maximum, denominator, low_sum, high_sum, half: tl.constexpr, group_channels: tl.constexpr,
-    key_bits: tl.constexpr, value_bits: tl.constexpr, has_cap: tl.constexpr,
-):  # fmt: skip
-    """As `take_codes` for a query in bfloat16, whose tiles are dequantized in pairs of numbers.
-
-    What waits for memory and the values' part of the work stand before the products, which run beside them.
-    """
-    size: tl.constexpr = low.shape[1]
-    scales_low = value_vectors(value_scales, is_token, 0, half, size, group_channels)
-    scales_high = value_vectors(value_scales, is_token, half, half, size, group_channels)
-    offsets_low = value_vectors(value_offsets, is_token, 0, half, size, group_channels)
-    offsets_high = value_vectors(value_offsets, is_token, half, half, size, group_channels)
-    keys_low, keys_high = numbers_of(
-        keys, is_token,
-        key_vectors(key_scales, 0, half, size), key_vectors(key_scales, half, half, size),
-        key_vectors(key_offsets, 0, half, size), key_vectors(key_offsets, half, half, size), half, size, key_bits,
-    )  # fmt: skip
-    scores = row_scores(low, high, keys_low, keys_high)
-    scores = masked(scores, visible, scale, softcap, has_cap)
-    weights, factor, maximum, denominator = weighed(scores, maximum, denominator)
-    values_low, values_high = numbers_of(
-        values, is_token, scales_low, scales_high, offsets_low, offsets_high, half, size, value_bits
-    )
-    low_sum, high_sum = summed(rounded(weights, low.dtype), factor, low_sum, high_sum, values_low, values_high)
-    return maximum, denominator, low_sum, high_sum
-
-
-@triton.jit
 def take_codes(
     low, high, keys, key_scales, key_offsets, values, value_scales, value_offsets, is_token, visible, scale, softcap,
     maximum, denominator, low_sum, high_sum, half: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
     value_bits: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
 ):  # fmt: skip
     """A tile of codes; pointers lead to its tokens, those of key scales to its group. The new state of the rows."""
-    tl.static_assert(low.dtype != tl.bfloat16)  # for those `take_half_codes`
+    tl.static_assert(low.dtype != tl.bfloat16)  # those are `triton_few`'s and `triton_many`'s
     scores = code_scores(low, high, keys, key_scales, key_offsets, is_token, half, key_bits, folded)
     scores = masked(scores, visible, scale, softcap, has_cap)
     weights, factor, maximum, denominator = weighed(scores, maximum, denominator)

@@ -2,13 +2,12 @@
 
 What it computes is in `triton_prefix`, whose launch this is for few rows. Each warp has tokens and a softmax of its
 own, products are batches of one matrix a warp, and the warps' sums are joined once, behind the loop. Codes are loaded
-so that a thread dequantizes exactly the numbers that its products take: they never leave the thread's registers, and
-warps never wait for each other. That rests on two liberties: channels of a product over channels, and tokens of one
-over tokens, may come in any order that both of its sides share.
+so that a thread dequantizes exactly the numbers that its products take (`triton_operands`): they never leave the
+thread's registers, and warps never wait for each other.
 
-A thread is `(warp, row of 8, column of 4)`. As part of the right side of a product, `[warps, inner, outer]`, it holds
-the inner numbers `8 i + 2 column + (0, 1)` and the outer ones `8 j + row` (layout of `mma.m16n8k16`, PTX ISA 9.7.14).
-Loads are written as tensors `[..., row, column, bytes of a thread]`, which is how the compiler deals them to threads.
+Scores are `query @ keys`, for 16 rows whatever their number, because that is what a product has. Sums stand on their
+side, `values @ weights`, channels by rows: that product takes 8 rows, so up to 8 have half of the numbers to keep, to
+scale and to multiply, and a score is where the second product takes it.
 Grid: `(row blocks, key/value heads, splits)`; a last split has the exact tokens. Accumulates in float32.
 """
 
@@ -17,128 +16,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cag_kernels.triton_numbers import (
-    dequantized_bytes,
-    dequantized_nibbles,
-    fetched_ahead,
-    product,
-    rounded,
-)
+from cag_kernels.triton_numbers import fetched_ahead, product, rounded
+from cag_kernels.triton_operands import few_keys, few_values, in_order, key_channels
 from cag_kernels.triton_tiles import between, halves, masked, store_part, take_plain
 
 EXACT_TOKENS = tl.constexpr(16)  # of a tile of exact tokens, which are a handful
 
 
 @triton.jit
-def key_channels(half: tl.constexpr):
-    """The channel, of a half's, at each place of the products over channels; see `key_bytes`."""
-    place = tl.arange(0, half)
-    column, low, high = place // 2 % 4, place % 2, place // 8
-    return column_start(column, half) + high * 2 + low
-
-
-@triton.jit
-def column_start(column, half: tl.constexpr):
-    """The first of the `half / 4` channels side by side that a column of threads has; 8 of 32 in an order that keeps
-    the compiler from loading 16 at once."""
-    return column % 2 * 16 + column // 2 * 8 if half == 32 else column * (half // 4)
-
-
-@triton.jit
-def key_vectors(vectors, at, half: tl.constexpr, warps: tl.constexpr):
-    """Scales or offsets of half of the channels for each warp's keys, `[1, warps * 8, 4, half / 32, 8]`."""
-    found = tl.reshape(tl.load(vectors + at), (half // 32, warps * 8, 4, 8))
-    return tl.permute(found, (1, 2, 0, 3))[None]
-
-
-@triton.jit
-def channels_inside(tile, half: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr):
-    """`[warp_tokens / 8, warps * 8, 4, half / 32, 8]`, as keys are loaded, to `[warps, channels, tokens]`."""
-    tile = tl.reshape(tile, (warp_tokens // 8, warps, 8, 4, half // 8, 2))
-    return tl.reshape(tl.permute(tile, (1, 4, 3, 5, 0, 2)), (warps, half, warp_tokens))
-
-
-@triton.jit
-def few_scores(
-    low, high, codes, scales, offsets, start, last, stride, group_tokens, num_groups,
-    half: tl.constexpr, bits: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr,
-):  # fmt: skip
-    """`query @ keys.T` of each warp's tokens behind `start`, float32 `[warps, rows, warp_tokens]`."""
-    row, place = tl.arange(0, warp_tokens * warps), tl.arange(0, half)
-    token = start + row // 8 % warps * warp_tokens + row // (8 * warps) * 8 + row % 8
-    byte = column_start(place // (half // 4), half) + place % (half // 4)
-    at = tl.minimum(token, last - 1)[:, None] * stride + byte[None, :]
-    row, place = tl.arange(0, half // 32 * warps * 8), tl.arange(0, 32)
-    group = tl.minimum((start + row // 8 % warps * warp_tokens) // group_tokens, num_groups - 1)
-    channel = (row // (8 * warps) * 8)[:, None] + (column_start(place // 8, half) + place % 8)[None, :]
-    vector = group[:, None] * (2 * half) + channel
-    scale_low, scale_high = key_vectors(scales, vector, half, warps), key_vectors(scales + half, vector, half, warps)
-    offset_low, offset_high = (
-        key_vectors(offsets, vector, half, warps),
-        key_vectors(offsets + half, vector, half, warps),
-    )
-    shape: tl.constexpr = (warp_tokens // 8, warps * 8, 4, half // 32, 8)
-    if bits == 4:
-        packed = tl.reshape(tl.load(codes + at), shape)
-        keys_low, keys_high = dequantized_nibbles(packed, scale_low, scale_high, offset_low, offset_high)
-    else:
-        keys_low = dequantized_bytes(tl.reshape(tl.load(codes + at), shape), scale_low, offset_low)
-        keys_high = dequantized_bytes(tl.reshape(tl.load(codes + half + at), shape), scale_high, offset_high)
-    scores = tl.zeros((warps, low.shape[1], warp_tokens), tl.float32)
-    scores = product(low, channels_inside(keys_low, half, warps, warp_tokens), scores)
-    return product(high, channels_inside(keys_high, half, warps, warp_tokens), scores)
-
-
-@triton.jit
-def value_tokens(place, start, columns: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr):
-    """The token of each place of a load, `columns` places a row of threads: `[pairs, 2, warps, 8]` rows."""
-    row = place // columns
-    pair = row // (8 * warps)
-    return start + row // 8 % warps * warp_tokens + pair // 2 * 8 + place // (columns // 4) % 4 * 2 + pair % 2
-
-
-@triton.jit
-def tokens_inside(tile, half: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr):
-    """`[warp_tokens / 4, warps * 8, 4, half / 8]`, as values are loaded, to `[warps, tokens, channels]`."""
-    tile = tl.reshape(tile, (warp_tokens // 8, 2, warps, 8, 4, half // 8))
-    return tl.reshape(tl.permute(tile, (2, 0, 4, 1, 5, 3)), (warps, warp_tokens, half))
-
-
-@triton.jit
-def value_vectors(vectors, at, num_groups: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr):
-    """Scales or offsets of each warp's values for both halves of the channels, `[warp_tokens / 4, warps * 8, 4, 1]`."""
-    found = tl.load(vectors + at)
-    if num_groups == 2:
-        low, high = tl.split(tl.reshape(found, (warp_tokens // 4, warps * 8, 4, 1, 2)))
-    else:
-        low = tl.reshape(found, (warp_tokens // 4, warps * 8, 4, 1))
-        high = low
-    return low, high
-
-
-@triton.jit
-def few_values(
-    codes, scales, offsets, start, last, stride, half: tl.constexpr, bits: tl.constexpr, num_groups: tl.constexpr,
-    warps: tl.constexpr, warp_tokens: tl.constexpr,
-):  # fmt: skip
-    """Both halves of each warp's values behind `start`, `[warps, warp_tokens, half]`, channel `i` at `order(i)`."""
-    size: tl.constexpr = half // 8
-    place = tl.arange(0, warp_tokens // 4 * warps * 8)[:, None] * (4 * size) + tl.arange(0, 4 * size)[None, :]
-    token = tl.minimum(value_tokens(place, start, 4 * size, warps, warp_tokens), last - 1)
-    at = token * stride + place // (4 * size) % 8 * size + place % size
-    place = tl.arange(0, warp_tokens // 4 * warps * 32 * num_groups)
-    token = tl.minimum(value_tokens(place, start, 4 * num_groups, warps, warp_tokens), last - 1)
-    vector = token * num_groups + place % num_groups
-    scale_low, scale_high = value_vectors(scales, vector, num_groups, warps, warp_tokens)
-    offset_low, offset_high = value_vectors(offsets, vector, num_groups, warps, warp_tokens)
-    shape: tl.constexpr = (warp_tokens // 4, warps * 8, 4, size)
-    if bits == 4:
-        packed = tl.reshape(tl.load(codes + at), shape)
-        low, high = dequantized_nibbles(packed, scale_low, scale_high, offset_low, offset_high)
-    else:
-        low = dequantized_bytes(tl.reshape(tl.load(codes + at), shape), scale_low, offset_low)
-        high = dequantized_bytes(tl.reshape(tl.load(codes + half + at), shape), scale_high, offset_high)
-    return tokens_inside(low, half, warps, warp_tokens), tokens_inside(high, half, warps, warp_tokens)
+def first_rows(scores, block_rows: tl.constexpr):
+    """The first `block_rows`, 8 or all, of `[warps, 16, tokens]`."""
+    if block_rows == 8:
+        pairs = tl.reshape(scores, (scores.shape[0], 2, 8, scores.shape[2]))
+        scores, _ = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+    return scores
 
 
 @triton.jit
@@ -148,15 +39,13 @@ def few_weighed(scores, maximum, denominator):
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, :, None])
     factor = tl.exp2(maximum - base)
-    return weights, factor[:, :, None], higher, denominator * factor + tl.sum(weights, 2)
+    return weights, factor[:, None, :], higher, denominator * factor + tl.sum(weights, 2)
 
 
 @triton.jit
 def joined(sums, share):
-    """The sum over warps of `[warps, rows, half]`, channels in order again, `[rows, half]`."""
-    whole = tl.sum(sums * share[:, :, None], 0)
-    whole = tl.reshape(whole, (sums.shape[1], sums.shape[2] // 8, 8))
-    return tl.reshape(tl.permute(whole, (0, 2, 1)), (sums.shape[1], sums.shape[2]))
+    """The sum over warps of `[warps, half, rows]`, `[rows, half]` with the channels in order."""
+    return in_order(tl.sum(sums * share[:, None, :], 0))
 
 
 @triton.jit
@@ -195,6 +84,22 @@ def attend_exact(
 
 
 @triton.jit
+def wide_queries(
+    query, kv_head, num_queries, head_stride, stride, group_size: tl.constexpr, half: tl.constexpr,
+    block_rows: tl.constexpr, warps: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the block's queries, `[warps, 16, half]`, in the order of the products; zeros behind its rows."""
+    place = tl.arange(0, 16)
+    row = tl.program_id(0) * block_rows + place
+    is_row = (place < block_rows) & (row < num_queries * group_size)
+    at = query + (kv_head * group_size + row % group_size) * head_stride + row // group_size * stride
+    at = at[:, None] + key_channels(half)[None, :]
+    low = tl.load(at, mask=is_row[:, None], other=0.0)[None]
+    high = tl.load(at + half, mask=is_row[:, None], other=0.0)[None]
+    return tl.broadcast_to(low, (warps, 16, half)), tl.broadcast_to(high, (warps, 16, half))
+
+
+@triton.jit
 def attend_few(
     query, keys, key_scales, key_offsets, values, value_scales, value_offsets, exact_keys, exact_values, positions,
     part_out, part_lse, scale, softcap, window, num_tokens, num_exact, num_groups, num_queries, split_tokens,
@@ -221,19 +126,19 @@ def attend_few(
         )  # fmt: skip
     else:
         block: tl.constexpr = warps * warp_tokens
-        at = places[:, None] + key_channels(half)[None, :]
-        low = tl.broadcast_to(tl.load(at, mask=is_row[:, None], other=0.0)[None], (warps, block_rows, half))
-        high = tl.broadcast_to(tl.load(at + half, mask=is_row[:, None], other=0.0)[None], (warps, block_rows, half))
+        low, high = wide_queries(
+            query, kv_head, num_queries, query_head_stride, query_stride, group_size, half, block_rows, warps
+        )
         if has_window:
             first = tl.maximum(first, (tl.min(hidden) + 1) // block * block)
         keys, values = keys + kv_head * key_head_stride, values + kv_head * value_head_stride
         key_at, value_at = kv_head * num_groups * (2 * half), kv_head * num_tokens * value_groups
         maximum = tl.full((warps, block_rows), float("-inf"), tl.float32)
         denominator = tl.zeros((warps, block_rows), tl.float32)
-        low_sum = tl.zeros((warps, block_rows, half), tl.float32)
-        high_sum = tl.zeros((warps, block_rows, half), tl.float32)
+        low_sum = tl.zeros((warps, half, block_rows), tl.float32)
+        high_sum = tl.zeros((warps, half, block_rows), tl.float32)
         columns = tl.arange(0, warps)[:, None] * warp_tokens + tl.arange(0, warp_tokens)[None, :]
-        for start in tl.range(first, last, block, num_stages=1):
+        for start in range(first, last, block):
             if tiles_ahead > 0:
                 soon = start + tiles_ahead * block
                 rows_ahead(keys, soon, last, key_stride, block)
@@ -242,10 +147,13 @@ def attend_few(
                 rows_ahead(value_offsets + value_at, soon, last, value_groups, block)
                 groups_ahead(key_scales + key_at, soon, last, group_tokens, half, block)
                 groups_ahead(key_offsets + key_at, soon, last, group_tokens, half, block)
-            scores = few_scores(
-                low, high, keys, key_scales + key_at, key_offsets + key_at, start, last, key_stride, group_tokens,
-                num_groups, half, key_bits, warps, warp_tokens,
+            keys_low, keys_high = few_keys(
+                keys, key_scales + key_at, key_offsets + key_at, start, last, key_stride, group_tokens, num_groups,
+                half, key_bits, warps, warp_tokens,
             )  # fmt: skip
+            scores = tl.zeros((warps, 16, warp_tokens), tl.float32)
+            scores = product(high, keys_high, product(low, keys_low, scores))
+            scores = first_rows(scores, block_rows)
             tokens = (start + columns)[:, None, :]
             visible = between(tokens, num_exact, last)
             if has_window:
@@ -256,9 +164,9 @@ def attend_few(
                 values, value_scales + value_at, value_offsets + value_at, start, last, value_stride, half, value_bits,
                 value_groups, warps, warp_tokens,
             )  # fmt: skip
-            weights = rounded(weights, low.dtype)
-            low_sum = product(weights, values_low, low_sum * factor)
-            high_sum = product(weights, values_high, high_sum * factor)
+            weights = tl.permute(rounded(weights, low.dtype), (0, 2, 1))
+            low_sum = product(values_low, weights, low_sum * factor)
+            high_sum = product(values_high, weights, high_sum * factor)
         highest = tl.max(maximum, 0)
         share = tl.exp2(maximum - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
         total = tl.sum(denominator * share, 0)

@@ -33,8 +33,9 @@ def merge(
         higher = tl.maximum(maximum, tl.max(sizes, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weights, factor = tl.exp(sizes - base), tl.exp(maximum - base)
-        mask = (weights > 0.0)[:, None] & (channels < head_dim)[None, :]  # others may never have been written
+        mask = is_part[:, None] & (channels < head_dim)[None, :]
         outs = tl.load(part_out + places[:, None] * head_dim + channels[None, :], mask=mask, other=0.0)
+        outs = tl.where((weights > 0.0)[:, None], outs, 0.0)  # others may never have been written
         total = total * factor + tl.sum(outs * weights[:, None], 0)
         denominator = denominator * factor + tl.sum(weights, 0)
         maximum = higher
@@ -57,6 +58,6 @@ def merge_parts(part_out: Tensor, part_lse: Tensor, dtype: torch.dtype) -> tuple
         merge[(num_q_heads, num_queries)](
             part_out, part_lse, out, lse, num_parts,
             head_dim=head_dim, block_dim=triton.next_power_of_2(head_dim),
-            block_parts=min(32, triton.next_power_of_2(num_parts)), num_warps=4,
+            block_parts=min(64, triton.next_power_of_2(num_parts)), num_warps=4,
         )  # fmt: skip
     return out.transpose(0, 1), lse

@@ -4,7 +4,7 @@
 of one split; `triton_merge` joins the splits.
 Grid: `(row blocks, key/value heads, splits)`. All queries of the query heads that share a key/value head are its rows;
 row blocks that read the same tile run side by side, so that the later ones find it in the second-level cache.
-Accumulates in float32. Not yet run on a GPU.
+Accumulates in float32.
 Source: flash-decoding, https://pytorch.org/blog/flash-decoding/
 """
 
@@ -19,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
-from cag_kernels.triton_codes import take_codes, take_half_codes
-from cag_kernels.triton_few import attend_few, rows_ahead
+from cag_kernels.triton_codes import take_codes
+from cag_kernels.triton_few import attend_few
 from cag_kernels.triton_many import attend_many
 from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
-FEW_ROWS, FEW_WARPS, WARP_TOKENS = 16, 4, 32  # of `triton_few`
+FEW_ROWS, FEW_WARPS, WARP_TOKENS = 16, 4, 16  # of `triton_few`
 MAX_FOLDED_ROWS = 32  # up to which scaling the rows is less work than dequantizing a tile of 64 tokens
 
 
@@ -38,7 +38,6 @@ def attend_prefix(
     group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
     block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
     value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
-    tiles_ahead: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the first split takes the exact tokens too."""
     kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -79,23 +78,11 @@ def attend_prefix(
         else:
             group = (kv_head * num_groups + start // group_tokens) * (2 * half)
             at = (kv_head * num_tokens + tokens) * ((2 * half + group_channels - 1) // group_channels)
-            if low.dtype == tl.bfloat16:
-                num_vectors: tl.constexpr = (2 * half + group_channels - 1) // group_channels
-                if tiles_ahead > 0:
-                    soon, vector = start + tiles_ahead * block_tokens, kv_head * num_tokens * num_vectors
-                    rows_ahead(value_scales + vector, soon, last, num_vectors, block_tokens)
-                    rows_ahead(value_offsets + vector, soon, last, num_vectors, block_tokens)
-                maximum, denominator, low_sum, high_sum = take_half_codes(
-                    low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
-                    value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
-                    half, group_channels, key_bits, value_bits, has_cap,
-                )  # fmt: skip
-            else:
-                maximum, denominator, low_sum, high_sum = take_codes(
-                    low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
-                    value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
-                    half, group_channels, key_bits, value_bits, has_cap, folded,
-                )  # fmt: skip
+            maximum, denominator, low_sum, high_sum = take_codes(
+                low, high, tile_keys, key_scales + group, key_offsets + group, tile_values, value_scales + at,
+                value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
+                half, group_channels, key_bits, value_bits, has_cap, folded,
+            )  # fmt: skip
     row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
     store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
 
@@ -111,7 +98,7 @@ class SplitPlan(NamedTuple):
     num_warps: int
     num_stages: int = 3
     warp_tokens: int = 0  # of a warp, in `triton_few`'s kernel, which serves if this is not 0
-    tiles_ahead: int = 2  # fetched into the second-level cache by it
+    tiles_ahead: int = 0  # fetched into the second-level cache by the kernels for codes
     max_registers: int | None = None
     is_many: bool = False  # `triton_many`'s kernel serves
 
@@ -126,21 +113,21 @@ def plan_splits(
 ) -> SplitPlan:
     """Cut `num_rows` rows a key/value head of queries of `dtype`, and the tokens: all processors work, partial results
     stay few."""
-    if num_rows <= FEW_ROWS and _few_serves(prefix, head_dim, dtype):
-        return _plan_few(prefix, num_rows, num_processors * (programs_a_processor or 3))
-    is_many = isinstance(prefix, QuantizedPrefix) and dtype == torch.bfloat16
-    has_exact = is_many and prefix[6].shape[1] > 0
+    if isinstance(prefix, QuantizedPrefix) and dtype == torch.bfloat16:
+        if num_rows <= FEW_ROWS and _few_serves(prefix, head_dim):
+            return _plan_few(prefix, num_rows, num_processors, programs_a_processor)
+        return _plan_many(prefix, num_rows, head_dim, num_processors, programs_a_processor)
     block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
-    group_tokens = prefix.group_tokens if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
-    block_tokens = math.gcd(group_tokens, BLOCK_TOKENS)
     programs_at_once = num_processors * (programs_a_processor or {128: 1, 64: 2}.get(block_rows, 4))
-    wanted = programs_at_once // (prefix[0].shape[0] * row_blocks) - has_exact
-    split_tokens, num_splits = _split(prefix, wanted, block_tokens)
-    num_warps = 8 if block_rows == 128 or head_dim > 128 else 4
-    return SplitPlan(
-        block_rows, row_blocks, block_tokens, split_tokens, num_splits + has_exact, num_warps, is_many=is_many
-    )
+    block_tokens = _block_tokens(prefix)
+    splits = _split(prefix, programs_at_once // (prefix[0].shape[0] * row_blocks), block_tokens)
+    return SplitPlan(block_rows, row_blocks, block_tokens, *splits, 8 if block_rows == 128 or head_dim > 128 else 4)
+
+
+def _block_tokens(prefix: Prefix) -> int:
+    """Tokens of a tile, which lies within one group."""
+    return math.gcd(prefix.group_tokens, BLOCK_TOKENS) if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
 
 
 def _split(prefix: Prefix, wanted: int, block_tokens: int) -> tuple[int, int]:
@@ -150,21 +137,44 @@ def _split(prefix: Prefix, wanted: int, block_tokens: int) -> tuple[int, int]:
     return split_tokens, max(1, triton.cdiv(prefix.num_tokens, split_tokens))
 
 
-def _few_serves(prefix: Prefix, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether `triton_few` takes this prefix and queries."""
-    if not isinstance(prefix, QuantizedPrefix) or dtype != torch.bfloat16 or head_dim not in (64, 128):
+def _few_serves(prefix: QuantizedPrefix, head_dim: int) -> bool:
+    """Whether `triton_few` takes this prefix."""
+    if head_dim not in (64, 128) or prefix.group_tokens % WARP_TOKENS:
         return False
-    return prefix.group_tokens % WARP_TOKENS == 0 and prefix.group_channels in (head_dim, head_dim // 2)
+    return prefix.group_channels in (head_dim, head_dim // 2)
 
 
-def _plan_few(prefix: QuantizedPrefix, num_rows: int, programs_at_once: int) -> SplitPlan:
-    num_exact = prefix.exact_keys.shape[1]
-    wanted = programs_at_once // prefix[0].shape[0] - (num_exact > 0)
+def _plan_few(prefix: QuantizedPrefix, num_rows: int, num_processors: int, programs: int | None) -> SplitPlan:
+    """`programs` of 4 warps at once fit a processor; the registers of each thread are held down to that."""
+    block_rows = 8 if num_rows <= 8 else FEW_ROWS
+    has_exact = prefix.exact_keys.shape[1] > 0
     block_tokens = FEW_WARPS * WARP_TOKENS
+    wanted = num_processors * (programs or 3) // prefix.key_codes.shape[0] - has_exact
     split_tokens, num_splits = _split(prefix, wanted, block_tokens)
     return SplitPlan(
-        FEW_ROWS, triton.cdiv(num_rows, FEW_ROWS), block_tokens, split_tokens, num_splits + (num_exact > 0), FEW_WARPS,
-        num_stages=1, warp_tokens=WARP_TOKENS, max_registers=168,
+        block_rows, 1, block_tokens, split_tokens, num_splits + has_exact, FEW_WARPS, num_stages=1,
+        warp_tokens=WARP_TOKENS, max_registers=168,
+    )  # fmt: skip
+
+
+def _plan_many(
+    prefix: QuantizedPrefix, num_rows: int, head_dim: int, num_processors: int, programs: int | None
+) -> SplitPlan:
+    """Blocks of 64 rows, three programs a processor, until rows fill blocks of 256, which dequantize a tile once."""
+    blocks = triton.cdiv(num_rows, 64)
+    block_rows, num_warps, usual, registers = 64, 4, 3, 168
+    if head_dim > 128:
+        num_warps, usual, registers = 8, 2, None
+    elif blocks % 4 == 0:
+        block_rows, num_warps, usual, registers = 256, 8, 1, None
+    row_blocks = triton.cdiv(num_rows, block_rows)
+    has_exact = prefix.exact_keys.shape[1] > 0
+    wanted = num_processors * (programs or usual) // (prefix.key_codes.shape[0] * row_blocks) - has_exact
+    block_tokens = _block_tokens(prefix)
+    split_tokens, num_splits = _split(prefix, wanted, block_tokens)
+    return SplitPlan(
+        block_rows, row_blocks, block_tokens, split_tokens, num_splits + has_exact, num_warps, tiles_ahead=3,
+        max_registers=registers, is_many=True,
     )  # fmt: skip
 
 
@@ -185,16 +195,15 @@ def attend_prefix_parts(
     num_kv_heads, half = prefix[0].shape[0], head_dim // 2
     tensors, num_exact, sizes = _arguments(prefix, query)
     sizes |= {"group_size": num_q_heads // num_kv_heads, "half": half, "block_rows": plan.block_rows}
-    sizes |= {"has_window": window is not None, "has_cap": softcap is not None, "tiles_ahead": plan.tiles_ahead}
+    sizes |= {"has_window": window is not None, "has_cap": softcap is not None}
     if plan.warp_tokens:
         kernel: Any = attend_few
         sizes |= {"value_groups": head_dim // sizes.pop("group_channels"), "warps": plan.num_warps}
-        sizes |= {"warp_tokens": plan.warp_tokens}
+        sizes |= {"warp_tokens": plan.warp_tokens, "tiles_ahead": plan.tiles_ahead}
     else:
-        sizes |= {"block_half": max(16, triton.next_power_of_2(half)), "block_tokens": plan.block_tokens}
         kernel = attend_many if plan.is_many else attend_prefix
-        if not plan.is_many:
-            sizes |= {"folded": plan.block_rows <= MAX_FOLDED_ROWS}
+        sizes |= {"block_half": max(16, triton.next_power_of_2(half)), "block_tokens": plan.block_tokens}
+        sizes |= {"tiles_ahead": plan.tiles_ahead} if plan.is_many else {"folded": plan.block_rows <= MAX_FOLDED_ROWS}
     kernel[(plan.row_blocks, num_kv_heads, plan.num_splits)](
         query, *tensors, query if positions is None else positions, part_out, part_lse, scale, softcap or 0.0,
         window or 0, prefix.num_tokens, num_exact, tensors[1].shape[1], num_queries, plan.split_tokens,

@@ -82,13 +82,14 @@ def launch_everything():
     pages, counts = torch.zeros(1, 4, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
     tails = PagedTails(*pool, pages, counts[1:] + 4, counts, 1)
     masks = {"scale": 0.1, "positions": None, "window": None, "softcap": None}
-    query = torch.zeros(32, 32, 128, dtype=torch.bfloat16)
+    queries = torch.zeros(32, 64, 128, dtype=torch.bfloat16)
+    query = queries[:, :32]
     attend(query[:, :1], DensePrefix(keys, values), tails, 132, **masks, dtype=torch.bfloat16)
     attend(query, DensePrefix(keys, values), None, 132, **masks)
     for bits in (8, 4):
         prefix = quantize_prefix(keys, values, key_bits=bits, value_bits=bits, group_channels=16 * bits)
-        attend(query[:, :1], prefix, None, 132, **masks)
-        attend(query, prefix, None, 132, **masks)
+        for num_queries in (1, 4, 32, 64):
+            attend(queries[:, :num_queries], prefix, None, 132, **masks)
         sizes = {"group_tokens": 64, "group_channels": 1}
         dequantize_on_device(*prefix[:3], **sizes, dtype=torch.bfloat16)
         quantize_on_device(keys, bits=bits, num_exact=4, **sizes)

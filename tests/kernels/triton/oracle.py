@@ -3,7 +3,11 @@
 import torch
 
 from cag_kernels import DensePrefix, QuantizedPrefix, dequantize_prefix, quantize_prefix
+from cag_kernels.prefix_reference import prefix_attention_reference
 from cag_kernels.reference import visibility
+from cag_kernels.triton_launch import attend
+
+MANY_PROCESSORS = 24  # so that even short prefixes are split
 
 
 def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
@@ -70,3 +74,24 @@ def assert_close(found, expected, plain):
         if seen.any():
             rounding = 4 * torch.finfo(torch.float32).eps * want[seen].abs().max().clamp_min(1.0)
             assert (got - want)[seen].abs().max() <= 2 * (ordinary - want)[seen].abs().max() + rounding
+
+
+def check_prefix_attention(device, shape, kind, dtype, window=None, softcap=None, num_exact=3):
+    """The launches of one prefix against the float64 oracle.
+
+    `shape` is query heads, key/value heads, head_dim, queries, tokens.
+    """
+    num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens = shape
+    kind = kind if kind == "plain" else kind | {"num_exact": num_exact}
+    prefix = make_prefix(kind, num_kv_heads, num_tokens, head_dim, dtype)
+    query = normal(num_queries, num_q_heads, head_dim, dtype=dtype).transpose(0, 1)
+    positions = None
+    if window is not None:
+        positions = num_tokens + torch.arange(num_queries, dtype=torch.int32) * 41
+    kwargs = {"scale": head_dim**-0.5, "positions": positions, "window": window, "softcap": softcap}
+    expected = prefix_attention_reference(query.double(), prefix, **kwargs)
+    plain = plain_prefix_attention(query, prefix, **kwargs)
+    kwargs["positions"] = None if positions is None else positions.to(device)
+    found = attend(query.to(device), moved(prefix, device), None, MANY_PROCESSORS, **kwargs)
+    assert all(part.dtype == torch.float32 for part in found)
+    assert_close(found, expected, plain)

@@ -1,4 +1,4 @@
-"""Every kernel compiles to a GPU's machine code as the product launches it, on sm_90 without spilling a register.
+"""Every kernel compiles to a GPU's machine code as the product launches it; most of them spill no register.
 
 The interpreter proves what the kernels compute; this, that a compiler takes them. No GPU is needed.
 """
@@ -12,9 +12,21 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}  # of a program, by compute capability
-SPILLED_BYTES = {90: 0, 80: 256}  # of a thread at most: 8-bit codes for 128 rows, 216 to 224 from run to run
-# those of `attend_few` are held down so that three programs fit a processor; `invert_tile` spills behind its loops only
-KERNEL_SPILLED_BYTES = {"attend_few": 128, "invert_tile": 256}
+# Of a thread at most, by capability, kernel and rows of a block, where it is not 0. Blocks of 64 rows are held down to
+# 168 registers so that three programs fit a processor, which was faster on an H100 than two that spill nothing; a
+# thread of a block of 256 has 128 sums and 64 scores. On sm_80 products take their operands through registers too.
+# `invert_tile` spills behind its loops only.
+SPILLED_BYTES = {
+    (90, "invert_tile", None): 160,
+    (80, "invert_tile", None): 320,
+    (90, "attend_few", 16): 32,
+    (90, "attend_many", 64): 192,
+    (90, "attend_many", 256): 320,
+    (80, "attend_few", 8): 64,
+    (80, "attend_few", 16): 64,
+    (80, "attend_many", 64): 640,
+    (80, "attend_many", 256): 1088,
+}
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
@@ -45,10 +57,9 @@ def test_every_launch_compiles(capability):
     } <= kernels
     launches = {(row["kernel"], row["block_rows"], row["key_bits"]) for row in found if "key_bits" in row}
     assert {("attend_prefix", rows, 16) for rows in (16, 128)} <= launches
-    assert {(kernel, rows, bits) for kernel, rows in (("attend_few", 16), ("attend_many", 128)) for bits in (8, 4)} <= (
-        launches
-    )
+    blocks = [("attend_few", 8), ("attend_few", 16), ("attend_many", 64), ("attend_many", 256)]
+    assert {(*block, bits) for block in blocks for bits in (8, 4)} <= launches
     for row in found:
-        allowed = max(KERNEL_SPILLED_BYTES.get(row["kernel"], 0), SPILLED_BYTES[capability])
+        allowed = SPILLED_BYTES.get((capability, row["kernel"], row.get("block_rows")), 0)
         assert row["spilled_bytes"] <= allowed, row
         assert row["shared_bytes"] <= SHARED_BYTES[capability], row

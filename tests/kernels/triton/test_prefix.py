@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cag_kernels.prefix_reference import prefix_attention_reference
 from cag_kernels.triton_launch import attend
 from cag_kernels.triton_prefix import plan_splits
-from oracle import assert_close, make_prefix, moved, normal, plain_prefix_attention
+from oracle import check_prefix_attention as check
+from oracle import make_prefix, moved, normal
 
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
     (9, 3, 64, 3, 331),
@@ -21,25 +21,7 @@ KINDS = {
     "int4": {"key_bits": 4, "value_bits": 4},
     "wide keys": {"key_bits": 8, "value_bits": 4, "group_channels": 32, "group_tokens": 32},
 }
-MANY_PROCESSORS = 24  # so that even short prefixes are split
 MASKS = [(100, None), (None, 5.0), (70, 2.0)]
-
-
-def check(device, shape, kind, dtype, window=None, softcap=None, num_exact=3):
-    num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens = shape
-    kind = kind if kind == "plain" else kind | {"num_exact": num_exact}
-    prefix = make_prefix(kind, num_kv_heads, num_tokens, head_dim, dtype)
-    query = normal(num_queries, num_q_heads, head_dim, dtype=dtype).transpose(0, 1)
-    positions = None
-    if window is not None:
-        positions = num_tokens + torch.arange(num_queries, dtype=torch.int32) * 41
-    kwargs = {"scale": head_dim**-0.5, "positions": positions, "window": window, "softcap": softcap}
-    expected = prefix_attention_reference(query.double(), prefix, **kwargs)
-    plain = plain_prefix_attention(query, prefix, **kwargs)
-    kwargs["positions"] = None if positions is None else positions.to(device)
-    found = attend(query.to(device), moved(prefix, device), None, MANY_PROCESSORS, **kwargs)
-    assert all(part.dtype == torch.float32 for part in found)
-    assert_close(found, expected, plain)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
