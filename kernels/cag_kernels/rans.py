@@ -98,7 +98,7 @@ def _blocks_of(codes: Tensor, token_starts: Tensor, num_blocks: int) -> CodeBloc
     places = (numbers + torch.repeat_interleave(shifts, token_starts.diff())).long()
     blocks, tokens = codes.new_zeros(num_blocks * LANES, len(codes)), numbers.new_full((num_blocks * LANES,), -1)
     blocks[places], tokens[places] = codes.T, numbers
-    return CodeBlocks(blocks.view(num_blocks, LANES, -1).transpose(1, 2).contiguous(), tokens, len(numbers))
+    return CodeBlocks(blocks.view(num_blocks, LANES, len(codes)).transpose(1, 2).contiguous(), tokens, len(numbers))
 
 
 def decode_segments_reference(

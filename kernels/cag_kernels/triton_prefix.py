@@ -26,7 +26,8 @@ from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
-FEW_ROWS, FEW_WARPS, WARP_TOKENS = 16, 4, 16  # of `triton_few`
+FEW_ROWS, FEW_WARPS = 16, 4  # of `triton_few`
+WARP_TOKENS = {8: 32, 16: 16}  # rows of its blocks -> tokens that a warp takes at once: what its registers hold
 MAX_FOLDED_ROWS = 32  # up to which scaling the rows is less work than dequantizing a tile of 64 tokens
 
 
@@ -139,7 +140,7 @@ def _split(prefix: Prefix, wanted: int, block_tokens: int) -> tuple[int, int]:
 
 def _few_serves(prefix: QuantizedPrefix, head_dim: int) -> bool:
     """Whether `triton_few` takes this prefix."""
-    if head_dim not in (64, 128) or prefix.group_tokens % WARP_TOKENS:
+    if head_dim not in (64, 128) or prefix.group_tokens % max(WARP_TOKENS.values()):
         return False
     return prefix.group_channels in (head_dim, head_dim // 2)
 
@@ -148,12 +149,12 @@ def _plan_few(prefix: QuantizedPrefix, num_rows: int, num_processors: int, progr
     """`programs` of 4 warps at once fit a processor; the registers of each thread are held down to that."""
     block_rows = 8 if num_rows <= 8 else FEW_ROWS
     has_exact = prefix.exact_keys.shape[1] > 0
-    block_tokens = FEW_WARPS * WARP_TOKENS
+    block_tokens = FEW_WARPS * WARP_TOKENS[block_rows]
     wanted = num_processors * (programs or 3) // prefix.key_codes.shape[0] - has_exact
     split_tokens, num_splits = _split(prefix, wanted, block_tokens)
     return SplitPlan(
         block_rows, 1, block_tokens, split_tokens, num_splits + has_exact, FEW_WARPS, num_stages=1,
-        warp_tokens=WARP_TOKENS, max_registers=168,
+        warp_tokens=WARP_TOKENS[block_rows], max_registers=168,
     )  # fmt: skip
 
 
