@@ -39,7 +39,7 @@ bench: $(VENV)/installed
 		--model $(MODEL) --out results/ttft
 
 bench-gpu: $(VENV)/installed
-	CUDA_DEVICE_MAX_CONNECTIONS=32 $(BIN)/cag bench gpu --device cuda --out results/gpu
+	$(BIN)/cag bench gpu --device cuda --out results/gpu
 
 clean:
 	rm -rf $(VENV) build dist results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,6 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$root" || exit 1
 export PYTHONPATH="$root:$root/kernels:$root/store:$root/bench${PYTHONPATH:+:$PYTHONPATH}"
-export CUDA_DEVICE_MAX_CONNECTIONS=32  # as many streams as the benchmark of `transform` decodes in run at once
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CAG_HOME="${CAG_HOME:-$out/home}"
 
 "$python" - <<'CHECK' 2>&1 | tee "$out/machine.txt"

@@ -44,8 +44,6 @@ def storage_view(tensor: Tensor) -> NDArray[Any]:
 class HostBuffers:
     """Where the store decodes numbers to: in place on a CPU; `through_host`, as for a GPU, in pinned copies that are
     sent on layer by layer, `host` where there are some already.
-
-    Not yet run on a GPU.
     """
 
     def __init__(self, layers: Sides, *, through_host: bool, host: Sides | None = None) -> None:
@@ -93,8 +91,6 @@ class HostBuffers:
 class CodedBuffers:
     """Where the store puts the codes of a prefix, and how they are attended to: in place on a CPU; `through_host`, as
     for a GPU, in pinned memory, from which the codes of each layer are sent on in one copy.
-
-    Not yet run on a GPU.
     """
 
     def __init__(

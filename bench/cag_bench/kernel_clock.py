@@ -53,7 +53,7 @@ class WallClock(Clock):
 
 
 class GraphClock(Clock):
-    """A few calls in a CUDA graph, between two events. Not yet run on a GPU."""
+    """A few calls in a CUDA graph, between two events."""
 
     def prepared(self, work: Work) -> Callable[[], float]:
         """See `Clock`."""

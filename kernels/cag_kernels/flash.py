@@ -4,7 +4,7 @@ The query heads that share a key/value head are stacked as rows, so the keys are
 repeated. That is possible where every query sees every key; the triangle at the end of a segment is done apart, on keys
 repeated for the few tokens of the triangle only.
 
-The CUDA branches are not yet run on a GPU.
+`flash-attn` itself is not yet run on a GPU.
 """
 
 from __future__ import annotations

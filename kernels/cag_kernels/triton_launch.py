@@ -1,7 +1,7 @@
 """One batched attention on the device: partial results of the prefix's splits and of the tails, then one merge.
 
 A query in, `(out, lse)` out; the checks are in `prefix`. Nothing here waits for the device, so a call can be part of a
-CUDA graph. Not yet run on a GPU.
+CUDA graph.
 """
 
 from __future__ import annotations

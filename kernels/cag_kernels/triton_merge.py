@@ -1,7 +1,7 @@
 """Triton kernel that joins partial attentions: the device's `merge.merge_segments`, with the log-sum-exp of the whole.
 
 `lse = log sum_p exp(lse_p)`, `out = sum_p exp(lse_p - lse) out_p`. Grid: `(query heads, queries)`, one row each.
-Accumulates in float32. Not yet run on a GPU.
+Accumulates in float32.
 """
 
 from __future__ import annotations

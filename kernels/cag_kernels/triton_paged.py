@@ -2,7 +2,7 @@
 
 As `triton_prefix`, for the tokens `j` of session `s` with `j <= length_s - n_s + i` for its query `i` of `n_s`.
 Grid: `(row blocks of the longest question * sessions, key/value heads, splits)`; splits behind a session's tail write
-zeros and `-inf`. Accumulates in float32. Not yet run on a GPU.
+zeros and `-inf`. Accumulates in float32.
 Source: paged attention, arXiv:2309.06180.
 """
 

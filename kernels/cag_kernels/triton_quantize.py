@@ -2,7 +2,7 @@
 
 `code = round((x - offset) / scale)`, `x = code * scale + offset`. Grids: `(groups of tokens, key/value heads)` for
 codes over groups of tokens, `(blocks of tokens, key/value heads)` for the rest. Computes in float32;
-products and sums are not fused. Not yet run on a GPU.
+products and sums are not fused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton kernel of `rotation.move_keys`.
 
 `a' = a cos - b sin`, `b' = b cos + a sin`. Grid: `(blocks of tokens, key/value heads)`. Computes in float32, rounds
-once. Not yet run on a GPU.
+once.
 """
 
 from __future__ import annotations

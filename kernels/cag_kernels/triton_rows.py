@@ -2,7 +2,7 @@
 
 `residual += update; out = residual * rsqrt(mean(residual ** 2) + epsilon) * weight`, grid `(rows,)`; norm, rotation
 `a' = a cos - b sin, b' = b cos + a sin` and storing, grid `(rows, heads)`; `silu(left) * right`, grid `(rows, blocks)`.
-All in float32, rounded where they are stored. Not yet run on a GPU.
+All in float32, rounded where they are stored.
 """
 
 from __future__ import annotations
