@@ -18,7 +18,7 @@ import triton.language as tl
 
 from cag_kernels.triton_numbers import fetched_ahead, product, rounded
 from cag_kernels.triton_operands import few_keys, few_values, in_order, key_channels
-from cag_kernels.triton_tiles import between, halves, masked, store_part, take_plain
+from cag_kernels.triton_tiles import between, halves, masked, program_rows, store_part, take_plain
 
 EXACT_TOKENS = tl.constexpr(16)  # of a tile of exact tokens, which are a handful
 
@@ -109,20 +109,14 @@ def attend_few(
     has_cap: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr, tiles_ahead: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the last one may have the exact tokens."""
-    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    is_row = rows < num_queries * group_size
-    queries, heads = rows // group_size, kv_head * group_size + rows % group_size
-    places = query + heads * query_head_stride + queries * query_stride
-    row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
-    first, last = split * split_tokens, tl.minimum((split + 1) * split_tokens, num_tokens)
-    hidden = tl.full((block_rows,), -1, tl.int32)  # the last token that is too far back for a row
-    if has_window:
-        hidden = tl.load(positions + queries, mask=is_row, other=1 << 30) - window
+    kv_head, _, is_row, row_query, row_places, first, last, hidden = program_rows(
+        query, positions, window, num_tokens, num_queries, split_tokens, query_head_stride, query_stride, group_size,
+        block_rows, has_window,
+    )  # fmt: skip
     if first >= num_tokens:
         attend_exact(
-            places, is_row, exact_keys, exact_values, kv_head, hidden, part_out, part_lse, row_places, scale, softcap,
-            num_exact, half, half, has_cap,
+            row_query, is_row, exact_keys, exact_values, kv_head, hidden, part_out, part_lse, row_places, scale,
+            softcap, num_exact, half, half, has_cap,
         )  # fmt: skip
     else:
         block: tl.constexpr = warps * warp_tokens

@@ -14,7 +14,7 @@ import triton.language as tl
 from cag_kernels.triton_codes import key_vectors, numbers_of, value_vectors
 from cag_kernels.triton_few import attend_exact, rows_ahead
 from cag_kernels.triton_numbers import LN_2, product, rounded
-from cag_kernels.triton_tiles import between, masked, weighed
+from cag_kernels.triton_tiles import between, masked, program_rows, weighed
 
 
 @triton.jit
@@ -44,16 +44,10 @@ def attend_many(
     value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, tiles_ahead: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the last one may have the exact tokens."""
-    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    is_row = rows < num_queries * group_size
-    queries, heads = rows // group_size, kv_head * group_size + rows % group_size
-    row_query = query + heads * query_head_stride + queries * query_stride
-    row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
-    first, last = split * split_tokens, tl.minimum((split + 1) * split_tokens, num_tokens)
-    hidden = tl.full((block_rows,), -1, tl.int32)  # the last token that is too far back for a row
-    if has_window:
-        hidden = tl.load(positions + queries, mask=is_row, other=1 << 30) - window
+    kv_head, _, is_row, row_query, row_places, first, last, hidden = program_rows(
+        query, positions, window, num_tokens, num_queries, split_tokens, query_head_stride, query_stride, group_size,
+        block_rows, has_window,
+    )  # fmt: skip
     if first >= num_tokens:
         attend_exact(
             row_query, is_row, exact_keys, exact_values, kv_head, hidden, part_out, part_lse, row_places, scale,

@@ -22,7 +22,7 @@ from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
 from cag_kernels.triton_codes import take_codes
 from cag_kernels.triton_few import attend_few
 from cag_kernels.triton_many import attend_many
-from cag_kernels.triton_tiles import halves, store_part, take_plain
+from cag_kernels.triton_tiles import halves, program_rows, store_part, take_plain
 
 BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
@@ -41,15 +41,12 @@ def attend_prefix(
     value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the first split takes the exact tokens too."""
-    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    is_row = rows < num_queries * group_size
-    queries, heads = rows // group_size, kv_head * group_size + rows % group_size
-    low, high = halves(query + heads * query_head_stride + queries * query_stride, is_row, half, block_half, 16)
-    first, last = split * split_tokens, tl.minimum((split + 1) * split_tokens, num_tokens)
-    hidden = tl.full((block_rows,), -1, tl.int32)  # the last token that is too far back for a row
+    kv_head, split, is_row, row_query, row_places, first, last, hidden = program_rows(
+        query, positions, window, num_tokens, num_queries, split_tokens, query_head_stride, query_stride, group_size,
+        block_rows, has_window,
+    )  # fmt: skip
+    low, high = halves(row_query, is_row, half, block_half, 16)
     if has_window:
-        hidden = tl.load(positions + queries, mask=is_row, other=1 << 30) - window
         first = tl.maximum(first, (tl.min(hidden) + 1) // block_tokens * block_tokens)
     maximum = tl.full((block_rows,), float("-inf"), tl.float32)
     denominator = tl.zeros((block_rows,), tl.float32)
@@ -84,7 +81,6 @@ def attend_prefix(
                 value_offsets + at, is_token, visible, scale, softcap, maximum, denominator, low_sum, high_sum,
                 half, group_channels, key_bits, value_bits, has_cap, folded,
             )  # fmt: skip
-    row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
     store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
 
 

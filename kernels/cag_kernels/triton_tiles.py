@@ -14,6 +14,27 @@ from cag_kernels.triton_numbers import LN_2, LOG2_E, converted, product, rounded
 
 
 @triton.jit
+def program_rows(
+    query, positions, window, num_tokens, num_queries, split_tokens, query_head_stride, query_stride,
+    group_size: tl.constexpr, block_rows: tl.constexpr, has_window: tl.constexpr,
+):  # fmt: skip
+    """What a program of the grid `(row blocks, key/value heads, splits)` has to do: its head and split, which rows
+    there are, where their queries lie and their results go; its first token and the end of its tokens; and of each row
+    the last token that is too far back for it, -1 without a window."""
+    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    is_row = rows < num_queries * group_size
+    queries, heads = rows // group_size, kv_head * group_size + rows % group_size
+    row_query = query + heads * query_head_stride + queries * query_stride
+    row_places = (split * tl.num_programs(1) * group_size + heads) * num_queries + queries
+    first, last = split * split_tokens, tl.minimum((split + 1) * split_tokens, num_tokens)
+    hidden = tl.full((block_rows,), -1, tl.int32)
+    if has_window:
+        hidden = tl.load(positions + queries, mask=is_row, other=1 << 30) - window
+    return kv_head, split, is_row, row_query, row_places, first, last, hidden
+
+
+@triton.jit
 def halves(places, is_token, half: tl.constexpr, block_half: tl.constexpr, bits: tl.constexpr):
     """Both halves of the channels of a tile, `[block_tokens, block_half]`; `places` point to each token's first one.
 
