@@ -33,7 +33,7 @@ CHECK
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n "${WORKERS:-8}")
 echo "== tests, ${test_seconds} s at most"
-timeout --signal=INT --kill-after=10 "$test_seconds" "$python" -m pytest -m gpu -W default -p no:cacheprovider -ra --timeout 120 \
+timeout --signal=INT --kill-after=10 "$test_seconds" "$python" -m pytest -m gpu -vv -W default -p no:cacheprovider -ra --timeout 120 \
     "${workers[@]}" tests/kernels $(grep -rl "mark\.gpu" tests/cag) 2>&1 | tee "$out/tests.log"
 tests=$?
 
