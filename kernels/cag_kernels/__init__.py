@@ -11,7 +11,6 @@ one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys t
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
-from cag_kernels.byte_operands import prepare_codes, prepare_rows
 from cag_kernels.cpu import has_compiler, has_numba, has_tiles, warm_up, warm_up_tiles
 from cag_kernels.device import prefix_paths
 from cag_kernels.inverse import inverse_transform
@@ -68,8 +67,6 @@ __all__ = [
     "paged_attention",
     "prefix_attention",
     "prefix_paths",
-    "prepare_codes",
-    "prepare_rows",
     "quantize",
     "quantize_prefix",
     "rotate_and_store",

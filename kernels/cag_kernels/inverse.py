@@ -9,18 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.byte_operands import ByteCodes, ByteRows, prepare_codes, prepare_rows
+from cag_kernels.device import triton_runs_on
 from cag_kernels.prefixes import FLOATS
 from cag_kernels.quantize import narrowed_to
 from cag_kernels.rans import CodeBlocks
 from cag_kernels.rotation import PAIRINGS, move_by
 
-Codes = Tensor | CodeBlocks | ByteCodes
-
 
 def inverse_transform(
-    codes: Codes,
-    rows: Tensor | ByteRows,
+    codes: Tensor | CodeBlocks,
+    rows: Tensor,
     scale: Tensor,
     mean: Tensor,
     *,
@@ -31,28 +29,28 @@ def inverse_transform(
     pairing: str = "halves",
     out: Tensor | None = None,
 ) -> Tensor:
-    """Keys or values of one layer, or of several with the same angles; see `inverse_transform_reference`. Codes and
-    rows also as `prepare_codes` and `prepare_rows` give them, for whoever uses them again. `out` is where to put them,
-    each head's tokens side by side.
+    """Keys or values of one layer, or of several with the same angles; see `inverse_transform_reference`. Codes also as
+    `rans.decode_segments` gives them. `out` is where to put them, each head's tokens side by side.
 
     Raises:
         ValueError: tensors that do not fit together.
     """
-    num_pairs = 0 if angles is None else angles[0].shape[-1]
-    codes = codes if isinstance(codes, ByteCodes) else prepare_codes(codes)
-    if isinstance(rows, Tensor) and isinstance(codes, ByteCodes):
-        rows = prepare_rows(rows, head_dim=head_dim, num_pairs=num_pairs, pairing=pairing)
     _check(codes, rows, scale, mean, head_dim, dtype, mean_of, angles, pairing)
-    if isinstance(codes, Tensor) or isinstance(rows, Tensor):
-        assert isinstance(codes, Tensor), "prepared codes come with prepared rows"
-        assert isinstance(rows, Tensor), "prepared rows come with prepared codes"
+    if not triton_runs_on(rows.device):
+        codes = codes.by_token() if isinstance(codes, CodeBlocks) else codes
         found = inverse_transform_reference(
             codes, rows, scale, mean, head_dim=head_dim, dtype=dtype, mean_of=mean_of, angles=angles, pairing=pairing
         )
         return found if out is None else out.copy_(found)
-    from cag_kernels.triton_inverse import invert
+    from cag_kernels.triton_inverse import invert, operands
 
-    return invert(codes, rows, scale, mean, mean_of, angles, out_of(codes, rows, dtype, out))
+    num_tokens = codes.num_tokens if isinstance(codes, CodeBlocks) else len(codes)
+    shape = rows.shape[1] // head_dim, num_tokens, head_dim
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=rows.device)
+    elif out.shape != shape or out.dtype != dtype or out.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}: {shape} of {dtype} do not fit there")
+    return invert(*operands(codes, rows, angles, head_dim, pairing), scale, mean, mean_of, angles, out)
 
 
 def inverse_transform_reference(
@@ -92,24 +90,9 @@ def inverse_transform_reference(
     return narrowed_to(values.contiguous(), dtype)
 
 
-def out_of(codes: ByteCodes, rows: ByteRows, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """`out`, or memory for keys or values.
-
-    Raises:
-        ValueError: `out` is not of that shape and type, or its tokens do not lie side by side.
-    """
-    head_dim = 2 * rows.pairs[0]
-    shape = rows.num_channels // head_dim, codes.num_tokens, head_dim
-    if out is None:
-        return torch.empty(shape, dtype=dtype, device=codes.low.device)
-    if out.shape != shape or out.dtype != dtype or out.stride()[1:] != (head_dim, 1):
-        raise ValueError(f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}: {shape} of {dtype} do not fit there")
-    return out
-
-
 def _check(
-    codes: Tensor | ByteCodes,
-    rows: Tensor | ByteRows,
+    codes: Tensor | CodeBlocks,
+    rows: Tensor,
     scale: Tensor,
     mean: Tensor,
     head_dim: int,
@@ -118,21 +101,16 @@ def _check(
     angles: tuple[Tensor, Tensor] | None,
     pairing: str,
 ) -> None:
-    turned = [] if angles is None else list(angles)
-    num_pairs = turned[0].shape[-1] if turned else 0
-    if isinstance(codes, ByteCodes) and isinstance(rows, ByteRows):
-        num_tokens, num_components, found = codes.num_tokens, codes.low.shape[1], rows.low.shape[1]
-        num_channels = rows.num_channels
-        fits = rows.pairs == (head_dim // 2, num_pairs, pairing == "adjacent")
-    elif isinstance(codes, Tensor) and isinstance(rows, Tensor) and codes.ndim == rows.ndim == 2:
-        (num_tokens, num_components), (found, num_channels) = codes.shape, rows.shape
-        fits = codes.dtype == rows.dtype == torch.int16
-    else:
-        raise ValueError("codes and rows do not fit each other: both are prepared, or both are matrices")
+    in_blocks = isinstance(codes, CodeBlocks)
+    numbers = codes.blocks if isinstance(codes, CodeBlocks) else codes
+    num_tokens = codes.num_tokens if isinstance(codes, CodeBlocks) else len(codes)
+    turned, num_channels = [] if angles is None else list(angles), rows.shape[-1]
     means = (num_channels,) if mean_of is None else (mean.shape[0], num_channels)
     fits = (
-        fits
-        and num_components == found
+        numbers.ndim == 2 + in_blocks
+        and rows.ndim == 2
+        and numbers.dtype == rows.dtype == torch.int16
+        and numbers.shape[1] == rows.shape[0]
         and scale.shape == (num_channels,)
         and mean.shape == means
         and (mean_of is None or (mean_of.shape == (num_tokens,) and mean_of.dtype == torch.int32))
@@ -145,6 +123,6 @@ def _check(
     )
     if not fits or dtype not in FLOATS or pairing not in PAIRINGS:
         raise ValueError(
-            f"codes of {num_tokens} tokens and {num_components} components, {found} rows of {num_channels} channels do "
-            f"not fit each other, a head_dim of {head_dim}, scales, means, angles, {dtype} or {pairing!r}"
+            f"codes {numbers.dtype} {tuple(numbers.shape)} and rows {rows.dtype} {tuple(rows.shape)} do not fit each "
+            f"other, a head_dim of {head_dim}, scales, means, angles, {dtype} or {pairing!r}"
         )

@@ -10,16 +10,52 @@ Grids: `(blocks of tokens or of columns, blocks of components)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cag_kernels.byte_operands import ByteCodes, ByteRows
 from cag_kernels.rans import CodeBlocks
 
 BLOCK = 128  # tokens, columns or components of a tile
+
+
+class ByteCodes(NamedTuple):
+    """Codes, a row for each place that a token can have; in wide tiles `256 high + low + 128`.
+
+    low, high: int8 `[num_rows, padded components]`; of a tile that is not wide `low` is the codes, `high` anything.
+    sums: int32 `[num_rows]`, of the codes, of those in wide tiles less 128 each.
+    num_wide: int32 `[row blocks]`.
+    wide: int32 `[row blocks, component blocks]`, each block's wide blocks of components, in any order.
+    tokens: int32 `[num_rows]`, the token of each row, -1 where there is none; None where row `i` is token `i`.
+    num_tokens: that have a row.
+    """
+
+    low: Tensor
+    high: Tensor
+    sums: Tensor
+    num_wide: Tensor
+    wide: Tensor
+    tokens: Tensor | None
+    num_tokens: int
+
+
+class ByteRows(NamedTuple):
+    """Rows, turned: each block of columns has the first channels of some pairs, then their second ones.
+
+    low, high: int8 `[padded channels, padded components]`, 0 behind the last channel.
+    sums: int32 `[component blocks, padded channels]`, of the rows of a block of components.
+    num_channels: without those that pad them.
+    pairs: half of the head_dim, pairs of a head that are turned, whether these are neighbours.
+    """
+
+    low: Tensor
+    high: Tensor
+    sums: Tensor
+    num_channels: int
+    pairs: tuple[int, int, bool]
 
 
 @triton.jit

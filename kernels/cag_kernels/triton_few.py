@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cag_kernels.triton_numbers import fetched_ahead, product, rounded
+from cag_kernels.triton_numbers import product, rounded
 from cag_kernels.triton_operands import few_keys, few_values, in_order, key_channels
 from cag_kernels.triton_tiles import between, halves, masked, program_rows, store_part, take_plain
 
@@ -46,20 +46,6 @@ def few_weighed(scores, maximum, denominator):
 def joined(sums, share):
     """The sum over warps of `[warps, half, rows]`, `[rows, half]` with the channels in order."""
     return in_order(tl.sum(sums * share[:, None, :], 0))
-
-
-@triton.jit
-def rows_ahead(places, start, last, stride, num_tokens: tl.constexpr):
-    """Calls what `places` point to at `num_tokens` tokens from `start` into the second-level cache."""
-    fetched_ahead(places + tl.minimum(start + tl.arange(0, num_tokens), last - 1) * stride)
-
-
-@triton.jit
-def groups_ahead(scales, start, last, group_tokens, half: tl.constexpr, num_tokens: tl.constexpr):
-    """The same for the keys' scales or offsets, 128 bytes each."""
-    place = tl.arange(0, num_tokens // 32 * (half // 32))
-    token = tl.minimum(start + place // (half // 32) * 32, last - 1)
-    fetched_ahead(scales + token // group_tokens * (2 * half) + place % (half // 32) * 64)
 
 
 @triton.jit
@@ -106,7 +92,7 @@ def attend_few(
     query_head_stride, query_stride, key_head_stride, key_stride, value_head_stride, value_stride,
     group_size: tl.constexpr, half: tl.constexpr, block_rows: tl.constexpr, group_tokens: tl.constexpr,
     value_groups: tl.constexpr, key_bits: tl.constexpr, value_bits: tl.constexpr, has_window: tl.constexpr,
-    has_cap: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr, tiles_ahead: tl.constexpr,
+    has_cap: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the last one may have the exact tokens."""
     kv_head, _, is_row, row_query, row_places, first, last, hidden = program_rows(
@@ -133,14 +119,6 @@ def attend_few(
         high_sum = tl.zeros((warps, half, block_rows), tl.float32)
         columns = tl.arange(0, warps)[:, None] * warp_tokens + tl.arange(0, warp_tokens)[None, :]
         for start in range(first, last, block):
-            if tiles_ahead > 0:
-                soon = start + tiles_ahead * block
-                rows_ahead(keys, soon, last, key_stride, block)
-                rows_ahead(values, soon, last, value_stride, block)
-                rows_ahead(value_scales + value_at, soon, last, value_groups, block)
-                rows_ahead(value_offsets + value_at, soon, last, value_groups, block)
-                groups_ahead(key_scales + key_at, soon, last, group_tokens, half, block)
-                groups_ahead(key_offsets + key_at, soon, last, group_tokens, half, block)
             keys_low, keys_high = few_keys(
                 keys, key_scales + key_at, key_offsets + key_at, start, last, key_stride, group_tokens, num_groups,
                 half, key_bits, warps, warp_tokens,

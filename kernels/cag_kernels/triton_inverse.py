@@ -4,8 +4,9 @@
 128 sum c`: two products of bytes, where codes are bytes. Of a tile with codes that are not, `c = 256 h + b + 128`,
 `256 (256 sum h u + sum h l) + 128 sum r` comes first, and then `b` is multiplied as any code; `128 sum c` is
 `128 sum (c - 128)` there, which holds what `h` and `b` have of it. Sums are int32 and wrap.
-Then `sum * scale + mean` and the rotation in float32, nothing fused. Columns are pairs of channels side by side, of
-any number of heads and layers. Grid: `(blocks of tokens x blocks of columns)`, those of one block of tokens together.
+Then `sum * scale + mean` and the rotation in float32, nothing fused. Columns are the channels of any number of heads
+and layers, the two of a pair half a block apart. Grid: `(blocks of tokens x blocks of columns)`, those of one block of
+tokens together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cag_kernels.byte_operands import ByteCodes, ByteRows
-from cag_kernels.triton_bytes import BLOCK, channel_of
+from cag_kernels.rans import CodeBlocks
+from cag_kernels.triton_bytes import BLOCK, ByteCodes, ByteRows, channel_of, split_blocks, split_codes, split_rows
 from cag_kernels.triton_quantize import narrow_to
 
 ROOMY_BYTES = 160 << 10  # of shared memory, for tiles of three steps at once
@@ -123,6 +124,15 @@ def default_cut(device: torch.device) -> Cut:
         return Cut()
     properties = torch.cuda.get_device_properties(device)
     return Cut(num_stages=3 if properties.shared_memory_per_block_optin >= ROOMY_BYTES else 2)
+
+
+def operands(
+    codes: Tensor | CodeBlocks, rows: Tensor, angles: tuple[Tensor, Tensor] | None, head_dim: int, pairing: str
+) -> tuple[ByteCodes, ByteRows]:
+    """What `invert` multiplies."""
+    num_pairs = 0 if angles is None else angles[0].shape[1]
+    split = split_blocks(codes) if isinstance(codes, CodeBlocks) else split_codes(codes)
+    return split, split_rows(rows, (head_dim // 2, num_pairs, pairing == "adjacent"))
 
 
 def invert(

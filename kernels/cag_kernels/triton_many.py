@@ -12,9 +12,15 @@ import triton
 import triton.language as tl
 
 from cag_kernels.triton_codes import key_vectors, numbers_of, value_vectors
-from cag_kernels.triton_few import attend_exact, rows_ahead
-from cag_kernels.triton_numbers import LN_2, product, rounded
+from cag_kernels.triton_few import attend_exact
+from cag_kernels.triton_numbers import LN_2, fetched_ahead, product, rounded
 from cag_kernels.triton_tiles import between, masked, program_rows, weighed
+
+
+@triton.jit
+def rows_ahead(places, start, last, stride, num_tokens: tl.constexpr):
+    """Calls what `places` point to at `num_tokens` tokens from `start` into the second-level cache."""
+    fetched_ahead(places + tl.minimum(start + tl.arange(0, num_tokens), last - 1) * stride)
 
 
 @triton.jit

@@ -13,16 +13,16 @@ from triton import knobs
 EMULATED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# 4 bytes to 4 + 4 floats: $0, $1 from the low nibbles, $2, $3 from the high ones; %s: an exponent's upper byte, 4 times
+# 4 bytes to 4 + 4 floats: $0, $1 from the low nibbles, $2, $3 from the high ones, under the exponent of 1,024
 _NIBBLES = """{
     .reg .b32 low, high;
     and.b32 low, $4, 0x0F0F0F0F;
     shr.u32 high, $4, 4;
     and.b32 high, high, 0x0F0F0F0F;
-    prmt.b32 $0, low, %s, 0x4140;
-    prmt.b32 $1, low, %s, 0x4342;
-    prmt.b32 $2, high, %s, 0x4140;
-    prmt.b32 $3, high, %s, 0x4342;
+    prmt.b32 $0, low, 0x64646464, 0x4140;
+    prmt.b32 $1, low, 0x64646464, 0x4342;
+    prmt.b32 $2, high, 0x64646464, 0x4140;
+    prmt.b32 $3, high, 0x64646464, 0x4342;
 }"""
 # the same for bfloat16, and then `(number - 128) * scale + offset` with one rounding: $5 to $8 are the scales of the
 # low and of the high nibbles' numbers, $9 to $12 their offsets, two in a register
@@ -64,8 +64,7 @@ _DEQUANTIZED_BYTES = """{
 }"""
 DEQUANTIZED = tl.constexpr(_DEQUANTIZED)
 DEQUANTIZED_BYTES = tl.constexpr(_DEQUANTIZED_BYTES)
-BFLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x43434343"))
-FLOAT16_NIBBLES = tl.constexpr(_NIBBLES.replace("%s", "0x64646464"))
+FLOAT16_NIBBLES = tl.constexpr(_NIBBLES)
 
 
 @triton.jit
@@ -104,23 +103,17 @@ def product(left, right, total):
 
 @triton.jit
 def nibbles(packed, dtype: tl.constexpr):
-    """The two 4-bit codes of each byte, low and high nibble, as numbers of `dtype` that are `code_bias` too large.
+    """The two 4-bit codes of each byte, low and high nibble, as numbers of `dtype` (float16, float32) that are
+    `code_bias` too large.
 
     A code becomes the low bits of a mantissa: no conversion, and one instruction moves two codes into their floats.
     It is called impure, which it is not: the compiler would else do it in the layout of the product, byte by byte.
     """
     if dtype == tl.float32:
         low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
-    elif EMULATED and dtype == tl.bfloat16:
-        low = ((packed & 15).to(tl.int16) | 0x4300).to(dtype, bitcast=True)
-        high = ((packed >> 4).to(tl.int16) | 0x4300).to(dtype, bitcast=True)
     elif EMULATED:
         low = ((packed & 15).to(tl.int16) | 0x6400).to(dtype, bitcast=True)
         high = ((packed >> 4).to(tl.int16) | 0x6400).to(dtype, bitcast=True)
-    elif dtype == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            BFLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
-        )
     else:
         low, high = tl.inline_asm_elementwise(
             FLOAT16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=False, pack=4
@@ -171,13 +164,7 @@ def fetched_ahead(places):
 @triton.jit
 def code_bias(dtype: tl.constexpr, bits: tl.constexpr):
     """What `nibbles` adds."""
-    if bits == 4 and dtype == tl.bfloat16:
-        bias = 128.0
-    elif bits == 4 and dtype == tl.float16:
-        bias = 1024.0
-    else:
-        bias = 0.0
-    return bias
+    return 1024.0 if bits == 4 and dtype == tl.float16 else 0.0
 
 
 @triton.jit

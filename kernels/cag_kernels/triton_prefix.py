@@ -95,7 +95,7 @@ class SplitPlan(NamedTuple):
     num_warps: int
     num_stages: int = 3
     warp_tokens: int = 0  # of a warp, in `triton_few`'s kernel, which serves if this is not 0
-    tiles_ahead: int = 0  # fetched into the second-level cache by the kernels for codes
+    tiles_ahead: int = 0  # of which `triton_many`'s kernel asks for the values' scales
     max_registers: int | None = None
     is_many: bool = False  # `triton_many`'s kernel serves
 
@@ -196,7 +196,7 @@ def attend_prefix_parts(
     if plan.warp_tokens:
         kernel: Any = attend_few
         sizes |= {"value_groups": head_dim // sizes.pop("group_channels"), "warps": plan.num_warps}
-        sizes |= {"warp_tokens": plan.warp_tokens, "tiles_ahead": plan.tiles_ahead}
+        sizes["warp_tokens"] = plan.warp_tokens
     else:
         kernel = attend_many if plan.is_many else attend_prefix
         sizes |= {"block_half": max(16, triton.next_power_of_2(half)), "block_tokens": plan.block_tokens}

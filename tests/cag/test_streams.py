@@ -33,7 +33,7 @@ from tiny import tiny_config, write_tiny_model
 
 HEADS, DIMS = (2, 1, 2, 1, 3), (8, 16, 8, 4, 6)  # groups of two layers, the last of one
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
-rans_operation, byte_operands = (importlib.import_module(f"cag_kernels.{name}") for name in ("rans", "byte_operands"))
+rans_operation, inverse_operation = (importlib.import_module(f"cag_kernels.{name}") for name in ("rans", "inverse"))
 SEGMENT_HEAD = struct.Struct("<BBHIII")
 
 
@@ -140,7 +140,7 @@ def test_decoded_there_is_decoded_here(device, dtype, num_tokens, chunk_tokens, 
 def test_the_kernels_in_their_interpreter_take_what_is_made_for_them(choices, monkeypatch):
     """Among it: segments without tokens between the others."""
     pytest.importorskip("triton")
-    for module in (rans_operation, byte_operands):
+    for module in (rans_operation, inverse_operation):
         monkeypatch.setattr(module, "triton_runs_on", lambda _device: True)
     cache = Cache(40, 33, **choices)
     assert_same_bits(cache.kept(torch.device("cpu")).layers(), cache.decoded())

@@ -23,7 +23,7 @@ from cag.state import AttentionRule, SequenceState
 from cag.step_tensors import StepState, StepTensors
 from cag_bench.errors import KernelWrong
 from cag_bench.figures import percentiles
-from cag_bench.gpu.clock import Budget, wall_samples
+from cag_bench.gpu.clock import Budget, median_of, wall_samples
 from cag_bench.gpu.model import random_ids, random_prefix, weight_bytes
 from cag_bench.gpu.shapes import GpuOptions
 from cag_kernels import merge_segments, paged_attention, prefix_attention
@@ -227,11 +227,6 @@ def timed(name: str, samples: list[float], floor_s: float) -> Row:
     spread = percentiles(samples) or {}
     over = spread["p50"] / floor_s
     return {"name": name, "seconds": spread, "floor_s": floor_s, "p50_over_floor": over, "samples_s": samples}
-
-
-def median_of(values: list[float]) -> float:
-    """Their median."""
-    return (percentiles(values) or {})["p50"]
 
 
 Part = Callable[[], Iterator[Row]]

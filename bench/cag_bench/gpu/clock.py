@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from cag_bench.figures import percentiles
+
 
 class Budget:
     """Seconds that are left of a run."""
@@ -52,3 +54,8 @@ def peak_bytes(device: torch.device) -> int | None:
     most = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return most
+
+
+def median_of(samples: list[float]) -> float:
+    """Their median; of one at least."""
+    return (percentiles(samples) or {})["p50"]

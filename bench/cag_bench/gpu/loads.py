@@ -14,10 +14,9 @@ from cag.buffers import storage_view
 from cag.stream_buffers import StreamBuffers
 from cag_bench.errors import KernelWrong
 from cag_bench.figures import percentiles
-from cag_bench.gpu.clock import Budget, wall_samples
+from cag_bench.gpu.clock import Budget, median_of, wall_samples
 from cag_bench.gpu.random_cache import SIDES, RandomCache
 from cag_bench.gpu.shapes import GpuOptions
-from cag_bench.gpu.transform import median_of
 from cag_kernels import DensePrefix
 from cag_store.codecs import EncodedSegment
 

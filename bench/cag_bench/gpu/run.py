@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from cag_bench.figures import percentiles
-from cag_bench.gpu.answers import Answers, Part, check_steps, median_of
+from cag_bench.gpu.answers import Answers, Part, check_steps
 from cag_bench.gpu.attention import attention_rows
-from cag_bench.gpu.clock import Budget, peak_bytes
+from cag_bench.gpu.clock import Budget, median_of, peak_bytes
 from cag_bench.gpu.loads import load_row
 from cag_bench.gpu.model import KINDS, random_model, random_prefix
 from cag_bench.gpu.retrieval import retrieval_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cag_bench.gpu.answers import median_of
+from cag_bench.gpu.clock import median_of
 
 Row = dict[str, Any]
 FIRST, RAG, DECODE, APART, INT4, TRANSFORM = (

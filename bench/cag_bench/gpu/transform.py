@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cag_bench.errors import KernelWrong
 from cag_bench.figures import percentiles
-from cag_bench.gpu.clock import Budget
+from cag_bench.gpu.clock import Budget, median_of
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.kernel_clock import Clock
 from cag_kernels import CodeBlocks, RansSegments, count_blocks, decode_segments, inverse_transform
@@ -226,8 +226,3 @@ def samples_of(timed: Callable[[], float], options: GpuOptions, budget: Budget) 
     while len(samples) < options.samples and budget.left_s > 0:
         samples.append(timed())
     return samples
-
-
-def median_of(samples: list[float]) -> float:
-    """Their median."""
-    return (percentiles(samples) or {})["p50"]

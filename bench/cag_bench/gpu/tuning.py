@@ -5,15 +5,14 @@ Nothing here changes what is computed. Sizes in, rows out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cag_bench.figures import percentiles
-from cag_bench.gpu.clock import Budget
+from cag_bench.gpu.clock import Budget, median_of
 from cag_bench.gpu.model import KINDS
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.gpu.transform import CODED_SHARE
@@ -26,7 +25,7 @@ NUM_SAMPLES = 7
 MIN_VARIANT_S = 12.0  # one more is compiled and timed only with so much left
 CUTS = [(4, 3, 4), (2, 3, 6), (1, 3, 8), (4, 2, 4), (4, 4, 4), (4, 3, 6), (2, 4, 6)]  # warps, stages, programs at once
 WIDE_CUTS = [(8, 3, 1), (4, 3, 2), (8, 2, 1), (8, 4, 1)]
-INVERSE_CUTS = [(8, 3), (8, 4), (8, 2), (4, 3)]  # warps, stages
+INVERSE_CUTS = [(8, 3), (8, 4), (8, 2)]  # warps, stages
 
 Row = dict[str, Any]
 
@@ -66,17 +65,16 @@ def attend_cut(query: Tensor, prefix: Prefix, num_warps: int, num_stages: int, p
 
 
 def _inverse_works(device: torch.device, options: GpuOptions) -> dict[str, Work]:
-    from cag_kernels.inverse import out_of
-    from cag_kernels.triton_bytes import split_codes, split_rows
-    from cag_kernels.triton_inverse import Cut, invert
+    from cag_kernels.triton_inverse import Cut, invert, operands
 
     channels = options.joint_layers * options.network.num_kv_heads * options.network.head_dim
     num_components = round(CODED_SHARE * channels)
     codes = torch.randint(-64, 64, (num_components, options.prefix_tokens), dtype=torch.int16, device=device).t()
     rows = torch.randint(-(1 << 14), 1 << 14, (num_components, channels), dtype=torch.int16, device=device)
     scale, mean = torch.rand(2, channels, device=device)
-    split = split_codes(codes), split_rows(rows, (options.network.head_dim // 2, 0, False))
-    arguments = (*split, scale, mean, None, None, out_of(*split, torch.bfloat16))
+    split = operands(codes, rows, None, options.network.head_dim, "halves")
+    size = channels // options.network.head_dim, options.prefix_tokens, options.network.head_dim
+    arguments = (*split, scale, mean, None, None, torch.empty(size, dtype=torch.bfloat16, device=device))
     return {str(cut): partial(invert, *arguments, Cut(*cut)) for cut in INVERSE_CUTS}
 
 
@@ -88,11 +86,7 @@ def _timed(works: Mapping[str, Work], clock: Clock, budget: Budget) -> Row:
         if budget.left_s < MIN_VARIANT_S:
             break
         try:
-            seconds[name] = _median(clock.prepared(work))
+            seconds[name] = median_of([sample() for sample in NUM_SAMPLES * [clock.prepared(work)]])
         except Exception as error:  # too much shared memory, say
             failed[name] = f"{type(error).__name__}: {error}"[:200]
     return {"variants_s": seconds, "variants_failed": failed}
-
-
-def _median(timed: Callable[[], float]) -> float:
-    return (percentiles([timed() for _ in range(NUM_SAMPLES)]) or {})["p50"]

@@ -4,22 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from cag_kernels.byte_operands import ByteCodes, ByteRows, prepare_codes, prepare_rows
-from cag_kernels.inverse import inverse_transform, inverse_transform_reference, out_of
+from cag_kernels.inverse import inverse_transform, inverse_transform_reference
 from cag_kernels.rans import CodeBlocks
 from cag_kernels.rotation import angles
-from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
-from cag_kernels.triton_inverse import invert
+from cag_kernels.triton_inverse import invert, operands
 from cag_store.codecs.transform.product import finish_reference, product_reference
 from oracle import normal
 
 
 def inverted(codes, rows, scale, mean, tables, head_dim, dtype, pairing="halves", mean_of=None):
-    """By the kernels."""
-    pairs = head_dim // 2, 0 if tables is None else tables[0].shape[1], pairing == "adjacent"
-    split = split_blocks if isinstance(codes, CodeBlocks) else split_codes
-    operands = split(codes), split_rows(rows, pairs)
-    return invert(*operands, scale, mean, mean_of, tables, out_of(*operands, dtype))
+    """By the kernels, into memory with tokens before and behind."""
+    num_tokens = codes.num_tokens if isinstance(codes, CodeBlocks) else len(codes)
+    wide = torch.full((rows.shape[1] // head_dim, num_tokens + 5, head_dim), 7.0, dtype=dtype, device=rows.device)
+    split = operands(codes, rows, tables, head_dim, pairing)
+    found = invert(*split, scale, mean, mean_of, tables, wide[:, 3 : 3 + num_tokens])
+    assert (wide[:, :3] == 7).all()
+    assert (wide[:, 3 + num_tokens :] == 7).all()
+    return found
 
 
 def make(num_tokens, num_components, num_channels):
@@ -81,26 +82,6 @@ def test_segments_have_means_of_their_own_and_codes_lie_as_they_were_decoded(dev
     operands = [part.to(device) for part in (rows, scale, means)]
     found = inverted(decoded, *operands, None, 48, torch.bfloat16, mean_of=mean_of.to(device))
     assert torch.equal(found.cpu(), expected)
-
-
-def test_prepared_operands_give_the_same(device):
-    """On a device that multiplies bytes they are bytes; in the interpreter's place the operands themselves."""
-    codes, rows, scale, mean = (part.to(device) for part in make(39, 70, 2 * 16))
-    tables = tuple(table.to(device) for table in angles(torch.arange(39), 0.5 ** torch.arange(6)))
-    kwargs = {"head_dim": 16, "dtype": torch.bfloat16, "angles": tables, "pairing": "adjacent"}
-    prepared = prepare_codes(codes), prepare_rows(rows, head_dim=16, num_pairs=6, pairing="adjacent")
-    assert isinstance(prepared[0], ByteCodes) == isinstance(prepared[1], ByteRows) == (device.type == "cuda")
-    expected = inverse_transform(codes, rows, scale, mean, **kwargs)
-    assert torch.equal(inverse_transform(*prepared, scale, mean, **kwargs), expected)
-    if device.type == "cuda":
-        wide = torch.full((2, 50, 16), 7.0, dtype=torch.bfloat16, device=device)
-        inverse_transform(*prepared, scale, mean, **kwargs, out=wide[:, 3:42])
-        assert torch.equal(wide[:, 3:42], expected)
-        assert (wide[:, :3] == 7).all() and (wide[:, 42:] == 7).all()
-        with pytest.raises(ValueError, match="do not fit"):
-            inverse_transform(*prepared, scale, mean, **kwargs, out=wide[:, ::2][:, :39])
-        with pytest.raises(ValueError, match="do not fit"):
-            inverse_transform(*prepared, scale, mean, **{**kwargs, "pairing": "halves"})
 
 
 @pytest.mark.parametrize("pairing", ["halves", "adjacent"])
