@@ -88,6 +88,13 @@ class Emitter:
         """How many of `size` hold `count`, both above 0."""
         return self.builder.udiv(self.builder.add(count, self.builder.sub(size, self.integer(1))), size)
 
+    def variable(self, value: Value) -> Value:
+        """Address of an int64 on the stack that begins with a value."""
+        memory = self.builder.alloca(INT64)
+        memory.type = POINTER  # llvmlite still gives it a typed pointer
+        self.builder.store(value, memory)
+        return memory
+
     def scratch(self, count: int) -> Value:
         """`count` float32 on the stack."""
         memory = self.builder.alloca(FLOAT, size=count)

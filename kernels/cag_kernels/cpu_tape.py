@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,21 +41,51 @@ class Header(IntEnum):
 
 
 class StepField(IntEnum):
-    """Places in a step: address of its code, address of its call, 1 if one thread runs it alone."""
+    """Places in a step: address of its code, address of its call, 1 if one thread runs it alone; then the `Reads` of
+    the next step behind it that has some."""
 
     ENTRY = 0
     CALL = 1
     ALONE = 2
+    AHEAD = 3
+    AHEAD_ROWS = 4
+    AHEAD_ROW_BYTES = 5
+    AHEAD_STEP = 6
 
 
 STEP_FIELDS = len(StepField)
+
+
+class Reads(NamedTuple):
+    """What a step reads once, out of memory: rows that its threads share out (`cpu_team.Share`). Threads that wait for
+    others ask for the beginning of their share.
+
+    address: of the first row. step: a unit has so many rows, or a multiple.
+    """
+
+    address: int
+    num_rows: int
+    row_bytes: int
+    step: int
+
+
+_NOTHING = Reads(0, 0, 0, 1)
+
+
+class _Step(NamedTuple):
+    """See `Tape.add`. The call must live as long as the tape."""
+
+    entry: int
+    call: Any
+    alone: bool
+    reads: Reads | None
 
 
 class Tape:
     """Steps in order. Recorded once, then run any number of times, by one caller at a time."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[int, Any, bool]] = []  # with the calls, which must live as long as the tape
+        self._steps: list[_Step] = []
         self._kept: list[Any] = []  # what the calls' addresses are of
         self._scratch = torch.empty(0)
         self._header = np.zeros(Header.STEPS + 1, dtype=np.int64)
@@ -76,9 +106,9 @@ class Tape:
             _state.tape = None
         self._seal()
 
-    def add(self, entry: int, call: Any, alone: bool) -> None:
+    def add(self, entry: int, call: Any, alone: bool, reads: Reads | None = None) -> None:
         """One step: the address of its code, its call (a ctypes array), and whether one thread runs it alone."""
-        self._steps.append((entry, call, alone))
+        self._steps.append(_Step(entry, call, alone, reads))
 
     def keep(self, memory: Sequence[Any]) -> None:
         """Keep what the addresses in calls are of, as long as the tape."""
@@ -111,8 +141,11 @@ class Tape:
             _run_in_pool(header.ctypes.data, num_threads)
 
     def _seal(self) -> None:
-        rows = [(entry, ctypes.addressof(call), alone) for entry, call, alone in self._steps]
-        self._rows = np.array(rows, dtype=np.int64).reshape(-1, STEP_FIELDS)
+        rows, ahead = [], _NOTHING
+        for step in reversed(self._steps):
+            rows.append((step.entry, ctypes.addressof(step.call), step.alone, *ahead))
+            ahead = ahead if step.reads is None else step.reads
+        self._rows = np.array(rows[::-1], dtype=np.int64).reshape(-1, STEP_FIELDS)
 
 
 class _Scratch(threading.local):
@@ -170,13 +203,13 @@ class CompiledStep:
         else:
             tape.add(self.entry, call, alone=True)
 
-    def shared(self, call: Any, num_tasks: int) -> None:
+    def shared(self, call: Any, num_tasks: int, reads: Reads | None = None) -> None:
         """Run a call on all of torch's threads, which share out its tasks, or record it."""
         tape = _recording()
         if tape is None:
             run_on_threads(self.function, self.entry, call, num_tasks)
         else:
-            tape.add(self.entry, call, alone=False)
+            tape.add(self.entry, call, alone=False, reads=reads)
 
 
 def _run_in_pool(memory: int, num_threads: int) -> None:

@@ -2,8 +2,8 @@
 
 Sixteen output features are the rows of a tile straight from the weight, so nothing is packed beforehand and blocks of
 prefill keep the library's product on the same memory. The block's rows are rounded to bfloat16 and stand side by side.
-Sums are float32. A task is 64 output features; threads share tasks out, and no number depends on which of them computes
-it.
+Sums are float32. Threads share the features out (`cpu_team`), and no number depends on which of them computes it. While
+a thread multiplies 32 features it asks for the next 32, which lie right behind: tiles alone do not keep memory busy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels.cpu_emit import INT8, INT32, INT64, POINTER, Program, Value, function_blocks
-from cag_kernels.cpu_tape import CompiledStep, new_call, scratch_memory
-from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter, has_tiles
+from cag_kernels.cpu_tape import CompiledStep, Reads, new_call, scratch_memory
+from cag_kernels.cpu_team import Share
+from cag_kernels.cpu_tiles import DEPTH, ROW_BYTES, TILE, TileEmitter, has_tiles
 
-TASK_FEATURES = 64  # four tiles of sums under way hide the latency of a product
-_SUMS = TASK_FEATURES // TILE
+BLOCK_FEATURES = 32  # by up to 32 rows: four tiles of sums under way hide the latency of a product
+_PARTS = BLOCK_FEATURES // TILE
+_OF_FEATURES, _OF_ROWS = 4, 6  # tiles 0 to 3 hold sums
+_SECOND_CACHE = 2
 
 _lock = threading.Lock()
 
@@ -42,7 +45,7 @@ class Field(IntEnum):
 
 def serves(weight: Tensor) -> bool:
     """Whether `compiled_linear` takes this bfloat16 weight, on this processor."""
-    large = weight.shape[0] >= TASK_FEATURES and weight.shape[1] % DEPTH == 0
+    large = weight.shape[0] >= BLOCK_FEATURES and weight.shape[1] % DEPTH == 0
     return large and weight.is_contiguous() and has_tiles()
 
 
@@ -97,7 +100,9 @@ class TileLinearKernel:
         """Serve one call; `fields` are `Field` in order, `memory` is what their addresses are of."""
         call = new_call(fields, memory)
         self._prepare.alone(call)
-        self._multiply.shared(call, -(-fields[Field.OUT_FEATURES] // TASK_FEATURES))
+        weight, (in_features, out_features) = fields[Field.WEIGHT], fields[Field.IN_FEATURES :]
+        reads = Reads(weight, out_features, 2 * in_features, BLOCK_FEATURES)
+        self._multiply.shared(call, -(-out_features // BLOCK_FEATURES), reads)
 
 
 def compiled_kernel() -> TileLinearKernel:
@@ -171,67 +176,73 @@ def _pairs_index(call: _Call, tile: Value, feature: Value) -> Value:
 
 def _emit_multiply(call: _Call) -> None:
     emit, builder = call.emit, call.emit.builder
-    take, work, done = function_blocks(call.function, "take", "work", "done")
+    out_features = call[Field.OUT_FEATURES]
+    share = Share(emit, out_features, emit.integer(BLOCK_FEATURES))
+    own_stop = emit.minimum(builder.mul(share.stop, share.size), out_features)
     with emit.configured():
         turned = emit.bytes_on_stack(4 * TILE * TILE)
-        builder.branch(take)
-        builder.position_at_end(take)
-        task = builder.atomic_rmw("add", call.place(Field.NEXT_TASK), emit.integer(1), "monotonic")
-        start = builder.mul(task, emit.integer(TASK_FEATURES))
-        builder.cbranch(builder.icmp_signed("<", start, call[Field.OUT_FEATURES]), work, done)
-        builder.position_at_end(work)
-        # the last task begins early enough to be whole; what it computes again has the same bits
-        first = emit.minimum(start, builder.sub(call[Field.OUT_FEATURES], emit.integer(TASK_FEATURES)))
-        _emit_task(call, first, turned)
-        builder.branch(take)
-        builder.position_at_end(done)
+        with share.units(emit, call.place(Field.NEXT_TASK)) as unit:
+            start = builder.mul(unit, share.size)
+            stop = emit.minimum(builder.add(start, share.size), out_features)
+            with emit.loop(start, stop, BLOCK_FEATURES) as feature:
+                _emit_features(call, feature.index, own_stop, turned)
     builder.ret_void()
 
 
-def _emit_task(call: _Call, first: Value, turned: Value) -> None:
-    """64 features: all at once for up to 16 rows, else by halves, which meet 32 rows at a time."""
-    emit, builder = call.emit, call.emit.builder
-    few, many, joined = function_blocks(call.function, "few", "many", "joined")
-    last = builder.sub(_row_tiles(call), emit.integer(1))
-    builder.cbranch(builder.icmp_signed("==", last, emit.integer(0)), few, many)
-    builder.position_at_end(few)
-    _emit_block(call, first, [emit.integer(0)], turned)
-    builder.branch(joined)
-    builder.position_at_end(many)
-    half = TASK_FEATURES // 2
-    with (
-        emit.loop(first, builder.add(first, emit.integer(TASK_FEATURES)), half) as feature,
-        emit.loop(emit.integer(0), builder.add(last, emit.integer(1)), 2) as tile,
-    ):
-        second = emit.minimum(builder.add(tile.index, emit.integer(1)), last)
-        _emit_block(call, feature.index, [tile.index, second], turned)
-    builder.branch(joined)
-    builder.position_at_end(joined)
+def _emit_features(call: _Call, feature: Value, own_stop: Value, turned: Value) -> None:
+    """32 features for all rows, 32 rows at a time; meanwhile the next ones are asked for, if they are this thread's."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    # the last ones begin early enough to be whole; what is computed again has the same bits
+    feature = emit.minimum(feature, builder.sub(call[Field.OUT_FEATURES], emit.integer(BLOCK_FEATURES)))
+    following = builder.add(feature, emit.integer(BLOCK_FEATURES))
+    ahead = _weight_row(call, builder.select(builder.icmp_signed("<", following, own_stop), following, feature))
+    num_tiles = _row_tiles(call)
+    last = builder.sub(num_tiles, emit.integer(1))
+    with emit.loop(zero, num_tiles, 2) as tile:
+        row_tiles = [tile.index, builder.add(tile.index, emit.integer(1))]
+        one, two, joined = function_blocks(call.function, "one", "two", "joined")
+        builder.cbranch(builder.icmp_signed("<", tile.index, last), two, one)
+        for count, block in enumerate((one, two), 1):
+            builder.position_at_end(block)
+            _emit_block(call, feature, row_tiles[:count], ahead, turned)
+            builder.branch(joined)
+        builder.position_at_end(joined)
 
 
-def _emit_block(call: _Call, first: Value, row_tiles: list[Value], turned: Value) -> None:
-    """Four tiles of sums, features by row tiles, from zero to their places in out."""
+def _weight_row(call: _Call, feature: Value) -> Value:
+    """Address of a feature's weights."""
+    return call.emit.at(call[Field.WEIGHT], call.emit.builder.mul(feature, _weight_row_bytes(call)), INT8)
+
+
+def _weight_row_bytes(call: _Call) -> Value:
+    return call.emit.builder.mul(call[Field.IN_FEATURES], call.emit.integer(2))
+
+
+def _emit_block(call: _Call, first: Value, row_tiles: list[Value], ahead: Value, turned: Value) -> None:
+    """32 features by one or two tiles of rows, from zero to their places in out. `ahead`: weights to ask for, as many
+    as are read here."""
     emit, builder = call.emit, call.emit.builder
-    num_parts = _SUMS // len(row_tiles)
-    left, right = _SUMS, _SUMS + 4 - len(row_tiles)
-    row_bytes = builder.mul(call[Field.IN_FEATURES], emit.integer(2))
-    features = [builder.add(first, emit.integer(part * TILE)) for part in range(num_parts)]
-    blocks = [emit.at(call[Field.WEIGHT], builder.mul(feature, row_bytes), INT8) for feature in features]
-    for total in range(_SUMS):
+    features = [builder.add(first, emit.integer(part * TILE)) for part in range(_PARTS)]
+    rows = [_weight_row(call, feature) for feature in features]
+    sums = [[part * len(row_tiles) + column for column in range(len(row_tiles))] for part in range(_PARTS)]
+    for total in sum(sums, []):
         emit.zero(total)
     with emit.loop(emit.integer(0), call[Field.IN_FEATURES], DEPTH) as feature:
         for column, row_tile in enumerate(row_tiles):
             source = emit.at(call[Field.PAIRS], _pairs_index(call, row_tile, feature.index), INT32)
-            emit.load_tile(right + column, source)
-        for part, block in enumerate(blocks):
-            place = emit.at(block, builder.mul(feature.index, emit.integer(2)), INT8)
-            tile = left + part % 2
-            emit.load_tile(tile, place, row_bytes)
-            for column in range(len(row_tiles)):
-                emit.add_product(part * len(row_tiles) + column, tile, right + column)
+            emit.load_tile(_OF_ROWS + column, source)
+        line = builder.mul(feature.index, emit.integer(2 * BLOCK_FEATURES))  # a round reads as many bytes of all rows
+        for part, row in enumerate(rows):
+            for number in range(part * TILE, (part + 1) * TILE):
+                place = emit.at(ahead, builder.add(line, emit.integer(number * ROW_BYTES)), INT8)
+                emit.prefetch(place, near=_SECOND_CACHE)
+            place = emit.at(row, builder.mul(feature.index, emit.integer(2)), INT8)
+            emit.load_tile(_OF_FEATURES + part, place, _weight_row_bytes(call))
+            for column, total in enumerate(sums[part]):
+                emit.add_product(total, _OF_FEATURES + part, _OF_ROWS + column)
     for part, start in enumerate(features):
         for column, row_tile in enumerate(row_tiles):
-            emit.store_tile(part * len(row_tiles) + column, turned)
+            emit.store_tile(sums[part][column], turned)
             _emit_rows(call, start, row_tile, turned)
 
 
