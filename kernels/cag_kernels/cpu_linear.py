@@ -2,8 +2,8 @@
 
 A panel of the packed weight holds 16 output features, for each input feature side by side. So the weight streams
 through once in the order in which it lies, each number of it meets every row of the block in registers, and nothing is
-added up across lanes. A bfloat16 weight is half as much to read and is widened on the way. Panels are shared out among
-torch's threads; no number depends on which thread computes it.
+added up across lanes. A bfloat16 weight is half as much to read and is widened on the way. Threads share panels out
+(`cpu_team`); no number depends on which thread computes it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Program, Value, function_blocks
 from cag_kernels.cpu_panel import host_blocking
-from cag_kernels.cpu_tape import CompiledStep, new_call
+from cag_kernels.cpu_tape import CompiledStep, Reads, new_call
+from cag_kernels.cpu_team import Share
 from cag_kernels.packed import PANEL
 
 MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
 SUMS = 16  # sums under way at least, so that no addition waits for the one before
 TILE = 128  # input features of one sum, a multiple of 16
-TASK = 2  # panels that a thread takes at a time
 AHEAD = 16  # input features ahead of which the weight is asked for
 
 _lock = threading.Lock()
@@ -49,11 +49,14 @@ class LinearKernel:
 
     def __init__(self, is_bfloat16: bool) -> None:
         program = Program(linear_module(host_blocking().lanes, is_bfloat16))
+        self._number_bytes = 2 if is_bfloat16 else 4
         self._multiply = CompiledStep(program.address("linear"), program)
 
     def run(self, fields: tuple[int, ...], memory: tuple[Tensor, ...]) -> None:
         """Serve one call; `fields` are `Field` in order, `memory` is what their addresses are of."""
-        self._multiply.shared(new_call(fields, memory), -(-fields[Field.OUT_FEATURES] // (PANEL * TASK)))
+        weight, in_features, out_features = (fields[i] for i in (Field.WEIGHT, Field.IN_FEATURES, Field.OUT_FEATURES))
+        reads = Reads(weight, out_features, self._number_bytes * in_features, PANEL)
+        self._multiply.shared(new_call(fields, memory), -(-out_features // PANEL), reads)
 
 
 def compiled_linear(
@@ -209,19 +212,12 @@ class _Linear:
 
     def _emit_tasks(self) -> None:
         emit, builder = self.emit, self.emit.builder
-        take, work, done = function_blocks(self.function, "take", "work", "done")
-        builder.branch(take)
-        builder.position_at_end(take)
-        counter = emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)
-        task = builder.atomic_rmw("add", counter, emit.integer(1), "monotonic")
-        first = builder.mul(task, emit.integer(TASK * PANEL))
-        builder.cbranch(builder.icmp_signed("<", first, self.out_features), work, done)
-        builder.position_at_end(work)
-        stop = emit.minimum(builder.add(first, emit.integer(TASK * PANEL)), self.out_features)
-        with emit.loop(first, stop, PANEL) as feature:
-            self._emit_panel(feature.index)
-        builder.branch(take)
-        builder.position_at_end(done)
+        share = Share(emit, self.out_features, emit.integer(PANEL))
+        with share.units(emit, emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)) as unit:
+            first = builder.mul(unit, share.size)
+            stop = emit.minimum(builder.add(first, share.size), self.out_features)
+            with emit.loop(first, stop, PANEL) as feature:
+                self._emit_panel(feature.index)
         builder.ret_void()
 
     def _emit_panel(self, first: Value) -> None:

@@ -22,6 +22,7 @@ from cag_kernels.cpu_team import Share
 from cag_kernels.cpu_tiles import DEPTH, ROW_BYTES, TILE, TileEmitter, has_tiles
 
 BLOCK_FEATURES = 32  # by up to 32 rows: four tiles of sums under way hide the latency of a product
+SHORT_ROW = 1024  # input features up to which rows are asked for; longer ones the processor finds by itself, and better
 _PARTS = BLOCK_FEATURES // TILE
 _OF_FEATURES, _OF_ROWS = 4, 6  # tiles 0 to 3 hold sums
 _SECOND_CACHE = 2
@@ -100,7 +101,7 @@ class TileLinearKernel:
         """Serve one call; `fields` are `Field` in order, `memory` is what their addresses are of."""
         call = new_call(fields, memory)
         self._prepare.alone(call)
-        weight, (in_features, out_features) = fields[Field.WEIGHT], fields[Field.IN_FEATURES :]
+        weight, in_features, out_features = (fields[i] for i in (Field.WEIGHT, Field.IN_FEATURES, Field.OUT_FEATURES))
         reads = Reads(weight, out_features, 2 * in_features, BLOCK_FEATURES)
         self._multiply.shared(call, -(-out_features // BLOCK_FEATURES), reads)
 
@@ -190,19 +191,26 @@ def _emit_multiply(call: _Call) -> None:
 
 
 def _emit_features(call: _Call, feature: Value, own_stop: Value, turned: Value) -> None:
-    """32 features for all rows, 32 rows at a time; meanwhile the next ones are asked for, if they are this thread's."""
+    """32 features for all rows, 32 rows at a time; with the first of these the next features are asked for, if they are
+    this thread's and their rows are short."""
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
     # the last ones begin early enough to be whole; what is computed again has the same bits
     feature = emit.minimum(feature, builder.sub(call[Field.OUT_FEATURES], emit.integer(BLOCK_FEATURES)))
     following = builder.add(feature, emit.integer(BLOCK_FEATURES))
-    ahead = _weight_row(call, builder.select(builder.icmp_signed("<", following, own_stop), following, feature))
+    is_short = builder.icmp_signed("<=", call[Field.IN_FEATURES], emit.integer(SHORT_ROW))
+    asks = builder.and_(is_short, builder.icmp_signed("<", following, own_stop))
     num_tiles = _row_tiles(call)
     last = builder.sub(num_tiles, emit.integer(1))
     with emit.loop(zero, num_tiles, 2) as tile:
         row_tiles = [tile.index, builder.add(tile.index, emit.integer(1))]
-        one, two, joined = function_blocks(call.function, "one", "two", "joined")
-        builder.cbranch(builder.icmp_signed("<", tile.index, last), two, one)
-        for count, block in enumerate((one, two), 1):
+        asks_now = builder.and_(asks, builder.icmp_signed("==", tile.index, zero))
+        has_two = builder.icmp_signed("<", tile.index, last)
+        kind = builder.add(builder.zext(asks_now, INT64), builder.mul(builder.zext(has_two, INT64), emit.integer(2)))
+        joined = call.function.append_basic_block("joined")
+        switch = builder.switch(kind, joined)
+        for number, (count, ahead) in enumerate(((1, None), (1, following), (2, None), (2, following))):
+            (block,) = function_blocks(call.function, f"kind_{number}")
+            switch.add_case(emit.integer(number), block)
             builder.position_at_end(block)
             _emit_block(call, feature, row_tiles[:count], ahead, turned)
             builder.branch(joined)
@@ -218,9 +226,9 @@ def _weight_row_bytes(call: _Call) -> Value:
     return call.emit.builder.mul(call[Field.IN_FEATURES], call.emit.integer(2))
 
 
-def _emit_block(call: _Call, first: Value, row_tiles: list[Value], ahead: Value, turned: Value) -> None:
-    """32 features by one or two tiles of rows, from zero to their places in out. `ahead`: weights to ask for, as many
-    as are read here."""
+def _emit_block(call: _Call, first: Value, row_tiles: list[Value], following: Value | None, turned: Value) -> None:
+    """32 features by one or two tiles of rows, from zero to their places in out. `following`: feature from which on as
+    many weights are asked for as are read here, in the order in which they lie."""
     emit, builder = call.emit, call.emit.builder
     features = [builder.add(first, emit.integer(part * TILE)) for part in range(_PARTS)]
     rows = [_weight_row(call, feature) for feature in features]
@@ -231,11 +239,12 @@ def _emit_block(call: _Call, first: Value, row_tiles: list[Value], ahead: Value,
         for column, row_tile in enumerate(row_tiles):
             source = emit.at(call[Field.PAIRS], _pairs_index(call, row_tile, feature.index), INT32)
             emit.load_tile(_OF_ROWS + column, source)
-        line = builder.mul(feature.index, emit.integer(2 * BLOCK_FEATURES))  # a round reads as many bytes of all rows
         for part, row in enumerate(rows):
-            for number in range(part * TILE, (part + 1) * TILE):
-                place = emit.at(ahead, builder.add(line, emit.integer(number * ROW_BYTES)), INT8)
-                emit.prefetch(place, near=_SECOND_CACHE)
+            if following is not None:
+                line = builder.mul(feature.index, emit.integer(2 * BLOCK_FEATURES))  # as many bytes as a round reads
+                asked = emit.at(_weight_row(call, following), line, INT8)
+                for number in range(part * TILE, (part + 1) * TILE):
+                    emit.prefetch(emit.at(asked, number * ROW_BYTES, INT8), near=_SECOND_CACHE)
             place = emit.at(row, builder.mul(feature.index, emit.integer(2)), INT8)
             emit.load_tile(_OF_FEATURES + part, place, _weight_row_bytes(call))
             for column, total in enumerate(sums[part]):
