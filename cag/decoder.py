@@ -113,7 +113,7 @@ class FewRowsDecoder:
         normed = self._recorded.forward(hidden, turning, batch, num_layers)
         if normed is None:
             normed = self._step_by_step(hidden, turning, batch, num_layers)
-        return self._head(normed[wanted])
+        return self._head(normed[_as_slice(wanted)])
 
     def _step_by_step(
         self, hidden: Tensor, turning: tuple[Tensor, Tensor], batch: Batch, num_layers: int | None
@@ -201,6 +201,13 @@ class FewRowsDecoder:
         gated = projected.new_empty(projected.shape[0], projected.shape[1] // 2)
         self._steps.gate(projected.numpy(), gated.numpy())
         return layer.down(gated)
+
+
+def _as_slice(rows: list[int] | slice) -> list[int] | slice:
+    """Rows that are neighbours as a slice: a list would become a tensor first."""
+    if isinstance(rows, slice) or rows != list(range(rows[0], rows[0] + len(rows))):
+        return rows
+    return slice(rows[0], rows[-1] + 1)
 
 
 def recognize(

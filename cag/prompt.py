@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -26,6 +27,7 @@ CLOSING_TEXT = "These were all documents. Answer the question from them, in as f
 
 # transformers keeps `split_special_tokens` inside the tokenizer: two threads that encode at once would mix it up.
 _tokenizer_lock = threading.Lock()
+_template_ids: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()  # of a tokenizer, by piece
 
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "\x02sys\x03", "\x02que\x03", "\x02ans\x03", "\x02nxt\x03"
 
@@ -151,15 +153,19 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Token ids of one piece. With `special` the piece is the template's own and its special tokens are parsed.
+    """Token ids of one piece. With `special` the piece is the template's own and its special tokens are parsed; there
+    are few of those, and every question has them.
 
     Safe to call from several threads with one tokenizer.
     """
     if not text:
         return []
     with _tokenizer_lock:
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)["input_ids"]
-    return list(ids)
+        known = _template_ids.setdefault(tokenizer, {}) if special else {}
+        if text not in known:
+            encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)
+            known[text] = list(encoded["input_ids"])
+        return list(known[text])
 
 
 def lay_out(
