@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from cag.batch import Batch, RowGroup
 from cag.recorded import RecordedForwards, attends_by_tiles, attends_rounded
 from cag.state import AttentionRule, PrefixSegment, SequenceState, attend_prefix
-from cag.weights import Product, is_tile_product, joined_product
+from cag.weights import Product, is_tile_product, joined_product, tile_mlp
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu import cpu_attention, cpu_attention_serves
+
+if TYPE_CHECKING:
+    from cag_kernels.cpu_tile_mlp import TileMlp
 
 PROBED_LAYERS = 2  # compared closely; behind all layers a network in bfloat16 may be far from itself in float32
 CLOSE, FAR = 2e-2, 0.5  # of the logits' norm; another formula is far above the first after two layers
@@ -44,7 +47,8 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What one layer computes with. `projections` are query, key and value rows side by side."""
+    """What one layer computes with. `projections` are query, key and value rows side by side; `mlp` is the last two
+    products with the gate between them, where tiles do that in one."""
 
     before_attention: Norm
     before_mlp: Norm
@@ -54,6 +58,7 @@ class Layer:
     output: Product
     gate_and_up: Product
     down: Product
+    mlp: TileMlp | None
     rule: AttentionRule
 
     @property
@@ -197,6 +202,8 @@ class FewRowsDecoder:
         return query.to(self._attends_in) if attends_rounded(query, segment, self._attends_in) else query
 
     def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
+        if layer.mlp is not None:
+            return layer.mlp(normed)
         projected = layer.gate_and_up(normed)
         gated = projected.new_empty(projected.shape[0], projected.shape[1] // 2)
         self._steps.gate(projected.numpy(), gated.numpy())
@@ -258,6 +265,7 @@ def _layer(module: Any, rule: AttentionRule, kind: str) -> Layer | None:
         output=output,
         gate_and_up=gate_and_up,
         down=down,
+        mlp=tile_mlp(gate_and_up, down),
         rule=rule,
     )
 

@@ -224,6 +224,9 @@ class _Recording:
         layer.output.into(out, self._updates[0])
 
     def _mlp(self, layer: Layer) -> None:
+        if layer.mlp is not None:
+            layer.mlp.into(self.normed, self._updates[1])
+            return
         projected = self._memory("gate_and_up", len(self.hidden), layer.gate_and_up.out_features)
         layer.gate_and_up.into(self.normed, projected)
         gated = self._memory("gated", len(self.hidden), layer.gate_and_up.out_features // 2)

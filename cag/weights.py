@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ from cag_kernels import (
     tile_product,
 )
 from cag_kernels.packed import PANEL
+
+if TYPE_CHECKING:
+    from cag_kernels.cpu_tile_linear import TileProduct
+    from cag_kernels.cpu_tile_mlp import TileMlp
 
 FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
 _PIECE_WEIGHTS = 1 << 22  # widened at once
@@ -231,6 +235,18 @@ def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
         return tile_product(weight, bias)
     multiply = nn.functional.linear if kind == "plain" else linear_without_packing
     return LibraryProduct(multiply, weight, bias)
+
+
+def tile_mlp(gate_and_up: Product, down: Product) -> TileMlp | None:
+    """Both products and the gate between them in one, if both multiply by tiles and have no bias."""
+    if not is_tile_product(gate_and_up) or not is_tile_product(down):
+        return None
+    from cag_kernels.cpu_tile_mlp import TileMlp, serves
+
+    weights = cast("TileProduct", gate_and_up), cast("TileProduct", down)
+    if any(product.bias is not None for product in weights) or not serves(*(product.weight for product in weights)):
+        return None
+    return TileMlp(*(product.weight for product in weights))
 
 
 def is_tile_product(product: Product) -> bool:

@@ -145,6 +145,10 @@ class Emitter:
         """`left * right + addend`, fused where the processor has it."""
         return self._intrinsic("llvm.fmuladd", left, right, addend)
 
+    def magnitude(self, value: Value) -> Value:
+        """Absolute values, lane by lane."""
+        return self._intrinsic("llvm.fabs", value)
+
     def larger(self, left: Value, right: Value) -> Value:
         """Lane by lane; `right` where one is no number."""
         return self.builder.select(self.builder.fcmp_ordered(">", left, right), left, right)
