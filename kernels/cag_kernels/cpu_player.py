@@ -82,7 +82,11 @@ class _Ahead:
                 for unit in (share.first, share.stop)
             )
             most = builder.add(first, emit.integer(MOST_AHEAD))
-            for variable, value in ((self._rows, address), (self._place, first), (self._stop, emit.minimum(stop, most))):
+            for variable, value in (
+                (self._rows, address),
+                (self._place, first),
+                (self._stop, emit.minimum(stop, most)),
+            ):
                 builder.store(value, variable)
 
     def has_more(self) -> Value:

@@ -26,11 +26,12 @@ _lock = threading.Lock()
 
 def serves(gate_and_up: Tensor, down: Tensor) -> bool:
     """Whether `TileMlp` takes these bfloat16 weights, on this processor."""
-    return cpu_tile_linear.serves(gate_and_up) and cpu_tile_linear.serves(down) and down.shape[1] % DEPTH == 0
+    fit = gate_and_up.shape[0] == 2 * down.shape[1] and down.shape[1] % DEPTH == 0
+    return fit and cpu_tile_linear.serves(gate_and_up) and cpu_tile_linear.serves(down)
 
 
 class TileMlp:
-    """The middle of a layer with its weights, made ready once. `reference.gated_mlp_reference` says what it means."""
+    """The middle of a layer with its weights, made ready once. `linear.tile_mlp_reference` says what it means."""
 
     def __init__(self, gate_and_up: Tensor, down: Tensor) -> None:
         """gate_and_up: `[2 * size, in_features]` bfloat16, gate first; down: `[out_features, size]` bfloat16."""
@@ -121,5 +122,7 @@ def _gated(call: ProductCall, sums_of: list[Value], feature: int) -> Value:
     magnitude = emit.magnitude(gate)
     shrunk = emit.exponential(builder.fneg(magnitude))
     is_negative = builder.fcmp_ordered("<", gate, emit.constant(0.0))
-    share = builder.fdiv(builder.select(is_negative, shrunk, emit.constant(1.0)), builder.fadd(shrunk, emit.constant(1.0)))
+    share = builder.fdiv(
+        builder.select(is_negative, shrunk, emit.constant(1.0)), builder.fadd(shrunk, emit.constant(1.0))
+    )
     return builder.fmul(builder.fmul(gate, share), up)

@@ -146,9 +146,10 @@ def emit_sums(
     """Two times 16 features, each from one of `features` on, by one or two tiles of rows: sums in tiles, which are
     returned for each of the features and tiles of rows. `ahead`: features whose weights are asked for meanwhile."""
     emit, builder = call.emit, call.emit.builder
-    sums = [[part * len(row_tiles) + column for column in range(len(row_tiles))] for part in range(PARTS)]
+    columns = range(len(row_tiles))
+    sums = [[part * len(row_tiles) + column for column in columns] for part in range(PARTS)]
     rows = [call.weight_row(feature) for feature in features]
-    for total in sum(sums, []):
+    for total in range(PARTS * len(row_tiles)):
         emit.zero(total)
     with emit.loop(emit.integer(0), call[Field.IN_FEATURES], DEPTH) as feature:
         for column, row_tile in enumerate(row_tiles):

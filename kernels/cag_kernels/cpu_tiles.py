@@ -115,8 +115,8 @@ class TileEmitter(Emitter):
         return found
 
     def narrowed_pairs(self, even: Value, odd: Value) -> Value:
-        """Two vectors of float32, rounded to the nearest bfloat16 (ties to even), lane by lane side by side: vector of 16
-        int32."""
+        """Two vectors of float32, rounded to the nearest bfloat16 (ties to even), lane by lane side by side: vector of
+        16 int32."""
         both = self._narrowed_both(even, odd)
         lanes = [lane // 2 + TILE * (lane % 2) for lane in range(2 * TILE)]
         return self.builder.bitcast(self.builder.shuffle_vector(both, both, self._both(lanes)), self.integers)

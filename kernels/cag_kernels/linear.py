@@ -163,3 +163,9 @@ def _check(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
+
+
+def tile_mlp_reference(block: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
+    """What `cpu_tile_mlp.TileMlp` means, in the block's type: `down(silu(gate) * up)`, rounded before each product."""
+    gate, up = tile_linear_reference(block, gate_and_up).chunk(2, dim=-1)
+    return tile_linear_reference(torch.nn.functional.silu(gate) * up, down)

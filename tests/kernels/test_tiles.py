@@ -15,10 +15,12 @@ from cag_kernels import (
     tile_linear_serves,
 )
 from cag_kernels.cpu import cpu_attention, cpu_attention_serves
-from cag_kernels.linear import tile_linear_reference
+from cag_kernels.linear import tile_linear_reference, tile_mlp_reference
 from cag_kernels.tiled import tiled_attention
 
 if has_compiler():
+    from cag_kernels.cpu_tape import Tape
+    from cag_kernels.cpu_tile_mlp import TileMlp, serves
     from cag_kernels.cpu_tiles import has_tiles
 pytestmark = pytest.mark.skipif(
     not has_compiler() or not has_tiles(), reason="this processor has no tiles of bfloat16 (AMX)"
@@ -36,7 +38,15 @@ ATTENTION = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
     (6, 2, 32, 37, 129),
     (10, 2, 160, 31, 2047),
 ]
-LINEAR = [(1, 64, 32), (15, 576, 576), (16, 130, 64), (17, 77, 96), (33, 1000, 160), (128, 64, 1536)]
+LINEAR = [(1, 64, 32), (15, 576, 576), (16, 130, 64), (17, 77, 96), (33, 1000, 160), (128, 64, 1536), (3, 32, 1056)]
+MLP = [
+    (1, 64, 96, 64),
+    (15, 576, 1536, 576),
+    (16, 32, 32, 32),
+    (17, 96, 160, 77),
+    (40, 1056, 64, 1000),
+    (128, 64, 96, 48),
+]
 
 
 def make(shape, seed=0):
@@ -196,3 +206,67 @@ def test_permission_was_asked_for():
     arch_prctl, get_permitted = 158, 0x1022
     assert ctypes.CDLL(None).syscall(arch_prctl, get_permitted, ctypes.byref(permitted)) == 0
     assert permitted.value >> 18 & 1
+
+
+def mlp_of(shape):
+    """Rows and weights whose gates are in the range of a network's."""
+    num_rows, in_features, size, out_features = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    rows = torch.randn(num_rows, in_features, generator=generator)
+    gate_and_up = torch.randn(2 * size, in_features, generator=generator) * 2 * in_features**-0.5
+    return rows, gate_and_up.bfloat16(), torch.randn(out_features, size, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("shape", MLP)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_middle_of_a_layer_matches_the_oracle(shape, num_threads, threads):
+    threads(num_threads)
+    rows, gate_and_up, down = mlp_of(shape)
+    assert serves(gate_and_up, down)
+    found = TileMlp(gate_and_up, down)(rows)
+    expected = tile_mlp_reference(rows.double(), gate_and_up, down)
+    plain = tile_mlp_reference(rows, gate_and_up, down)
+    # a gated number next to the middle of two bfloat16 is rounded to the other one by the least difference before it
+    steps = 2.0**-8 * (rows.double().abs().amax() + 1) * down.double().abs().amax()
+    assert found.dtype == torch.float32
+    assert (found.double() - expected).abs().max() <= 2 * (plain.double() - expected).abs().max() + steps
+    assert (found.double() - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_gates_of_any_size_and_no_number():
+    gate_and_up, down = torch.eye(32).repeat(2, 1).bfloat16(), torch.eye(32).bfloat16()
+    values = [0.0, -0.0, 1e-30, -1e-30, 3.0, -3.0, 87.0, -87.0, -90.0, 200.0, -200.0, 1e4, -1e4]
+    rows = torch.diag(torch.tensor(values + [1.0] * 19))
+    expected = torch.nn.functional.silu(rows.double()) * rows.double()
+    found = TileMlp(gate_and_up, down)(rows)
+    assert torch.allclose(found.double(), expected, rtol=2.0**-7, atol=1e-29)
+    rows[5, 5] = torch.nan
+    assert torch.isnan(TileMlp(gate_and_up, down)(rows)[5]).all()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5, 70])
+def test_the_middle_of_a_layer_has_the_same_bits_recorded_by_any_threads_and_among_any_rows(num_threads, threads):
+    rows, gate_and_up, down = mlp_of((40, 576, 1536, 576))
+    mlp = TileMlp(gate_and_up, down)
+    threads(1)
+    expected = mlp(rows)
+    threads(num_threads)
+    assert torch.equal(mlp(rows), expected)
+    for first, last in ((0, 1), (3, 19), (3, 20), (39, 40)):
+        assert torch.equal(mlp(rows[first:last].contiguous()), expected[first:last])
+    tape, out = Tape(), torch.empty_like(expected)
+    with tape.recording():
+        mlp.into(rows, out)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        tape.run()
+        assert torch.equal(out, expected)
+
+
+def test_the_middle_of_a_layer_refuses_what_it_does_not_compute():
+    gate_and_up, down = torch.randn(128, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    assert serves(gate_and_up, down)
+    assert not serves(gate_and_up[:96], down)
+    assert not serves(gate_and_up[:, :48], down)
+    assert not serves(gate_and_up, down[:, :48])
+    assert not serves(torch.randn(96, 64).bfloat16(), torch.randn(64, 48).bfloat16())
