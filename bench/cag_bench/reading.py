@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cag_store import Store
 from cag_store.backends import SCRATCH_BYTES
-from cag_store.pipeline import SPARE_THREADS
+from cag_store.pipeline import SPARE_READS
 from cag_store.scratch import Scratch
 
 
@@ -17,7 +17,7 @@ class Reader:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._num_threads = store.workers + SPARE_THREADS
+        self._num_threads = store.workers + SPARE_READS
         self._scratch = Scratch(keep=self._num_threads)
 
     def seconds(self, paths: Sequence[str]) -> float:

@@ -6,8 +6,8 @@
 
 A job stays with one thread, which takes two long steps: between them it needs the interpreter's lock, for which threads
 wait. The second is one compiled call for all segments that the codec knows such a step for; what that leaves is
-verified and decoded one by one. There are two threads more than workers: cores decode while two jobs wait for the
-disk. A backend that wants many reads at the same time gets as many threads, of which no more than workers decode.
+verified and decoded one by one. As many threads as there are workers decode, and two more than that, or as many as the
+backend is good for, read: reads end in bunches, and while these are decoded or wait for it the next ones are under way.
 Memory beyond the buffers: one buffer of an encoded job a thread, which the next load uses again, and the scratch of the
 codecs.
 """
@@ -35,8 +35,8 @@ Buffers = (
 )
 
 _JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
-SPARE_THREADS = 2  # more than workers: cores decode while other jobs wait for the disk
-_scratch = Scratch(keep=4)  # threads of one load
+SPARE_READS = 2  # at the same time, more than workers
+_scratch = Scratch(keep=8)  # threads of one load on few cores
 
 
 @dataclass
@@ -97,9 +97,9 @@ class Pipeline:
         spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
-        self._num_threads = min(max(workers + SPARE_THREADS, backend.parallel_reads), len(self._jobs))
-        many_readers = backend.parallel_reads > workers + SPARE_THREADS
-        self._decoding = threading.Semaphore(workers if many_readers else self._num_threads)
+        num_reads = max(workers + SPARE_READS, backend.parallel_reads)
+        self._reading, self._decoding = threading.Semaphore(num_reads), threading.Semaphore(workers)
+        self._num_threads = min(num_reads + workers, len(self._jobs))
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._stopped = False
@@ -170,12 +170,13 @@ class Pipeline:
     def _load(self, job: Job, buffer: memoryview, taken: LoadTimings) -> None:
         """Read, verify and decode a job; adds to `taken` where the bytes came from, and the time. Raises:
         CorruptEntry."""
-        started = time.perf_counter()
         offset = job.chunk.offsets[2 * job.first]
-        data, tier = self._backend.read_range(job.chunk.path, offset, job.num_bytes, buffer)
+        with self._reading:
+            started = time.perf_counter()
+            data, tier = self._backend.read_range(job.chunk.path, offset, job.num_bytes, buffer)
+            taken.read_s += time.perf_counter() - started
         taken.bytes_read += job.num_bytes
         taken.bytes_by_tier[tier] = taken.bytes_by_tier.get(tier, 0) + job.num_bytes
-        taken.read_s += time.perf_counter() - started
         with self._decoding:
             read = time.perf_counter()
             left = self._left_by_bulk(job, data)
@@ -201,7 +202,7 @@ class Pipeline:
         segments = []
         for position in positions:
             begin, end = (chunk.offsets[at] - chunk.offsets[2 * job.first] for at in (position, position + 1))
-            check_segment(data[begin:end], chunk.index.segments[position], chunk, position)
+            check_segment(data[begin:end], chunk, position)
             first, last = self._groups[position // 2]
             sides = [buffers[position % 2] for buffers in self._buffers[first:last]]
             span = slice(entry.start, entry.start + entry.num_tokens)
