@@ -39,15 +39,12 @@ class HeaderForm(NamedTuple):
         self, place: tuple[str, int, str, int], raw: Sequence[int], sizes: Sequence[int], checksums: Sequence[str]
     ) -> bytes:
         """Length prefix and JSON header; `place`: key, tokens, parent, start."""
-        (*before, start), ids_bytes = place, 4 * place[1]
+        *before, start = place
         rows = chain.from_iterable(zip(raw, sizes, checksums, strict=True))
         facts = (self.facts % (*before, *rows, start)).encode("utf-8")
         escaped = facts.replace(b"\\", b"\\\\").replace(b'"', b'\\"')  # no canonical text has control characters
         metadata = _METADATA % (escaped, hashlib.sha256(facts).hexdigest().encode("ascii"))
-        bounds = list(accumulate(sizes, initial=ids_bytes))
-        numbers = chain.from_iterable(zip(bounds, bounds[1:], sizes, strict=False))
-        tensors = self.tensors % (*numbers, ids_bytes, place[1])
-        text = b"".join([OPENING, metadata, tensors.encode("ascii"), b"}"])
+        text = b"".join([OPENING, metadata, _tensors(self.tensors, tuple(sizes), place[1]), b"}"])
         text += b" " * (-len(text) % ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
 
@@ -63,6 +60,14 @@ def found_rows(header: bytes) -> list[tuple[str, str]]:
     """Encoded bytes and checksum of each row of what looks like a segment table in a header; nothing is verified."""
     begin = header.rfind(_TABLE)
     return _ROW.findall(header[begin : header.find(b"]]", begin) + 1].decode("ascii", "replace"))
+
+
+@lru_cache(maxsize=4)
+def _tensors(form: str, sizes: tuple[int, ...], num_tokens: int) -> bytes:
+    """The tensor table; chunks of codes that are not packed have the same one."""
+    bounds = list(accumulate(sizes, initial=4 * num_tokens))
+    numbers = chain.from_iterable(zip(bounds, bounds[1:], sizes, strict=False))
+    return (form % (*numbers, 4 * num_tokens, num_tokens)).encode("ascii")
 
 
 @lru_cache(maxsize=16)

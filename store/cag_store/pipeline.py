@@ -25,7 +25,7 @@ import numpy as np
 
 from cag_store.backends import SCRATCH_BYTES, ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
-from cag_store.codecs import CodedSide, EncodedSegment, RawSegments, StreamSide
+from cag_store.codecs import BulkDecoder, CodedSide, EncodedSegment, RawSegments, StreamSide
 from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry
 from cag_store.scratch import Scratch
@@ -92,7 +92,9 @@ class Pipeline:
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
         self._groups = chunks[0].index.header.groups
-        self._bulk = chunks[0].codec.bulk_decoder(buffers)
+        self._codec = chunks[0].codec
+        self._bulk: BulkDecoder | None = None
+        self._prepared = threading.Event()  # `_bulk` is made while the first jobs are read
         job_bytes = max(_JOB_BYTES, backend.read_bytes)
         spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
@@ -115,12 +117,15 @@ class Pipeline:
         for thread in threads:
             thread.start()
         try:
+            self._bulk = self._codec.bulk_decoder(self._buffers)
+            self._prepared.set()
             for layer in range(len(self._buffers)):
                 self._wait_for(layer)
                 if on_layer is not None:
                     on_layer(layer)
         finally:
             self._stop(None)
+            self._prepared.set()
             for thread in threads:
                 thread.join()
         self._timings.wall_s += time.perf_counter() - started
@@ -186,6 +191,7 @@ class Pipeline:
 
     def _left_by_bulk(self, job: Job, data: memoryview) -> Sequence[int]:
         """Verify and decode what one compiled step can of a job; the positions of the other segments."""
+        self._prepared.wait()
         first, last, chunk = 2 * job.first, 2 * job.last, job.chunk
         hashes = None if self._bulk is None else chunk.hashes(first, last)
         if self._bulk is None or hashes is None:
