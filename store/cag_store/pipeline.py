@@ -132,9 +132,9 @@ class Pipeline:
         with ExitStack() as stack:
             for _ in range(len(threads) + 1):
                 self._free.put(stack.enter_context(_scratch.taken(num_bytes)))
-            for thread in threads:
-                thread.start()
             try:
+                for thread in threads:
+                    thread.start()
                 self._bulk = self._codec.bulk_decoder(self._buffers)
                 self._prepared.set()
                 for layer in range(len(self._buffers)):
@@ -144,7 +144,8 @@ class Pipeline:
             finally:
                 self._stop(None)
                 for thread in threads:
-                    thread.join()
+                    if thread.ident is not None:  # started: before it ends, the memory is not free
+                        thread.join()
         self._timings.wall_s += time.perf_counter() - started
 
     def _wait_for(self, layer: int) -> None:

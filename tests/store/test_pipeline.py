@@ -153,6 +153,24 @@ def test_buffers_that_no_step_can_be_made_for_end_the_load(store, small, monkeyp
         reader.load(cache.buffers())
 
 
+def test_threads_that_could_not_be_started_end_the_load(store, small, monkeypatch):
+    cache = small()
+    manifest = cache.build(store)
+    start, started = threading.Thread.start, []
+
+    def third_time(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with store.reader(manifest, workers=2) as reader, monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", third_time)
+        with pytest.raises(RuntimeError, match="new thread"):
+            reader.load(cache.buffers())
+    assert [thread.is_alive() for thread in started] == [False, False]
+
+
 def test_a_job_is_as_large_as_the_backend_wants(store, small, monkeypatch):
     manifest = small().build(store)
     monkeypatch.setattr(pipeline, "JOB_BYTES", 1)
