@@ -180,12 +180,14 @@ class TimedCodec:
         first_s = _seconds(partial(self._load, entries))
         self._check(expected)
         kept = self._kept_codes(codec, encoded, entries)
-        names = ("read_cold", "load_cold", "load_warm", "decode")
+        names = ("read_cold", "read_files_cold", "load_cold", "load_warm", "decode")
         taken: dict[str, list[float]] = {name: [] for name in (*names, *(("load_cold_codes", "keep") if kept else ()))}
         dropped = True
         for _ in range(self._options.num_samples):
             dropped &= self._dropped(paths)
             taken["read_cold"].append(self._reader.seconds(paths))
+            dropped &= self._dropped(paths)
+            taken["read_files_cold"].append(self._reader.seconds(paths, None))
             dropped &= self._dropped(paths)
             taken["load_cold"].append(_seconds(partial(self._load, entries)))
             if kept is not None:
@@ -195,9 +197,11 @@ class TimedCodec:
             self._bring_into_memory(paths)  # a cold load leaves nothing in the page cache
             taken["load_warm"].append(_seconds(partial(self._load, entries)))
             taken["decode"].append(_seconds(decode))
-        ratios = {"cold_over_longer": self._over_longer(taken, "load_cold", "decode")}
-        if kept is not None:
-            ratios["codes_over_longer"] = self._over_longer(taken, "load_cold_codes", "keep")
+        ratios = {}
+        for name, read in (("longer", "read_cold"), ("longer_of_files", "read_files_cold")):
+            ratios[f"cold_over_{name}"] = self._over_longer(taken, "load_cold", read, "decode")
+            if kept is not None:
+                ratios[f"codes_over_{name}"] = self._over_longer(taken, "load_cold_codes", read, "keep")
         return {
             "stored_bytes": sum(entry.stored_bytes for entry in entries),
             "page_cache_dropped": dropped,
@@ -206,9 +210,9 @@ class TimedCodec:
             **ratios,
         }
 
-    def _over_longer(self, taken: dict[str, list[float]], load: str, work: str) -> dict[str, object] | None:
-        """A load over the longer of reading and `work`, sample by sample."""
-        longer = [max(pair) for pair in zip(taken["read_cold"], taken[work], strict=True)]
+    def _over_longer(self, taken: dict[str, list[float]], load: str, read: str, work: str) -> dict[str, object] | None:
+        """A load over the longer of `read` and `work`, sample by sample."""
+        longer = [max(pair) for pair in zip(taken[read], taken[work], strict=True)]
         return paired_ratio(list(zip(taken[load], longer, strict=True)), self._options.seed)
 
     def _kept_codes(self, codec: Codec, encoded: Encoded, entries: Sequence[ChunkEntry]) -> KeptCodes | None:

@@ -10,8 +10,9 @@ def header(summary: Mapping[str, Any]) -> list[str]:
     """Columns: encode and decode for each number of cores, then loads."""
     cores = list(summary["rows"][0]["encode"]) if summary["rows"] else []
     speeds = [f"{work}, {count} core{'s' if count != '1' else ''}" for work in ("encode", "decode") for count in cores]
-    loads = ["read cold", "load cold", "load warm", "first load", "cold load / longer of reading and decoding"]
-    codes = ["load cold, in codes", "the same / longer of reading and keeping"]
+    reads = ["read cold, in pieces", "read cold, whole files"]
+    loads = [*reads, "load cold", "load warm", "first load", "cold load / longer of reading and decoding", "by files"]
+    codes = ["load cold, in codes", "the same / longer of reading and keeping", "by files"]
     return ["codec", "MB", "raw / stored", *speeds, *loads, *codes]
 
 
@@ -19,7 +20,8 @@ def table_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
     """A row a codec: GB of raw keys and values a second, milliseconds."""
     for row in summary["rows"]:
         speeds = [f"{row[work][count]['raw_gb_per_s']:.2f}" for work in ("encode", "decode") for count in row[work]]
-        times = [f"{1e3 * row['seconds'][name]['p50']:.0f}" for name in ("read_cold", "load_cold", "load_warm")]
+        names = ("read_cold", "read_files_cold", "load_cold", "load_warm")
+        times = [f"{1e3 * row['seconds'][name]['p50']:.0f}" for name in names]
         codes = row["seconds"].get("load_cold_codes")
         size = row["stored_bytes"]
         yield [
@@ -30,8 +32,10 @@ def table_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
             *times,
             f"{1e3 * row['first_load_s']:.0f}",
             _ratio(row["cold_over_longer"]),
+            _ratio(row["cold_over_longer_of_files"]),
             "" if codes is None else f"{1e3 * codes['p50']:.0f}",
             "" if codes is None else _ratio(row["codes_over_longer"]),
+            "" if codes is None else _ratio(row["codes_over_longer_of_files"]),
         ]
 
 
@@ -49,7 +53,8 @@ def notes(rows: Sequence[Mapping[str, Any]], bound: bool) -> list[str]:
         "load is warm, and has what a codec prepares from its basis in it.",
         "In codes: as the engine loads them on a CPU that attends to codes; the codec's bytes are moved to where they "
         "belong and not decoded to numbers. Keeping alone is that move from memory to memory.",
-        "Ratios are taken sample by sample; reading alone is by as many threads as a load has.",
+        "Ratios are taken sample by sample; reading alone is in pieces as large, and as many at once, as a load's, or by "
+        "as many whole files at once, which takes longer.",
     ]
     if not bound:
         found.append("Threads cannot be bound to cores here: the numbers of cores are those of threads.")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 from cag_store.codecs import config_joint_layers, config_resources, layer_groups
 from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.errors import CorruptEntry, UnknownCodec, UnsupportedFormat
+from cag_store.header_text import ALIGNMENT, FORMAT, OPENING, found_rows, header_form
 from cag_store.jsontext import Fields, canonical_bytes, parse_first_object, parse_object, parse_shallow_object
 from cag_store.keys import FORMAT_VERSION, MAX_CHUNK_TOKENS, ChunkContext
 
@@ -23,20 +24,6 @@ MAX_LAYERS = 999
 MAX_OVERHEAD_BYTES = 1 << 16
 MAX_HEADS = MAX_HEAD_DIM = 1 << 16
 MAX_SIDE_BYTES = 1 << 30
-
-_FORMAT = "cag-chunk"
-_OPENING = b'{"__metadata__":'
-_ALIGNMENT = 8
-_SIDES = ("keys", "values")
-
-
-class Segment(NamedTuple):
-    """One row of the segment table: id of its codec, sizes in bytes, xxh3-128 of the encoded bytes."""
-
-    codec: str
-    raw_bytes: int
-    encoded_bytes: int
-    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -57,10 +44,14 @@ class ChunkHeader:
         return len(self.num_kv_heads)
 
     @property
+    def ids_bytes(self) -> int:
+        """Size of the token ids, which follow the header in the file."""
+        return 4 * self.num_tokens
+
+    @property
     def raw_bytes(self) -> int:
         """Size of all keys and values in the storage dtype."""
-        per_token = sum(heads * dim for heads, dim in zip(self.num_kv_heads, self.head_dim, strict=True))
-        return 2 * per_token * self.num_tokens * STORAGE_DTYPES[self.context.dtype].itemsize
+        return sum(self.segment_bytes)
 
     def side_bytes(self, layer: int) -> int:
         """Size of the keys (or the values) of one layer in the storage dtype."""
@@ -72,9 +63,11 @@ class ChunkHeader:
         """Spans [first, last) of the layers that share a segment, as the codec's configuration says."""
         return layer_groups(self.num_layers, config_joint_layers(self.context.codec))
 
-    def group_bytes(self, first: int, last: int) -> int:
-        """Size of the keys (or the values) of layers [first, last) in the storage dtype."""
-        return sum(self.side_bytes(layer) for layer in range(first, last))
+    @property
+    def segment_bytes(self) -> list[int]:
+        """Size of each segment in the storage dtype, in the order of the table. Borrowed."""
+        channel_bytes = self.num_tokens * STORAGE_DTYPES[self.context.dtype].itemsize
+        return _segment_bytes(self.num_kv_heads, self.head_dim, channel_bytes, config_joint_layers(self.context.codec))
 
     def side_shape(self, layer: int) -> tuple[int, int, int]:
         """`[num_kv_heads, num_tokens, head_dim]` of one layer."""
@@ -112,50 +105,28 @@ class ChunkEntry:
 
 @dataclass(frozen=True)
 class ChunkIndex:
-    """A whole chunk header: `segments` are keys then values, group of layers by group of layers."""
+    """A whole chunk header. Of each segment, keys then values, group of layers by group of layers, `sizes` has the
+    encoded bytes and `checksums` their xxh3-128; codec and size of what is encoded follow from the header."""
 
     header: ChunkHeader
-    segments: tuple[Segment, ...]
+    sizes: tuple[int, ...]
+    checksums: tuple[str, ...]
 
     def to_bytes(self) -> bytes:
         """Length prefix and JSON header, as they stand at the beginning of the file."""
         header = self.header
-        chunk = {
-            "context": header.context.to_json(),
-            "head_dim": header.head_dim,
-            "key": header.key,
-            "num_kv_heads": header.num_kv_heads,
-            "num_layers": header.num_layers,
-            "num_tokens": header.num_tokens,
-            "parent": header.parent,
-            "segments": self.segments,
-            "start": header.start,
-        }
-        facts = canonical_bytes(chunk)
-        metadata = {
-            "chunk": facts.decode("utf-8"),
-            "format": _FORMAT,
-            "sha256": hashlib.sha256(facts).hexdigest(),
-            "version": str(FORMAT_VERSION),
-        }
-        text = b"".join([_OPENING, canonical_bytes(metadata), b",", self._tensors().encode("ascii"), b"}"])
-        text += b" " * (-len(text) % _ALIGNMENT)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def ids_bytes(self) -> int:
-        """Size of the token ids, which follow the header."""
-        return 4 * self.header.num_tokens
+        form = header_form(header.context, header.num_kv_heads, header.head_dim)
+        place = header.key, header.num_tokens, header.parent, header.start
+        return form.filled(place, header.segment_bytes, self.sizes, self.checksums)
 
     @property
     def data_bytes(self) -> int:
         """Size of everything behind the header."""
-        return self.ids_bytes + sum(segment.encoded_bytes for segment in self.segments)
+        return self.header.ids_bytes + sum(self.sizes)
 
     def offsets(self, header_bytes: int) -> list[int]:
         """Offset in the file of each segment, and of the end of the file."""
-        sizes = (segment.encoded_bytes for segment in self.segments)
-        return list(accumulate(sizes, initial=header_bytes + self.ids_bytes))
+        return list(accumulate(self.sizes, initial=header_bytes + self.header.ids_bytes))
 
     def entry(self, header: bytes, checksum: str | None = None) -> ChunkEntry:
         """The pinned facts of a file with this index, whose header is `header`, with sha256 `checksum`."""
@@ -169,28 +140,11 @@ class ChunkIndex:
             header_checksum=checksum or hashlib.sha256(header).hexdigest(),
         )
 
-    def _tensors(self) -> str:
-        """Canonical JSON of the tensor table without its braces; names in their sorted order, the ids last."""
-        sizes = [segment.encoded_bytes for segment in self.segments]
-        bounds = list(accumulate(sizes, initial=self.ids_bytes))
-        numbers = chain.from_iterable(zip(bounds, bounds[1:], sizes, strict=False))
-        template = _table_template(config_joint_layers(self.header.context.codec) > 1, *self.header.groups)
-        return template % (*numbers, self.ids_bytes, self.header.num_tokens)
-
-
-@lru_cache(maxsize=16)
-def _table_template(joint: bool, *groups: tuple[int, int]) -> str:
-    """The tensor table with `%d` for start, end and size of each segment, then for bytes and number of the ids."""
-    layers = [f"{first:03d}-{last - 1:03d}" if joint else f"{first:03d}" for first, last in groups]
-    names = [f"layers.{name}.{side}" for name in layers for side in _SIDES]
-    rows = (f'"{name}":{{"data_offsets":[%d,%d],"dtype":"U8","shape":[%d]}}' for name in names)
-    return ",".join([*rows, '"token_ids":{"data_offsets":[0,%d],"dtype":"U32","shape":[%d]}'])
-
 
 def header_size(prefix: bytes, stored_bytes: int, where: str) -> int:
     """Size of length prefix and header, from the file's first 8 bytes. Raises: CorruptEntry."""
     size = 8 + int.from_bytes(prefix, "little")
-    if len(prefix) != 8 or size % _ALIGNMENT or size > min(MAX_HEADER_BYTES, stored_bytes):
+    if len(prefix) != 8 or size % ALIGNMENT or size > min(MAX_HEADER_BYTES, stored_bytes):
         limit = min(MAX_HEADER_BYTES, stored_bytes)
         raise CorruptEntry(
             f"{where}: header of {size} bytes, expected at most {limit}", where=where, expected=limit, found=size
@@ -201,11 +155,11 @@ def header_size(prefix: bytes, stored_bytes: int, where: str) -> int:
 def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
     """The index in `header` (length prefix included) of a file of `stored_bytes`. Raises:
     CorruptEntry, UnsupportedFormat."""
-    if not header.startswith(_OPENING, 8):
-        raise CorruptEntry(f"{where} is not a chunk", where=where, expected=_OPENING.decode("ascii"))
-    metadata = Fields(parse_first_object(header, 8 + len(_OPENING), where), f"{where}: __metadata__")
-    if metadata.text("format") != _FORMAT:
-        raise CorruptEntry(f"{where} is not a chunk", where=where, expected=_FORMAT)
+    if not header.startswith(OPENING, 8):
+        raise CorruptEntry(f"{where} is not a chunk", where=where, expected=OPENING.decode("ascii"))
+    metadata = Fields(parse_first_object(header, 8 + len(OPENING), where), f"{where}: __metadata__")
+    if metadata.text("format") != FORMAT:
+        raise CorruptEntry(f"{where} is not a chunk", where=where, expected=FORMAT)
     version = metadata.text("version")
     if version != str(FORMAT_VERSION):
         raise UnsupportedFormat(
@@ -231,6 +185,23 @@ def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
     return index
 
 
+def index_behind(header: bytes, entry: ChunkEntry, before: ChunkHeader) -> ChunkIndex | None:
+    """The index in `header` (length prefix included) where it is what `entry` and the chunk before it lead to expect:
+    of the same context and geometry, and no longer. None: `parse_index` says what it is.
+
+    Sizes and checksums are all that is taken from the bytes. That nothing else differs is seen when the header is
+    written again.
+    """
+    expected = replace(before, key=entry.key, parent=before.key, start=entry.start, num_tokens=entry.num_tokens)
+    rows, raw = found_rows(header), expected.segment_bytes
+    if len(rows) != len(raw) or entry.num_tokens > before.num_tokens:
+        return None
+    sizes, checksums = zip(*rows, strict=True)
+    index = ChunkIndex(expected, tuple(map(int, sizes)), checksums)
+    fits = all(map(_is_size, index.sizes, raw)) and len(header) + index.data_bytes == entry.stored_bytes
+    return index if fits and index.to_bytes() == header else None
+
+
 def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     fields = Fields(value, where)
     context = _context(fields.any("context"), f"{where}: context")
@@ -253,7 +224,7 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
     if max(side_bytes) > MAX_SIDE_BYTES:
         raise fields.wrong("num_kv_heads", f"at most {MAX_SIDE_BYTES} bytes a layer and side", header.num_kv_heads)
     rows = fields.list("segments")
-    sizes = _segment_sizes(side_bytes, config_joint_layers(context.codec))
+    sizes = header.segment_bytes
     if len(rows) != len(sizes):
         raise fields.wrong("segments", f"{len(sizes)} rows", len(rows))
     codec_id = context.codec.get("id")
@@ -261,14 +232,18 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
         for row, raw_bytes in zip(rows, sizes, strict=True):
             _segment(row, raw_bytes, codec_id, fields)
     fields.done()
-    return ChunkIndex(header, tuple(map(Segment._make, rows)))
+    _, _, encoded, checksums = zip(*rows, strict=True)
+    return ChunkIndex(header, encoded, checksums)
 
 
 @lru_cache(maxsize=64)
-def _segment_sizes(side_bytes: tuple[int, ...], joint_layers: int) -> list[int]:
-    """Raw bytes of each segment, from those of each layer's side; the chunks of a cache have few geometries."""
-    groups = layer_groups(len(side_bytes), joint_layers)
-    return [sum(side_bytes[first:last]) for first, last in groups for _ in range(2)]
+def _segment_bytes(
+    num_kv_heads: tuple[int, ...], head_dim: tuple[int, ...], channel_bytes: int, joint_layers: int
+) -> list[int]:
+    """See `ChunkHeader.segment_bytes`; the chunks of a cache have few geometries."""
+    sides = [heads * dim * channel_bytes for heads, dim in zip(num_kv_heads, head_dim, strict=True)]
+    groups = layer_groups(len(sides), joint_layers)
+    return [sum(sides[first:last]) for first, last in groups for _ in range(2)]
 
 
 def _context(value: object, where: str) -> ChunkContext:
@@ -294,10 +269,14 @@ def _are_segments(rows: list[Any], side_bytes: list[int], codec_id: object) -> b
         and set(map(type, raw)) == set(map(type, encoded)) == {int}
         and codecs.count(codec_id) == len(codecs)
         and list(raw) == side_bytes
-        and min(encoded) >= 1
-        and all(size <= 2 * raw_bytes + MAX_OVERHEAD_BYTES for size, raw_bytes in zip(encoded, raw, strict=True))
+        and all(map(_is_size, encoded, raw))
         and set(map(len, checksums)) == {32}
     )
+
+
+def _is_size(encoded_bytes: int, raw_bytes: int) -> bool:
+    """Whether a segment of `raw_bytes` may have so many encoded bytes."""
+    return 1 <= encoded_bytes <= 2 * raw_bytes + MAX_OVERHEAD_BYTES
 
 
 def check_codec_config(config: Mapping[str, Any], fields: Fields) -> None:
@@ -313,9 +292,8 @@ def _segment(row: object, raw_bytes: int, codec_id: object, fields: Fields) -> N
     """Raises: CorruptEntry that says what is wrong with one row."""
     if not isinstance(row, list) or len(row) != 4 or not (type(row[1]) is type(row[2]) is int):
         raise fields.wrong("segments", "rows [codec, raw_bytes, encoded_bytes, xxh3]", row)
-    segment = Segment(*row)
-    fits = segment.codec == codec_id and 1 <= segment.encoded_bytes <= 2 * raw_bytes + MAX_OVERHEAD_BYTES
-    if not fits or segment.raw_bytes != raw_bytes:
+    codec, raw, encoded, checksum = row
+    if codec != codec_id or raw != raw_bytes or not _is_size(encoded, raw_bytes):
         raise fields.wrong("segments", f"codec {codec_id}, {raw_bytes} raw bytes, at most twice as many encoded", row)
-    if not isinstance(segment.xxh3, str) or len(segment.xxh3) != 32:
+    if not isinstance(checksum, str) or len(checksum) != 32:
         raise fields.wrong("segments", "a checksum of 32 digits", row)

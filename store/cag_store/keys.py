@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,13 @@ class ChunkContext:
 
     def to_json(self) -> dict[str, Any]:
         """The object that enters the key."""
-        return {**vars(self), "rope": dict(self.rope), "codec": dict(self.codec)}
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {**found, "rope": dict(self.rope), "codec": dict(self.codec)}
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """Its canonical JSON."""
+        return canonical_bytes(self.to_json())
 
     @classmethod
     def from_json(cls, value: object, where: str) -> ChunkContext:
@@ -77,7 +84,7 @@ def chunk_key(parent: str, token_ids: TokenIds, context: ChunkContext) -> str:
     if parent != ROOT and not is_digest(parent):
         raise InvalidName(f"parent must be a chunk key or empty, found {parent!r}")
     digest = hashlib.sha256(_DOMAIN)
-    for part in (parent.encode("ascii"), canonical_bytes(context.to_json()), token_bytes(token_ids)):
+    for part in (parent.encode("ascii"), context.canonical, token_bytes(token_ids)):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()

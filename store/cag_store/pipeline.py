@@ -1,14 +1,15 @@
-"""Layer by layer from a backend into buffers: several threads read, verify and decode, the caller waits in order.
+"""Layer by layer from a backend into buffers: some threads read, others verify and decode, the caller waits in order.
 
-    thread:  next job -> read it -> verify and decode its segments into the chunk's slice of the buffers
-    jobs:    first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
-    caller:  wait for layer 0, on_layer(0), wait for layer 1, ...
+    readers:   free memory -> next job -> read it -> hand it on, and take the next one at once
+    decoders:  verify and decode its segments into the chunk's slice of the buffers -> the memory is free again
+    jobs:      first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
+    caller:    wait for layer 0, on_layer(0), wait for layer 1, ...
 
-A job stays with one thread, which takes two long steps: between them it needs the interpreter's lock, for which threads
-wait. The second is one compiled call for all segments that the codec knows such a step for; what that leaves is
-verified and decoded one by one. There are two threads more than workers: cores decode while two jobs wait for the
-disk. A backend that wants many reads at the same time gets as many threads, of which no more than workers decode.
-Memory beyond the buffers: one buffer of an encoded job a thread, which the next load uses again, and the scratch of the
+Reads end in bunches, while all cores decode: who has read asks for more before anything else is done, as a thread that
+decodes first, or that has to wake up another one, leaves the disk without work. Decoding a job is one compiled call for
+all segments that the codec knows such a step for; what that leaves is verified and decoded one by one. There are as
+many decoders as workers, and one reader more, or as many as the backend is good for.
+Memory beyond the buffers: one encoded job a thread and one more, which the next load uses again, and the scratch of the
 codecs.
 """
 
@@ -18,14 +19,17 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, pairwise
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 
 from cag_store.backends import SCRATCH_BYTES, ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
-from cag_store.codecs import CodedSide, EncodedSegment, RawSegments, StreamSide
+from cag_store.codecs import BulkDecoder, CodedSide, EncodedSegment, RawSegments, StreamSide
 from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry
 from cag_store.scratch import Scratch
@@ -34,9 +38,9 @@ Buffers = (
     Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]] | Sequence[tuple[StreamSide, StreamSide]]
 )
 
-_JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
-SPARE_THREADS = 2  # more than workers: cores decode while other jobs wait for the disk
-_scratch = Scratch(keep=4)  # threads of one load
+JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
+SPARE_READERS = 1  # more than workers
+_scratch = Scratch(keep=8)  # jobs of one load on few cores
 
 
 @dataclass
@@ -74,6 +78,15 @@ class Job:
         return self.chunk.offsets[2 * self.last] - self.chunk.offsets[2 * self.first]
 
 
+class _ReadJob(NamedTuple):
+    """A job whose bytes are `data`, a part of `memory`."""
+
+    job: Job
+    memory: memoryview
+    data: memoryview
+    taken: LoadTimings
+
+
 class Pipeline:
     """One pass over all layers of `chunks`."""
 
@@ -92,14 +105,17 @@ class Pipeline:
         self._timings = timings
         self._missing = [len(chunks)] * len(buffers)
         self._groups = chunks[0].index.header.groups
-        self._bulk = chunks[0].codec.bulk_decoder(buffers)
-        job_bytes = max(_JOB_BYTES, backend.read_bytes)
+        self._codec = chunks[0].codec
+        self._bulk: BulkDecoder | None = None
+        self._prepared = threading.Event()  # `_bulk` is made while the first jobs are read
+        job_bytes = max(JOB_BYTES, backend.read_bytes)
         spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
         self._next_job = count()
-        self._num_threads = min(max(workers + SPARE_THREADS, backend.parallel_reads), len(self._jobs))
-        many_readers = backend.parallel_reads > workers + SPARE_THREADS
-        self._decoding = threading.Semaphore(workers if many_readers else self._num_threads)
+        self._num_readers = min(max(workers + SPARE_READERS, backend.parallel_reads), len(self._jobs))
+        self._num_decoders = min(workers, len(self._jobs))
+        self._free: SimpleQueue[memoryview | None] = SimpleQueue()  # None: no more
+        self._read: SimpleQueue[_ReadJob | None] = SimpleQueue()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._stopped = False
@@ -108,21 +124,28 @@ class Pipeline:
         """Fill the buffers; `on_layer(i)` as soon as layer i is whole.
         Raises what reading, verifying or decoding raised."""
         started = time.perf_counter()
+        works = [self._read_jobs] * self._num_readers + [self._decode_jobs] * self._num_decoders
         threads = [
-            threading.Thread(target=self._work, name=f"cag-load-{index}", daemon=True)
-            for index in range(self._num_threads)
+            threading.Thread(target=work, name=f"cag-load-{index}", daemon=True) for index, work in enumerate(works)
         ]
-        for thread in threads:
-            thread.start()
-        try:
-            for layer in range(len(self._buffers)):
-                self._wait_for(layer)
-                if on_layer is not None:
-                    on_layer(layer)
-        finally:
-            self._stop(None)
-            for thread in threads:
-                thread.join()
+        num_bytes = SCRATCH_BYTES + max(job.num_bytes for job in self._jobs)
+        with ExitStack() as stack:
+            for _ in range(len(threads) + 1):
+                self._free.put(stack.enter_context(_scratch.taken(num_bytes)))
+            try:
+                for thread in threads:
+                    thread.start()
+                self._bulk = self._codec.bulk_decoder(self._buffers)
+                self._prepared.set()
+                for layer in range(len(self._buffers)):
+                    self._wait_for(layer)
+                    if on_layer is not None:
+                        on_layer(layer)
+            finally:
+                self._stop(None)
+                for thread in threads:
+                    if thread.ident is not None:  # started: before it ends, the memory is not free
+                        thread.join()
         self._timings.wall_s += time.perf_counter() - started
 
     def _wait_for(self, layer: int) -> None:
@@ -132,33 +155,58 @@ class Pipeline:
                 raise self._error
 
     def _stop(self, error: BaseException | None) -> None:
+        """Let all threads end, and the caller know why."""
         with self._changed:
             self._stopped = True
             self._error = self._error or error
             self._changed.notify_all()
+        self._prepared.set()
+        for _ in range(self._num_readers):
+            self._free.put(None)
+        for _ in range(self._num_decoders):
+            self._read.put(None)
 
-    def _work(self) -> None:
-        """A thread: job after job until none is left."""
+    def _read_jobs(self) -> None:
+        """A thread: read job after job until none is left."""
         try:
-            with _scratch.taken(SCRATCH_BYTES + max(job.num_bytes for job in self._jobs)) as buffer:
-                while not self._stopped:
-                    index = next(self._next_job)
-                    if index >= len(self._jobs):
-                        return
-                    self._do(self._jobs[index], buffer)
+            while (memory := self._free.get()) is not None and not self._stopped:
+                index = next(self._next_job)
+                if index >= len(self._jobs):
+                    return
+                job, taken = self._jobs[index], LoadTimings()
+                try:
+                    data = self._bytes_of(job, memory, taken)
+                except CorruptEntry:
+                    if not self._forgotten(job, taken):
+                        raise
+                    data = self._bytes_of(job, memory, taken)
+                self._read.put(_ReadJob(job, memory, data, taken))
         except BaseException as error:
             self._stop(error)
 
-    def _do(self, job: Job, buffer: memoryview) -> None:
-        """Load a job; once more from the backend itself when a copy kept nearby proved wrong."""
-        taken = LoadTimings()
+    def _decode_jobs(self) -> None:
+        """A thread: verify and decode what was read."""
         try:
-            self._load(job, buffer, taken)
-        except CorruptEntry:
-            nearby = taken.bytes_by_tier.keys() - {self._backend.tier}
-            if not (self._backend.forget(job.chunk.path) or nearby):
-                raise
-            self._load(job, buffer, taken)
+            while (read := self._read.get()) is not None and not self._stopped:
+                job, memory, data, taken = read
+                try:
+                    self._decode(job, data, taken)
+                except CorruptEntry:
+                    if not self._forgotten(job, taken):
+                        raise
+                    self._decode(job, self._bytes_of(job, memory, taken), taken)
+                self._free.put(memory)
+                self._finish(job, taken)
+        except BaseException as error:
+            self._stop(error)
+
+    def _forgotten(self, job: Job, taken: LoadTimings) -> bool:
+        """Whether bytes that proved wrong may be those of a copy kept nearby; it is dropped, and they can be read once
+        more from the backend itself."""
+        return self._backend.forget(job.chunk.path) or bool(taken.bytes_by_tier.keys() - {self._backend.tier})
+
+    def _finish(self, job: Job, taken: LoadTimings) -> None:
+        """A job is decoded."""
         with self._changed:
             self._timings.add(taken)
             first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
@@ -167,21 +215,25 @@ class Pipeline:
             if not self._missing[first]:  # the layers of a job become whole together
                 self._changed.notify_all()
 
-    def _load(self, job: Job, buffer: memoryview, taken: LoadTimings) -> None:
-        """Read, verify and decode a job; adds to `taken` where the bytes came from, and the time. Raises:
+    def _bytes_of(self, job: Job, memory: memoryview, taken: LoadTimings) -> memoryview:
+        """Read a job into a part of `memory`; adds to `taken` where the bytes came from, and the time. Raises:
         CorruptEntry."""
         started = time.perf_counter()
         offset = job.chunk.offsets[2 * job.first]
-        data, tier = self._backend.read_range(job.chunk.path, offset, job.num_bytes, buffer)
+        data, tier = self._backend.read_range(job.chunk.path, offset, job.num_bytes, memory)
         taken.bytes_read += job.num_bytes
         taken.bytes_by_tier[tier] = taken.bytes_by_tier.get(tier, 0) + job.num_bytes
         taken.read_s += time.perf_counter() - started
-        with self._decoding:
-            read = time.perf_counter()
-            left = self._left_by_bulk(job, data)
-            if left:
-                self._decode_singly(job, data, left)
-            taken.decode_s += time.perf_counter() - read
+        return data
+
+    def _decode(self, job: Job, data: memoryview, taken: LoadTimings) -> None:
+        """Verify and decode a job; adds the time to `taken`. Raises: CorruptEntry."""
+        self._prepared.wait()
+        started = time.perf_counter()
+        left = self._left_by_bulk(job, data)
+        if left:
+            self._decode_singly(job, data, left)
+        taken.decode_s += time.perf_counter() - started
 
     def _left_by_bulk(self, job: Job, data: memoryview) -> Sequence[int]:
         """Verify and decode what one compiled step can of a job; the positions of the other segments."""
@@ -201,7 +253,7 @@ class Pipeline:
         segments = []
         for position in positions:
             begin, end = (chunk.offsets[at] - chunk.offsets[2 * job.first] for at in (position, position + 1))
-            check_segment(data[begin:end], chunk.index.segments[position], chunk, position)
+            check_segment(data[begin:end], chunk, position)
             first, last = self._groups[position // 2]
             sides = [buffers[position % 2] for buffers in self._buffers[first:last]]
             span = slice(entry.start, entry.start + entry.num_tokens)

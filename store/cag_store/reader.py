@@ -116,10 +116,7 @@ class CacheReader:
         return list(zip(shapes[::2], shapes[1::2], strict=True))
 
     def _stream_chunks(self, position: int) -> list[StreamChunk]:
-        return [
-            StreamChunk(c.entry.start, c.entry.num_tokens, c.index.segments[position].encoded_bytes)
-            for c in self._chunks
-        ]
+        return [StreamChunk(c.entry.start, c.entry.num_tokens, c.index.sizes[position]) for c in self._chunks]
 
     def close(self) -> None:
         """Give up the lease, after `on_close` was called. Idempotent."""
@@ -187,7 +184,10 @@ def _opened(backend: ReadableBackend, entries: Sequence[ChunkEntry], codecs: Cod
     if backend.parallel_reads == 1:
         for entry in entries:
             backend.will_read(chunk_path(entry.key), entry.header_bytes + 4 * entry.num_tokens)
-        return [open_chunk(backend, entry, codecs) for entry in entries]
+        chunks: list[OpenChunk] = []
+        for entry in entries:
+            chunks.append(open_chunk(backend, entry, codecs, chunks[-1] if chunks else None))
+        return chunks
     with ThreadPoolExecutor(backend.parallel_reads, "cag-open") as pool:
         return list(pool.map(lambda entry: open_chunk(backend, entry, codecs), entries))
 

@@ -186,14 +186,14 @@ def _check_same_bytes(destination: Store, entry: ChunkEntry) -> None:
 
 def _verified_parts(source: Store, chunk: OpenChunk) -> list[bytes]:
     """All bytes of a chunk file, every one of them checked. Raises: CorruptEntry."""
-    segments, offsets = chunk.index.segments, chunk.offsets
+    sizes, offsets = chunk.index.sizes, chunk.offsets
     parts = [chunk.index.to_bytes(), chunk.token_ids.tobytes()]  # what `open_chunk` has verified, to the byte
     for first, last in _runs(offsets):
         run = source.backend.get_range(chunk.path, offsets[first], offsets[last] - offsets[first])
         rest = memoryview(run)
         for position in range(first, last):
-            check_segment(rest[: segments[position].encoded_bytes], segments[position], chunk, position)
-            rest = rest[segments[position].encoded_bytes :]
+            check_segment(rest[: sizes[position]], chunk, position)
+            rest = rest[sizes[position] :]
         parts.append(run)
     return parts
 

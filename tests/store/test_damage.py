@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cag_store import Store
 from cag_store.blob import MAX_BLOB_BYTES, pack_blob
-from cag_store.chunk import ChunkIndex, Segment, parse_index
+from cag_store.chunk import parse_index
 from cag_store.chunk_files import read_entry
 from cag_store.codecs import Zstd
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreError, UnsupportedFormat
@@ -301,12 +301,11 @@ def test_a_bomb_with_a_right_checksum_is_refused(small):
     frame = zstandard.ZstdCompressor().compress(bytes(1 << 30))[:300]
     zstd = 1 + next(i for i, packer in enumerate(cache.codec.packers) if isinstance(packer, Zstd))
     bomb = bytes([2, zstd]) + len(frame).to_bytes(4, "little") + bytes([zstd]) + (0).to_bytes(4, "little") + frame
-    old = index.segments[0]
-    row = Segment(old.codec, old.raw_bytes, len(bomb), xxhash.xxh3_128_hexdigest(bomb))
-    forged = ChunkIndex(index.header, (row, *index.segments[1:]))
-    start = entry.header_bytes + index.ids_bytes
+    sizes, checksums = (len(bomb), *index.sizes[1:]), (xxhash.xxh3_128_hexdigest(bomb), *index.checksums[1:])
+    forged = replace(index, sizes=sizes, checksums=checksums)
+    start, behind = index.offsets(entry.header_bytes)[:2]
     head = forged.to_bytes()
-    body = data[entry.header_bytes : start] + bomb + data[start + old.encoded_bytes :]
+    body = data[entry.header_bytes : start] + bomb + data[behind:]
     store.backend.replace(path, head + body)
     forged_manifest = replace(manifest, chunks=(forged.entry(head), *manifest.chunks[1:]))
     store.commit("small", forged_manifest)

@@ -24,6 +24,13 @@ def backend(tmp_path, content):
     return backend
 
 
+@pytest.fixture(params=["cachestat", "mincore"])
+def asked(request, monkeypatch):
+    """How the kernel is asked what is in memory; one before Linux 6.5 only has the second way."""
+    if request.param == "mincore":
+        monkeypatch.setattr(page_cache, "_syscall", lambda: None)
+
+
 def drop(backend):
     """Skips where the file system keeps everything in memory, or reads nothing past it."""
     if not backend.drop_page_cache("chunks/x"):
@@ -57,12 +64,14 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("offset", "length"), RANGES)
+@pytest.mark.usefixtures("asked")
 def test_what_is_not_in_memory_is_read_past_the_page_cache(backend, content, offset, length):
     drop(backend)
     assert read(backend, offset, length) == content[offset : offset + length]
     assert resident(backend) == 0
 
 
+@pytest.mark.usefixtures("asked")
 def test_what_is_in_memory_is_read_there(backend, content, monkeypatch):
     monkeypatch.setattr(page_cache, "open_direct", lambda path: pytest.fail("was in memory"))
     backend.get("chunks/x", SIZE)
@@ -70,6 +79,7 @@ def test_what_is_in_memory_is_read_there(backend, content, monkeypatch):
         assert read(backend, offset, length) == content[offset : offset + length]
 
 
+@pytest.mark.usefixtures("asked")
 def test_only_the_range_itself_must_be_in_memory(backend, content):
     drop(backend)
     with (backend.root / "chunks/x").open("rb") as file:
@@ -92,16 +102,25 @@ def test_a_file_system_without_direct_reads(backend, content, monkeypatch):
 
 
 def test_a_kernel_that_does_not_say_what_is_in_memory(backend, content, monkeypatch):
+    monkeypatch.setattr(page_cache, "_syscall", lambda: None)
     monkeypatch.setattr(page_cache, "_mincore", lambda: None)
     assert read(backend, 1, 9000) == content[1:9001]
     assert backend.drop_page_cache("chunks/x") is False
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, SIZE + 1), (SIZE - 1, 2), (SIZE, 1), (SIZE + 9000, 1)])
+@pytest.mark.usefixtures("asked")
 def test_a_file_that_was_cut(backend, offset, length):
     drop(backend)
     with pytest.raises(CorruptEntry, match="the file was cut"):
         read(backend, offset, length)
+
+
+def test_a_kernel_that_refuses_the_new_question_is_asked_the_old_one(backend, monkeypatch):
+    with (backend.root / "chunks/x").open("rb") as file:
+        known = page_cache.resident_pages(file.fileno())
+        monkeypatch.setattr(page_cache, "_syscall", lambda: lambda *_: -1)
+        assert page_cache.resident_pages(file.fileno()) == known
 
 
 def test_scratch_is_used_again_and_by_one_at_a_time():

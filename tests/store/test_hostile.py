@@ -13,7 +13,7 @@ import zstandard
 
 from cag_store import KVGeometry, Manifest, Store, codec_from_config
 from cag_store.blob import unpack_blob
-from cag_store.chunk import ChunkIndex, Segment, parse_index
+from cag_store.chunk import ChunkIndex, parse_index
 from cag_store.errors import CorruptEntry, StoreError, UnencodableArray
 from cag_store.jsontext import MAX_DEPTH, canonical_bytes, parse_object
 from cag_store.paths import chunk_path, manifest_path, ref_path
@@ -92,10 +92,7 @@ def test_a_forged_geometry_takes_no_memory(small, tokens):
         cache.header("", 0), key=key, num_tokens=tokens, num_kv_heads=heads, head_dim=dims, context=context
     )
     segment = b"\x02" + bytes(10)
-    rows = tuple(
-        Segment("lossless", header.side_bytes(0), len(segment), xxhash.xxh3_128_hexdigest(segment)) for _ in range(6)
-    )
-    index = ChunkIndex(header, rows)
+    index = ChunkIndex(header, (len(segment),) * 6, (xxhash.xxh3_128_hexdigest(segment),) * 6)
     head = index.to_bytes()
     file = head + ids.tobytes() + segment * 6
     with pytest.raises(CorruptEntry, match="a layer and side"):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +15,14 @@ from cag_store.errors import EntryNotFound
 
 def spans_of(store, manifest, first_layer_soon=True):
     chunks = [open_chunk(store.backend, entry) for entry in manifest.chunks]
-    return list(pipeline._group_spans(chunks, len(manifest.kv.head_dim), pipeline._JOB_BYTES, first_layer_soon))
+    return list(pipeline._group_spans(chunks, len(manifest.kv.head_dim), pipeline.JOB_BYTES, first_layer_soon))
 
 
 def test_layers_are_read_together_but_the_first_alone(store, small, monkeypatch):
     manifest = small().build(store)
     assert spans_of(store, manifest) == [(0, 1), (1, 3)]
     assert spans_of(store, manifest, first_layer_soon=False) == [(0, 3)]
-    monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
+    monkeypatch.setattr(pipeline, "JOB_BYTES", 1)
     assert spans_of(store, manifest) == [(0, 1), (1, 2), (2, 3)]
 
 
@@ -50,7 +51,7 @@ def test_jobs_have_about_equal_bytes(first_layer_soon):
 @pytest.mark.parametrize("workers", [1, 5])
 @pytest.mark.parametrize("codec", ["lossless", "int8", {"id": "int4", "recent_tokens": 1, "wide_key_layers": [1]}])
 def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, workers, codec, first_layer_soon):
-    monkeypatch.setattr(pipeline, "_JOB_BYTES", job_bytes)
+    monkeypatch.setattr(pipeline, "JOB_BYTES", job_bytes)
     cache = small(codec, num_tokens=60)
     manifest = cache.build(store)
     with store.reader(manifest) as reader:
@@ -70,33 +71,41 @@ def test_layers_arrive_whole_and_in_order(store, small, monkeypatch, job_bytes, 
         cache.check(buffers)
 
 
-@pytest.mark.parametrize(("parallel_reads", "num_threads", "decoding"), [(1, 4, 4), (8, 8, 2)])
-def test_many_threads_read_but_only_the_workers_decode(
-    store, small, monkeypatch, parallel_reads, num_threads, decoding
-):
-    monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
+class Inside:
+    """A context manager that knows how many threads are in it, and were at most."""
+
+    def __init__(self):
+        self.guard, self.now, self.most = threading.Lock(), 0, 0
+
+    def __enter__(self):
+        with self.guard:
+            self.now += 1
+            self.most = max(self.most, self.now)
+
+    def __exit__(self, *exception):
+        with self.guard:
+            self.now -= 1
+
+
+@pytest.mark.parametrize(("parallel_reads", "num_reads"), [(1, 3), (8, 8)])
+def test_many_threads_read_but_only_the_workers_decode(store, small, monkeypatch, parallel_reads, num_reads):
+    monkeypatch.setattr(pipeline, "JOB_BYTES", 1)
     cache = small(num_tokens=80)
     manifest = cache.build(store)
     monkeypatch.setattr(store.backend, "parallel_reads", parallel_reads)
-    guard, all_there = threading.Lock(), threading.Barrier(num_threads)
-    inside, most, readers, original = 0, 0, set(), Lossless.decode_segments
-    get_range_into = store.backend.get_range_into
+    all_there, calls, reading, decoding = threading.Barrier(num_reads), count(), Inside(), Inside()
+    get_range_into, decode_segments = store.backend.get_range_into, Lossless.decode_segments
 
     def get(*arguments):
-        if threading.current_thread() not in readers:
-            readers.add(threading.current_thread())
-            all_there.wait(60)  # as many as that read at the same time
-        return get_range_into(*arguments)
+        with reading:
+            if next(calls) < num_reads:
+                all_there.wait(60)  # as many as that read at the same time
+            return get_range_into(*arguments)
 
     def decode(self, segments):
-        nonlocal inside, most
-        with guard:
-            inside += 1
-            most = max(most, inside)
-        time.sleep(0.01)
-        original(self, segments)
-        with guard:
-            inside -= 1
+        with decoding:
+            time.sleep(0.01)
+            decode_segments(self, segments)
 
     monkeypatch.setattr(store.backend, "get_range_into", get)
     monkeypatch.setattr(Lossless, "decode_segments", decode)
@@ -104,13 +113,67 @@ def test_many_threads_read_but_only_the_workers_decode(
         buffers = cache.buffers()
         reader.load(buffers)
     cache.check(buffers)
-    assert len(readers) == num_threads
-    assert most <= decoding
+    assert reading.most == num_reads
+    assert decoding.most <= 2
+
+
+def test_reading_goes_on_while_the_workers_decode(store, small, monkeypatch):
+    monkeypatch.setattr(pipeline, "JOB_BYTES", 1)
+    cache = small(num_tokens=80)
+    manifest = cache.build(store)
+    calls, later, original = count(), threading.Event(), store.backend.get_range_into
+    decode_segments = Lossless.decode_segments
+
+    def get(*arguments):
+        if next(calls) == 4:  # more than are read at the same time
+            later.set()
+        return original(*arguments)
+
+    def decode(self, segments):
+        assert later.wait(60)
+        decode_segments(self, segments)
+
+    monkeypatch.setattr(store.backend, "get_range_into", get)
+    monkeypatch.setattr(Lossless, "decode_segments", decode)
+    with store.reader(manifest, workers=2) as reader:
+        buffers = cache.buffers()
+        reader.load(buffers)
+    cache.check(buffers)
+
+
+def test_buffers_that_no_step_can_be_made_for_end_the_load(store, small, monkeypatch):
+    cache = small()
+    manifest = cache.build(store)
+
+    def refuse(self, buffers):
+        raise RuntimeError("no such buffers")
+
+    monkeypatch.setattr(Lossless, "bulk_decoder", refuse)
+    with store.reader(manifest) as reader, pytest.raises(RuntimeError, match="no such buffers"):
+        reader.load(cache.buffers())
+
+
+def test_threads_that_could_not_be_started_end_the_load(store, small, monkeypatch):
+    cache = small()
+    manifest = cache.build(store)
+    start, started = threading.Thread.start, []
+
+    def third_time(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with store.reader(manifest, workers=2) as reader, monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", third_time)
+        with pytest.raises(RuntimeError, match="new thread"):
+            reader.load(cache.buffers())
+    assert [thread.is_alive() for thread in started] == [False, False]
 
 
 def test_a_job_is_as_large_as_the_backend_wants(store, small, monkeypatch):
     manifest = small().build(store)
-    monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
+    monkeypatch.setattr(pipeline, "JOB_BYTES", 1)
     monkeypatch.setattr(store.backend, "read_bytes", 1 << 20)
     lengths, get_range_into = [], store.backend.get_range_into
 
@@ -125,7 +188,7 @@ def test_a_job_is_as_large_as_the_backend_wants(store, small, monkeypatch):
 
 
 def test_no_thread_outlives_a_load_that_fails(store, small, monkeypatch):
-    monkeypatch.setattr(pipeline, "_JOB_BYTES", 1)
+    monkeypatch.setattr(pipeline, "JOB_BYTES", 1)
     cache = small()
     manifest = cache.build(store)
     with store.reader(manifest) as reader:

@@ -165,7 +165,7 @@ def test_chunks_that_are_not_what_they_say_are_refused(store, small):
     for layers in (cache.arrays(0)[:2], [*cache.arrays(0), cache.arrays(0)[0]], cache.arrays(0)[::-1]):
         with pytest.raises(UnencodableArray):
             store.put_chunk(header, layers, cache.ids(0))
-    context = type(header.context)(**{**vars(header.context), "codec": {"id": "lossless"}})
+    context = replace(header.context, codec={"id": "lossless"})
     short = ChunkHeader(**{**vars(header), "context": context, "key": chunk_key(ROOT, cache.ids(0), context)})
     with pytest.raises(InvalidName, match="full codec configuration"):
         store.put_chunk(short, cache.arrays(0), cache.ids(0))

@@ -59,6 +59,14 @@ class LocalBackend(Backend):
             self._fill(path, descriptor, offset, memoryview(data))
         return bytes(data)
 
+    def get_start(self, path: str, length: int) -> tuple[bytes, int]:
+        """See `ReadableBackend`."""
+        with self._translated(path), self._descriptor(path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            data = bytearray(min(length, size))
+            self._fill(path, descriptor, 0, memoryview(data))
+        return bytes(data), size
+
     def get_range_into(self, path: str, offset: int, out: memoryview) -> str:
         """See `Backend`."""
         with self._translated(path), self._descriptor(path) as descriptor:

@@ -6,6 +6,7 @@ whoever attends dequantizes what it reads. Knows shapes and arrays only.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,12 +36,7 @@ class CodedShape(NamedTuple):
     @property
     def shapes(self) -> CodedShapes:
         """Shapes of the arrays of a side."""
-        heads, tokens, width = self.num_kv_heads, self.num_coded, self.head_dim
-        by_token = (heads, -(-tokens // self.group_tokens), width)
-        by_channel = (heads, tokens, -(-width // self.group_channels))
-        groups = by_token if self.grouped_along == "tokens" else by_channel
-        codes = (heads, tokens, width * self.bits // 8)
-        return CodedShapes(codes, groups, groups, (heads, self.num_first, width), (heads, self.num_recent, width))
+        return _shapes(self)
 
 
 class CodedShapes(NamedTuple):
@@ -51,6 +47,17 @@ class CodedShapes(NamedTuple):
     offsets: tuple[int, int, int]
     first: tuple[int, int, int]
     recent: tuple[int, int, int]
+
+
+@lru_cache(maxsize=64)
+def _shapes(side: CodedShape) -> CodedShapes:
+    """See `CodedShape.shapes`; the layers of a model have few."""
+    heads, tokens, width = side.num_kv_heads, side.num_coded, side.head_dim
+    by_token = (heads, -(-tokens // side.group_tokens), width)
+    by_channel = (heads, tokens, -(-width // side.group_channels))
+    groups = by_token if side.grouped_along == "tokens" else by_channel
+    codes = (heads, tokens, width * side.bits // 8)
+    return CodedShapes(codes, groups, groups, (heads, side.num_first, width), (heads, side.num_recent, width))
 
 
 class CodedSide(NamedTuple):
