@@ -2,17 +2,16 @@
 
 Random streams at the sizes that the codec has for a model of a shape: groups of `joint_layers` layers, 65 % of their
 components coded, about 2.5 bits a code, the first few components with low bits, so that their codes are no bytes.
-The figure is that of decoding everything: all groups and both sides side by side in streams of their own, then a
-product for each group and side. Both halves are measured by themselves too.
+The figure is that of decoding everything: all groups and both sides in one launch, then a product for each group and
+side. Both halves are measured by themselves too, and beside it a launch for each side in a stream of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from cag_bench.figures import percentiles
 from cag_bench.gpu.clock import Budget, median_of
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.kernel_clock import Clock
-from cag_kernels import CodeBlocks, RansSegments, count_blocks, decode_segments, inverse_transform
+from cag_kernels import CodeBlocks, RansSegments, RansSide, count_blocks, decode_segments, inverse_transform
 from cag_kernels.inverse import inverse_transform_reference
 from cag_kernels.rans import LANES, SLOTS, decode_segments_reference
 from cag_kernels.rotation import angles
@@ -32,23 +31,10 @@ CHUNK_TOKENS = 512
 MEAN_SIZE = 1.0  # of a code: of the two-sided geometric distribution that the table is of
 NUM_LARGE, LOW_BITS = 8, 3  # components whose codes take more than a byte, as those of keys in real caches
 SPARE_WORDS = 1.03  # as many as the codes take, and a few more, or zeros would be read
-Found = TypeVar("Found")
 CHECKED_SEGMENTS, CHECKED_COMPONENTS, CHECKED_TOKENS = 2, 24, 64
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Entropy-coded segments of one side of one group, and what decodes them."""
-
-    segments: RansSegments
-    slots: Tensor
-    tables: Tensor
-    low_bits: Tensor
-    num_blocks: int
-
-    def decode(self) -> tuple[CodeBlocks, Tensor]:
-        """Codes and which segments are whole."""
-        return decode_segments(self.segments, self.slots, self.tables, self.low_bits, self.num_blocks)
+Decoding = Callable[[], list[tuple[CodeBlocks, Tensor]]]
 
 
 def transform_row(
@@ -65,43 +51,60 @@ def transform_row(
     num_components = round(CODED_SHARE * options.joint_layers * channels)
     check_entropy(device)
     streams = [random_streams(device, options.prefix_tokens, num_components) for _ in range(2 * num_groups)]
-    decoding = side_by_side([stream.decode for stream in streams], device)
-    sides = [Inverse(device, options, num_components, side) for side in ("keys", "values")]
-    codes = streams[0].decode()[0]
-    for side in sides:
-        side.check(codes)
-
-    def decode_everything() -> list[Tensor]:
-        return [sides[index % 2](found) for index, (found, _) in enumerate(decoding())]
-
-    whole = samples_of(clock.prepared(decode_everything), options, budget)
-    entropy = samples_of(clock.prepared(decoding), options, budget)
-    compressed = sum(part.nbytes for stream in streams for part in stream.segments)
-    del streams
-    timed = {side.name: samples_of(clock.prepared(partial(side, codes)), options, budget) for side in sides}
+    inverses = [Inverse(device, options, num_components, side) for side in ("keys", "values")]
+    codes = decode_segments(streams[:1])[0][0]
+    for inverse in inverses:
+        inverse.check(codes)
     plain_bytes = 2 * 2 * shape.num_layers * channels * options.prefix_tokens
-    seconds = median_of(whole)
+    ways: dict[str, Decoding] = {
+        "together": partial(decode_segments, streams),
+        "apart": side_by_side([partial(decode_segments, [side]) for side in streams], device),
+    }
+    found = {name: both_halves(way, inverses, clock, options, budget) for name, way in ways.items()}
+    speeds = {name: plain_bytes / median_of(way["decode_samples_s"]) / 1e9 for name, way in found.items()}
+    del ways
+    compressed = sum(part.nbytes for side in streams for part in side.segments)
+    floor_s = (plain_bytes + compressed) / bandwidth
+    del streams
+    timed = {side.name: samples_of(clock.prepared(partial(side, codes)), options, budget) for side in inverses}
     return {
         "name": "decode transform",
         "shape": {"num_tokens": options.prefix_tokens, "joint_layers": options.joint_layers}
         | {"num_components": num_components, "num_groups": num_groups},
-        "entropy_s": percentiles(entropy),
-        "entropy_samples_s": entropy,
+        **found["together"],
+        "gb_per_s": speeds["together"],
+        "apart": found["apart"],
+        "apart_gb_per_s": speeds["apart"],
         "inverse_group_s": {side: percentiles(samples) for side, samples in timed.items()},
         "inverse_samples_s": timed,
-        "decode_s": percentiles(whole),
-        "decode_samples_s": whole,
         "compressed_bytes": compressed,
         "plain_bytes": plain_bytes,
-        "floor_s": (plain_bytes + compressed) / bandwidth,
-        "p50_over_floor": seconds * bandwidth / (plain_bytes + compressed),
-        "gb_per_s": plain_bytes / seconds / 1e9,
+        "floor_s": floor_s,
+        "p50_over_floor": median_of(found["together"]["decode_samples_s"]) / floor_s,
+    }
+
+
+def both_halves(
+    decoding: Decoding, inverses: Sequence[Inverse], clock: Clock, options: GpuOptions, budget: Budget
+) -> dict[str, Any]:
+    """Seconds of all sides, keys and values in turn: of everything, and of entropy decoding alone."""
+
+    def decode_everything() -> list[Tensor]:
+        return [inverses[index % 2](found) for index, (found, _) in enumerate(decoding())]
+
+    whole = samples_of(clock.prepared(decode_everything), options, budget)
+    entropy = samples_of(clock.prepared(decoding), options, budget)
+    return {
+        "entropy_s": percentiles(entropy),
+        "entropy_samples_s": entropy,
+        "decode_s": percentiles(whole),
+        "decode_samples_s": whole,
     }
 
 
 def random_streams(
     device: torch.device, num_tokens: int, num_components: int, chunk_tokens: int = CHUNK_TOKENS
-) -> Streams:
+) -> RansSide:
     """Segments of random words: codes of the table's distribution come out, as many words go in as they need.
 
     Such a stream does not end where a writer's would, which the decoder says and which costs it nothing.
@@ -126,7 +129,7 @@ def random_streams(
         component_shifts=torch.zeros(num_segments, num_components, dtype=torch.int8, device=device),
     )
     slots, tables, low_bits = (part.to(device) for part in (slots, torch.zeros_like(low_bits), low_bits))
-    return Streams(segments, slots, tables, low_bits, count_blocks(counts))
+    return RansSide(segments, slots, tables, low_bits, count_blocks(counts))
 
 
 def segment_tokens(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> list[int]:
@@ -192,27 +195,30 @@ class Inverse:
 
 
 def check_entropy(device: torch.device) -> None:
-    """Raises: KernelWrong: codes that are not the reference's."""
-    stream = random_streams(device, CHECKED_SEGMENTS * CHECKED_TOKENS, CHECKED_COMPONENTS, CHECKED_TOKENS)
-    parts = [part.cpu() for part in stream.segments]
-    tables = [part.cpu() for part in (stream.slots, stream.tables, stream.low_bits)]
-    expected, _ = decode_segments_reference(RansSegments(*parts), tables[0], tables[1], tables[2])
-    if not torch.equal(stream.decode()[0].by_token().T.cpu(), expected):
-        raise KernelWrong("entropy decoding differs from its reference.")
+    """Raises: KernelWrong: codes of sides of two sizes that are not the reference's."""
+    sizes = CHECKED_SEGMENTS * CHECKED_TOKENS, CHECKED_TOKENS
+    widths = (CHECKED_COMPONENTS, 2 * CHECKED_COMPONENTS)
+    sides = [random_streams(device, sizes[0], width, sizes[1]) for width in widths]
+    for side, (found, _) in zip(sides, decode_segments(sides), strict=True):
+        segments = RansSegments(*(part.cpu() for part in side.segments))
+        on_host = RansSide(segments, side.slots.cpu(), side.tables.cpu(), side.low_bits.cpu(), side.num_blocks)
+        if not torch.equal(found.by_token().T.cpu(), decode_segments_reference(on_host)[0]):
+            raise KernelWrong("entropy decoding differs from its reference.")
 
 
-def side_by_side(works: list[Callable[[], Found]], device: torch.device) -> Callable[[], list[Found]]:
-    """All of them, each in a stream of its own on a GPU; the caller's stream waits for all."""
+def side_by_side(works: list[Decoding], device: torch.device) -> Decoding:
+    """What all of them find, each in a stream of its own on a GPU; the caller's stream waits for all."""
     if device.type != "cuda":
-        return lambda: [work() for work in works]
+        return lambda: [found for work in works for found in work()]
     streams = [torch.cuda.Stream(device) for _ in works]  # type: ignore[no-untyped-call]
 
-    def run() -> list[Found]:
-        current, found = torch.cuda.current_stream(device), []
+    def run() -> list[tuple[CodeBlocks, Tensor]]:
+        current = torch.cuda.current_stream(device)
+        found: list[tuple[CodeBlocks, Tensor]] = []
         for stream, work in zip(streams, works, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                found.append(work())
+                found += work()
         for stream in streams:
             current.wait_stream(stream)
         return found
