@@ -1,7 +1,7 @@
 """Compiles the launches of the Triton kernels for a GPU, without one, and prints a line of JSON for each.
 
 The product's own launching code runs on CPU tensors; what it would launch is compiled instead, by Triton, to machine
-code, and taken apart for the registers, the memory that spills, and the shared memory that it takes.
+code, and taken apart for the registers, the memory that spills, the bytes that a store takes and the shared memory.
 """
 
 import json
@@ -72,7 +72,10 @@ def resources(compiled):
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spilled_bytes": stack + local, "shared_bytes": compiled.metadata.shared}
+    stores = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    stored = {int(numbers or 1) * int(bits) // 8 for numbers, bits in stores}
+    found = {"registers": registers, "spilled_bytes": stack + local, "stored_bytes": sorted(stored)}
+    return found | {"shared_bytes": compiled.metadata.shared}
 
 
 def launch_everything():
