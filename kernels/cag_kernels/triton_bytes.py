@@ -20,6 +20,7 @@ from torch import Tensor
 from cag_kernels.rans import CodeBlocks
 
 BLOCK = 128  # tokens, columns or components of a tile
+MAX_REGISTERS = 104  # of 512 threads: five segments of the entropy decoder find room beside them
 
 
 class ByteCodes(NamedTuple):
@@ -160,7 +161,15 @@ def _split(
     )
     if shape[0]:
         split_codes_tile[grid](
-            codes, *parts[:5], *shape, *strides, low.shape[1], side_by_side=side_by_side, block=BLOCK, num_warps=16
+            codes,
+            *parts[:5],
+            *shape,
+            *strides,
+            low.shape[1],
+            side_by_side=side_by_side,
+            block=BLOCK,
+            num_warps=16,
+            maxnreg=MAX_REGISTERS,
         )
     return parts
 

@@ -3,7 +3,8 @@
 Random streams at the sizes that the codec has for a model of a shape: groups of `joint_layers` layers, 65 % of their
 components coded, about 2.5 bits a code, the first few components with low bits, so that their codes are no bytes.
 The figure is that of decoding everything: all groups and both sides in one launch, then a product for each group and
-side. Both halves are measured by themselves too, and beside it a launch for each side in a stream of its own.
+side. Beside it two other ways: a launch for each side in a stream of its own (apart), and launches of a few sides,
+each beside the products of those before (in turn), as a load does it. Both halves are measured by themselves too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SPARE_WORDS = 1.03  # as many as the codes take, and a few more, or zeros would 
 CHECKED_SEGMENTS, CHECKED_COMPONENTS, CHECKED_TOKENS = 2, 24, 64
 
 
+SIDES_IN_TURN = 4  # that are decoded at once while others are multiplied, as a load of this size has them
 Decoding = Callable[[], list[tuple[CodeBlocks, Tensor]]]
 
 
@@ -56,50 +58,64 @@ def transform_row(
     for inverse in inverses:
         inverse.check(codes)
     plain_bytes = 2 * 2 * shape.num_layers * channels * options.prefix_tokens
-    ways: dict[str, Decoding] = {
-        "together": partial(decode_segments, streams),
-        "apart": side_by_side([partial(decode_segments, [side]) for side in streams], device),
+    together = partial(decode_segments, streams)
+    apart = side_by_side([partial(decode_segments, [side]) for side in streams], device)
+    ways: dict[str, Callable[[], object]] = {
+        "decode": lambda: products(together(), inverses),
+        "decode_apart": lambda: products(apart(), inverses),
+        "decode_in_turn": in_turn(streams, inverses, device),
+        "entropy": together,
+        "entropy_apart": apart,
     }
-    found = {name: both_halves(way, inverses, clock, options, budget) for name, way in ways.items()}
-    speeds = {name: plain_bytes / median_of(way["decode_samples_s"]) / 1e9 for name, way in found.items()}
-    del ways
+    found = {name: samples_of(clock.prepared(way), options, budget) for name, way in ways.items()}
     compressed = sum(part.nbytes for side in streams for part in side.segments)
     floor_s = (plain_bytes + compressed) / bandwidth
-    del streams
     timed = {side.name: samples_of(clock.prepared(partial(side, codes)), options, budget) for side in inverses}
+    speeds = {way: plain_bytes / median_of(samples) / 1e9 for way, samples in found.items()}
     return {
         "name": "decode transform",
         "shape": {"num_tokens": options.prefix_tokens, "joint_layers": options.joint_layers}
         | {"num_components": num_components, "num_groups": num_groups},
-        **found["together"],
-        "gb_per_s": speeds["together"],
-        "apart": found["apart"],
-        "apart_gb_per_s": speeds["apart"],
+        **{f"{way}_s": percentiles(samples) for way, samples in found.items()},
+        **{f"{way}_samples_s": samples for way, samples in found.items()},
+        "gb_per_s": speeds["decode"],
+        "apart_gb_per_s": speeds["decode_apart"],
+        "in_turn_gb_per_s": speeds["decode_in_turn"],
         "inverse_group_s": {side: percentiles(samples) for side, samples in timed.items()},
         "inverse_samples_s": timed,
         "compressed_bytes": compressed,
         "plain_bytes": plain_bytes,
         "floor_s": floor_s,
-        "p50_over_floor": median_of(found["together"]["decode_samples_s"]) / floor_s,
+        "p50_over_floor": median_of(found["decode"]) / floor_s,
     }
 
 
-def both_halves(
-    decoding: Decoding, inverses: Sequence[Inverse], clock: Clock, options: GpuOptions, budget: Budget
-) -> dict[str, Any]:
-    """Seconds of all sides, keys and values in turn: of everything, and of entropy decoding alone."""
+def products(decoded: Sequence[tuple[CodeBlocks, Tensor]], inverses: Sequence[Inverse]) -> list[Tensor]:
+    """Of all sides, keys and values in turn."""
+    return [inverses[index % 2](codes) for index, (codes, _) in enumerate(decoded)]
 
-    def decode_everything() -> list[Tensor]:
-        return [inverses[index % 2](found) for index, (found, _) in enumerate(decoding())]
 
-    whole = samples_of(clock.prepared(decode_everything), options, budget)
-    entropy = samples_of(clock.prepared(decoding), options, budget)
-    return {
-        "entropy_s": percentiles(entropy),
-        "entropy_samples_s": entropy,
-        "decode_s": percentiles(whole),
-        "decode_samples_s": whole,
-    }
+def in_turn(sides: Sequence[RansSide], inverses: Sequence[Inverse], device: torch.device) -> Callable[[], list[Tensor]]:
+    """A few sides are decoded in a stream of their own while those before them are multiplied."""
+    batches = [sides[first : first + SIDES_IN_TURN] for first in range(0, len(sides), SIDES_IN_TURN)]
+    if device.type != "cuda":
+        return lambda: [part for batch in batches for part in products(decode_segments(batch), inverses)]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def run() -> list[Tensor]:
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        made: list[Tensor] = []
+        with torch.cuda.stream(stream):
+            found = [decode_segments(batches[0])]  # kept, as its memory belongs to this stream
+        for batch in [*batches[1:], []]:
+            current.wait_stream(stream)
+            with torch.cuda.stream(stream):
+                found.append(decode_segments(batch))
+            made += products(found[-2], inverses)
+        return made
+
+    return run
 
 
 def random_streams(

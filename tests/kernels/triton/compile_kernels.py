@@ -75,7 +75,7 @@ def resources(compiled):
     stores = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     stored = {int(numbers or 1) * int(bits) // 8 for numbers, bits in stores}
     found = {"registers": registers, "spilled_bytes": stack + local, "stored_bytes": sorted(stored)}
-    return found | {"shared_bytes": compiled.metadata.shared}
+    return found | {"shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
 
 
 def launch_everything():
