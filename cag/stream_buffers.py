@@ -169,7 +169,7 @@ class StreamBuffers:
         return pairwise(number * self._num_chunks // num_pieces for number in range(num_pieces + 1))
 
     def _num_codes(self, groups: range) -> int:
-        """At most."""
+        """Of all tokens, also of those that have no codes."""
         sides = self._shapes[2 * groups.start : 2 * groups.stop]
         return self._num_tokens * sum(side.static.num_components for side in sides)
 
