@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from cag.angles import angles_on
 from cag.basis_tensors import basis_tensors
 from cag.host_copies import HostCopy
-from cag.stream_decoding import Angles, DecodedChunks, LayerRun, layer_runs, refuse_torn
+from cag.stream_decoding import Angles, ChunkStreams, DecodedChunks, LayerRun, decode_chunks, layer_runs, refuse_torn
 from cag.uploads import Uploads, pinned
 from cag_kernels import DensePrefix
 from cag_kernels.device import MAX_HEAD_DIM
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 GroupShapes = tuple[StreamShape, StreamShape]
 """Keys and values of a group of layers."""
 
-MAX_CODES = 1 << 29
-"""Of a side that are decoded at once: 1 GiB."""
+MAX_CODES = 1 << 30
+"""Of all sides that are decoded at once: 2 GiB."""
 MAX_PIECES = 2
 """That are in work at the same time: one is read while the one before is multiplied."""
 
@@ -57,7 +57,8 @@ def can_decode(shapes: Sequence[GroupShapes]) -> bool:
 class StreamBuffers:
     """Where the store puts the segments of a prefix, and what the device makes of them.
 
-    All memory of a piece is kept until the device is done with it, as several streams use it.
+    All memory of a piece is kept until the device is done with it, as several streams use it. Sides are counted: keys
+    of the first group, its values, keys of the next group.
     """
 
     def __init__(
@@ -68,22 +69,22 @@ class StreamBuffers:
         kept: tuple[Tensor, NDArray[np.int64]] | None = None,
     ) -> None:
         """`shapes` of all groups; `kept`: bytes and bounds that are there already."""
-        self._shapes, self._device = shapes, device
+        self._shapes, self._device = [side for both in shapes for side in both], device
         self._again = partial(StreamBuffers, shapes, dtype, device)
-        self._num_tokens = sum(chunk.num_tokens for chunk in shapes[0][0].chunks)
-        sizes = [side.slots[-1] for both in shapes for side in both]
+        chunks, sizes = self._shapes[0].chunks, [side.slots[-1] for side in self._shapes]
+        self._num_tokens, self._num_chunks = sum(chunk.num_tokens for chunk in chunks), len(chunks)
         self._starts = list(accumulate(sizes, initial=0))
-        num_chunks = len(shapes[0][0].chunks)
         self._host, self._bounds = kept or (
             pinned(self._starts[-1]),
-            np.zeros((len(sizes), num_chunks, NUM_PARTS + 1), np.int64),
+            np.zeros((len(sizes), self._num_chunks, NUM_PARTS + 1), np.int64),
         )
-        self._room = [[_room(side, self._num_tokens, dtype, device) for side in both] for both in shapes]
+        self._room = [_room(side, self._num_tokens, dtype, device) for side in self._shapes]
         self._groups = {keys.static.layers.start: number for number, (keys, _) in enumerate(shapes)}
+        self._batches = {batch.start: batch for batch in self._joined(all_there=kept is not None)}
         self._angles: dict[Rotation, Angles] = {}
         self._checks: list[list[_Check]] = [[] for _ in shapes]
         self._in_work: deque[tuple[Callable[[], None], list[DecodedChunks]]] = deque()
-        self.uploads = Uploads(device, num_lanes=2)
+        self.uploads, self._lanes = Uploads(device, num_lanes=MAX_PIECES), cycle(range(MAX_PIECES))
 
     def host_copy(self) -> HostCopy:
         """What is in the host's memory, for another time: the cache as small as it is stored."""
@@ -92,17 +93,20 @@ class StreamBuffers:
 
     def views(self) -> list[tuple[StreamSide, StreamSide]]:
         """Writable arrays of all layers, as the store wants them."""
-        return [self._sides(group) for group, (keys, _) in enumerate(self._shapes) for _ in keys.static.layers]
+        pairs = [(self._side(2 * group), self._side(2 * group + 1)) for group in range(len(self._groups))]
+        return [pair for pair in pairs for _ in pair[0].shape.static.layers]
 
     def layers(self) -> list[tuple[PrefixSegment, ...]]:
         """What to attend to when all has arrived."""
-        sides = [[_layers_of(side) for side in both] for both in self._room]
-        return [(DensePrefix(*pair),) for keys, values in sides for pair in zip(keys, values, strict=True)]
+        sides = [_layers_of(side) for side in self._room]
+        pairs = zip(sides[::2], sides[1::2], strict=True)
+        return [(DensePrefix(*pair),) for keys, values in pairs for pair in zip(keys, values, strict=True)]
 
     def arrived(self, layer: int) -> None:
         """A layer's segments are there: start to decode its group. Layers may be used behind `confirm`."""
-        if layer in self._groups:  # the layers of a group arrive together
-            self._decode(self._groups[layer])
+        batch = self._batches.get(self._groups.get(layer, -1))  # the layers of a group arrive together
+        if batch is not None:
+            self._decode(batch)
 
     def confirm(self, layer: int) -> None:
         """Wait until the device has read the segments of a layer that has arrived. Safe from any thread.
@@ -115,54 +119,64 @@ class StreamBuffers:
             refuse_torn(bounds, whole())
 
     @torch.inference_mode()
-    def _decode(self, group: int) -> None:
-        """Keys and values are read beside each other, and beside the products of the piece before."""
-        sides, pieces = self._sides(group), list(self._pieces(group))
+    def _decode(self, groups: range) -> None:
+        """Each piece is read in one launch, beside the products of the piece before."""
+        sides = range(2 * groups.start, 2 * groups.stop)
         with self.uploads.stream():  # before anything else: the host waits for some of them
-            turned = [[self._turned(run.rotation) for run, _ in room] for room in self._room[group]]
-        for first, last in pieces:
+            turned = [[self._turned(run.rotation) for run, _ in self._room[side]] for side in sides]
+        for first, last in self._pieces(groups):
             while len(self._in_work) >= MAX_PIECES:
                 self._in_work.popleft()[0]()
-            parts = [
-                self._read(lane, side, self._starts[2 * group + lane], first, last) for lane, side in enumerate(sides)
-            ]
-            self._checks[group] += [
-                (side.bounds[first:last], whole) for side, (_, whole) in zip(sides, parts, strict=True)
-            ]
+            parts = self._read(sides, first, last)
             with self.uploads.stream():
-                for (part, _), room, angles in zip(parts, self._room[group], turned, strict=True):
-                    for (run, out), angle in zip(room, angles, strict=True):
+                for side, part, angles in zip(sides, parts, turned, strict=True):
+                    for (run, out), angle in zip(self._room[side], angles, strict=True):
                         part.put(run, out, angle)
-                self._in_work.append((self.uploads.done(), [part for part, _ in parts]))
-        with self.uploads.stream():
-            for layer in sides[0].shape.static.layers:
-                self.uploads.mark(layer)
+                    if side % 2 and last == self._num_chunks:
+                        for layer in self._shapes[side].static.layers:
+                            self.uploads.mark(layer)
+                self._in_work.append((self.uploads.done(), parts))
 
-    def _read(
-        self, lane: int, side: StreamSide, place: int, first: int, last: int
-    ) -> tuple[DecodedChunks, Callable[[], Tensor]]:
-        """Send chunks [first, last) of a side, whose bytes begin at `place`, and start to decode their codes."""
-        with self.uploads.lane(lane):
-            basis = basis_tensors(side.shape.static, self._device)
-            begin, end = side.shape.slots[first], side.shape.slots[last]
-            data = self._host[place + begin : place + end].to(self._device, non_blocking=True)
-            part = DecodedChunks(side, first, last, data, begin, basis)
-            return part, self.uploads.fetch(part.whole)
+    def _read(self, sides: range, first: int, last: int) -> list[DecodedChunks]:
+        """Send chunks [first, last) of some sides, and start to decode their codes, and to fetch what came of it."""
+        with self.uploads.lane(next(self._lanes)):
+            parts = decode_chunks([self._sent(side, first, last) for side in sides])
+            for side, part in zip(sides, parts, strict=True):
+                self._checks[side // 2].append((self._bounds[side, first:last], self.uploads.fetch(part.whole)))
+        return parts
 
-    def _pieces(self, group: int) -> Iterator[tuple[int, int]]:
-        """Equal spans of neighbouring chunks whose codes, of a side, are about MAX_CODES or fewer."""
-        width, num_chunks = max(side.static.num_components for side in self._shapes[group]), len(self._bounds[0])
-        num_pieces = min(max(math.ceil(self._num_tokens * width / MAX_CODES), 1), num_chunks)
-        return pairwise(number * num_chunks // num_pieces for number in range(num_pieces + 1))
+    def _sent(self, number: int, first: int, last: int) -> ChunkStreams:
+        """Chunks [first, last) of a side on their way to the device."""
+        side = self._side(number)
+        basis = basis_tensors(side.shape.static, self._device)
+        begin, end = side.shape.slots[first], side.shape.slots[last]
+        place = self._starts[number]
+        data = self._host[place + begin : place + end].to(self._device, non_blocking=True)
+        return ChunkStreams(side, first, last, data, begin, basis)
 
-    def _sides(self, group: int) -> tuple[StreamSide, StreamSide]:
-        """Keys and values of a group in the host's memory."""
-        memory = self._host.numpy()
-        keys, values = (
-            StreamSide(shape, self._bounds[place], memory[self._starts[place] : self._starts[place + 1]])
-            for place, shape in enumerate(self._shapes[group], start=2 * group)
-        )
-        return keys, values
+    def _joined(self, all_there: bool) -> Iterator[range]:
+        """Groups that are decoded together: those of which all is there, as long as they have few enough codes."""
+        first = 0
+        for group in range(1, len(self._groups)):
+            if not all_there or self._num_codes(range(first, group + 1)) > MAX_CODES:
+                yield range(first, group)
+                first = group
+        yield range(first, len(self._groups))
+
+    def _pieces(self, groups: range) -> Iterator[tuple[int, int]]:
+        """Equal spans of neighbouring chunks that have about MAX_CODES codes or fewer."""
+        num_pieces = min(max(math.ceil(self._num_codes(groups) / MAX_CODES), 1), self._num_chunks)
+        return pairwise(number * self._num_chunks // num_pieces for number in range(num_pieces + 1))
+
+    def _num_codes(self, groups: range) -> int:
+        """Of all tokens, also of those that have no codes."""
+        sides = self._shapes[2 * groups.start : 2 * groups.stop]
+        return self._num_tokens * sum(side.static.num_components for side in sides)
+
+    def _side(self, number: int) -> StreamSide:
+        """A side in the host's memory."""
+        data = self._host.numpy()[self._starts[number] : self._starts[number + 1]]
+        return StreamSide(self._shapes[number], self._bounds[number], data)
 
     def _turned(self, rotation: Rotation | None) -> Angles | None:
         """Angles of all positions; None where nothing is turned."""

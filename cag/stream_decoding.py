@@ -1,4 +1,4 @@
-"""One side of a group of layers, decoded on a device from the segments of its chunks: the codec `transform` there.
+"""Sides of groups of layers, decoded on a device from the segments of its chunks: the codec `transform` there.
 
 In: segments as the store verified and kept them. Out: keys or values, the bits that the store's own decoder gives, and
 which segments did not end where they should. Knows no cache as a whole and no loading.
@@ -18,7 +18,7 @@ from torch import Tensor
 from cag.basis_tensors import BasisTensors
 from cag.segment_tensors import segment_tensors
 from cag.uploads import sent
-from cag_kernels import CodeBlocks, count_blocks, decode_segments, inverse_transform
+from cag_kernels import CodeBlocks, RansSide, count_blocks, decode_segments, inverse_transform
 from cag_store.codecs import StreamShape, StreamSide
 from cag_store.codecs.streams import EXACT, EXACT_ROWS, WORDS
 from cag_store.codecs.transform.rans import torn
@@ -30,30 +30,48 @@ Angles = tuple[Tensor, Tensor]
 """Cosines and sines float32 `[num_tokens, num_pairs]`."""
 
 
-class DecodedChunks:
-    """Codes of chunks [first, last) of a side, decoded when this is made; `put` makes keys or values of them.
+class ChunkStreams:
+    """Chunks [first, last) of a side on the device, not decoded yet.
 
     Attributes:
-        whole: bool `[last - first]` on the device: whether each segment ended where it should.
+        coded: their segments, each with one without tokens behind it.
+        basis, means: of the side, and of each segment.
+        starts: of the coded tokens of each segment among those of all, and their number.
+        exact: tokens without codes.
+        tokens: of these chunks among those of the cache.
     """
 
     def __init__(self, side: StreamSide, first: int, last: int, data: Tensor, begin: int, basis: BasisTensors) -> None:
         """`data`: on the device, what is in `side.data` from `begin` on."""
-        self._basis = basis
         bounds = side.bounds[first:last] - begin
         chunks = side.shape.chunks[first:last]
-        self._tokens = slice(chunks[0].start, chunks[-1].start + chunks[-1].num_tokens)
+        self.basis, self.tokens = basis, slice(chunks[0].start, chunks[-1].start + chunks[-1].num_tokens)
         exact = [_exact_tokens(side.data, parts) for parts in side.bounds[first:last]]
         num_coded = np.array([chunk.num_tokens - len(part) for chunk, part in zip(chunks, exact, strict=True)])
-        self._starts = [0, *np.cumsum(num_coded).tolist()]
-        segments = segment_tensors(data, bounds, num_coded, basis)
-        self._means = segments.means
-        self._codes, whole = decode_segments(
-            segments.streams, basis.slots, basis.tables, basis.low_bits, count_blocks(num_coded.tolist())
-        )
-        self.whole = whole[::2]
+        self.starts = [0, *np.cumsum(num_coded).tolist()]
+        streams, self.means = segment_tensors(data, bounds, num_coded, basis)
+        self.coded = RansSide(streams, basis.slots, basis.tables, basis.low_bits, count_blocks(num_coded.tolist()))
         places = [part + (chunk.start - chunks[0].start) for chunk, part in zip(chunks, exact, strict=True)]
-        self._exact = _ExactTokens(np.concatenate(places), self._tokens, data, bounds)
+        self.exact = _ExactTokens(np.concatenate(places), self.tokens, data, bounds)
+
+
+def decode_chunks(streams: Sequence[ChunkStreams]) -> list[DecodedChunks]:
+    """Chunks of several sides, of any groups, in one launch."""
+    found = decode_segments([side.coded for side in streams])
+    return [DecodedChunks(side, codes, whole[::2]) for side, (codes, whole) in zip(streams, found, strict=True)]
+
+
+class DecodedChunks:
+    """Codes of some chunks of a side; `put` makes keys or values of them.
+
+    Attributes:
+        whole: bool `[num_chunks]` on the device: whether each segment ended where it should.
+    """
+
+    def __init__(self, streams: ChunkStreams, codes: CodeBlocks, whole: Tensor) -> None:
+        self._basis, self._means, self._starts = streams.basis, streams.means, streams.starts
+        self._exact, self._tokens = streams.exact, streams.tokens
+        self._codes, self.whole = codes, whole
 
     def put(self, run: LayerRun, out: Tensor, angles: Angles | None) -> None:
         """Some layers of the group into `out` `[num_kv_heads of all, num_tokens, head_dim]`; it and `angles` have all

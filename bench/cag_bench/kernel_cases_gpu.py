@@ -20,7 +20,9 @@ from cag_kernels import (
     PagedTails,
     QuantizedPrefix,
     RansSegments,
+    RansSide,
     cascade_attention,
+    count_blocks,
     decode_segments,
     dequantize_prefix,
     inverse_transform,
@@ -229,16 +231,18 @@ def _entropy_case(sizes: GpuSizes) -> KernelCase:
     slot = torch.arange(4096, dtype=torch.int32, device=sizes.device)
     slots = (slot // 32 << 24 | 32 << 12 | slot % 32)[None].contiguous()
     zeros = torch.zeros(2, num_components, dtype=torch.int8, device=sizes.device)
-    decode = partial(decode_segments, segments, slots, zeros[0], zeros[1])
+    num_blocks = count_blocks(num_segments * [sizes.chunk_tokens])
+    decode = partial(decode_segments, [RansSide(segments, slots, zeros[0], zeros[1], num_blocks)])
 
     def error() -> float:
         ends = {name: getattr(segments, name)[:2] for name in ("word_starts", "escape_starts", "token_starts")}
         rows = {name: getattr(segments, name)[:1] for name in ("states", "component_shifts")}
         first = segments._replace(**ends, **rows, token_shifts=segments.token_shifts[: sizes.chunk_tokens])
         on_host = (part.cpu() for part in (*first, slots, zeros[0], zeros[1]))
-        parts = list(on_host)
-        expected, _ = decode_segments_reference(RansSegments(*parts[:8]), *parts[8:])
-        return 0.0 if torch.equal(decode()[0].by_token()[: sizes.chunk_tokens].T.cpu(), expected) else 1.0
+        *parts, table, numbers, low_bits = on_host
+        expected, _ = decode_segments_reference(RansSide(RansSegments(*parts), table, numbers, low_bits, num_blocks))
+        ((found, _),) = decode()
+        return 0.0 if torch.equal(found.by_token()[: sizes.chunk_tokens].T.cpu(), expected) else 1.0
 
     moved = _bytes(segments.words) + 2 * num_tokens * num_components
     shape = {"num_segments": num_segments, "num_components": num_components, "num_tokens": num_tokens}

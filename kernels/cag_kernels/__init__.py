@@ -29,7 +29,7 @@ from cag_kernels.packed import PackedWeight, can_pack, pack_weight
 from cag_kernels.prefix import cascade_attention, choose_prefix_path, paged_attention, prefix_attention, rows_stay_apart
 from cag_kernels.prefixes import DensePrefix, PagedTails, QuantizedPrefix
 from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize, quantize_prefix
-from cag_kernels.rans import CodeBlocks, RansSegments, count_blocks, decode_segments
+from cag_kernels.rans import CodeBlocks, RansSegments, RansSide, count_blocks, decode_segments
 from cag_kernels.reference import segment_attention_reference
 from cag_kernels.rotation import move_keys
 from cag_kernels.rows import add_and_norm, gate, rotate_and_store
@@ -44,6 +44,7 @@ __all__ = [
     "PagedTails",
     "QuantizedPrefix",
     "RansSegments",
+    "RansSide",
     "add_and_norm",
     "available_paths",
     "can_pack",

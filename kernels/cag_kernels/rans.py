@@ -43,6 +43,23 @@ class RansSegments(NamedTuple):
     component_shifts: Tensor
 
 
+class RansSide(NamedTuple):
+    """One side of one group of layers; all tensors on one device, contiguous.
+
+    segments: see there. Words and escapes that are missing count as 0.
+    slots: int32 `[num_tables, 4096]`, bit patterns of `symbol << 24 | frequency << 12 | place`.
+    tables: int8 `[num_components]`: a code has table `tables + component shift + token shift`, within the tables.
+    low_bits: int8 `[num_components]`, 0 to 15.
+    num_blocks: of 32 tokens, in all segments together (`count_blocks`), or more.
+    """
+
+    segments: RansSegments
+    slots: Tensor
+    tables: Tensor
+    low_bits: Tensor
+    num_blocks: int
+
+
 class CodeBlocks(NamedTuple):
     """Codes in the order in which they are decoded, which is the quickest to write.
 
@@ -60,25 +77,22 @@ class CodeBlocks(NamedTuple):
         return self.blocks.transpose(1, 2).flatten(0, 1)[self.tokens >= 0]
 
 
-def decode_segments(
-    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor, num_blocks: int | None = None
-) -> tuple[CodeBlocks, Tensor]:
-    """Codes of all segments, and which segments are whole; see `decode_segments_reference`.
+def decode_segments(sides: Sequence[RansSide]) -> list[tuple[CodeBlocks, Tensor]]:
+    """Codes of all segments of each side, and which segments are whole; see `decode_segments_reference`.
 
-    `num_blocks`: of 32 tokens, in all segments together (`count_blocks`); without it as many as there can be.
+    A segment is read one code behind the other, so all that can be read beside each other belongs into one call: sides
+    may differ in everything, the number of their components too.
 
     Raises:
-        ValueError: tensors that do not fit together.
+        ValueError: tensors that do not fit together, or that lie on several devices.
     """
-    _check(segments, slots, tables, low_bits)
-    if num_blocks is None:
-        num_blocks = len(segments.token_shifts) // LANES + segments.states.shape[0]
-    if not triton_runs_on(segments.states.device):
-        codes, whole = decode_segments_reference(segments, slots, tables, low_bits)
-        return _blocks_of(codes, segments.token_starts, num_blocks), whole
+    for side in sides:
+        _check(side, sides[0].slots.device)
+    if not sides or not triton_runs_on(sides[0].slots.device):
+        return [_decoded(side) for side in sides]
     from cag_kernels.triton_rans import decode_on_device
 
-    return decode_on_device(segments, slots, tables, low_bits, num_blocks)
+    return decode_on_device(sides)
 
 
 def count_blocks(token_counts: Sequence[int]) -> int:
@@ -86,39 +100,30 @@ def count_blocks(token_counts: Sequence[int]) -> int:
     return sum(-(-int(count) // LANES) for count in token_counts)
 
 
-def first_blocks(token_starts: Tensor) -> Tensor:
-    """int32 `[num_segments + 1]`: where the blocks of each segment begin."""
-    counts = (token_starts.diff() + LANES - 1) // LANES
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _blocks_of(codes: Tensor, token_starts: Tensor, num_blocks: int) -> CodeBlocks:
-    shifts = first_blocks(token_starts)[:-1] * LANES - token_starts[:-1]
-    numbers = torch.arange(codes.shape[1], dtype=torch.int32)
-    places = (numbers + torch.repeat_interleave(shifts, token_starts.diff())).long()
-    blocks, tokens = codes.new_zeros(num_blocks * LANES, len(codes)), numbers.new_full((num_blocks * LANES,), -1)
+def _decoded(side: RansSide) -> tuple[CodeBlocks, Tensor]:
+    """By the reference, as the kernel lays codes out."""
+    (codes, whole), starts = decode_segments_reference(side), side.segments.token_starts
+    ends = ((starts.diff() + LANES - 1) // LANES).cumsum(0)
+    shifts = torch.nn.functional.pad(ends, (1, 0))[:-1] * LANES - starts[:-1]
+    numbers, num_places = torch.arange(codes.shape[1], dtype=torch.int32), side.num_blocks * LANES
+    places = numbers + torch.repeat_interleave(shifts, starts.diff())
+    blocks, tokens = codes.new_zeros(num_places, len(codes)), numbers.new_full((num_places,), -1)
     blocks[places], tokens[places] = codes.T, numbers
-    return CodeBlocks(blocks.view(num_blocks, LANES, len(codes)).transpose(1, 2).contiguous(), tokens, len(numbers))
+    blocks = blocks.view(side.num_blocks, LANES, len(codes)).transpose(1, 2).contiguous()
+    return CodeBlocks(blocks, tokens, len(numbers)), whole
 
 
-def decode_segments_reference(
-    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor
-) -> tuple[Tensor, Tensor]:
+def decode_segments_reference(side: RansSide) -> tuple[Tensor, Tensor]:
     """Codes int16 `[num_components, num_tokens]`, tokens of all segments side by side, and which segments are whole.
 
     A segment's tokens come in blocks of 32, a lane each; a block is read component by component. With the entry of
     the state's slot, `x = frequency * (x >> 12) + place`; below 65536 a lane takes in the next word, lanes in order.
     Low bits are taken off the state in the same way.
 
-    Args:
-        segments: see there. Words and escapes that are missing count as 0.
-        slots: int32 `[num_tables, 4096]`, bit patterns of `symbol << 24 | frequency << 12 | place`.
-        tables: int8 `[num_components]`: a code has table `tables + component shift + token shift`, within the tables.
-        low_bits: int8 `[num_components]`, 0 to 15.
-
     Returns:
         codes, and bool `[num_segments]`: whether all states ended at 65536 with no word and no escape left.
     """
+    segments, slots, tables, low_bits, _ = side
     num_segments = segments.states.shape[0]
     codes = torch.empty((len(tables), len(segments.token_shifts)), dtype=torch.int16, device=slots.device)
     whole = torch.zeros(num_segments, dtype=torch.bool, device=slots.device)
@@ -178,12 +183,13 @@ def _taken(numbers: Tensor, first: int, count: int) -> Tensor:
     return torch.nn.functional.pad(found, (0, count - len(found)))
 
 
-def _check(segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor) -> None:
+def _check(side: RansSide, device: torch.device) -> None:
+    segments, slots, tables, low_bits, num_blocks = side
     count, num_components = segments.states.shape[0], tables.shape[0]
     dtypes = [torch.int32, torch.int16, torch.int32, torch.int16, torch.int32, torch.int32, torch.int8, torch.int8]
-    starts = (segments.word_starts, segments.escape_starts, segments.token_starts)
+    parts, starts = (*segments, slots, tables, low_bits), (*segments[2:5:2], segments.token_starts)
     fits = (
-        [part.dtype for part in (*segments, slots, tables, low_bits)] == [*dtypes, torch.int32, torch.int8, torch.int8]
+        [part.dtype for part in parts] == [*dtypes, torch.int32, torch.int8, torch.int8]
         and segments.states.shape == (count, LANES)
         and all(part.shape == (count + 1,) for part in starts)
         and segments.component_shifts.shape == (count, num_components)
@@ -191,8 +197,9 @@ def _check(segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tens
         and slots.shape[0] > 0
         and slots.shape[1] == SLOTS
         and tables.shape == low_bits.shape == (num_components,)
-        and all(part.is_contiguous() for part in (*segments, slots, tables, low_bits))
+        and num_blocks * LANES >= len(segments.token_shifts)
+        and all(part.is_contiguous() and part.device == device for part in parts)
     )
     if not fits:
-        parts = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in (*segments, slots, tables, low_bits))
-        raise ValueError(f"parts of entropy-coded segments do not fit each other: {parts}")
+        shapes = ", ".join(f"{part.dtype} {tuple(part.shape)} on {part.device}" for part in parts)
+        raise ValueError(f"parts of entropy-coded segments do not fit each other or {num_blocks} blocks: {shapes}")

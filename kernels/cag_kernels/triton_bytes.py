@@ -20,6 +20,7 @@ from torch import Tensor
 from cag_kernels.rans import CodeBlocks
 
 BLOCK = 128  # tokens, columns or components of a tile
+MAX_REGISTERS = 104  # of 512 threads: five segments of the entropy decoder find room beside them
 
 
 class ByteCodes(NamedTuple):
@@ -45,14 +46,14 @@ class ByteCodes(NamedTuple):
 class ByteRows(NamedTuple):
     """Rows, turned: each block of columns has the first channels of some pairs, then their second ones.
 
-    low, high: int8 `[padded channels, padded components]`, 0 behind the last channel.
+    both: int8 `[2 * padded channels, padded components]`, 0 behind the last channel: `high` of a block of columns, then
+        its `low`, so that one product takes both.
     sums: int32 `[component blocks, padded channels]`, of the rows of a block of components.
     num_channels: without those that pad them.
     pairs: half of the head_dim, pairs of a head that are turned, whether these are neighbours.
     """
 
-    low: Tensor
-    high: Tensor
+    both: Tensor
     sums: Tensor
     num_channels: int
     pairs: tuple[int, int, bool]
@@ -105,7 +106,7 @@ def split_codes_tile(
 
 @triton.jit
 def split_rows_tile(
-    rows, low, high, sums, num_components, num_channels, row_stride, padded,
+    rows, both, sums, num_components, num_channels, row_stride, padded,
     half: tl.constexpr, num_pairs: tl.constexpr, adjacent: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows: first channels of some pairs, or second ones; bytes of rows that are not there are 0."""
@@ -113,16 +114,17 @@ def split_rows_tile(
     column_block, is_second = tl.program_id(0) // 2, tl.program_id(0) % 2
     first_component, places = tl.program_id(1) * block, tl.arange(0, block)
     pairs = column_block * side + tl.arange(0, side)
-    is_pair = 2 * pairs < num_channels
+    is_pair = pairs < num_channels // 2
     is_row = is_pair[:, None] & (first_component + places < num_components)[None, :]
     channels = channel_of(pairs, is_second, half, num_pairs, adjacent)
     rows += first_component.to(tl.int64) * row_stride
     tile = tl.load(rows + channels[:, None] + places[None, :] * row_stride, mask=is_row, other=0).to(tl.int32)
-    columns = tl.program_id(0) * side + tl.arange(0, side)
-    place = columns.to(tl.int64)[:, None] * padded + (first_component + places)[None, :]
-    tl.store(low + place, tl.where(is_row, (tile & 0xFF) - 128, 0).to(tl.int8))
-    tl.store(high + place, (tile >> 8).to(tl.int8))
-    tl.store(sums + tl.program_id(1) * (tl.num_programs(0) * side) + columns, tl.sum(tile, 1))
+    columns = is_second * side + tl.arange(0, side)
+    both += column_block.to(tl.int64) * (2 * block) * padded + first_component
+    place = columns[:, None] * padded + places[None, :]
+    tl.store(both + place, (tile >> 8).to(tl.int8))
+    tl.store(both + block * padded + place, tl.where(is_row, (tile & 0xFF) - 128, 0).to(tl.int8))
+    tl.store(sums + tl.program_id(1) * (tl.num_programs(0) * side) + column_block * block + columns, tl.sum(tile, 1))
 
 
 def split_codes(codes: Tensor) -> ByteCodes:
@@ -159,7 +161,15 @@ def _split(
     )
     if shape[0]:
         split_codes_tile[grid](
-            codes, *parts[:5], *shape, *strides, low.shape[1], side_by_side=side_by_side, block=BLOCK, num_warps=16
+            codes,
+            *parts[:5],
+            *shape,
+            *strides,
+            low.shape[1],
+            side_by_side=side_by_side,
+            block=BLOCK,
+            num_warps=16,
+            maxnreg=MAX_REGISTERS,
         )
     return parts
 
@@ -169,11 +179,11 @@ def split_rows(rows: Tensor, pairs: tuple[int, int, bool]) -> ByteRows:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (num_components, num_channels), device, (half, num_pairs, adjacent) = rows.shape, rows.device, pairs
     column_blocks, component_blocks = triton.cdiv(num_channels, BLOCK), triton.cdiv(num_components, BLOCK)
-    low = torch.empty(column_blocks * BLOCK, component_blocks * BLOCK, dtype=torch.int8, device=device)
+    both = torch.empty(2 * column_blocks * BLOCK, component_blocks * BLOCK, dtype=torch.int8, device=device)
     sums = torch.empty(component_blocks, column_blocks * BLOCK, dtype=torch.int32, device=device)
-    parts = ByteRows(low, torch.empty_like(low), sums, num_channels, pairs)
+    parts = ByteRows(both, sums, num_channels, pairs)
     split_rows_tile[(2 * column_blocks, component_blocks)](
-        rows, *parts[:3], num_components, num_channels, rows.stride(0), low.shape[1],
+        rows, both, sums, num_components, num_channels, rows.stride(0), both.shape[1],
         half=half, num_pairs=num_pairs, adjacent=adjacent, block=BLOCK, num_warps=4,
     )  # fmt: skip
     return parts

@@ -2,22 +2,25 @@
 
 `x = frequency * (x >> 12) + place`, words taken in by a vote of the lanes. Each step waits for the one before it, so
 all that does not depend on a state is read ahead: numbers of tables for 32 components, words into the nearest cache.
-Grid: `(segments,)`. Unsigned 32-bit integers. Nothing outside of a segment's words and escapes is read, whatever they
-say.
+Sides differ in their tensors, so their addresses come out of a table. Grid: `(most segments of a side, sides)`.
+Unsigned 32-bit integers. Nothing outside of a segment's words and escapes is read, whatever they say.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cag_kernels.rans import LANES, CodeBlocks, RansSegments, first_blocks
+from cag_kernels.rans import LANES, CodeBlocks, RansSide
 from cag_kernels.triton_numbers import EMULATED
 
 GROUP = tl.constexpr(4)  # components between two looks for escapes
 AHEAD = tl.constexpr(16)  # words between those that two lanes read ahead: as many as the nearest cache takes in at once
+NUM_FIELDS = tl.constexpr(17)  # of a side in the table
 SMALLEST_SYMBOL = tl.constexpr(1 << 24)  # of an entry that is no escape
 # $0: the flags of lower lanes, $1: those of all lanes; $2: this lane's flag, $3: a bit for each lower lane
 _RANK = tl.constexpr("""{
@@ -160,13 +163,65 @@ def _decode_plain(
     return state, words, left, escapes, escapes_left, target
 
 
-@triton.jit
-def decode_segment(
-    states, words, word_starts, escapes, escape_starts, token_starts, token_shifts, component_shifts, slots, tables,
-    low_bits, block_starts, blocks, block_tokens, whole, num_components, num_tables, lanes: tl.constexpr,
+@triton.jit(do_not_specialize=["num_segments", "num_components", "num_tables"])
+def describe_side(
+    side, states, words, word_starts, escapes, escape_starts, token_starts, token_shifts, component_shifts, slots,
+    tables, low_bits, blocks, block_tokens, whole, num_segments, num_components, num_tables,
 ):  # fmt: skip
-    """One segment, its components in windows of one for each lane."""
-    segment, lane = tl.program_id(0), tl.arange(0, lanes)
+    """A row of the table, `side`, int64: addresses and numbers in this order. The host has no part in it, so that a
+    graph which is played again has them too."""
+    tl.store(side, states.to(tl.int64))
+    tl.store(side + 1, words.to(tl.int64))
+    tl.store(side + 2, word_starts.to(tl.int64))
+    tl.store(side + 3, escapes.to(tl.int64))
+    tl.store(side + 4, escape_starts.to(tl.int64))
+    tl.store(side + 5, token_starts.to(tl.int64))
+    tl.store(side + 6, token_shifts.to(tl.int64))
+    tl.store(side + 7, component_shifts.to(tl.int64))
+    tl.store(side + 8, slots.to(tl.int64))
+    tl.store(side + 9, tables.to(tl.int64))
+    tl.store(side + 10, low_bits.to(tl.int64))
+    tl.store(side + 11, blocks.to(tl.int64))
+    tl.store(side + 12, block_tokens.to(tl.int64))
+    tl.store(side + 13, whole.to(tl.int64))
+    tl.store(side + 14, num_segments)
+    tl.store(side + 15, num_components)
+    tl.store(side + 16, num_tables)
+
+
+@triton.jit
+def _blocks_before(token_starts, segment, lane):
+    """Blocks of the segments before this one, which are where its own begin."""
+    counts, lanes = tl.zeros_like(lane), lane.shape[0]
+    for begin in range(0, segment, lanes):
+        before = begin + lane < segment
+        first = tl.load(token_starts + begin + lane, mask=before, other=0)
+        last = tl.load(token_starts + begin + lane + 1, mask=before, other=0)
+        counts += (last - first + lanes - 1) // lanes
+    return tl.sum(counts, 0)
+
+
+@triton.jit
+def decode_segment(sides, lanes: tl.constexpr):
+    """One segment of a side, its components in windows of one for each lane."""
+    side, segment, lane = sides + tl.program_id(1) * NUM_FIELDS, tl.program_id(0), tl.arange(0, lanes)
+    if segment >= tl.load(side + 14):
+        return
+    num_components, num_tables = tl.load(side + 15).to(tl.int32), tl.load(side + 16).to(tl.int32)
+    states = tl.load(side).to(tl.pointer_type(tl.int32))
+    words = tl.load(side + 1).to(tl.pointer_type(tl.int16))
+    word_starts = tl.load(side + 2).to(tl.pointer_type(tl.int32))
+    escapes = tl.load(side + 3).to(tl.pointer_type(tl.int16))
+    escape_starts = tl.load(side + 4).to(tl.pointer_type(tl.int32))
+    token_starts = tl.load(side + 5).to(tl.pointer_type(tl.int32))
+    token_shifts = tl.load(side + 6).to(tl.pointer_type(tl.int8))
+    component_shifts = tl.load(side + 7).to(tl.pointer_type(tl.int8))
+    slots = tl.load(side + 8).to(tl.pointer_type(tl.int32))
+    tables = tl.load(side + 9).to(tl.pointer_type(tl.int8))
+    low_bits = tl.load(side + 10).to(tl.pointer_type(tl.int8))
+    blocks = tl.load(side + 11).to(tl.pointer_type(tl.int16))
+    block_tokens = tl.load(side + 12).to(tl.pointer_type(tl.int32))
+    whole = tl.load(side + 13).to(tl.pointer_type(tl.int8))
     zeros, last_table = tl.zeros_like(lane), num_tables - 1
     lower = ((zeros + 1) << lane) - 1
     state = tl.load(states + segment * lanes + lane).to(tl.uint32, bitcast=True)
@@ -175,11 +230,11 @@ def decode_segment(
     escapes, escapes_left = escapes + escape + zeros, tl.load(escape_starts + segment + 1) - escape + zeros
     first, last = tl.load(token_starts + segment), tl.load(token_starts + segment + 1)
     component_shifts += segment * num_components
+    block = _blocks_before(token_starts, segment, lane)
     near, far, highest = zeros.to(tl.int16), zeros.to(tl.int16), zeros.to(tl.int16)
     for begin in range(first, last, lanes):
         tokens = begin + lane
         is_token = tokens < last
-        block = tl.load(block_starts + segment) + (begin - first) // lanes
         tl.store(block_tokens + block * lanes + lane, tl.where(is_token, tokens, -1))
         target, idle = blocks + block.to(tl.int64) * (num_components * lanes) + lane, state
         shift = tl.load(token_shifts + tokens, mask=is_token, other=0).to(tl.int32)
@@ -201,22 +256,31 @@ def decode_segment(
                     last_table, lane, lower, lanes,
                 )  # fmt: skip
         state = tl.where(is_token, state, idle)
+        block += 1
     never = highest.to(tl.int32) > 0xFFFF + num_tables  # which a compiler can't know: it would drop the words ahead
     wrong = (state != 65536) | (left != 0) | (escapes_left != 0) | never
     tl.store(whole + segment, (tl.sum(wrong.to(tl.int32), 0) == 0).to(tl.int8))
 
 
-def decode_on_device(
-    segments: RansSegments, slots: Tensor, tables: Tensor, low_bits: Tensor, num_blocks: int
-) -> tuple[CodeBlocks, Tensor]:
+def decode_on_device(sides: Sequence[RansSide]) -> list[tuple[CodeBlocks, Tensor]]:
     """Codes as `rans.decode_segments_reference` gives them, in blocks, and whether each segment is whole."""
-    num_segments, num_components, device = segments.states.shape[0], len(tables), slots.device
-    blocks = torch.empty((num_blocks, num_components, LANES), dtype=torch.int16, device=device)
-    tokens = torch.full((num_blocks * LANES,), -1, dtype=torch.int32, device=device)
-    whole = torch.empty(num_segments, dtype=torch.bool, device=device)
-    if num_segments:
-        decode_segment[(num_segments,)](
-            *segments, slots, tables, low_bits, first_blocks(segments.token_starts), blocks, tokens,
-            whole.view(torch.int8), num_components, slots.shape[0], lanes=LANES, num_warps=1,
-        )  # fmt: skip
+    device, num_places = sides[0].slots.device, [side.num_blocks * LANES for side in sides]
+    table = torch.empty((len(sides), NUM_FIELDS.value), dtype=torch.int64, device=device)
+    tokens = torch.full((sum(num_places),), -1, dtype=torch.int32, device=device).split(num_places)
+    found = [_described(*both) for both in zip(table, sides, tokens, strict=True)]
+    most_segments = max(len(whole) for _, whole in found)
+    if most_segments:
+        decode_segment[(most_segments, len(sides))](table, lanes=LANES, num_warps=1)
+    return found
+
+
+def _described(row: Tensor, side: RansSide, tokens: Tensor) -> tuple[CodeBlocks, Tensor]:
+    """Where the codes of a side will be, and whether its segments are whole; `row` of the table says it too."""
+    segments, num_components, device = side.segments, len(side.tables), row.device
+    blocks = torch.empty((side.num_blocks, num_components, LANES), dtype=torch.int16, device=device)
+    whole = torch.empty(len(segments.states), dtype=torch.bool, device=device)
+    describe_side[(1,)](
+        row, *segments, side.slots, side.tables, side.low_bits, blocks, tokens, whole.view(torch.int8),
+        len(whole), num_components, len(side.slots), num_warps=1,
+    )  # fmt: skip
     return CodeBlocks(blocks, tokens, len(segments.token_shifts)), whole

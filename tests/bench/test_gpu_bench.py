@@ -20,7 +20,7 @@ from cag_bench.gpu.shapes import SMALL
 from cag_bench.gpu.table import bars
 from cag_bench.gpu.transform import geometric_slots
 from cag_bench.gpu.tuning import attend_cut
-from cag_kernels import DensePrefix
+from cag_kernels import DensePrefix, decode_segments
 from cag_kernels.prefix_reference import prefix_attention_reference
 
 CPU = torch.device("cpu")
@@ -42,6 +42,13 @@ def test_the_command_measures_every_bar(tmp_path):
     assert names.count("prefix attention, int4") == 3
     for kind in ("bf16", "int8", "int4"):
         assert {f"first token, {kind}", f"decode, {kind}", f"check steps, {kind}"} <= set(names)
+    (decoding,) = [row for row in rows[:-1] if row["name"] == "decode transform"]
+    for way in ("", "apart_", "in_turn_"):
+        seconds = decoding[f"decode_{way}s"]["p50"]
+        assert decoding[f"{way}gb_per_s"] == pytest.approx(decoding["plain_bytes"] / seconds / 1e9)
+    assert decoding["entropy_s"]["p50"] > 0
+    assert decoding["entropy_apart_s"]["p50"] > 0
+    assert decoding["p50_over_floor"] == pytest.approx(decoding["decode_s"]["p50"] / decoding["floor_s"])
     for row in rows[:-1]:
         if "floor_s" in row:
             assert row["floor_s"] > 0
@@ -113,7 +120,7 @@ def test_streams_decode_to_codes_of_their_table():
     assert frequencies[64] == frequencies.max()
     assert (slots[0].long() >> 12 & 4095 == frequencies[slots[0].long() >> 24]).all()
     assert 2.3 < transform.bits_per_code(slots) < 2.7
-    blocks, _ = transform.random_streams(CPU, 512, 200).decode()
+    ((blocks, _),) = decode_segments([transform.random_streams(CPU, 512, 200)])
     large, codes = blocks.by_token().split([transform.NUM_LARGE, 200 - transform.NUM_LARGE], dim=1)
     assert large.abs().max() > 127
     shares = torch.bincount(codes.flatten().long() + 64, minlength=128) / codes.numel()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cag import model as model_module
+from cag import stream_decoding
 from cag.angles import angles_on
 from cag.buffers import storage_view
 from cag.calibration import CalibrationOptions, calibrate
@@ -143,7 +144,11 @@ def test_the_kernels_in_their_interpreter_take_what_is_made_for_them(choices, mo
     for module in (rans_operation, inverse_operation):
         monkeypatch.setattr(module, "triton_runs_on", lambda _device: True)
     cache = Cache(40, 33, **choices)
-    assert_same_bits(cache.kept(torch.device("cpu")).layers(), cache.decoded())
+    found, expected = cache.kept(torch.device("cpu")), cache.decoded()
+    assert_same_bits(found.layers(), expected)
+    again = found.host_copy().again()  # all groups in one launch
+    again.arrived(0)
+    assert_same_bits(again.layers(), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -167,13 +172,35 @@ def test_escapes_and_far_tokens(device, dtype):
 
 def test_a_long_prefix_is_decoded_in_pieces(device, monkeypatch):
     cache = Cache(200, 33)
-    monkeypatch.setattr("cag.stream_buffers.MAX_CODES", 70 * 24)
+    monkeypatch.setattr("cag.stream_buffers.MAX_CODES", 2 * 70 * 24)
     found = cache.kept(device)
-    assert len(list(found._pieces(0))) > 2
+    assert len(list(found._pieces(range(1)))) > 2
     assert_same_bits(found.layers(), cache.decoded())
     monkeypatch.setattr("cag.stream_buffers.MAX_CODES", 1)
-    assert len(list(found._pieces(0))) == len(cache.entries)
+    assert len(list(found._pieces(range(1)))) == len(cache.entries)
     assert_same_bits(cache.kept(device).layers(), cache.decoded())
+
+
+def test_what_is_there_is_read_in_one_launch(device, monkeypatch):
+    """Keys and values of a group from the store; of as many groups as have few enough codes from the host's copy."""
+    decode, launches, cache = stream_decoding.decode_segments, [], Cache()
+    monkeypatch.setattr(stream_decoding, "decode_segments", lambda sides: launches.append(len(sides)) or decode(sides))
+    found, expected = cache.kept(device), cache.decoded()
+    assert launches == [2, 2, 2]
+    with cache.reader() as reader:
+        widths = [sum(side.static.num_components for side in both) for both in reader.stream_shapes()]
+    assert min(widths) > 0
+    for limit, batches in ((sum(widths), [6]), (sum(widths[:2]), [4, 2]), (sum(widths[:2]) - 1, [2, 4])):
+        monkeypatch.setattr("cag.stream_buffers.MAX_CODES", limit * cache.num_tokens)
+        launches.clear()
+        again = found.host_copy().again()
+        for layer in range(len(HEADS)):
+            again.arrived(layer)
+            again.confirm(layer)
+            again.uploads.wait(layer)
+            assert_same_bits([again.layers()[layer]], [expected[layer]])
+        assert launches == batches
+        again.uploads.finish()
 
 
 @pytest.fixture

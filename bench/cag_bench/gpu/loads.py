@@ -24,7 +24,7 @@ MOST_SAMPLES = 5
 
 
 def load_row(device: torch.device, options: GpuOptions, bandwidth: float, budget: Budget) -> dict[str, Any]:
-    """Seconds from the host's memory until the last layer is there, and the first.
+    """Seconds from the host's memory until the last layer is there, and the first, with all that is decoded with it.
 
     Raises:
         KernelWrong: keys or values that are not the store's to the bit.

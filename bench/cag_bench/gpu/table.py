@@ -96,7 +96,15 @@ def _cells(row: Row) -> list[str]:
     over = kernel.get("p50_over_floor")
     more = [
         f"{key} {row[key]:.4g}"
-        for key in ("tokens_per_s", "gb_per_s", "difference", "retrieve_s", "first_layer_s")
+        for key in (
+            "tokens_per_s",
+            "gb_per_s",
+            "apart_gb_per_s",
+            "in_turn_gb_per_s",
+            "difference",
+            "retrieve_s",
+            "first_layer_s",
+        )
         if row.get(key)
     ]
     more += [str(row[key]) for key in ("skipped", "failed") if key in row]

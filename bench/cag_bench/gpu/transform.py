@@ -2,17 +2,17 @@
 
 Random streams at the sizes that the codec has for a model of a shape: groups of `joint_layers` layers, 65 % of their
 components coded, about 2.5 bits a code, the first few components with low bits, so that their codes are no bytes.
-The figure is that of decoding everything: all groups and both sides side by side in streams of their own, then a
-product for each group and side. Both halves are measured by themselves too.
+The figure is that of decoding everything: all groups and both sides in one launch, then a product for each group and
+side. Beside it two other ways: a launch for each side in a stream of its own (apart), and launches of a few sides,
+each beside the products of those before (in turn), as a load does it. Both halves are measured by themselves too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from cag_bench.figures import percentiles
 from cag_bench.gpu.clock import Budget, median_of
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.kernel_clock import Clock
-from cag_kernels import CodeBlocks, RansSegments, count_blocks, decode_segments, inverse_transform
+from cag_kernels import CodeBlocks, RansSegments, RansSide, count_blocks, decode_segments, inverse_transform
 from cag_kernels.inverse import inverse_transform_reference
 from cag_kernels.rans import LANES, SLOTS, decode_segments_reference
 from cag_kernels.rotation import angles
@@ -32,23 +32,12 @@ CHUNK_TOKENS = 512
 MEAN_SIZE = 1.0  # of a code: of the two-sided geometric distribution that the table is of
 NUM_LARGE, LOW_BITS = 8, 3  # components whose codes take more than a byte, as those of keys in real caches
 SPARE_WORDS = 1.03  # as many as the codes take, and a few more, or zeros would be read
-Found = TypeVar("Found")
 CHECKED_SEGMENTS, CHECKED_COMPONENTS, CHECKED_TOKENS = 2, 24, 64
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Entropy-coded segments of one side of one group, and what decodes them."""
-
-    segments: RansSegments
-    slots: Tensor
-    tables: Tensor
-    low_bits: Tensor
-    num_blocks: int
-
-    def decode(self) -> tuple[CodeBlocks, Tensor]:
-        """Codes and which segments are whole."""
-        return decode_segments(self.segments, self.slots, self.tables, self.low_bits, self.num_blocks)
+MOST_SAMPLES = 9  # of each way; a sample of everything takes half a second
+SIDES_IN_TURN = 4  # that are decoded at once while others are multiplied, as a load of this size has them
+Decoding = Callable[[], list[tuple[CodeBlocks, Tensor]]]
 
 
 def transform_row(
@@ -65,43 +54,74 @@ def transform_row(
     num_components = round(CODED_SHARE * options.joint_layers * channels)
     check_entropy(device)
     streams = [random_streams(device, options.prefix_tokens, num_components) for _ in range(2 * num_groups)]
-    decoding = side_by_side([stream.decode for stream in streams], device)
-    sides = [Inverse(device, options, num_components, side) for side in ("keys", "values")]
-    codes = streams[0].decode()[0]
-    for side in sides:
-        side.check(codes)
-
-    def decode_everything() -> list[Tensor]:
-        return [sides[index % 2](found) for index, (found, _) in enumerate(decoding())]
-
-    whole = samples_of(clock.prepared(decode_everything), options, budget)
-    entropy = samples_of(clock.prepared(decoding), options, budget)
-    compressed = sum(part.nbytes for stream in streams for part in stream.segments)
-    del streams
-    timed = {side.name: samples_of(clock.prepared(partial(side, codes)), options, budget) for side in sides}
+    inverses = [Inverse(device, options, num_components, side) for side in ("keys", "values")]
+    codes = decode_segments(streams[:1])[0][0]
+    for inverse in inverses:
+        inverse.check(codes)
     plain_bytes = 2 * 2 * shape.num_layers * channels * options.prefix_tokens
-    seconds = median_of(whole)
+    together = partial(decode_segments, streams)
+    apart = side_by_side([partial(decode_segments, [side]) for side in streams], device)
+    ways: dict[str, Callable[[], object]] = {
+        "decode": lambda: products(together(), inverses),
+        "decode_apart": lambda: products(apart(), inverses),
+        "decode_in_turn": in_turn(streams, inverses, device),
+        "entropy": together,
+        "entropy_apart": apart,
+    }
+    found = {name: samples_of(clock.prepared(way), options, budget) for name, way in ways.items()}
+    compressed = sum(part.nbytes for side in streams for part in side.segments)
+    floor_s = (plain_bytes + compressed) / bandwidth
+    timed = {side.name: samples_of(clock.prepared(partial(side, codes)), options, budget) for side in inverses}
+    speeds = {way: plain_bytes / median_of(samples) / 1e9 for way, samples in found.items()}
     return {
         "name": "decode transform",
         "shape": {"num_tokens": options.prefix_tokens, "joint_layers": options.joint_layers}
         | {"num_components": num_components, "num_groups": num_groups},
-        "entropy_s": percentiles(entropy),
-        "entropy_samples_s": entropy,
+        **{f"{way}_s": percentiles(samples) for way, samples in found.items()},
+        **{f"{way}_samples_s": samples for way, samples in found.items()},
+        "gb_per_s": speeds["decode"],
+        "apart_gb_per_s": speeds["decode_apart"],
+        "in_turn_gb_per_s": speeds["decode_in_turn"],
         "inverse_group_s": {side: percentiles(samples) for side, samples in timed.items()},
         "inverse_samples_s": timed,
-        "decode_s": percentiles(whole),
-        "decode_samples_s": whole,
         "compressed_bytes": compressed,
         "plain_bytes": plain_bytes,
-        "floor_s": (plain_bytes + compressed) / bandwidth,
-        "p50_over_floor": seconds * bandwidth / (plain_bytes + compressed),
-        "gb_per_s": plain_bytes / seconds / 1e9,
+        "floor_s": floor_s,
+        "p50_over_floor": median_of(found["decode"]) / floor_s,
     }
+
+
+def products(decoded: Sequence[tuple[CodeBlocks, Tensor]], inverses: Sequence[Inverse]) -> list[Tensor]:
+    """Of all sides, keys and values in turn."""
+    return [inverses[index % 2](codes) for index, (codes, _) in enumerate(decoded)]
+
+
+def in_turn(sides: Sequence[RansSide], inverses: Sequence[Inverse], device: torch.device) -> Callable[[], list[Tensor]]:
+    """A few sides are decoded in a stream of their own while those before them are multiplied."""
+    batches = [sides[first : first + SIDES_IN_TURN] for first in range(0, len(sides), SIDES_IN_TURN)]
+    if device.type != "cuda":
+        return lambda: [part for batch in batches for part in products(decode_segments(batch), inverses)]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def run() -> list[Tensor]:
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        made: list[Tensor] = []
+        with torch.cuda.stream(stream):
+            found = [decode_segments(batches[0])]  # kept, as its memory belongs to this stream
+        for batch in [*batches[1:], []]:
+            current.wait_stream(stream)
+            with torch.cuda.stream(stream):
+                found.append(decode_segments(batch))
+            made += products(found[-2], inverses)
+        return made
+
+    return run
 
 
 def random_streams(
     device: torch.device, num_tokens: int, num_components: int, chunk_tokens: int = CHUNK_TOKENS
-) -> Streams:
+) -> RansSide:
     """Segments of random words: codes of the table's distribution come out, as many words go in as they need.
 
     Such a stream does not end where a writer's would, which the decoder says and which costs it nothing.
@@ -126,7 +146,7 @@ def random_streams(
         component_shifts=torch.zeros(num_segments, num_components, dtype=torch.int8, device=device),
     )
     slots, tables, low_bits = (part.to(device) for part in (slots, torch.zeros_like(low_bits), low_bits))
-    return Streams(segments, slots, tables, low_bits, count_blocks(counts))
+    return RansSide(segments, slots, tables, low_bits, count_blocks(counts))
 
 
 def segment_tokens(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> list[int]:
@@ -192,27 +212,30 @@ class Inverse:
 
 
 def check_entropy(device: torch.device) -> None:
-    """Raises: KernelWrong: codes that are not the reference's."""
-    stream = random_streams(device, CHECKED_SEGMENTS * CHECKED_TOKENS, CHECKED_COMPONENTS, CHECKED_TOKENS)
-    parts = [part.cpu() for part in stream.segments]
-    tables = [part.cpu() for part in (stream.slots, stream.tables, stream.low_bits)]
-    expected, _ = decode_segments_reference(RansSegments(*parts), tables[0], tables[1], tables[2])
-    if not torch.equal(stream.decode()[0].by_token().T.cpu(), expected):
-        raise KernelWrong("entropy decoding differs from its reference.")
+    """Raises: KernelWrong: codes of sides of two sizes that are not the reference's."""
+    sizes = CHECKED_SEGMENTS * CHECKED_TOKENS, CHECKED_TOKENS
+    widths = (CHECKED_COMPONENTS, 2 * CHECKED_COMPONENTS)
+    sides = [random_streams(device, sizes[0], width, sizes[1]) for width in widths]
+    for side, (found, _) in zip(sides, decode_segments(sides), strict=True):
+        segments = RansSegments(*(part.cpu() for part in side.segments))
+        on_host = RansSide(segments, side.slots.cpu(), side.tables.cpu(), side.low_bits.cpu(), side.num_blocks)
+        if not torch.equal(found.by_token().T.cpu(), decode_segments_reference(on_host)[0]):
+            raise KernelWrong("entropy decoding differs from its reference.")
 
 
-def side_by_side(works: list[Callable[[], Found]], device: torch.device) -> Callable[[], list[Found]]:
-    """All of them, each in a stream of its own on a GPU; the caller's stream waits for all."""
+def side_by_side(works: list[Decoding], device: torch.device) -> Decoding:
+    """What all of them find, each in a stream of its own on a GPU; the caller's stream waits for all."""
     if device.type != "cuda":
-        return lambda: [work() for work in works]
+        return lambda: [found for work in works for found in work()]
     streams = [torch.cuda.Stream(device) for _ in works]  # type: ignore[no-untyped-call]
 
-    def run() -> list[Found]:
-        current, found = torch.cuda.current_stream(device), []
+    def run() -> list[tuple[CodeBlocks, Tensor]]:
+        current = torch.cuda.current_stream(device)
+        found: list[tuple[CodeBlocks, Tensor]] = []
         for stream, work in zip(streams, works, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                found.append(work())
+                found += work()
         for stream in streams:
             current.wait_stream(stream)
         return found
@@ -221,8 +244,8 @@ def side_by_side(works: list[Callable[[], Found]], device: torch.device) -> Call
 
 
 def samples_of(timed: Callable[[], float], options: GpuOptions, budget: Budget) -> list[float]:
-    """Seconds of up to `options.samples` runs, one at least."""
+    """Seconds of up to `options.samples` runs and MOST_SAMPLES, one at least."""
     samples = [timed()]
-    while len(samples) < options.samples and budget.left_s > 0:
+    while len(samples) < min(options.samples, MOST_SAMPLES) and budget.left_s > 0:
         samples.append(timed())
     return samples

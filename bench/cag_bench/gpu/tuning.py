@@ -25,7 +25,7 @@ NUM_SAMPLES = 7
 MIN_VARIANT_S = 12.0  # one more is compiled and timed only with so much left
 CUTS = [(4, 3, 4), (2, 3, 6), (1, 3, 8), (4, 2, 4), (4, 4, 4), (4, 3, 6), (2, 4, 6)]  # warps, stages, programs at once
 WIDE_CUTS = [(8, 3, 1), (4, 3, 2), (8, 2, 1), (8, 4, 1)]
-INVERSE_CUTS = [(8, 3), (8, 4), (8, 2)]  # warps, stages
+INVERSE_CUTS = [(8, 3, 216), (8, 3, None), (8, 3, 200), (8, 4, 216), (8, 2, 216)]  # warps, stages, registers
 
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Compiles the launches of the Triton kernels for a GPU, without one, and prints a line of JSON for each.
 
 The product's own launching code runs on CPU tensors; what it would launch is compiled instead, by Triton, to machine
-code, and taken apart for the registers, the memory that spills, and the shared memory that it takes.
+code, and taken apart for the registers, the memory that spills, the bytes that a store takes and the shared memory.
 """
 
 import json
@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cag_kernels import DensePrefix, PagedTails, quantize_prefix
-from cag_kernels.rans import CodeBlocks, RansSegments
+from cag_kernels.rans import CodeBlocks, RansSegments, RansSide
 from cag_kernels.rotation import angles
 from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
 from cag_kernels.triton_inverse import invert
@@ -72,7 +72,10 @@ def resources(compiled):
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spilled_bytes": stack + local, "shared_bytes": compiled.metadata.shared}
+    stores = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    stored = {int(numbers or 1) * int(bits) // 8 for numbers, bits in stores}
+    found = {"registers": registers, "spilled_bytes": stack + local, "stored_bytes": sorted(stored)}
+    return found | {"shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
 
 
 def launch_everything():
@@ -110,7 +113,8 @@ def launch_everything():
     shifts = torch.zeros(64, dtype=torch.int8), torch.zeros(1, 700, dtype=torch.int8)
     numbers = torch.zeros(1, 32, dtype=torch.int32), torch.zeros(64, dtype=torch.int16)
     segments = RansSegments(*numbers, counts, numbers[1], counts, counts, *shifts)
-    decode_on_device(segments, torch.zeros(64, 4096, dtype=torch.int32), *shifts[1].expand(2, -1), 2)
+    slots = torch.zeros(64, 4096, dtype=torch.int32)
+    decode_on_device([RansSide(segments, slots, *shifts[1].expand(2, -1), 2)])
     rows, residual = torch.zeros(32, 6144, dtype=torch.bfloat16), torch.zeros(32, 4096)
     add_and_norm_on_device(residual, rows[:, :4096].contiguous(), residual[0], 1e-5, torch.bfloat16)
     places = torch.zeros(32, dtype=torch.int64)

@@ -85,6 +85,29 @@ def test_segments_have_means_of_their_own_and_codes_lie_as_they_were_decoded(dev
 
 
 @pytest.mark.parametrize("pairing", ["halves", "adjacent"])
+def test_heads_of_128_channels_as_a_cache_has_them(device, pairing):
+    """Blocks of the decoder over several tiles, wide codes in one of them, a mean a segment, keys and values."""
+    generator, counts = torch.Generator().manual_seed(1), [124, 96, 33]
+    codes = torch.randint(-9, 10, (sum(counts), 200), generator=generator).short()
+    codes[:, :5] *= 40
+    rows = torch.randint(-32767, 32768, (200, 3 * 128), generator=generator).short()
+    scale, means = normal(384).abs() * 1e-7, normal(3, 384)
+    mean_of = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(counts))
+    places = torch.cat([torch.arange(124), 128 + torch.arange(96), 224 + torch.arange(33)])
+    blocks, tokens = torch.full((9 * 32, 200), 0x5555, dtype=torch.int16), torch.full((9 * 32,), -1, dtype=torch.int32)
+    blocks[places], tokens[places] = codes, torch.arange(len(codes), dtype=torch.int32)
+    blocks = blocks.view(9, 32, 200).transpose(1, 2).contiguous()
+    decoded = CodeBlocks(blocks.to(device), tokens.to(device), len(codes))
+    operands = [part.to(device) for part in (rows, scale, means)]
+    for tables in (angles(torch.arange(len(codes)) * 77, 0.7 ** torch.arange(64)), None):
+        kwargs = {"head_dim": 128, "dtype": torch.bfloat16, "mean_of": mean_of, "pairing": pairing}
+        expected = inverse_transform_reference(codes, rows, scale, means, angles=tables, **kwargs)
+        moved = None if tables is None else tuple(table.to(device) for table in tables)
+        found = inverted(decoded, *operands, moved, 128, torch.bfloat16, pairing, mean_of.to(device))
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("pairing", ["halves", "adjacent"])
 def test_the_reference_is_the_stores(pairing):
     codes, rows, scale, mean = make(5, 40, 3 * 16)
     tables = angles(torch.arange(5), 0.5 ** torch.arange(6))

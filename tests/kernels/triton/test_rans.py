@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cag_kernels.rans import RansSegments, count_blocks, decode_segments, decode_segments_reference
+from cag_kernels.rans import RansSegments, RansSide, count_blocks, decode_segments, decode_segments_reference
 from cag_kernels.triton_rans import decode_on_device
 
 NUM_TABLES = 5
@@ -106,8 +106,17 @@ COUNTS, FEW = [70, 1, 32], [33, 1]
 BOTH = pytest.mark.parametrize("counts, times", [(COUNTS, 1), (FEW, WIDE)])
 
 
-def make_static(times=1):
-    return make_slots(), torch.from_numpy(np.repeat(TABLES, times)), torch.from_numpy(np.repeat(LOW_BITS, times))
+def side_of(segments, times=1, num_blocks=None):
+    """As long a side as there are tokens, unless a number of blocks is given."""
+    tables, low_bits = (torch.from_numpy(np.repeat(part, times)) for part in (TABLES, LOW_BITS))
+    if num_blocks is None:
+        num_blocks = count_blocks(segments.token_starts.diff().tolist())
+    return RansSide(segments, make_slots(), tables, low_bits, num_blocks)
+
+
+def moved(side, device):
+    segments = RansSegments(*(part.to(device) for part in side.segments))
+    return RansSide(segments, *(part.to(device) for part in side[1:4]), side.num_blocks)
 
 
 @BOTH
@@ -115,7 +124,7 @@ def test_the_reference_reads_what_was_written(counts, times):
     segments, codes = make_segments(counts, times)
     assert len(segments.words) > 100
     assert len(segments.escapes) > 3
-    found, whole = decode_segments(segments, *make_static(times))
+    ((found, whole),) = decode_segments([side_of(segments, times)])
     assert torch.equal(found.by_token().T, codes)
     assert whole.all()
 
@@ -123,10 +132,84 @@ def test_the_reference_reads_what_was_written(counts, times):
 @BOTH
 def test_the_kernel_reads_what_was_written(device, counts, times):
     segments, codes = make_segments(counts, times)
-    on_device = RansSegments(*(part.to(device) for part in segments))
-    found, whole = decode_on_device(on_device, *(part.to(device) for part in make_static(times)), count_blocks(counts))
+    ((found, whole),) = decode_on_device([moved(side_of(segments, times), device)])
     assert torch.equal(found.by_token().T.cpu(), codes)
     assert whole.all()
+
+
+def sides_of_all_kinds():
+    """Sides that differ in all that a side has, and their codes: tokens, segments (none, 35, some without tokens),
+    components (none, too), tables, low bits, and blocks that nobody needs."""
+    wide, wide_codes = make_segments(FEW, 6)
+    many, many_codes = make_segments([1, 0, 33] + 32 * [0])
+    few, few_codes = make_segments([40])
+    swapped = np.array([3, 3, 3, 0, 4, 2]), np.array([0, 0, 0, 0, 5, 0], np.int8)
+    other, _ = make_segments([65])
+    numbers = torch.from_numpy(swapped[0].astype(np.int8)), torch.from_numpy(swapped[1])
+    sides = [
+        side_of(wide, 6),
+        RansSide(other, make_slots()[[0, 2, 3, 1]].contiguous(), *numbers, 3),
+        side_of(many, num_blocks=5),
+        side_of(make_segments([0])[0]._replace(component_shifts=torch.zeros(1, 0, dtype=torch.int8)), 0),
+        side_of(few),
+    ]
+    none = few._replace(**{name: getattr(few, name)[:0] for name in ("states", "component_shifts", "token_shifts")})
+    start = torch.zeros(1, dtype=torch.int32)
+    none = none._replace(word_starts=start, escape_starts=start, token_starts=start)
+    return [*sides, side_of(none)], {0: wide_codes, 2: many_codes, 4: few_codes}
+
+
+def test_sides_that_differ_are_read_in_one_launch(device):
+    """Each as it would be alone; the second one's is no stream of its tables, and reads as the reference reads it."""
+    sides, written = sides_of_all_kinds()
+    found = decode_on_device([moved(side, device) for side in sides])
+    for number, (side, (blocks, whole)) in enumerate(zip(sides, found, strict=True)):
+        expected, expected_whole = decode_segments_reference(side)
+        assert torch.equal(blocks.by_token().T.cpu(), expected)
+        assert torch.equal(whole.cpu(), expected_whole)
+        assert blocks.blocks.shape == (side.num_blocks, len(side.tables), 32)
+        assert blocks.num_tokens == len(side.segments.token_shifts)
+        if number in written:
+            assert torch.equal(expected, written[number])
+            assert whole.all()
+    assert not found[1][1].any()
+    ((again, _),) = decode_on_device([moved(sides[0], device)])
+    assert torch.equal(again.tokens, found[0][0].tokens)
+
+
+def test_the_operation_lays_codes_out_as_the_kernel_does(device):
+    sides, _ = sides_of_all_kinds()
+    kernels = decode_on_device([moved(side, device) for side in sides])
+    for (mine, whole), (theirs, expected) in zip(kernels, decode_segments(sides), strict=True):
+        is_token = (theirs.tokens >= 0).view(-1, 32)[:, None].expand_as(theirs.blocks)
+        assert torch.equal(mine.tokens.cpu(), theirs.tokens)
+        assert torch.equal(mine.blocks.cpu()[is_token], theirs.blocks[is_token])
+        assert torch.equal(whole.cpu(), expected)
+    assert decode_segments([]) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_recorded_launch_of_many_sides_reads_them_again():
+    """Sixteen sides at the sizes of real chunks, by the public operation, recorded: addresses are in the graph."""
+    sides, codes = [], []
+    for number in range(16):
+        segments, written = make_segments([512, 65][number % 2 :], 1 + number % 3)
+        sides.append(moved(side_of(segments, 1 + number % 3), "cuda"))
+        codes.append(written)
+    decode_segments(sides)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = decode_segments(sides)
+    for _ in range(2):
+        for blocks, whole in found:
+            blocks.blocks.fill_(0x55)
+            whole.zero_()
+        graph.replay()
+        for (blocks, whole), written in zip(found, codes, strict=True):
+            assert torch.equal(blocks.by_token().T.cpu(), written)
+            assert whole.all()
 
 
 @pytest.mark.parametrize("part, index", [("words", 9), ("words", 60), ("states", (0, 5)), ("token_shifts", 40)])
@@ -150,10 +233,9 @@ def test_a_segment_cut_short_reads_nothing_of_what_follows(device, part, first):
 
 def read_by_both(device, segments, times=1):
     """What the reference reads, which must be what the kernel does."""
-    static = make_static(times)
-    expected, whole = decode_segments_reference(segments, *static)
-    on_device = RansSegments(*(one.to(device) for one in segments))
-    found, found_whole = decode_on_device(on_device, *(one.to(device) for one in static), 9)
+    side = side_of(segments, times, 9)
+    expected, whole = decode_segments_reference(side)
+    ((found, found_whole),) = decode_on_device([moved(side, device)])
     assert torch.equal(found.by_token().T.cpu(), expected)
     assert torch.equal(found_whole.cpu(), whole)
     return expected, whole
@@ -161,11 +243,16 @@ def read_by_both(device, segments, times=1):
 
 def test_what_does_not_fit_is_refused():
     segments, _ = make_segments([3])
+    side = side_of(segments)
     for change in (
         {"states": segments.states[:, :31]},
         {"words": segments.words.int()},
         {"token_starts": segments.token_starts[:1]},
         {"component_shifts": segments.component_shifts[:, :2]},
+        {"words": segments.words.to("meta")},
     ):
         with pytest.raises(ValueError, match="do not fit"):
-            decode_segments(segments._replace(**change), *make_static())
+            decode_segments([side, side._replace(segments=segments._replace(**change))])
+    for other in ({"slots": side.slots[:, :9]}, {"tables": side.tables[:2]}, {"num_blocks": 0}):
+        with pytest.raises(ValueError, match="do not fit"):
+            decode_segments([side, side._replace(**other)])

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cag_kernels.inverse import inverse_transform
-from cag_kernels.rans import RansSegments, count_blocks, decode_segments
+from cag_kernels.rans import RansSegments, RansSide, count_blocks, decode_segments
 from cag_kernels.triton_rans import decode_on_device
 from cag_store.codecs.transform.product import product_reference
 from cag_store.codecs.transform.rans import Layout, Tables, encode_codes
@@ -16,7 +16,7 @@ LOW = np.array([4, 2, 0, 0, 0, 0, 0], np.uint8)
 
 
 def make_streams():
-    """Streams of segments whose components have shifts of their own, as `RansSegments`, and their codes."""
+    """Streams of segments whose components have shifts of their own, as a `RansSide`, and their codes."""
     generator, tables = np.random.default_rng(3), Tables.of(frequencies())
     codes, streams, token_shifts, component_shifts = [], [], [], []
     for count in COUNTS:
@@ -47,24 +47,25 @@ def make_streams():
         torch.from_numpy(TABLE_NUMBERS.astype(np.int8)),
         torch.from_numpy(LOW.astype(np.int8)),
     )
-    return segments, static, torch.from_numpy(np.concatenate(codes))
+    return RansSide(segments, *static, count_blocks(COUNTS)), torch.from_numpy(np.concatenate(codes))
 
 
 def test_streams_of_the_store_are_read(device):
-    segments, static, codes = make_streams()
-    assert len(segments.escapes) > 0
-    on_device = RansSegments(*(part.to(device) for part in segments))
-    for decode, parts, tables in (
-        (decode_segments, segments, static),
-        (decode_on_device, on_device, (*(part.to(device) for part in static), count_blocks(COUNTS))),
+    side, codes = make_streams()
+    assert len(side.segments.escapes) > 0
+    on_device = RansSegments(*(part.to(device) for part in side.segments))
+    static = (part.to(device) for part in side[1:4])
+    for decode, given in (
+        (decode_segments, side),
+        (decode_on_device, RansSide(on_device, *static, side.num_blocks)),
     ):
-        found, whole = decode(parts, *tables)
+        ((found, whole),) = decode([given])
         assert torch.equal(found.by_token().cpu(), codes)
         assert whole.all()
 
 
 def test_the_product_is_the_stores():
-    codes = make_streams()[2]
+    _, codes = make_streams()
     rows = np.random.default_rng(4).integers(-2047, 2048, (7, 32)).astype(np.int16)
     ones, zeros = torch.ones(32), torch.zeros(32)
     found = inverse_transform(codes, torch.from_numpy(rows), ones, zeros, head_dim=16, dtype=torch.float32)
