@@ -20,6 +20,8 @@ INT8 = ir.IntType(8)
 INT16 = ir.IntType(16)
 INT32 = ir.IntType(32)
 INT64 = ir.IntType(64)
+LINE_BYTES = 64  # of a processor's cache
+SECOND_CACHE = 2  # see `Emitter.prefetch`
 UNSEEN = -3.0e38  # below every score of finite inputs: the running maximum before the first key
 _LEAST_EXPONENT = -126.0
 _TAYLOR_TERMS = 8  # of 2**f for |f| <= 1/2: the rest is below 2**-27, an eighth of float32's spacing

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_emit import INT8, INT32, INT64, POINTER, Emitter, Value, function_blocks
+from cag_kernels.cpu_emit import INT8, INT32, INT64, LINE_BYTES, POINTER, SECOND_CACHE, Emitter, Value, function_blocks
 from cag_kernels.cpu_tape import STEP_FIELDS, Header, StepField
 from cag_kernels.cpu_team import Entry, Share, call_library, library_function, team_value
 
 SPINS = 4000  # looks at the meeting place before the core is offered to others: about 0.1 ms
 MOST_AHEAD = 1 << 20  # bytes that a waiting thread asks for: half of the second cache of processors with tiles
-_LINE_BYTES, _LINES_A_LOOK = 64, 4
-_SECOND_CACHE = 2
+_LINES_A_LOOK = 4
 
 
 def player_module() -> ir.Module:
@@ -99,8 +98,8 @@ class _Ahead:
         emit, builder = self._emit, self._emit.builder
         place = builder.load(self._place, typ=INT64)
         for line in range(_LINES_A_LOOK):
-            emit.prefetch(emit.at(builder.inttoptr(place, POINTER), line * _LINE_BYTES, INT8), near=_SECOND_CACHE)
-        builder.store(builder.add(place, emit.integer(_LINES_A_LOOK * _LINE_BYTES)), self._place)
+            emit.prefetch(emit.at(builder.inttoptr(place, POINTER), line * LINE_BYTES, INT8), near=SECOND_CACHE)
+        builder.store(builder.add(place, emit.integer(_LINES_A_LOOK * LINE_BYTES)), self._place)
 
 
 def _emit_wait(emit: Emitter, place: Value, number: Value, ahead: _Ahead, fields: Mapping[StepField, Value]) -> None:

@@ -10,13 +10,22 @@ import math
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSEEN, Value
+from cag_kernels.cpu_emit import (
+    FLOAT,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    LINE_BYTES,
+    POINTER,
+    SECOND_CACHE,
+    UNSEEN,
+    Value,
+)
 from cag_kernels.cpu_tiles import DEPTH, FEW_TERMS, TILE, TileEmitter
 from cag_kernels.prefixes import Codes
 
 PIECE = 64  # keys of one softmax step: scores, turned values and weights of them stay in the first cache
-LINE_BYTES = 64  # of a processor's cache
-_SECOND_CACHE = 2
 # which share of the next piece is asked for during which phase of this one: about as long as each takes. Memory brings
 # a piece in about the time in which it is computed with, but only if it is asked all along.
 _AHEAD = {"scores": (0, 0.2), "maxima": (0.2, 0.3), "weights": (0.3, 0.7), "left": (0.7, 0.8), "sums": (0.8, 1)}
@@ -147,7 +156,7 @@ class Piece:
             of_keys = builder.icmp_signed("<", line, emit.integer(num_keys))
             place = builder.select(of_keys, *self.ahead)
             line = builder.select(of_keys, line, builder.sub(line, emit.integer(num_keys)))
-            emit.prefetch(emit.at(place, builder.mul(line, emit.integer(LINE_BYTES)), INT8), near=_SECOND_CACHE)
+            emit.prefetch(emit.at(place, builder.mul(line, emit.integer(LINE_BYTES)), INT8), near=SECOND_CACHE)
 
     def _correction(self, before: Value, larger: Value) -> Value:
         """What older sums are multiplied by: exactly 1 where the maximum is what it was."""

@@ -13,14 +13,13 @@ from enum import IntEnum
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_emit import INT8, INT32, INT64, POINTER, Value, function_blocks
+from cag_kernels.cpu_emit import INT8, INT32, INT64, LINE_BYTES, POINTER, SECOND_CACHE, Value, function_blocks
 from cag_kernels.cpu_team import Share
-from cag_kernels.cpu_tiles import DEPTH, ROW_BYTES, TILE, TileEmitter
+from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
 
 PARTS = 2  # tiles of features by up to two of rows: four tiles of sums under way hide the latency of a product
 SHORT_ROW = 1024  # input features up to which rows are asked for; longer ones the processor finds by itself, and better
 _OF_FEATURES, _OF_ROWS = 4, 6  # tiles 0 to 3 hold sums
-_SECOND_CACHE = 2
 
 EmitBlock = Callable[[Value, list[Value], Value | None], None]
 
@@ -159,7 +158,7 @@ def emit_sums(
                 # 16 lines a round, as many as are read, in the order in which they lie
                 asked = emit.at(call.weight_row(ahead[part]), builder.mul(feature.index, emit.integer(2 * TILE)), INT8)
                 for line in range(TILE):
-                    emit.prefetch(emit.at(asked, line * ROW_BYTES, INT8), near=_SECOND_CACHE)
+                    emit.prefetch(emit.at(asked, line * LINE_BYTES, INT8), near=SECOND_CACHE)
             place = emit.at(row, builder.mul(feature.index, emit.integer(2)), INT8)
             emit.load_tile(_OF_FEATURES + part, place, call.weight_row_bytes)
             for column, total in enumerate(sums[part]):

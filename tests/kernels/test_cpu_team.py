@@ -1,7 +1,5 @@
 """Units of a call: each is taken once, by whoever comes, and a thread begins with its own."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from cag_kernels.cpu import has_compiler
 if has_compiler():
     from llvmlite import ir
 
-    from cag_kernels.cpu_emit import INT64, POINTER, Emitter, Program
+    from cag_kernels.cpu_emit import INT64, POINTER, Emitter, Program, function_blocks
     from cag_kernels.cpu_tape import CompiledStep, Reads, Tape, new_call
     from cag_kernels.cpu_team import MAX_UNITS, Share, team_value
     from cag_kernels.cpu_threads import openmp_parallel
@@ -21,7 +19,7 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs llvmlite")
 MAX_COUNT, MAX_THREADS = 5000, 128
 
 
-def counting_step():
+def counting_step(first_thread_works=True):
     """A step whose units count their things up, one by one, and write down where the thread's own units are.
 
     Its call: the counter; how many things, and how many at least in a unit; then a number for each thing and, for each
@@ -37,6 +35,12 @@ def counting_step():
     own = emit.at(call, builder.add(emit.integer(3 + MAX_COUNT), builder.mul(number, emit.integer(4))), INT64)
     for place, value in enumerate((share.first, share.stop, share.size, share.num_units)):
         builder.store(value, emit.at(own, place, INT64))
+    if not first_thread_works:
+        work, leave = function_blocks(function, "work", "leave")
+        builder.cbranch(builder.icmp_signed("==", number, emit.integer(0)), leave, work)
+        builder.position_at_end(leave)
+        builder.ret_void()
+        builder.position_at_end(work)
     with share.units(emit, call) as unit:
         first = builder.mul(unit, share.size)
         stop = emit.minimum(builder.add(first, share.size), count)
@@ -84,14 +88,13 @@ def test_threads_without_a_team_take_units_as_they_come(threads, monkeypatch):
     assert shares[0].tolist() == [0, -(-1000 // shares[0][2]), shares[0][2], shares[0][3]]
 
 
-def test_one_thread_does_what_others_do_not(threads):
-    """A thread that never comes leaves its share to the others."""
-    threads(2)
-    step = counting_step()
-    call = new_call((0, 640, 32, *[0] * (MAX_COUNT + 4 * MAX_THREADS)), ())
-    with ThreadPoolExecutor(1) as pool:  # one thread outside of any team: all units are its own
-        pool.submit(step.function, call).result()
-    assert (np.array(call)[3:643] == 1).all()
+@pytest.mark.skipif(has_compiler() and openmp_parallel() is None, reason="needs OpenMP of GNU: threads have numbers")
+@pytest.mark.parametrize("num_threads", [2, 3, 7])
+def test_what_one_thread_leaves_the_others_take(threads, num_threads):
+    threads(num_threads)
+    counts, shares = run(counting_step(first_thread_works=False), 640, 10)
+    assert shares[0, 1] > shares[0, 0] == 0  # it had units of its own
+    assert (counts[:640] == 1).all()
 
 
 def test_a_step_knows_what_is_read_behind_it():
