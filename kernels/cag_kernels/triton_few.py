@@ -155,7 +155,8 @@ def attend_coded(
         if touches:
             ahead = start + block
             touched_keys = touched_rows(keys, ahead, last, key_stride, half * key_bits // 4, block)
-            touched_values = touched_rows(values, ahead, last, value_stride, half * value_bits // 4, block)
+            if value_bits == 4:  # those of 8 bits would take registers that there are not
+                touched_values = touched_rows(values, ahead, last, value_stride, half, block)
             touched_both = touched_vectors(
                 key_scales, key_offsets, value_scales, value_offsets, ahead // group_tokens * (2 * half),
                 num_groups * (2 * half), ahead * value_groups, last * value_groups,
@@ -177,14 +178,13 @@ def attend_coded(
         low_sum = product(values_low, weights, low_sum * factor)
         high_sum = product(values_high, weights, high_sum * factor)
         if touches:
-            vector_sectors = vector_sectors | touched_both
-            if key_bits == value_bits:
-                key_sectors = key_sectors | touched_keys | touched_values
-            else:
-                key_sectors, value_sectors = key_sectors | touched_keys, value_sectors | touched_values
+            vector_sectors, key_sectors = vector_sectors | touched_both, key_sectors | touched_keys
+            if value_bits == 4:
+                value_sectors = value_sectors | touched_values
     if touches:
         let_go(key_sectors, num_tokens, keys)
-        let_go(value_sectors, num_tokens, values)
+        if value_bits == 4:
+            let_go(value_sectors, num_tokens, values)
         let_go(vector_sectors, num_tokens, keys)
     highest = tl.max(maximum, 0)
     share = tl.exp2(maximum - tl.where(highest == float("-inf"), 0.0, highest)[None, :])

@@ -17,8 +17,9 @@ WIDE_ACCESSES = ("invert_tile", "turn", "gate_rows")
 # Of a thread at most, by capability, kernel and rows of a block, where it is not 0. Blocks of 64 rows are held down to
 # 168 registers so that three programs fit a processor, which was faster on an H100 than two that spill nothing; a
 # thread of a block of 256 has 128 sums and 64 scores. On sm_80 products take their operands through registers too.
-# Joining spills outside of the loop over tiles.
+# Few rows that join, or wait for the launch before them, spill outside of the loop over tiles.
 SPILLED_BYTES = {
+    (90, "attend_few", 8): 16,
     (90, "attend_few", 16): 32,
     (90, "attend_many", 64): 192,
     (90, "attend_many", 256): 320,
