@@ -56,6 +56,18 @@ def test_a_prefix(device, merges, kind, num_tokens, num_queries, window, softcap
     assert not arrivals.any()
 
 
+@pytest.mark.parametrize("num_q_heads, num_queries", [(2, 1), (2, 2), (4, 4)])
+def test_any_number_of_rows_up_to_eight(device, merges, num_q_heads, num_queries):
+    """1, 2 and 8 rows of a key/value head."""
+    prefix, query = make_prefix(INT4, 2, 200, 64, None), normal(num_q_heads, num_queries, 64, dtype=torch.bfloat16)
+    expected = prefix_attention_reference(query.double(), prefix, scale=0.125)
+    plain = plain_prefix_attention(query, prefix, scale=0.125)
+    masks = {"scale": 0.125, "positions": None, "window": None, "softcap": None}
+    found = attend(query.to(device), moved(prefix, device), None, PROCESSORS, **masks, arrivals=zeros(device))
+    assert_close(found, expected, plain)
+    assert not merges
+
+
 @pytest.mark.parametrize("lengths, counts", [([5], [1]), ([300, 3], [1, 1]), ([7, 300], [0, 2])])
 @pytest.mark.parametrize("kind", [INT4, INT8], ids=["int4", "int8"])
 @pytest.mark.parametrize("window, softcap", MASKS)
@@ -177,9 +189,7 @@ def test_many_launches_find_all_parts(device, kind):
     for _ in range(rounds):
         some()
     if native:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            some()
+        graph, _ = recorded(some)
         for _ in range(20 * rounds):
             graph.replay()
     assert wrong.item() == 0
@@ -228,19 +238,27 @@ def test_overlapping_launches_wait_for_each_other(device, num_rows):
     native = device.type == "cuda"
     run = steps_of_a_layer(device, num_rows)
     num_layers = 24 if native else 2
-    with launching(launch_ways()._replace(overlaps=False, ahead_bytes=0)):
-        expected = run(num_layers)
+    found = []
+    for overlaps, ahead_bytes in ((False, 0), (True, 1 << 16)):
+        with launching(launch_ways()._replace(overlaps=overlaps, ahead_bytes=ahead_bytes)):
+            found.append((run(num_layers), recorded(lambda: run(num_layers)) if native else None))
+    (expected, at_rest), (overlapped, graph) = found
     assert torch.isfinite(expected).all()
-    with launching(launch_ways()._replace(overlaps=True, ahead_bytes=1 << 16)):
-        assert torch.equal(run(num_layers), expected)
-        if native:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                found = run(num_layers)
-            for _ in range(100):
-                found.fill_(torch.nan)
-                graph.replay()
-                assert torch.equal(found, expected)
+    assert torch.equal(overlapped, expected)
+    if native:
+        at_rest[0].replay()
+        for _ in range(100):
+            graph[1].fill_(torch.nan)
+            graph[0].replay()
+            assert torch.equal(graph[1], at_rest[1])
+
+
+def recorded(work):
+    """A recording of `work`, and what it gives."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+    return graph, found
 
 
 def test_sizes_that_are_called_ahead(monkeypatch):
