@@ -77,20 +77,20 @@ class DeviceDecoder:
         rotation = turning[0][0].float().contiguous(), turning[1][0].float().contiguous()
         places, update = (tensors.row_pages, tensors.row_places), None
         for index, layer in enumerate(self._layers[:num_layers]):
-            normed = self._add_and_norm(residual, update, layer.before_attention)
+            normed = self._add_and_norm(residual, update, layer.before_attention, layer.projections.weight)
             query = rotate_and_store(
                 layer.projections(normed), rotation, state.sides(index), places, layer.head_norms, layer.head_epsilon
             )
             attended = state.attend_stored(index, query, layer.rule)
             update = layer.output(attended.transpose(0, 1).reshape(len(residual), -1))
-            normed = self._add_and_norm(residual, update, layer.before_mlp)
-            update = layer.down(gate(layer.gate_and_up(normed)))
-        normed = self._add_and_norm(residual, update, self._norm)
+            normed = self._add_and_norm(residual, update, layer.before_mlp, layer.gate_and_up.weight)
+            update = layer.down(gate(layer.gate_and_up(normed), layer.down.weight))
+        normed = self._add_and_norm(residual, update, self._norm, self._network.lm_head.weight)
         logits: Tensor = self._network.lm_head(normed[tensors.wanted]).float()
         return logits
 
-    def _add_and_norm(self, residual: Tensor, update: Tensor | None, norm: DeviceNorm) -> Tensor:
-        return add_and_norm(residual, update, norm.weight, norm.epsilon, self._dtype)
+    def _add_and_norm(self, residual: Tensor, update: Tensor | None, norm: DeviceNorm, ahead: Tensor) -> Tensor:
+        return add_and_norm(residual, update, norm.weight, norm.epsilon, self._dtype, ahead)
 
 
 def recognize_on_device(network: Any, rules: Sequence[AttentionRule]) -> DeviceDecoder | None:

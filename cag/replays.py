@@ -24,7 +24,7 @@ from torch import Tensor
 from cag.batch import Batch, segments_of
 from cag.pages import PagedTail, PagePool
 from cag.state import AttentionRule, PrefixSegment
-from cag.step_tensors import StepSizes, StepState, StepTensors
+from cag.step_tensors import NUM_ARRIVALS, StepSizes, StepState, StepTensors
 from cag_kernels import cascade_attention
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -75,7 +75,8 @@ class PaddedState(StepState):
     def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
         """Attend; the keys and values of all rows are in their pages."""
         tails = self.tensors.tails(*self.sides(layer))
-        return cascade_attention(query, self._layers[layer], tails, **asdict(rule))
+        arrivals = self.tensors.arrivals if tails.keys.shape[1] <= NUM_ARRIVALS else None
+        return cascade_attention(query, self._layers[layer], tails, **asdict(rule), arrivals=arrivals)
 
 
 class StepReplays:

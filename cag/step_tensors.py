@@ -22,6 +22,7 @@ from cag_kernels import PagedTails
 if TYPE_CHECKING:
     from cag.batch import Batch
 
+NUM_ARRIVALS = 128  # key/value heads for which an attention may count its programs
 LONGS = ("ids", "positions", "row_pages", "row_places", "wanted")  # what torch indexes with is int64
 
 
@@ -78,6 +79,7 @@ class StepState(ABC):
 class StepTensors:
     """The tensors of a step of `sizes`: int64 `ids`, `positions`, `row_pages`, `row_places` `[num_rows]` and `wanted
     [num_wanted]`; int32 `pages [num_sequences, num_pages]`, `lengths [num_sequences]`, `starts [num_sequences + 1]`.
+    `arrivals`: int32 zeros in which the attentions of the step count, one behind the other.
 
     `fill` may be called again: what was filled in before must have been used by then in the order of the device's
     work, which the caller's stream keeps; the host's copy is waited for.
@@ -89,6 +91,7 @@ class StepTensors:
         rows, sequences = sizes.num_rows, sizes.num_sequences
         shapes: dict[str, tuple[int, ...]] = {name: (sizes.num_wanted if name == "wanted" else rows,) for name in LONGS}
         shapes |= {"pages": (sequences, sizes.num_pages), "lengths": (sequences,), "starts": (sequences + 1,)}
+        shapes["arrivals"] = (NUM_ARRIVALS,)
         places, total = {}, 0
         for name, shape in shapes.items():
             places[name] = total
@@ -103,6 +106,7 @@ class StepTensors:
         self.ids, self.positions, self.wanted = found["ids"], found["positions"], found["wanted"]
         self.row_pages, self.row_places = found["row_pages"], found["row_places"]
         self.pages, self.lengths, self.starts = found["pages"], found["lengths"], found["starts"]
+        self.arrivals = found["arrivals"]
 
     def fill(self, ids: Tensor, batch: Batch, wanted: Sequence[int], scratch_page: int = 0) -> None:
         """Put a batch of at most these sizes there, `ids [num_rows]` on the CPU, and start the copy to the device.

@@ -40,13 +40,18 @@ def prefix_attention(
     positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over one prefix for the queries of all sessions; see `prefix_reference.prefix_attention_reference`.
+
+    `arrivals`: int32 zeros, one for each key/value head, of which only one call at a time makes use; zeros again behind
+    it. With it, one launch may serve where there would be two.
 
     Raises:
         ValueError: tensors that do not fit together, or a window without positions.
     """
     _check(query, prefix, positions, window)
+    _check_arrivals(arrivals, prefix[0])
     kwargs: dict[str, Any] = {"scale": scale, "positions": positions, "window": window, "softcap": softcap}
     path = choose_prefix_path(query, prefix, window=window, softcap=softcap)
     if path == "segment":
@@ -59,7 +64,7 @@ def prefix_attention(
         return prefix_attention_reference(query, prefix, **kwargs)
     from cag_kernels.triton_launch import attend
 
-    return attend(query, prefix, None, num_processors(query.device), **kwargs)
+    return attend(query, prefix, None, num_processors(query.device), **kwargs, arrivals=arrivals)
 
 
 def paged_attention(
@@ -89,11 +94,13 @@ def cascade_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Attention of all sessions over the shared prefix and each over its own tail, joined by their log-sum-exps.
 
     See `prefix_reference.cascade_attention_reference`; the prefix may come in any number of pieces.
-    A launch a piece and two more on a CUDA device; nothing waits for the host.
+    A launch a piece and two more on a CUDA device; nothing waits for the host. `arrivals`: as in `prefix_attention`;
+    with it the two more may be left out.
 
     Raises:
         ValueError: tensors that do not fit together.
@@ -102,13 +109,14 @@ def cascade_attention(
     pieces = pieces_of(prefix)
     for piece in pieces:
         check_prefix(piece, query.shape[2])
+    _check_arrivals(arrivals, tails.keys)
     kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     num_tokens = sum(piece.num_tokens for piece in pieces)
     positions = None if window is None else query_positions(tails, num_tokens, query.shape[1])
     if triton_serves(query):
         from cag_kernels.triton_launch import attend
 
-        kwargs |= {"positions": positions, "dtype": query.dtype}
+        kwargs |= {"positions": positions, "dtype": query.dtype, "arrivals": arrivals}
         return attend(query, pieces, tails, num_processors(query.device), **kwargs)[0]
     parts = []
     for piece in pieces:
@@ -167,6 +175,18 @@ def _compiled_tails(query: Tensor, tails: PagedTails, scale: float) -> tuple[Ten
     nothing = torch.empty(0), torch.empty(0)
     sessions.attend(query.float().contiguous(), *tails[:2], scale, *nothing, out, lse)
     return out.transpose(0, 1), lse
+
+
+def _check_arrivals(arrivals: Tensor | None, like: Tensor) -> None:
+    """`like`: keys of prefix or tails."""
+    num_kv_heads = like.shape[0] if like.ndim == 3 else like.shape[1]
+    if arrivals is not None and (
+        arrivals.dtype != torch.int32
+        or arrivals.device != like.device
+        or not arrivals.is_contiguous()
+        or arrivals.numel() < num_kv_heads
+    ):
+        raise ValueError(f"counts of arrivals {arrivals.dtype} {tuple(arrivals.shape)} do not fit {num_kv_heads} heads")
 
 
 def _check(query: Tensor, prefix: Prefix, positions: Tensor | None, window: int | None) -> None:

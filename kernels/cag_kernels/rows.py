@@ -14,7 +14,14 @@ from cag_kernels.device import triton_runs_on
 from cag_kernels.rows_reference import add_and_norm_reference, gate_reference, head_norm_reference, rotate_reference
 
 
-def add_and_norm(residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+def add_and_norm(
+    residual: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
+    ahead: Tensor | None = None,
+) -> Tensor:
     """`residual += update`, and its RMS norm times `weight`, computed in float32 and rounded once.
 
     Args:
@@ -23,6 +30,8 @@ def add_and_norm(residual: Tensor, update: Tensor | None, weight: Tensor, epsilo
         weight: float32 `[size]`.
         epsilon: added to the mean square.
         dtype: of the result.
+        ahead: weight `[out_features, in_features]` of the product that follows; a device may call some of it into its
+            cache meanwhile.
 
     Returns:
         `[num_rows, size]`.
@@ -38,7 +47,7 @@ def add_and_norm(residual: Tensor, update: Tensor | None, weight: Tensor, epsilo
     if triton_runs_on(residual.device):
         from cag_kernels.triton_rows import add_and_norm_on_device
 
-        return add_and_norm_on_device(residual, update, weight, epsilon, dtype)
+        return add_and_norm_on_device(residual, update, weight, epsilon, dtype, ahead)
     added, normed = add_and_norm_reference(
         residual, residual.new_zeros(()) if update is None else update, weight, epsilon
     )
@@ -111,8 +120,10 @@ def rotate_and_store_reference(
     return rotate_reference(query, *rotation).to(projected.dtype)
 
 
-def gate(projected: Tensor) -> Tensor:
+def gate(projected: Tensor, ahead: Tensor | None = None) -> Tensor:
     """`silu(left) * right` of the halves of `[num_rows, 2 * size]`, contiguous; in float32, rounded once.
+
+    `ahead`: as in `add_and_norm`.
 
     Raises:
         ValueError: rows with gaps, or of odd length.
@@ -122,5 +133,5 @@ def gate(projected: Tensor) -> Tensor:
     if triton_runs_on(projected.device):
         from cag_kernels.triton_rows import gate_on_device
 
-        return gate_on_device(projected)
+        return gate_on_device(projected, ahead)
     return gate_reference(projected.float()).to(projected.dtype)

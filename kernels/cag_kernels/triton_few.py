@@ -16,8 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cag_kernels.triton_numbers import product, rounded
+from cag_kernels.triton_join import is_last, join_parts
+from cag_kernels.triton_numbers import let_go, product, rounded, touched
 from cag_kernels.triton_operands import few_keys, few_values, in_order, key_channels
+from cag_kernels.triton_overlap import wait_for_launch
+from cag_kernels.triton_paged import attend_tail
 from cag_kernels.triton_tiles import between, halves, masked, program_rows, store_part, take_plain
 
 EXACT_TOKENS = tl.constexpr(16)  # of a tile of exact tokens, which are a handful
@@ -69,6 +72,38 @@ def attend_exact(
     store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
 
 
+SECTOR_BYTES = tl.constexpr(32)  # what a cache loads at once
+
+
+@triton.jit
+def touched_rows(codes, start, last, stride, row_bytes: tl.constexpr, block: tl.constexpr):
+    """Touches the codes of a block of tokens, `row_bytes` of each. Places behind the last token touch its."""
+    sectors: tl.constexpr = row_bytes // SECTOR_BYTES
+    place = tl.arange(0, block * sectors)
+    token = tl.minimum(start + place // sectors, last - 1)
+    return touched(codes + token * stride + place % sectors * SECTOR_BYTES)
+
+
+@triton.jit
+def no_touches(half: tl.constexpr, block: tl.constexpr, key_bits: tl.constexpr, value_bits: tl.constexpr):
+    """What `touched_rows` of keys and of values and `touched_vectors` found before anything was touched."""
+    keys = tl.zeros((block * (half * key_bits // 4 // SECTOR_BYTES),), tl.int32)
+    values = tl.zeros((block * (half * value_bits // 4 // SECTOR_BYTES),), tl.int32)
+    return keys, values, tl.zeros((128,), tl.int32)
+
+
+@triton.jit
+def touched_vectors(key_scales, key_offsets, value_scales, value_offsets, key_start, key_end, value_start, value_end):
+    """Touches a KiB of scales and of offsets of keys and of values, bfloat16, from these places to the ends."""
+    place = tl.arange(0, 128)
+    step = place % 32 * (SECTOR_BYTES // 2)
+    at_key = tl.minimum(key_start + step, key_end - 1)
+    at_value = tl.minimum(value_start + step, value_end - 1)
+    of_keys = tl.where(place < 32, (key_scales + at_key).to(tl.int64), (key_offsets + at_key).to(tl.int64))
+    of_values = tl.where(place < 96, (value_scales + at_value).to(tl.int64), (value_offsets + at_value).to(tl.int64))
+    return touched(tl.where(place < 64, of_keys, of_values))
+
+
 @triton.jit
 def wide_queries(
     query, kv_head, num_queries, head_stride, stride, group_size: tl.constexpr, half: tl.constexpr,
@@ -86,15 +121,88 @@ def wide_queries(
 
 
 @triton.jit
-def attend_few(
+def attend_coded(
+    query, keys, key_scales, key_offsets, values, value_scales, value_offsets, part_out, part_lse, scale, softcap,
+    num_tokens, num_exact, num_groups, num_queries, query_head_stride, query_stride, key_head_stride, key_stride,
+    value_head_stride, value_stride, kv_head, is_row, row_places, first, last, hidden,
+    group_size: tl.constexpr, half: tl.constexpr, block_rows: tl.constexpr, group_tokens: tl.constexpr,
+    value_groups: tl.constexpr, key_bits: tl.constexpr, value_bits: tl.constexpr, has_window: tl.constexpr,
+    has_cap: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr, touches: tl.constexpr,
+):  # fmt: skip
+    """One split of the coded tokens, stored."""
+    block: tl.constexpr = warps * warp_tokens
+    low, high = wide_queries(
+        query, kv_head, num_queries, query_head_stride, query_stride, group_size, half, block_rows, warps
+    )
+    if has_window:
+        first = tl.maximum(first, (tl.min(hidden) + 1) // block * block)
+    keys, values = keys + kv_head * key_head_stride, values + kv_head * value_head_stride
+    key_at, value_at = kv_head * num_groups * (2 * half), kv_head * num_tokens * value_groups
+    key_scales, key_offsets = key_scales + key_at, key_offsets + key_at
+    value_scales, value_offsets = value_scales + value_at, value_offsets + value_at
+    maximum = tl.full((warps, block_rows), float("-inf"), tl.float32)
+    denominator = tl.zeros((warps, block_rows), tl.float32)
+    low_sum = tl.zeros((warps, half, block_rows), tl.float32)
+    high_sum = tl.zeros((warps, half, block_rows), tl.float32)
+    columns = tl.arange(0, warps)[:, None] * warp_tokens + tl.arange(0, warp_tokens)[None, :]
+    if touches:
+        key_sectors, value_sectors, vector_sectors = no_touches(half, block, key_bits, value_bits)
+    for start in range(first, last, block):
+        keys_low, keys_high = few_keys(
+            keys, key_scales, key_offsets, start, last, key_stride, group_tokens, num_groups,
+            half, key_bits, warps, warp_tokens,
+        )  # fmt: skip
+        if touches:
+            ahead = start + block
+            touched_keys = touched_rows(keys, ahead, last, key_stride, half * key_bits // 4, block)
+            if value_bits == 4:  # those of 8 bits would take registers that there are not
+                touched_values = touched_rows(values, ahead, last, value_stride, half, block)
+            touched_both = touched_vectors(
+                key_scales, key_offsets, value_scales, value_offsets, ahead // group_tokens * (2 * half),
+                num_groups * (2 * half), ahead * value_groups, last * value_groups,
+            )  # fmt: skip
+        scores = tl.zeros((warps, 16, warp_tokens), tl.float32)
+        scores = product(high, keys_high, product(low, keys_low, scores))
+        scores = first_rows(scores, block_rows)
+        tokens = (start + columns)[:, None, :]
+        visible = between(tokens, num_exact, last)
+        if has_window:
+            visible = visible & (tokens > hidden[None, :, None])
+        scores = masked(scores, visible, scale, softcap, has_cap)
+        weights, factor, maximum, denominator = few_weighed(scores, maximum, denominator)
+        values_low, values_high = few_values(
+            values, value_scales, value_offsets, start, last, value_stride, half, value_bits,
+            value_groups, warps, warp_tokens,
+        )  # fmt: skip
+        weights = tl.permute(rounded(weights, low.dtype), (0, 2, 1))
+        low_sum = product(values_low, weights, low_sum * factor)
+        high_sum = product(values_high, weights, high_sum * factor)
+        if touches:
+            vector_sectors, key_sectors = vector_sectors | touched_both, key_sectors | touched_keys
+            if value_bits == 4:
+                value_sectors = value_sectors | touched_values
+    if touches:
+        let_go(key_sectors, num_tokens, keys)
+        if value_bits == 4:
+            let_go(value_sectors, num_tokens, values)
+        let_go(vector_sectors, num_tokens, keys)
+    highest = tl.max(maximum, 0)
+    share = tl.exp2(maximum - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
+    total = tl.sum(denominator * share, 0)
+    low_whole, high_whole = joined(low_sum, share), joined(high_sum, share)
+    store_part(part_out, part_lse, row_places, is_row, highest, total, low_whole, high_whole, half, half)
+
+
+@triton.jit
+def attend_split(
     query, keys, key_scales, key_offsets, values, value_scales, value_offsets, exact_keys, exact_values, positions,
     part_out, part_lse, scale, softcap, window, num_tokens, num_exact, num_groups, num_queries, split_tokens,
     query_head_stride, query_stride, key_head_stride, key_stride, value_head_stride, value_stride,
     group_size: tl.constexpr, half: tl.constexpr, block_rows: tl.constexpr, group_tokens: tl.constexpr,
     value_groups: tl.constexpr, key_bits: tl.constexpr, value_bits: tl.constexpr, has_window: tl.constexpr,
-    has_cap: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr,
+    has_cap: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr, touches: tl.constexpr,
 ):  # fmt: skip
-    """One split of the tokens for a block of rows of a key/value head; the last one may have the exact tokens."""
+    """One split of the prefix for a block of rows of a key/value head; the last one may have the exact tokens."""
     kv_head, _, is_row, row_query, row_places, first, last, hidden = program_rows(
         query, positions, window, num_tokens, num_queries, split_tokens, query_head_stride, query_stride, group_size,
         block_rows, has_window,
@@ -105,42 +213,65 @@ def attend_few(
             softcap, num_exact, half, half, has_cap,
         )  # fmt: skip
     else:
-        block: tl.constexpr = warps * warp_tokens
-        low, high = wide_queries(
-            query, kv_head, num_queries, query_head_stride, query_stride, group_size, half, block_rows, warps
-        )
-        if has_window:
-            first = tl.maximum(first, (tl.min(hidden) + 1) // block * block)
-        keys, values = keys + kv_head * key_head_stride, values + kv_head * value_head_stride
-        key_at, value_at = kv_head * num_groups * (2 * half), kv_head * num_tokens * value_groups
-        maximum = tl.full((warps, block_rows), float("-inf"), tl.float32)
-        denominator = tl.zeros((warps, block_rows), tl.float32)
-        low_sum = tl.zeros((warps, half, block_rows), tl.float32)
-        high_sum = tl.zeros((warps, half, block_rows), tl.float32)
-        columns = tl.arange(0, warps)[:, None] * warp_tokens + tl.arange(0, warp_tokens)[None, :]
-        for start in range(first, last, block):
-            keys_low, keys_high = few_keys(
-                keys, key_scales + key_at, key_offsets + key_at, start, last, key_stride, group_tokens, num_groups,
-                half, key_bits, warps, warp_tokens,
+        attend_coded(
+            query, keys, key_scales, key_offsets, values, value_scales, value_offsets, part_out, part_lse, scale,
+            softcap, num_tokens, num_exact, num_groups, num_queries, query_head_stride, query_stride,
+            key_head_stride, key_stride, value_head_stride, value_stride, kv_head, is_row, row_places, first, last,
+            hidden, group_size, half, block_rows, group_tokens, value_groups, key_bits, value_bits, has_window,
+            has_cap, warps, warp_tokens, touches,
+        )  # fmt: skip
+
+
+@triton.jit
+def attend_few(
+    query, keys, key_scales, key_offsets, values, value_scales, value_offsets, exact_keys, exact_values, positions,
+    part_out, part_lse, scale, softcap, window, num_tokens, num_exact, num_groups, num_queries, split_tokens,
+    query_head_stride, query_stride, key_head_stride, key_stride, value_head_stride, value_stride,
+    tail_keys, tail_values, pages, lengths, query_starts, out, lse, arrivals, num_parts, tail_part, num_sessions,
+    first_tail, tail_key_page_stride, tail_key_head_stride, tail_key_stride, tail_value_page_stride,
+    tail_value_head_stride, tail_value_stride, pages_stride,
+    group_size: tl.constexpr, half: tl.constexpr, block_rows: tl.constexpr, group_tokens: tl.constexpr,
+    value_groups: tl.constexpr, key_bits: tl.constexpr, value_bits: tl.constexpr, has_window: tl.constexpr,
+    has_cap: tl.constexpr, warps: tl.constexpr, warp_tokens: tl.constexpr, touches: tl.constexpr,
+    page_tokens: tl.constexpr, tail_split: tl.constexpr, joined_rows: tl.constexpr, overlaps: tl.constexpr,
+):  # fmt: skip
+    """One split of the prefix, or of a session's tail, for a block of rows of a key/value head.
+
+    With `page_tokens` programs from `first_tail` on have tails, whose parts are those from `tail_part` on. With
+    `joined_rows` the last program of a head joins the parts of all.
+    """
+    wait_for_launch(overlaps)
+    split, kv_head = tl.program_id(2), tl.program_id(1).to(tl.int64)
+    if page_tokens > 0:
+        if split >= first_tail:
+            session, tail = (split - first_tail) % num_sessions, (split - first_tail) // num_sessions
+            parts = tail_part * (tl.num_programs(1) * group_size * num_queries)
+            attend_tail(
+                query, tail_keys, tail_values, pages, lengths, query_starts, part_out + parts * (2 * half),
+                part_lse + parts, scale, softcap, window, num_queries, query_head_stride, query_stride,
+                tail_key_page_stride, tail_key_head_stride, tail_key_stride, tail_value_page_stride,
+                tail_value_head_stride, tail_value_stride, pages_stride, session, tl.arange(0, 16), kv_head, tail,
+                group_size, half, half, 16, EXACT_TOKENS, tail_split, page_tokens, has_window, has_cap,
             )  # fmt: skip
-            scores = tl.zeros((warps, 16, warp_tokens), tl.float32)
-            scores = product(high, keys_high, product(low, keys_low, scores))
-            scores = first_rows(scores, block_rows)
-            tokens = (start + columns)[:, None, :]
-            visible = between(tokens, num_exact, last)
-            if has_window:
-                visible = visible & (tokens > hidden[None, :, None])
-            scores = masked(scores, visible, scale, softcap, has_cap)
-            weights, factor, maximum, denominator = few_weighed(scores, maximum, denominator)
-            values_low, values_high = few_values(
-                values, value_scales + value_at, value_offsets + value_at, start, last, value_stride, half, value_bits,
-                value_groups, warps, warp_tokens,
+        else:
+            attend_split(
+                query, keys, key_scales, key_offsets, values, value_scales, value_offsets, exact_keys, exact_values,
+                positions, part_out, part_lse, scale, softcap, window, num_tokens, num_exact, num_groups, num_queries,
+                split_tokens, query_head_stride, query_stride, key_head_stride, key_stride, value_head_stride,
+                value_stride, group_size, half, block_rows, group_tokens, value_groups, key_bits, value_bits,
+                has_window, has_cap, warps, warp_tokens, touches,
             )  # fmt: skip
-            weights = tl.permute(rounded(weights, low.dtype), (0, 2, 1))
-            low_sum = product(values_low, weights, low_sum * factor)
-            high_sum = product(values_high, weights, high_sum * factor)
-        highest = tl.max(maximum, 0)
-        share = tl.exp2(maximum - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
-        total = tl.sum(denominator * share, 0)
-        low_whole, high_whole = joined(low_sum, share), joined(high_sum, share)
-        store_part(part_out, part_lse, row_places, is_row, highest, total, low_whole, high_whole, half, half)
+    else:
+        attend_split(
+            query, keys, key_scales, key_offsets, values, value_scales, value_offsets, exact_keys, exact_values,
+            positions, part_out, part_lse, scale, softcap, window, num_tokens, num_exact, num_groups, num_queries,
+            split_tokens, query_head_stride, query_stride, key_head_stride, key_stride, value_head_stride,
+            value_stride, group_size, half, block_rows, group_tokens, value_groups, key_bits, value_bits,
+            has_window, has_cap, warps, warp_tokens, touches,
+        )  # fmt: skip
+    if joined_rows > 0:  # noqa: SIM102 - a constant, which decides whether the rest is compiled
+        if is_last(arrivals, kv_head):
+            join_parts(
+                part_out, part_lse, out, lse, arrivals, query_starts, num_parts, tail_part, num_sessions,
+                num_queries, kv_head, group_size, 2 * half, joined_rows, page_tokens > 0,
+            )  # fmt: skip

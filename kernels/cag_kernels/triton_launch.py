@@ -6,13 +6,20 @@ CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cag_kernels.prefixes import PagedTails, Prefixes, pieces_of
+from cag_kernels.launch_ways import launch_ways
+from cag_kernels.prefixes import PagedTails, Prefix, Prefixes, pieces_of
+from cag_kernels.triton_join import MAX_ROWS, Join
 from cag_kernels.triton_merge import merge_parts
-from cag_kernels.triton_paged import attend_tails_parts, num_tail_splits
-from cag_kernels.triton_prefix import attend_prefix_parts, plan_splits
+from cag_kernels.triton_paged import SPLIT_TOKENS, attend_tails_parts, num_tail_splits
+from cag_kernels.triton_prefix import JOINED_SPLIT_TOKENS, SplitPlan, attend_prefix_parts, plan_splits
+
+MAX_TAIL_PROGRAMS = 4  # of a key/value head in a launch that joins: they take the place of splits of the prefix
 
 
 def attend(
@@ -26,35 +33,54 @@ def attend(
     window: int | None,
     softcap: float | None,
     dtype: torch.dtype = torch.float32,
+    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a prefix, in any number of pieces, and over paged tails; `out` in `dtype`, `lse` in float32.
 
-    Arguments as in `prefix_reference`; `num_processors` decides how finely the prefix is split.
+    Arguments as in `prefix_reference`; `num_processors` decides how finely the prefix is split. `arrivals`: memory with
+    which the launch of a first piece in codes may take short tails along and join all parts; see `triton_join.Join`.
     """
-    num_q_heads, num_queries, head_dim = query.shape
     query = query if query.stride(2) == 1 else query.contiguous()
+    num_q_heads, num_queries, head_dim = query.shape
     pieces = pieces_of(prefix)
-    plans = [
-        plan_splits(piece, num_q_heads // piece[0].shape[0] * num_queries, head_dim, num_processors, dtype=query.dtype)
-        for piece in pieces
-    ]
-    num_shared = sum(plan.num_splits for plan in plans)
-    num_own = 0 if tails is None else num_tail_splits(tails)
-    size = (num_shared + num_own, num_q_heads, num_queries)
+    joins = num_queries > 0 and arrivals is not None and _can_join(query, pieces, tails, num_processors)
+    num_own = 0 if tails is None else num_tail_splits(tails, JOINED_SPLIT_TOKENS if joins else SPLIT_TOKENS)
+    num_others = tails.lengths.shape[0] * num_own if joins and tails is not None else 0
+    plans = [_plan(query, piece, num_processors, num_others) for piece in pieces]
+    size = (sum(plan.num_splits for plan in plans) + num_own, num_q_heads, num_queries)
     part_out = torch.empty((*size, head_dim), dtype=torch.float32, device=query.device)
     part_lse = torch.empty(size, dtype=torch.float32, device=query.device)
-    part_lse[num_shared:] = -torch.inf  # tails do not write queries of no session
-    first = 0
-    for piece, plan in zip(pieces, plans, strict=True):
-        parts = slice(first, first + plan.num_splits)
-        if num_queries:
-            attend_prefix_parts(
-                query, piece, part_out[parts], part_lse[parts], plan,
-                scale=scale, positions=positions, window=window, softcap=softcap,
-            )  # fmt: skip
-        positions = None if positions is None else positions - piece.num_tokens
-        first = parts.stop
+    masks: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    join = None
+    if joins:
+        assert arrivals is not None
+        out = torch.empty((num_queries, num_q_heads, head_dim), dtype=dtype, device=query.device)
+        join = Join(out, torch.empty_like(part_lse[0]), arrivals, size[0], tails, num_own)
+    first = size[0] - num_own
+    for place in reversed(range(len(pieces) if num_queries else 0)):  # the one that joins is the last
+        piece, plan = pieces[place], plans[place]
+        first -= plan.num_splits
+        before = sum(other.num_tokens for other in pieces[:place])
+        attend_prefix_parts(
+            query, piece, part_out[first:], part_lse[first:], plan, **masks,
+            positions=None if positions is None else positions - before, join=None if place else join,
+        )  # fmt: skip
+    if join is not None:
+        return join.out.transpose(0, 1), join.lse
     if tails is not None and num_queries:
-        own = part_out[num_shared:], part_lse[num_shared:]
-        attend_tails_parts(query, tails, *own, scale=scale, window=window, softcap=softcap)
-    return merge_parts(part_out, part_lse, dtype)
+        own = part_out[size[0] - num_own :], part_lse[size[0] - num_own :]
+        attend_tails_parts(query, tails, *own, **masks)
+    return merge_parts(part_out, part_lse, dtype, tails, num_own)
+
+
+def _plan(query: Tensor, piece: Prefix, num_processors: int, num_others: int = 0) -> SplitPlan:
+    num_rows = query.shape[0] // piece[0].shape[0] * query.shape[1]
+    return plan_splits(piece, num_rows, query.shape[2], num_processors, dtype=query.dtype, num_others=num_others)
+
+
+def _can_join(query: Tensor, pieces: Sequence[Prefix], tails: PagedTails | None, num_processors: int) -> bool:
+    """Whether the first piece is one of few rows over codes, and the tails are few and short."""
+    if not launch_ways().joins or not pieces or not _plan(query, pieces[0], num_processors).warp_tokens:
+        return False
+    programs = 0 if tails is None else tails.lengths.shape[0] * num_tail_splits(tails, JOINED_SPLIT_TOKENS)
+    return query.shape[0] // pieces[0][0].shape[0] * query.shape[1] <= MAX_ROWS and programs <= MAX_TAIL_PROGRAMS

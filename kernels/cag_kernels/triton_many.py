@@ -14,6 +14,7 @@ import triton.language as tl
 from cag_kernels.triton_codes import key_vectors, numbers_of, value_vectors
 from cag_kernels.triton_few import attend_exact
 from cag_kernels.triton_numbers import LN_2, fetched_ahead, product, rounded
+from cag_kernels.triton_overlap import wait_for_launch
 from cag_kernels.triton_tiles import between, masked, program_rows, weighed
 
 
@@ -48,8 +49,10 @@ def attend_many(
     group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
     block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
     value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, tiles_ahead: tl.constexpr,
+    overlaps: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the last one may have the exact tokens."""
+    wait_for_launch(overlaps)
     kv_head, _, is_row, row_query, row_places, first, last, hidden = program_rows(
         query, positions, window, num_tokens, num_queries, split_tokens, query_head_stride, query_stride, group_size,
         block_rows, has_window,

@@ -11,14 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cag_kernels.prefixes import PagedTails
 from cag_kernels.triton_numbers import rounded
+from cag_kernels.triton_overlap import launch_options, wait_for_launch
 
 
 @triton.jit
 def merge(
-    part_out, part_lse, out, lse, num_parts, head_dim: tl.constexpr, block_dim: tl.constexpr, block_parts: tl.constexpr
-):
+    part_out, part_lse, out, lse, query_starts, num_parts, tail_part, num_sessions,
+    head_dim: tl.constexpr, block_dim: tl.constexpr, block_parts: tl.constexpr, has_tails: tl.constexpr,
+    overlaps: tl.constexpr,
+):  # fmt: skip
     """One row of all parts; `part_out [num_parts, rows, head_dim]`, `part_lse [num_parts, rows]`, float32."""
+    wait_for_launch(overlaps)
+    if has_tails:  # nobody writes tails' parts of queries of no session
+        num_parts = tl.where(tl.program_id(1) < tl.load(query_starts + num_sessions), num_parts, tail_part)
     row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     num_rows = tl.num_programs(0) * tl.num_programs(1)
     channels = tl.arange(0, block_dim)
@@ -46,18 +53,23 @@ def merge(
     tl.store(lse + row, tl.where(denominator > 0.0, maximum + tl.log(divisor), float("-inf")))
 
 
-def merge_parts(part_out: Tensor, part_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge_parts(
+    part_out: Tensor, part_lse: Tensor, dtype: torch.dtype, tails: PagedTails | None = None, num_own: int = 0
+) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of `part_out [num_parts, num_q_heads, num_queries, head_dim]` and `part_lse` without the last axis.
 
-    `out` in `dtype`, in memory the heads of a query side by side, as a product wants them; `lse` in float32.
+    The last `num_own` parts are those of `tails`. `out` in `dtype`, in memory the heads of a query side by side, as a
+    product wants them; `lse` in float32.
     """
     num_parts, num_q_heads, num_queries, head_dim = part_out.shape
     out = torch.empty((num_queries, num_q_heads, head_dim), dtype=dtype, device=part_out.device)
     lse = torch.empty(part_lse.shape[1:], dtype=torch.float32, device=part_out.device)
+    starts, num_sessions = (part_lse, 0) if tails is None else (tails.query_starts, tails.lengths.shape[0])
     if num_queries:
         merge[(num_q_heads, num_queries)](
-            part_out, part_lse, out, lse, num_parts,
+            part_out, part_lse, out, lse, starts, num_parts, num_parts - num_own, num_sessions,
             head_dim=head_dim, block_dim=triton.next_power_of_2(head_dim),
-            block_parts=min(64, triton.next_power_of_2(num_parts)), num_warps=4,
+            block_parts=min(64, triton.next_power_of_2(num_parts)), has_tails=tails is not None, num_warps=4,
+            **launch_options(part_out.device),
         )  # fmt: skip
     return out.transpose(0, 1), lse

@@ -162,6 +162,30 @@ def fetched_ahead(places):
 
 
 @triton.jit
+def touched(places):
+    """Loads a byte at each of some places for nobody, so that the 32 around it lie in the first-level cache; waits for
+    nothing until its result goes to `let_go`."""
+    if EMULATED:
+        found = tl.load(places.to(tl.int64).to(tl.pointer_type(tl.uint8))).to(tl.int32)
+    else:
+        found = tl.inline_asm_elementwise(
+            "ld.global.u8 $0, [$1];", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return found
+
+
+@triton.jit
+def let_go(found, number, place):
+    """The end of what `touched` found: a use that an assembler cannot leave out, and which changes nothing."""
+    if not EMULATED:
+        places = place + tl.zeros(found.shape, tl.int32)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred same; setp.eq.s32 same, $1, $2; @same prefetch.global.L2 [$3]; mov.b32 $0, 0; }",
+            "=r,r,r,l", [found, number, places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def code_bias(dtype: tl.constexpr, bits: tl.constexpr):
     """What `nibbles` adds."""
     return 1024.0 if bits == 4 and dtype == tl.float16 else 0.0

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import PagedTails
+from cag_kernels.triton_overlap import launch_options, wait_for_launch
 from cag_kernels.triton_tiles import halves, store_part, take_plain
 
 BLOCK_TOKENS = 64
@@ -20,24 +21,21 @@ SPLIT_TOKENS = 512  # of a long conversation; most tails are shorter
 
 
 @triton.jit
-def attend_tails(
+def attend_tail(
     query, keys, values, pages, lengths, query_starts, part_out, part_lse, scale, softcap, window, num_queries,
     query_head_stride, query_stride, key_page_stride, key_head_stride, key_stride, value_page_stride,
-    value_head_stride, value_stride, pages_stride, row_blocks,
+    value_head_stride, value_stride, pages_stride, session, rows, kv_head, split,
     group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
     block_tokens: tl.constexpr, split_tokens: tl.constexpr, page_tokens: tl.constexpr, has_window: tl.constexpr,
     has_cap: tl.constexpr,
 ):  # fmt: skip
-    """One split of one session's tail for one block of its rows of one key/value head."""
-    session, kv_head = tl.program_id(0) // row_blocks, tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) % row_blocks * block_rows + tl.arange(0, block_rows)
+    """One split of one session's tail for some of its rows of one key/value head."""
     begin, length = tl.load(query_starts + session), tl.load(lengths + session)
     count = tl.load(query_starts + session + 1) - begin
     is_row = rows < count * group_size
     queries, heads = begin + rows // group_size, kv_head * group_size + rows % group_size
     low, high = halves(query + heads * query_head_stride + queries * query_stride, is_row, half, block_half, 16)
     places = length - count + rows // group_size  # of the queries, within the tail
-    split = tl.program_id(2)
     first, last = split * split_tokens, tl.minimum((split + 1) * split_tokens, length)
     last = tl.where(count > 0, last, 0)
     hidden = tl.full((block_rows,), -1, tl.int32)  # the last token that is too far back for a row
@@ -62,9 +60,30 @@ def attend_tails(
     store_part(part_out, part_lse, row_places, is_row, maximum, denominator, low_sum, high_sum, half, block_half)
 
 
-def num_tail_splits(tails: PagedTails) -> int:
+@triton.jit
+def attend_tails(
+    query, keys, values, pages, lengths, query_starts, part_out, part_lse, scale, softcap, window, num_queries,
+    query_head_stride, query_stride, key_page_stride, key_head_stride, key_stride, value_page_stride,
+    value_head_stride, value_stride, pages_stride, row_blocks,
+    group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
+    block_tokens: tl.constexpr, split_tokens: tl.constexpr, page_tokens: tl.constexpr, has_window: tl.constexpr,
+    has_cap: tl.constexpr, overlaps: tl.constexpr,
+):  # fmt: skip
+    """One split of one session's tail for one block of its rows of one key/value head."""
+    wait_for_launch(overlaps)
+    session, kv_head = tl.program_id(0) // row_blocks, tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) % row_blocks * block_rows + tl.arange(0, block_rows)
+    attend_tail(
+        query, keys, values, pages, lengths, query_starts, part_out, part_lse, scale, softcap, window, num_queries,
+        query_head_stride, query_stride, key_page_stride, key_head_stride, key_stride, value_page_stride,
+        value_head_stride, value_stride, pages_stride, session, rows, kv_head, tl.program_id(2),
+        group_size, half, block_half, block_rows, block_tokens, split_tokens, page_tokens, has_window, has_cap,
+    )  # fmt: skip
+
+
+def num_tail_splits(tails: PagedTails, split_tokens: int = SPLIT_TOKENS) -> int:
     """Splits that the longest possible tail takes."""
-    return max(1, -(-tails.pages.shape[1] * tails.keys.shape[2] // SPLIT_TOKENS))
+    return max(1, -(-tails.pages.shape[1] * tails.keys.shape[2] // split_tokens))
 
 
 def attend_tails_parts(
@@ -94,4 +113,5 @@ def attend_tails_parts(
         group_size=group_size, half=half, block_half=max(16, triton.next_power_of_2(half)), block_rows=block_rows,
         block_tokens=BLOCK_TOKENS, split_tokens=SPLIT_TOKENS, page_tokens=page_tokens,
         has_window=window is not None, has_cap=softcap is not None, num_warps=4, num_stages=2,
+        **launch_options(query.device),
     )  # fmt: skip

@@ -18,15 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cag_kernels.launch_ways import launch_ways
 from cag_kernels.prefixes import Prefix, QuantizedPrefix, code_bits
 from cag_kernels.triton_codes import take_codes
 from cag_kernels.triton_few import attend_few
+from cag_kernels.triton_join import Join
 from cag_kernels.triton_many import attend_many
+from cag_kernels.triton_overlap import launch_options, wait_for_launch
 from cag_kernels.triton_tiles import halves, program_rows, store_part, take_plain
 
 BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
 FEW_ROWS, FEW_WARPS = 16, 4  # of `triton_few`
+JOINED_SPLIT_TOKENS = 256  # of a tail that a launch of few rows over codes takes along
 WARP_TOKENS = {8: 32, 16: 16}  # rows of its blocks -> tokens that a warp takes at once: what its registers hold
 MAX_FOLDED_ROWS = 32  # up to which scaling the rows is less work than dequantizing a tile of 64 tokens
 
@@ -39,8 +43,10 @@ def attend_prefix(
     group_size: tl.constexpr, half: tl.constexpr, block_half: tl.constexpr, block_rows: tl.constexpr,
     block_tokens: tl.constexpr, group_tokens: tl.constexpr, group_channels: tl.constexpr, key_bits: tl.constexpr,
     value_bits: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, folded: tl.constexpr,
+    overlaps: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens for a block of rows of a key/value head; the first split takes the exact tokens too."""
+    wait_for_launch(overlaps)
     kv_head, split, is_row, row_query, row_places, first, last, hidden = program_rows(
         query, positions, window, num_tokens, num_queries, split_tokens, query_head_stride, query_stride, group_size,
         block_rows, has_window,
@@ -98,6 +104,7 @@ class SplitPlan(NamedTuple):
     tiles_ahead: int = 0  # of which `triton_many`'s kernel asks for the values' scales
     max_registers: int | None = None
     is_many: bool = False  # `triton_many`'s kernel serves
+    touches: bool = False  # of `triton_few`: a program asks for its next tile while it computes one
 
 
 def plan_splits(
@@ -107,12 +114,13 @@ def plan_splits(
     num_processors: int,
     programs_a_processor: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    num_others: int = 0,
 ) -> SplitPlan:
     """Cut `num_rows` rows a key/value head of queries of `dtype`, and the tokens: all processors work, partial results
-    stay few."""
+    stay few. `num_others`: further programs of a head in the launch of few rows over codes."""
     if isinstance(prefix, QuantizedPrefix) and dtype == torch.bfloat16:
         if num_rows <= FEW_ROWS and _few_serves(prefix, head_dim):
-            return _plan_few(prefix, num_rows, num_processors, programs_a_processor)
+            return _plan_few(prefix, num_rows, num_processors, programs_a_processor, num_others)
         return _plan_many(prefix, num_rows, head_dim, num_processors, programs_a_processor)
     block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
@@ -141,16 +149,19 @@ def _few_serves(prefix: QuantizedPrefix, head_dim: int) -> bool:
     return prefix.group_channels in (head_dim, head_dim // 2)
 
 
-def _plan_few(prefix: QuantizedPrefix, num_rows: int, num_processors: int, programs: int | None) -> SplitPlan:
+def _plan_few(
+    prefix: QuantizedPrefix, num_rows: int, num_processors: int, programs: int | None, num_others: int
+) -> SplitPlan:
     """`programs` of 4 warps at once fit a processor; the registers of each thread are held down to that."""
     block_rows = 8 if num_rows <= 8 else FEW_ROWS
     has_exact = prefix.exact_keys.shape[1] > 0
     block_tokens = FEW_WARPS * WARP_TOKENS[block_rows]
-    wanted = num_processors * (programs or 3) // prefix.key_codes.shape[0] - has_exact
+    wanted = num_processors * (programs or 3) // prefix.key_codes.shape[0] - has_exact - num_others
     split_tokens, num_splits = _split(prefix, wanted, block_tokens)
     return SplitPlan(
         block_rows, 1, block_tokens, split_tokens, num_splits + has_exact, FEW_WARPS, num_stages=1,
         warp_tokens=WARP_TOKENS[block_rows], max_registers=168,
+        touches=block_rows == 8 and launch_ways().touches,  # of 16 rows, registers would spill
     )  # fmt: skip
 
 
@@ -186,27 +197,57 @@ def attend_prefix_parts(
     positions: Tensor | None,
     window: int | None,
     softcap: float | None,
+    join: Join | None = None,
 ) -> None:
-    """Write the results of all splits: `part_out [num_splits, num_q_heads, num_queries, head_dim]`, `part_lse`."""
+    """Write the results of all splits: `part_out [num_splits, num_q_heads, num_queries, head_dim]`, `part_lse`.
+
+    With `join`, for a plan of few rows over codes, both have the parts of all launches, and the last program of a head
+    writes `join`'s `out` and `lse`.
+    """
     num_q_heads, num_queries, head_dim = query.shape
     num_kv_heads, half = prefix[0].shape[0], head_dim // 2
     tensors, num_exact, sizes = _arguments(prefix, query)
     sizes |= {"group_size": num_q_heads // num_kv_heads, "half": half, "block_rows": plan.block_rows}
     sizes |= {"has_window": window is not None, "has_cap": softcap is not None}
+    others: list[Any] = []
     if plan.warp_tokens:
         kernel: Any = attend_few
         sizes |= {"value_groups": head_dim // sizes.pop("group_channels"), "warps": plan.num_warps}
-        sizes["warp_tokens"] = plan.warp_tokens
+        sizes |= {"warp_tokens": plan.warp_tokens, "touches": plan.touches}
+        others, joined = _join_arguments(join, query, plan, num_q_heads // num_kv_heads * num_queries)
+        sizes |= joined
     else:
         kernel = attend_many if plan.is_many else attend_prefix
         sizes |= {"block_half": max(16, triton.next_power_of_2(half)), "block_tokens": plan.block_tokens}
         sizes |= {"tiles_ahead": plan.tiles_ahead} if plan.is_many else {"folded": plan.block_rows <= MAX_FOLDED_ROWS}
-    kernel[(plan.row_blocks, num_kv_heads, plan.num_splits)](
+    num_programs = plan.num_splits + (0 if join is None else join.num_programs)
+    kernel[(plan.row_blocks, num_kv_heads, num_programs)](
         query, *tensors, query if positions is None else positions, part_out, part_lse, scale, softcap or 0.0,
         window or 0, prefix.num_tokens, num_exact, tensors[1].shape[1], num_queries, plan.split_tokens,
-        *query.stride()[:2], *tensors[0].stride()[:2], *tensors[3].stride()[:2],
+        *query.stride()[:2], *tensors[0].stride()[:2], *tensors[3].stride()[:2], *others,
         num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.max_registers, **sizes,
+        **launch_options(query.device),
     )  # fmt: skip
+
+
+def _join_arguments(
+    join: Join | None, query: Tensor, plan: SplitPlan, num_rows: int
+) -> tuple[list[Any], dict[str, int]]:
+    """What `attend_few` joins and the tails it takes, in its order (`query` for what there is not), and sizes."""
+    tails = None if join is None else join.tails
+    tensors, strides = [query] * 5, [0] * 7
+    sizes = {"page_tokens": 0, "tail_split": JOINED_SPLIT_TOKENS, "joined_rows": 0}
+    if tails is not None:
+        tensors = [*tails[:5]]
+        strides = [*tails.keys.stride()[:3], *tails.values.stride()[:3], tails.pages.stride(0)]
+        sizes["page_tokens"] = tails.keys.shape[2]
+    if join is None:
+        return [*tensors, query, query, query, 0, 0, 0, 0, *strides], sizes
+    sizes["joined_rows"] = triton.next_power_of_2(num_rows)
+    num_sessions = 0 if tails is None else tails.lengths.shape[0]
+    tail_part = join.num_parts - join.tail_splits
+    numbers = [join.num_parts, tail_part, num_sessions, plan.num_splits]
+    return [*tensors, join.out, join.lse, join.arrivals, *numbers, *strides], sizes
 
 
 def _arguments(prefix: Prefix, query: Tensor) -> tuple[list[Tensor], int, dict[str, Any]]:

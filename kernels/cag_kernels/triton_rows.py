@@ -13,15 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.triton_numbers import converted, rounded
+from cag_kernels.triton_overlap import PROGRAM_ROWS, ahead_sizes, call_ahead, launch_options, wait_for_launch
 
 GATE_BLOCK = 1024
 
 
 @triton.jit
-def add_norm(
-    residual, update, weight, out, size, epsilon, has_update: tl.constexpr, block: tl.constexpr
-):  # fmt: skip
-    """One row."""
+def norm_row(residual, update, weight, out, size, epsilon, has_update: tl.constexpr, block: tl.constexpr):
+    """One row, the program's."""
     row, places = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     mask = places < size
     total = tl.load(residual + row * size + places, mask=mask, other=0.0)
@@ -33,17 +32,42 @@ def add_norm(
     tl.store(out + row * size + places, rounded(scaled, out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def add_norm(
+    residual, update, weight, out, ahead, num_rows, size, epsilon, ahead_rows, row_bytes, piece_bytes,
+    has_update: tl.constexpr, block: tl.constexpr, has_ahead: tl.constexpr, overlaps: tl.constexpr,
+):  # fmt: skip
+    """One row; programs behind the rows call memory ahead."""
+    if has_ahead:
+        if tl.program_id(0) >= num_rows:
+            call_ahead(ahead, tl.program_id(0) - num_rows, ahead_rows, row_bytes, piece_bytes)
+            wait_for_launch(overlaps)
+        else:
+            wait_for_launch(overlaps)
+            norm_row(residual, update, weight, out, size, epsilon, has_update, block)
+    else:
+        wait_for_launch(overlaps)
+        norm_row(residual, update, weight, out, size, epsilon, has_update, block)
+
+
 def add_and_norm_on_device(
-    residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
+    residual: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """See `rows.add_and_norm`."""
     num_rows, size = residual.shape
     out = torch.empty((num_rows, size), dtype=dtype, device=residual.device)
     if num_rows:
         block = triton.next_power_of_2(size)
-        add_norm[(num_rows,)](
-            residual, residual if update is None else update, weight, out, size, epsilon,
-            has_update=update is not None, block=block, num_warps=min(16, max(1, block // 512)),
+        ahead_rows, *sizes = ahead_sizes(ahead)
+        add_norm[(num_rows + triton.cdiv(ahead_rows, PROGRAM_ROWS),)](
+            residual, residual if update is None else update, weight, out, weight if ahead is None else ahead,
+            num_rows, size, epsilon, ahead_rows, *sizes, has_update=update is not None, block=block,
+            has_ahead=ahead_rows > 0, num_warps=min(16, max(1, block // 512)), **launch_options(residual.device),
         )  # fmt: skip
     return out
 
@@ -52,9 +76,10 @@ def add_and_norm_on_device(
 def rotate_store(
     projected, cosines, sines, query_weight, key_weight, query, keys, values, pages, places, epsilon, num_q_heads,
     num_kv_heads, page_stride, head_stride, place_stride, half: tl.constexpr, block_half: tl.constexpr,
-    has_query_norm: tl.constexpr, has_key_norm: tl.constexpr,
+    has_query_norm: tl.constexpr, has_key_norm: tl.constexpr, overlaps: tl.constexpr,
 ):  # fmt: skip
     """One head of one row; its channels in two halves."""
+    wait_for_launch(overlaps)
     row, head, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, block_half)
     mask = channels < half
     source = projected + (row * tl.num_programs(1) + head) * 2 * half + channels
@@ -107,13 +132,14 @@ def rotate_and_store_on_device(
             projected, *rotation, *weights, query, *sides, *places, epsilon, num_q_heads, num_kv_heads,
             *sides[0].stride()[:3], half=half, block_half=triton.next_power_of_2(half),
             has_query_norm=norms[0] is not None, has_key_norm=norms[1] is not None, num_warps=1,
+            **launch_options(projected.device),
         )  # fmt: skip
     return query.transpose(0, 1)
 
 
 @triton.jit
-def gate_rows(projected, out, size, block: tl.constexpr):
-    """A block of one row."""
+def gate_block(projected, out, size, block: tl.constexpr):
+    """A block of one row, the program's."""
     row, places = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
     mask = places < size
     left = converted(tl.load(projected + row * 2 * size + places, mask=mask, other=0.0), tl.float32)
@@ -122,11 +148,34 @@ def gate_rows(projected, out, size, block: tl.constexpr):
     tl.store(out + row * size + places, rounded(gated, out.dtype.element_ty), mask=mask)
 
 
-def gate_on_device(projected: Tensor) -> Tensor:
+@triton.jit
+def gate_rows(
+    projected, out, ahead, num_rows, size, ahead_rows, row_bytes, piece_bytes,
+    block: tl.constexpr, has_ahead: tl.constexpr, overlaps: tl.constexpr,
+):  # fmt: skip
+    """A block of one row; programs behind the rows call memory ahead."""
+    if has_ahead:
+        if tl.program_id(0) >= num_rows:
+            program = (tl.program_id(0) - num_rows) * tl.num_programs(1) + tl.program_id(1)
+            call_ahead(ahead, program, ahead_rows, row_bytes, piece_bytes)
+            wait_for_launch(overlaps)
+        else:
+            wait_for_launch(overlaps)
+            gate_block(projected, out, size, block)
+    else:
+        wait_for_launch(overlaps)
+        gate_block(projected, out, size, block)
+
+
+def gate_on_device(projected: Tensor, ahead: Tensor | None = None) -> Tensor:
     """See `rows.gate`."""
     num_rows, size = projected.shape[0], projected.shape[1] // 2
     out = torch.empty((num_rows, size), dtype=projected.dtype, device=projected.device)
     if num_rows:
-        grid = (num_rows, triton.cdiv(size, GATE_BLOCK))
-        gate_rows[grid](projected, out, size, block=GATE_BLOCK, num_warps=4)
+        blocks = triton.cdiv(size, GATE_BLOCK)
+        ahead_rows, *sizes = ahead_sizes(ahead)
+        gate_rows[(num_rows + triton.cdiv(ahead_rows, PROGRAM_ROWS * blocks), blocks)](
+            projected, out, projected if ahead is None else ahead, num_rows, size, ahead_rows, *sizes,
+            block=GATE_BLOCK, has_ahead=ahead_rows > 0, num_warps=4, **launch_options(projected.device),
+        )  # fmt: skip
     return out

@@ -20,7 +20,9 @@ from cag_bench.gpu.shapes import SMALL
 from cag_bench.gpu.table import bars
 from cag_bench.gpu.transform import geometric_slots
 from cag_bench.gpu.tuning import attend_cut
+from cag_bench.gpu.ways import apart, attention_ways, step_way_row, step_ways
 from cag_kernels import DensePrefix, decode_segments
+from cag_kernels.launch_ways import launch_ways
 from cag_kernels.prefix_reference import prefix_attention_reference
 
 CPU = torch.device("cpu")
@@ -40,6 +42,11 @@ def test_the_command_measures_every_bar(tmp_path):
     assert all(row["commit"] and row["versions"] and row["machine"] for row in rows)
     names = [row["name"] for row in rows[:-1]]
     assert names.count("prefix attention, int4") == 3
+    ways = {row["name"]: row["variants_s"] for row in rows[:-1] if row["name"].startswith("launch ways")}
+    assert list(ways["launch ways, first token, bf16"]) == list(step_ways())
+    for kind in ("bf16", "int8", "int4"):
+        assert list(ways[f"launch ways, attention {kind}, queries 1"]) == list(attention_ways())
+    assert all(seconds > 0 for found in ways.values() for seconds in found.values())
     for kind in ("bf16", "int8", "int4"):
         assert {f"first token, {kind}", f"decode, {kind}", f"check steps, {kind}"} <= set(names)
     (decoding,) = [row for row in rows[:-1] if row["name"] == "decode transform"]
@@ -90,7 +97,7 @@ def test_a_load_is_checked_before_it_is_timed(monkeypatch):
 def test_what_there_is_no_time_for_is_said(tmp_path):
     summary = run_gpu(CPU, replace(SMALL, budget_s=0.01), tmp_path, quiet)
     assert [row["name"] for row in summary["rows"] if "skipped" in row] == [
-        "check steps", "answers", "attention", "transform", "load transform", "tuning",
+        "check steps", "answers", "attention", "launch ways", "transform", "load transform", "tuning",
     ]  # fmt: skip
     assert all(bar["found"] is None and bar["met"] is None for bar in bars(summary["rows"]))
 
@@ -125,6 +132,25 @@ def test_streams_decode_to_codes_of_their_table():
     assert large.abs().max() > 127
     shares = torch.bincount(codes.flatten().long() + 64, minlength=128) / codes.numel()
     torch.testing.assert_close(shares, frequencies / 4096, rtol=0, atol=0.01)
+
+
+def test_ways_are_those_of_the_launches_that_are_timed():
+    """Each way is in force while it is timed, what was recorded is forgotten before, and the product's comes back."""
+    usual, seen, forgotten = launch_ways(), [], []
+
+    def samples():
+        seen.append((launch_ways(), len(forgotten)))
+        return [1.0]
+
+    row = step_way_row("a step", samples, lambda: forgotten.append(1), Budget(60))
+    assert [ways for ways, _ in seen] == list(step_ways().values())
+    assert [count for _, count in seen] == list(range(1, len(seen) + 1))
+    assert len(forgotten) == len(seen) + 1
+    assert launch_ways() == usual
+    assert seen[0][0] == usual
+    assert seen[-1][0] == apart()
+    assert list(row["variants_s"]) == list(step_ways())
+    assert step_way_row("a step", samples, list, Budget(0.001))["variants_s"] == {}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles here")

@@ -26,9 +26,11 @@ from cag_bench.figures import percentiles
 from cag_bench.gpu.clock import Budget, median_of, wall_samples
 from cag_bench.gpu.model import random_ids, random_prefix, weight_bytes
 from cag_bench.gpu.shapes import GpuOptions
+from cag_bench.gpu.ways import step_way_row
 from cag_kernels import merge_segments, paged_attention, prefix_attention
 
 MAX_DIFFERENCE = 0.1  # of the logits' norm, between ways to run the same step in bfloat16
+WAY_SAMPLES = 9  # of each way of launches
 PROMPT_BLOCKS = (2048, 256)  # how a prompt without a cache is read: the quicker one counts
 
 Row = dict[str, Any]
@@ -49,18 +51,27 @@ class Answers:
 
     def first_token(self, kind: str, prefix: ResidentPrefix) -> Row:
         """A question behind a resident prefix, from its ids to the id of the first token on the host."""
+        samples = self._first_tokens(prefix, self.options.samples)
+        return timed(f"first token, {kind}", samples, self.floor_s(prefix)) | {
+            "shape": {"num_tokens": prefix.num_tokens, "question_tokens": self.options.question_tokens},
+            "few_launches": self.model.device_decoder is not None,
+            "replayed_steps": self._replays.num_replayed,
+            "refusal": self._replays.refusal,
+        }
+
+    def first_token_ways(self, kind: str, prefix: ResidentPrefix) -> Row:
+        """The same by each way of launches, recorded anew for each."""
+        count = min(self.options.samples, WAY_SAMPLES)
+        name = f"launch ways, first token, {kind}"
+        return step_way_row(name, lambda: self._first_tokens(prefix, count), self._replays.forget, self.budget)
+
+    def _first_tokens(self, prefix: ResidentPrefix, count: int) -> list[float]:
         question = random_ids(self.options.question_tokens, 1)
 
         def ask() -> None:
             self._answer(self.model.new_session_state(prefix), question)
 
-        samples = wall_samples(ask, self.model.device, self.options.samples, self.budget)
-        return timed(f"first token, {kind}", samples, self.floor_s(prefix)) | {
-            "shape": {"num_tokens": prefix.num_tokens, "question_tokens": len(question)},
-            "few_launches": self.model.device_decoder is not None,
-            "replayed_steps": self._replays.num_replayed,
-            "refusal": self._replays.refusal,
-        }
+        return wall_samples(ask, self.model.device, count, self.budget)
 
     def rag_first_token(self, retrieve_s: float | None) -> Row:
         """The same question behind `rag_tokens` that nothing is cached of, retrieval added."""

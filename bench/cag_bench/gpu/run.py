@@ -26,6 +26,7 @@ from cag_bench.gpu.shapes import SMALL, GpuOptions
 from cag_bench.gpu.table import bars, markdown
 from cag_bench.gpu.transform import transform_row
 from cag_bench.gpu.tuning import tuning_rows
+from cag_bench.gpu.ways import ways_rows
 from cag_bench.kernel_clock import clock_for
 from cag_bench.provenance import commit, device_facts, load_average, versions
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
@@ -47,6 +48,7 @@ def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Prog
             "check steps": lambda: _checks(device, options),
             "answers": lambda: _answers(device, options, budget, bandwidth, progress),
             "attention": lambda: attention_rows(device, clock, options, bandwidth),
+            "launch ways": lambda: ways_rows(device, clock, options, budget),
             "transform": lambda: iter([transform_row(device, clock, options, bandwidth, budget)]),
             "load transform": lambda: iter([load_row(device, options, bandwidth, budget)]),
             "tuning": lambda: tuning_rows(device, clock, options, budget),
@@ -106,6 +108,8 @@ def _answers(
         progress(f"answers behind {kind}", 0, 0)
         prefix = random_prefix(model, options.prefix_tokens, kind, options.seed)
         yield answers.first_token(kind, prefix)
+        if kind == "bf16":
+            yield answers.first_token_ways(kind, prefix)
         yield answers.decoding(kind, prefix)
         if kind == "bf16":
             yield answers.decoding_apart(prefix)

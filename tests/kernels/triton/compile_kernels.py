@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from cag_kernels import DensePrefix, PagedTails, quantize_prefix
+from cag_kernels import DensePrefix, PagedTails, quantize_prefix, triton_overlap
 from cag_kernels.rans import CodeBlocks, RansSegments, RansSide
 from cag_kernels.rotation import angles
 from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
@@ -37,8 +37,9 @@ TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 done = set()
 
 
-def compile_launch(kernel, *args, grid, warmup, **kwargs):
-    """Stands for a launch."""
+def compile_launch(kernel, *args, grid, warmup, launch_pdl=False, **kwargs):
+    """Stands for a launch; how it is made is no matter of the code."""
+    assert launch_pdl == kwargs.get("overlaps", False), kernel.fn.__name__
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     options = {name: values.pop(name) for name in list(values) if name not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
@@ -57,7 +58,8 @@ def compile_launch(kernel, *args, grid, warmup, **kwargs):
     done.add(key)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGET, options=options)
-    sizes = {name: values[name] for name in ("block_rows", "key_bits", "value_bits", "bits") if name in values}
+    names = ("block_rows", "key_bits", "value_bits", "bits", "joined_rows", "page_tokens", "overlaps", "has_ahead")
+    sizes = {name: values[name] for name in names if name in values}
     print(json.dumps({"kernel": kernel.fn.__name__, **sizes, **resources(compiled)}))
 
 
@@ -75,7 +77,21 @@ def resources(compiled):
     stores = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     stored = {int(numbers or 1) * int(bits) // 8 for numbers, bits in stores}
     found = {"registers": registers, "spilled_bytes": stack + local, "stored_bytes": sorted(stored)}
+    found |= {"arrivals": arrival_order(compiled.asm["ptx"]), "waits": "griddepcontrol.wait" in compiled.asm["ptx"]}
     return found | {"shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+
+
+def arrival_order(ptx):
+    """The atomic that counts arrivals (A), the barrier (B) or access to global memory in front of it, and everything
+    behind it: barriers, stores (S), and loads past the first-level cache (L), by a path that is not coherent (n), and
+    others (l)."""
+    kinds = {
+        "B": r"bar\.sync", "A": r"atom\.global\.gpu\.acq_rel", "S": r"st\.global", "L": r"ld\.global\.cg",
+        "n": r"ld\.global\.nc", "l": r"ld\.global",
+    }  # fmt: skip
+    forms = [[name for name, form in kinds.items() if re.search(form, line)] for line in ptx.splitlines()]
+    found = "".join(names[0] for names in forms if names)
+    return found[max(0, found.find("A") - 1) :] if "A" in found else ""
 
 
 def launch_everything():
@@ -93,6 +109,9 @@ def launch_everything():
         prefix = quantize_prefix(keys, values, key_bits=bits, value_bits=bits, group_channels=16 * bits)
         for num_queries in (1, 4, 32, 64):
             attend(queries[:, :num_queries], prefix, None, 132, **masks)
+        arrivals = torch.zeros(8, dtype=torch.int32)
+        for own in (tails, None):
+            attend(query[:, :1], prefix, own, 132, **masks, dtype=torch.bfloat16, arrivals=arrivals)
         sizes = {"group_tokens": 64, "group_channels": 1}
         dequantize_on_device(*prefix[:3], **sizes, dtype=torch.bfloat16)
         quantize_on_device(keys, bits=bits, num_exact=4, **sizes)
@@ -116,14 +135,18 @@ def launch_everything():
     slots = torch.zeros(64, 4096, dtype=torch.int32)
     decode_on_device([RansSide(segments, slots, *shifts[1].expand(2, -1), 2)])
     rows, residual = torch.zeros(32, 6144, dtype=torch.bfloat16), torch.zeros(32, 4096)
-    add_and_norm_on_device(residual, rows[:, :4096].contiguous(), residual[0], 1e-5, torch.bfloat16)
+    narrow, weight = rows[:, :4096].contiguous(), torch.zeros(4096, 4096, dtype=torch.bfloat16)
+    for ahead in (None, weight):
+        add_and_norm_on_device(residual, narrow, residual[0], 1e-5, torch.bfloat16, ahead)
     places = torch.zeros(32, dtype=torch.int64)
     cosines, head_norm = residual[:, :128].contiguous(), torch.ones(128)
     for norms in ((None, None), (head_norm, head_norm)):
         rotate_and_store_on_device(rows, (cosines, cosines), tuple(pool), (places, places), norms, 1e-6)
-    gate_on_device(torch.zeros(32, 2 * 14336, dtype=torch.bfloat16))
+    for ahead in (None, weight):
+        gate_on_device(torch.zeros(32, 2 * 14336, dtype=torch.bfloat16), ahead)
     rotate(keys, *angles(torch.zeros(1024, dtype=torch.int64), torch.ones(64)), "halves")
 
 
 JITFunction.run = compile_launch
+triton_overlap.overlaps_on = lambda _device: TARGET.arch >= 90
 launch_everything()
