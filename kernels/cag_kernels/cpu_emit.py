@@ -16,6 +16,7 @@ from llvmlite import ir
 Value = Any  # llvmlite's values carry no types for a checker
 POINTER = ir.PointerType()
 FLOAT = ir.FloatType()
+INT1 = ir.IntType(1)
 INT8 = ir.IntType(8)
 INT16 = ir.IntType(16)
 INT32 = ir.IntType(32)
@@ -88,7 +89,7 @@ class Emitter:
             builder.branch(body)
             builder.position_at_end(body)
             left = builder.phi(INT64)
-            yield builder.cttz(left, ir.Constant(ir.IntType(1), 1))
+            yield builder.cttz(left, ir.Constant(INT1, 1))
             fewer = builder.and_(left, builder.sub(left, self.integer(1)))
             builder.cbranch(builder.icmp_unsigned("!=", fewer, zero), body, behind)
             left.add_incoming(mask, before)

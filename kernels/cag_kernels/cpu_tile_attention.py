@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu_call import Call, Field
-from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Loop, Value, function_blocks
+from cag_kernels.cpu_emit import FLOAT, INT1, INT8, INT16, INT32, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Loop, Value, function_blocks
 from cag_kernels.cpu_loops import emit_factors, emit_logsumexps, emit_tasks
 from cag_kernels.cpu_panel import Blocking
 from cag_kernels.cpu_tile_codes import operands_of
@@ -116,25 +116,27 @@ class _Task:
         call, emit, builder, lanes = self.call, self.emit, self.emit.builder, self.call[Field.NUM_LANES]
         count, following = self._count(piece.index, stop), builder.add(piece.index, emit.integer(PIECE))
         ahead = self._emit_ahead(head, following, stop)
-        with emit.loop(emit.integer(0), lanes, TILE, piece.values) as rows:
-            keys, turn, going = rows.values
-            lane = builder.add(rows.index, emit.integer(TILE))
-            is_last = builder.icmp_signed("==", lane, lanes)
+        is_odd = builder.trunc(builder.udiv(piece.index, emit.integer(PIECE)), INT1)
+        step = builder.select(is_odd, emit.integer(-TILE), emit.integer(TILE))
+        first = builder.select(is_odd, builder.sub(lanes, emit.integer(TILE)), emit.integer(0))
+        with emit.loop(emit.integer(0), lanes, TILE, [first, *piece.values]) as rows:
+            lane, keys, turn, going = rows.values
+            is_last = builder.icmp_signed("==", rows.index, builder.sub(lanes, emit.integer(TILE)))
             coming = self._emit_coming_keys(is_last, head, following, stop, keys)
-            next_query = emit.at(query, builder.select(is_last, emit.integer(0), lane), INT32)
-            present = Rows(emit.at(sums[0], rows.index), emit.at(sums[1], rows.index), count)
+            next_lane = builder.select(is_last, lane, builder.add(lane, step))
+            present = Rows(emit.at(sums[0], lane), emit.at(sums[1], lane), count)
             self.pipeline.emit_step(
                 turn,
-                Coming(coming, next_query),
+                Coming(coming, emit.at(query, next_lane, INT32)),
                 present,
                 Going(self.operands.paired, going),
                 self._share(ahead, rows.index),
             )
             with emit.when(builder.icmp_signed("==", rows.index, emit.integer(0))):
                 self.operands.emit_values(head, piece.index, count)
-            weighted = emit.at(sums[2], builder.mul(rows.index, emit.integer(self.head_dim)))
-            rows.following = [coming, builder.sub(emit.integer(1), turn), weighted]
-        return list(rows.following)
+            weighted = emit.at(sums[2], builder.mul(lane, emit.integer(self.head_dim)))
+            rows.following = [next_lane, coming, builder.sub(emit.integer(1), turn), weighted]
+        return list(rows.following[1:])
 
     def _emit_coming_keys(self, is_last: Value, head: Value, token: Value, stop: Value, keys: Value) -> Value:
         """Where the keys of the next step lie: those of the piece from `token` on behind the last rows; when the range
