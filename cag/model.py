@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from cag.batch import TAIL_PAIRS, Batch, BatchState
 from cag.decoder import FewRowsDecoder, recognize
 from cag.device_decoder import DeviceDecoder, recognize_on_device
 from cag.errors import UnsupportedModel
-from cag.huge_pages import move_weights
 from cag.layer_probe import NUM_PROBES, gives_the_same, probed_layers
 from cag.model_files import (
     check_memory,
@@ -40,14 +40,7 @@ from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.state import BranchedState, SequenceState, Tail, WholeState
 from cag.step_tensors import StepState, StepTensors
-from cag.weights import (
-    Float32Products,
-    SequencesApart,
-    join_network,
-    loses_in_bfloat16,
-    pack_network,
-    use_transposed_products,
-)
+from cag.weights import Float32Products, SequencesApart, join_network, lay_out_weights, loses_in_bfloat16
 from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
 from cag_kernels.device import triton_runs_on
 
@@ -163,20 +156,16 @@ class LanguageModel:
             packs, network = False, read_network(directory, compute)
         if options.adapter is not None:
             network = with_adapter(network, options.adapter)
-        if packs:
-            pack_network(network)
-        else:
-            if device.type == "cpu" and compute == torch.bfloat16:
-                join_network(network)
-            if device.type == "cpu":
-                move_weights(network)
-            if plan.product in ("transposed", "tiles"):
-                use_transposed_products(network)
+        with ThreadPoolExecutor(1, "cag-load") as beside:  # the network's modules are imported by now
+            tokenizer = beside.submit(read_tokenizer, directory)
+            fingerprints = beside.submit(model_fingerprint, directory, options.adapter)
+            lay_out_weights(network, plan, compute, packs=packs)
+            network = network.to(device)
         return cls(
-            network.to(device),
-            read_tokenizer(directory),
+            network,
+            tokenizer.result(),
             model_id=model_id,
-            fingerprints=model_fingerprint(directory, options.adapter),
+            fingerprints=fingerprints.result(),
             plan=plan,
             kv_dtype=stored,
             compute_dtype=compute,

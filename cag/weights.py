@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cag.huge_pages import move_weights
+from cag.runtime import RuntimePlan
 from cag_kernels import (
     PackedProduct,
     PackedWeight,
@@ -204,14 +206,28 @@ def pack_network(network: nn.Module) -> None:
     _widen_the_rest(network)
 
 
+def lay_out_weights(network: nn.Module, plan: RuntimePlan, compute_dtype: torch.dtype, *, packs: bool) -> None:
+    """Lay weights that were just read out as `plan` multiplies them, in place; packed where `packs`."""
+    if packs:
+        pack_network(network)
+        return
+    if plan.device == "cpu":
+        move_weights(network)  # in order: what is joined lies side by side then, where rows fill lines
+        if compute_dtype == torch.bfloat16:
+            join_network(network)
+    if plan.product in ("transposed", "tiles"):
+        use_transposed_products(network)
+
+
 def join_network(network: nn.Module) -> None:
-    """Lay weights that read the same input side by side, in place: each becomes a view of the joined one."""
+    """Lay weights that read the same input side by side, in place: each becomes a view of the joined one. Those that
+    lie so already stay where they are."""
     for parent in network.modules():
         children = dict(parent.named_children())
         for names in TOGETHER:
             found = (children.get(name) for name in names)
             layers = [child for child in found if isinstance(child, nn.Linear)]
-            if len(layers) == len(names):
+            if len(layers) == len(names) and _spanned([layer.weight.detach() for layer in layers]) is None:
                 _join(layers)
 
 

@@ -13,6 +13,7 @@ from cag.errors import UsageError
 
 JITTER = 0.18  # of the distance between two arms, so that equal times stay visible
 NARROW_RANGE = 30
+LABEL_ROOM = 0.06  # of the axis, for the time beside the last line
 
 
 def require_matplotlib() -> None:
@@ -41,6 +42,8 @@ def plot_ttft(ttft_s: Mapping[str, Sequence[float]], title: str, path: Path) -> 
         axes.plot([middle, middle], [row - 0.35, row + 0.35], color="black", linewidth=2)
         axes.annotate(f" {_duration(middle)}", (middle, row - 0.36), fontsize=8, ha="left", va="bottom")
     axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right * (right / left) ** LABEL_ROOM)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}" if _is_narrow(ttft_s) else "")
     axes.set_yticks(range(len(arms)), arms)

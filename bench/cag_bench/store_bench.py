@@ -73,14 +73,16 @@ def run_store(
         ids = cut_corpus(engine.model, corpus.documents, options.num_tokens).layout.token_ids
         chunks = PrefixChunks(engine.model, engine.store, ids, engine.model.new_state(capacity=len(ids)))
         progress("prefill", 0, 0)
-        chunks.compute(lambda _: None)
+        prefill_s = _seconds(lambda: chunks.compute(lambda _: None))
         for number, codec in enumerate(codecs):
             progress("measure, codecs", number, len(codecs))
             row = TimedCodec(chunks, codec, options).row()
+            row["encode_over_prefill"] = row["encode"][str(max(options.cores))]["p50"] / prefill_s
             results.write_row("store", row)
             rows.append(row)
-        facts = {"model": engine.model.model_id, "num_tokens": len(ids), "load_average": load_average()}
-        facts |= {"cores_bound": can_pin(), "options": {"num_samples": options.num_samples, "seed": options.seed}}
+        facts = {"model": engine.model.model_id, "num_tokens": len(ids), "prefill_s": prefill_s}
+        facts |= {"load_average": load_average(), "cores_bound": can_pin()}
+        facts["options"] = {"num_samples": options.num_samples, "seed": options.seed}
         results.write_run(facts)
     summary = origin | facts | {"rows": rows, "notes": notes(rows, can_pin())}
     write_json(directory / SUMMARY, summary)

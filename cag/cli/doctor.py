@@ -141,7 +141,8 @@ def print_report(found: dict[str, Any]) -> None:
     facts |= {f"measured {key}": f"{value:.2f} ms" for key, value in plan["measured_ms"].items()}
     facts |= {
         "memory": f"{bytes_text(memory['available_bytes'])} of {bytes_text(memory['total_bytes'])} available",
-        "store": f"{store['path']}: {store['num_caches']} caches, {bytes_text(store['num_bytes'])}"
+        "store": f"{store['path']}: {store['num_caches']} cache{'s' * (store['num_caches'] != 1)}, "
+        + bytes_text(store["num_bytes"])
         + ("" if store["free_disk_bytes"] is None else f"; {bytes_text(store['free_disk_bytes'])} of disk free"),
         "models": "; ".join(f"{model['name']} ({bytes_text(model['num_bytes'])})" for model in found["models"])
         or "none pulled",

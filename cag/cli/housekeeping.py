@@ -35,7 +35,8 @@ def ls(store: StoreOption = None, cache_bytes: CacheBytesOption = None, as_json:
         print_table(LIST_COLUMNS, [_list_row(cache) for cache in caches], right=LIST_NUMBERS)
         loose = usage.total_bytes - usage.held_bytes
         rest = f", {bytes_text(loose)} that no readable cache holds" if loose else ""
-        note(f"{len(caches)} caches hold {bytes_text(usage.held_bytes)}{rest}")
+        hold = "1 cache holds" if len(caches) == 1 else f"{len(caches)} caches hold"
+        note(f"{hold} {bytes_text(usage.held_bytes)}{rest}")
     else:
         note(f"no caches in {opened.backend.url}; `cag build` makes one")
     for cache in caches:

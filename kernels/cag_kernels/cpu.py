@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -203,13 +203,14 @@ def warm_up_tiles(head_dims: Iterable[int]) -> None:
 
 
 class CompiledKernel:
-    """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads."""
+    """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads.
+    `build(*arguments)` emits the module."""
 
-    def __init__(self, module: Any, blocking: Blocking) -> None:
-        from cag_kernels.cpu_emit import Program
+    def __init__(self, blocking: Blocking, build: Callable[..., Any], *arguments: object) -> None:
+        from cag_kernels.cpu_program import Program
 
         self.blocking = blocking
-        program = Program(module)
+        program = Program(build, *arguments)
         self._prepare, self._attend, self._finish = (
             CompiledStep(program.address(name), program) for name in ("prepare", "attend", "finish")
         )
@@ -235,7 +236,7 @@ def _compile(head_dim: int, few_rows: int | None) -> CompiledKernel:
     from cag_kernels.cpu_panel import host_blocking
 
     blocking = host_blocking()
-    return CompiledKernel(attention_module(head_dim, blocking, few_rows), blocking)
+    return CompiledKernel(blocking, attention_module, head_dim, blocking, few_rows)
 
 
 def tile_kernel(head_dim: int) -> CompiledKernel:
@@ -248,7 +249,7 @@ def tile_kernel(head_dim: int) -> CompiledKernel:
 def _compile_tiles(head_dim: int) -> CompiledKernel:
     from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
 
-    return CompiledKernel(tile_attention_module(head_dim), TILE_BLOCKING)
+    return CompiledKernel(TILE_BLOCKING, tile_attention_module, head_dim)
 
 
 def code_kernel(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
@@ -264,6 +265,6 @@ def _compile_codes(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
     from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
 
     if tiles:
-        return CompiledKernel(tile_attention_module(head_dim, codes), TILE_BLOCKING)
+        return CompiledKernel(TILE_BLOCKING, tile_attention_module, head_dim, codes)
     blocking = host_blocking()
-    return CompiledKernel(attention_module(head_dim, blocking, codes=codes), blocking)
+    return CompiledKernel(blocking, attention_module, head_dim, blocking, None, codes)

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import llvmlite.binding as llvm  # type: ignore[import-untyped]
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 
 Value = Any  # llvmlite's values carry no types for a checker
 POINTER = ir.PointerType()
@@ -246,23 +245,3 @@ class Emitter:
 def function_blocks(function: ir.Function, *names: str) -> list[ir.Block]:
     """New basic blocks at the end of `function`."""
     return [function.append_basic_block(name) for name in names]
-
-
-class Program:
-    """Machine code of one module, alive as long as this object."""
-
-    def __init__(self, module: ir.Module) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        target = llvm.Target.from_default_triple()
-        self._machine = target.create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-        )
-        parsed = llvm.parse_assembly(str(module))
-        parsed.verify()
-        self._engine = llvm.create_mcjit_compiler(parsed, self._machine)
-        self._engine.finalize_object()
-
-    def address(self, name: str) -> int:
-        """Where a function of the module starts."""
-        return int(self._engine.get_function_address(name))

@@ -16,8 +16,9 @@ import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Program, Value, function_blocks
+from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Value, function_blocks
 from cag_kernels.cpu_panel import host_blocking
+from cag_kernels.cpu_program import Program
 from cag_kernels.cpu_tape import CompiledStep, Reads, new_call
 from cag_kernels.cpu_team import Share
 from cag_kernels.packed import PANEL
@@ -48,7 +49,7 @@ class LinearKernel:
     """Machine code for every shape and one type of weight, run on several threads."""
 
     def __init__(self, is_bfloat16: bool) -> None:
-        program = Program(linear_module(host_blocking().lanes, is_bfloat16))
+        program = Program(linear_module, host_blocking().lanes, is_bfloat16)
         self._number_bytes = 2 if is_bfloat16 else 4
         self._multiply = CompiledStep(program.address("linear"), program)
 

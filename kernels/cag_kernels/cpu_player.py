@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_emit import INT8, INT32, INT64, LINE_BYTES, POINTER, SECOND_CACHE, Emitter, Value, function_blocks
+from cag_kernels.cpu_emit import INT8, INT64, LINE_BYTES, POINTER, SECOND_CACHE, Emitter, Value, function_blocks
+from cag_kernels.cpu_program import library_function
 from cag_kernels.cpu_tape import STEP_FIELDS, Header, StepField
-from cag_kernels.cpu_team import Entry, Share, call_library, library_function, team_value
+from cag_kernels.cpu_team import Entry, Share, call_library, team_value
 
 SPINS = 4000  # looks at the meeting place before the core is offered to others: about 0.1 ms
 MOST_AHEAD = 1 << 20  # bytes that a waiting thread asks for: half of the second cache of processors with tiles
@@ -122,10 +123,9 @@ def _emit_wait(emit: Emitter, place: Value, number: Value, ahead: _Ahead, fields
     builder.position_at_end(rest)
     _pause(emit)
     more = builder.add(looks, emit.integer(1))
-    give_way = library_function("sched_yield")
-    if give_way is not None:
+    if library_function("sched_yield") is not None:
         with emit.when(builder.icmp_signed(">", more, emit.integer(SPINS))):
-            call_library(emit, give_way, ir.FunctionType(INT32, []))
+            call_library(emit, "sched_yield")
     looks.add_incoming(emit.integer(0), before)
     looks.add_incoming(more, builder.block)
     builder.branch(look)

@@ -220,10 +220,10 @@ def _run_in_pool(memory: int, num_threads: int) -> None:
 
 @cache
 def _program() -> Any:
-    from cag_kernels.cpu_emit import Program
     from cag_kernels.cpu_player import player_module
+    from cag_kernels.cpu_program import Program
 
-    return Program(player_module())
+    return Program(player_module)
 
 
 @cache

@@ -6,14 +6,13 @@ OpenMP's team and a counter in memory, not what a unit is.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_emit import INT32, INT64, POINTER, Emitter, Value, function_blocks
+from cag_kernels.cpu_emit import INT32, INT64, Emitter, Value, function_blocks
+from cag_kernels.cpu_program import library_function
 
 MAX_UNITS = 64  # one bit each of the counter says that somebody has taken it
 
@@ -73,10 +72,16 @@ class Share:
 
 def team_value(emit: Emitter, name: str, otherwise: Value) -> Value:
     """What a function of OpenMP says of the calling thread, int64; `otherwise` where no such library is loaded."""
-    address = library_function(name)
-    if address is None:
+    if library_function(name) is None:
         return otherwise
-    return emit.builder.zext(call_library(emit, address, ir.FunctionType(INT32, [])), INT64)
+    return emit.builder.zext(call_library(emit, name), INT64)
+
+
+def call_library(emit: Emitter, name: str) -> Value:
+    """Call one of `LIBRARY_FUNCTIONS`, int32 without arguments."""
+    module = emit.function.module
+    known = module.globals.get(name) or ir.Function(module, ir.FunctionType(INT32, []), name=name)
+    return emit.builder.call(known, [])
 
 
 class Entry(ir.Value):  # type: ignore[misc]
@@ -85,20 +90,6 @@ class Entry(ir.Value):  # type: ignore[misc]
     def __init__(self, pointer: Value, kind: ir.FunctionType) -> None:
         self.function_type = kind
         self.get_reference = pointer.get_reference
-
-
-def call_library(emit: Emitter, address: int, kind: ir.FunctionType) -> Value:
-    """Call a function of the process without arguments."""
-    return emit.builder.call(Entry(emit.builder.inttoptr(ir.Constant(INT64, address), POINTER), kind), [])
-
-
-@cache
-def library_function(name: str) -> int | None:
-    """The address of a function that the process has loaded, if it has."""
-    try:
-        return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):
-        return None
 
 
 def _low_bits(emit: Emitter, count: Value) -> Value:

@@ -15,7 +15,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels import cpu_tile_linear
-from cag_kernels.cpu_emit import INT32, Program, Value
+from cag_kernels.cpu_emit import INT32, Value
+from cag_kernels.cpu_program import Program
 from cag_kernels.cpu_tape import CompiledStep, Reads, new_call, scratch_memory
 from cag_kernels.cpu_tile_linear import no_bias, pairs_size
 from cag_kernels.cpu_tile_product import Field, ProductCall, emit_blocks, emit_sums
@@ -70,7 +71,7 @@ def compiled_gate() -> CompiledStep:
 
 @cache
 def _compile() -> CompiledStep:
-    program = Program(tile_gate_module())
+    program = Program(tile_gate_module)
     return CompiledStep(program.address("gate"), program)
 
 

@@ -48,6 +48,7 @@ def test_every_figure_has_its_samples_and_its_bytes(summary, tiny_engine):
             for figure in row[work].values():
                 assert len(figure["samples"]) == 3
                 assert figure["raw_gb_per_s"] == pytest.approx(raw_bytes / figure["p50"] / 1e9)
+        assert row["encode_over_prefill"] == pytest.approx(row["encode"]["2"]["p50"] / summary["prefill_s"])
         assert {len(times["samples"]) for times in row["seconds"].values()} == {3}
         times = {name: row["seconds"][name]["samples"] for name in ("load_cold", "read_cold", "decode")}
         ratios = [cold / max(read, decode) for cold, read, decode in zip(*times.values(), strict=True)]

@@ -40,6 +40,19 @@ def test_the_quickest_of_each_size_is_chosen(two_cores):
     assert (plan.compute_dtype, plan.threads_small, plan.product) == ("float32", 2, "packed")
 
 
+@pytest.mark.parametrize(("dtype", "product", "factor"), [("bfloat16", "tiles", 0.5), ("float32", "packed", 2.0)])
+def test_a_busy_moment_does_not_take_the_forward_of_few_rows_away(two_cores, dtype, product, factor):
+    """Its product was measured while another process had a core, the others were not."""
+    figures = measured(small=(9, 5), few=(6, 3), large=(100, 60), bf16_factor=factor)
+    quickest = min(figures[f"{name}/{dtype}/2/{SMALL_ROWS}"] for name in ("plain", "transposed"))
+    times = {f"{product}/{dtype}/1/{SMALL_ROWS}": 1.45 * quickest, f"{product}/{dtype}/2/{SMALL_ROWS}": 1.4 * quickest}
+    plan = runtime._plan_from(figures | times)
+    assert (plan.compute_dtype, plan.product, plan.threads_small) == (dtype, product, 2)
+    far_behind = dict.fromkeys(times, 2.1 * quickest)
+    plan = runtime._plan_from(figures | far_behind)
+    assert (plan.compute_dtype, plan.product, plan.threads_small) == (dtype, "transposed", 2)
+
+
 @pytest.fixture
 def other_process(monkeypatch):
     """Goes on as if in a process that has measured nothing, and finds such figures if it does."""

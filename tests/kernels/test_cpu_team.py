@@ -9,7 +9,8 @@ from cag_kernels.cpu import has_compiler
 if has_compiler():
     from llvmlite import ir
 
-    from cag_kernels.cpu_emit import INT64, POINTER, Emitter, Program, function_blocks
+    from cag_kernels.cpu_emit import INT64, POINTER, Emitter, function_blocks
+    from cag_kernels.cpu_program import Program
     from cag_kernels.cpu_tape import CompiledStep, Reads, Tape, new_call
     from cag_kernels.cpu_team import MAX_UNITS, Share, team_value
     from cag_kernels.cpu_threads import openmp_parallel
@@ -20,11 +21,15 @@ MAX_COUNT, MAX_THREADS = 5000, 128
 
 
 def counting_step(first_thread_works=True):
-    """A step whose units count their things up, one by one, and write down where the thread's own units are.
+    """A step whose units count their things up, one by one, and write down where the thread's own units are."""
+    program = Program(counting_module, first_thread_works)
+    return CompiledStep(program.address("count"), program)
 
-    Its call: the counter; how many things, and how many at least in a unit; then a number for each thing and, for each
-    thread, its first unit, the one behind its last, the size of units and their number.
-    """
+
+def counting_module(first_thread_works):
+    """Module with `count`, of a call that has the counter; how many things, and how many at least in a unit; then a
+    number for each thing and, for each thread, its first unit, the one behind its last, the size of units and their
+    number."""
     module = ir.Module(name="counting")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name="count")
     emit = Emitter(function, 1)
@@ -49,8 +54,7 @@ def counting_step(first_thread_works=True):
                 "add", emit.at(call, builder.add(thing.index, emit.integer(3)), INT64), emit.integer(1), "monotonic"
             )
     builder.ret_void()
-    program = Program(module)
-    return CompiledStep(program.address("count"), program)
+    return module
 
 
 def run(step, count, size, num_tasks=2):
