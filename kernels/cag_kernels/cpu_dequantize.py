@@ -20,6 +20,8 @@ GROUP_MULTIPLE = 16  # tokens of a group of keys and channels of a group of valu
 
 
 class Side(NamedTuple):
+    """The fields of a call that hold the keys, or the values, of a prefix in codes."""
+
     codes: Field
     stride: Field
     scales: Field

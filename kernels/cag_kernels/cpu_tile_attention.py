@@ -13,7 +13,21 @@ from collections.abc import Sequence
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu_call import Call, Field
-from cag_kernels.cpu_emit import FLOAT, INT1, INT8, INT16, INT32, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Loop, Value, function_blocks
+from cag_kernels.cpu_emit import (
+    FLOAT,
+    INT1,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    LINE_BYTES,
+    POINTER,
+    UNSEEN,
+    Emitter,
+    Loop,
+    Value,
+    function_blocks,
+)
 from cag_kernels.cpu_loops import emit_factors, emit_logsumexps, emit_tasks
 from cag_kernels.cpu_panel import Blocking
 from cag_kernels.cpu_tile_codes import operands_of
@@ -21,6 +35,7 @@ from cag_kernels.cpu_tile_piece import NUM_ASKING, PIECE, Ahead, Coming, Going, 
 from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
 from cag_kernels.prefixes import Codes
 
+PIECES_AHEAD = 1, 0  # keys are read a piece before the values
 TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=1024)
 
 
@@ -111,9 +126,10 @@ class _Task:
         sums of the rows whose weights wait for values.
 
         So the values of a piece are wanted from its second step to the first of the next one, and the keys of the next
-        one in the last step: one place is enough for each.
+        one in the last step: one place is enough for each. Rows take their turns forth in even pieces and back in odd
+        ones: all operands together are more than the first cache holds, and what met the last rows is still there.
         """
-        call, emit, builder, lanes = self.call, self.emit, self.emit.builder, self.call[Field.NUM_LANES]
+        emit, builder, lanes = self.emit, self.emit.builder, self.call[Field.NUM_LANES]
         count, following = self._count(piece.index, stop), builder.add(piece.index, emit.integer(PIECE))
         ahead = self._emit_ahead(head, following, stop)
         is_odd = builder.trunc(builder.udiv(piece.index, emit.integer(PIECE)), INT1)
@@ -141,7 +157,7 @@ class _Task:
     def _emit_coming_keys(self, is_last: Value, head: Value, token: Value, stop: Value, keys: Value) -> Value:
         """Where the keys of the next step lie: those of the piece from `token` on behind the last rows; when the range
         ends there, any that may be read."""
-        emit, builder = self.emit, self.emit.builder
+        builder = self.emit.builder
         before, (other, behind) = builder.block, function_blocks(self.call.function, "other", "behind")
         is_other = builder.and_(is_last, builder.icmp_signed("<", token, stop))
         builder.cbranch(is_other, other, behind)
@@ -165,8 +181,9 @@ class _Task:
         return [side._replace(place=emit.at(side.place, builder.mul(step, side.each), INT8)) for side in ahead]
 
     def _emit_ahead(self, head: Value, token: Value, stop: Value) -> list[Ahead]:
-        """What memory is asked for during a piece: what is read first in the next one, from `token` on; behind the
-        range that of the task that is taken next, by this thread as likely as by another."""
+        """What memory is asked for during a piece: keys and values that later steps read, counted from the next piece,
+        which begins at `token`; behind the range those of the task that is taken next, by this thread as likely as by
+        another."""
         call, emit, builder = self.call, self.emit, self.emit.builder
         num_ranges, range_tokens = call[Field.NUM_RANGES], emit.integer(call.blocking.range_tokens)
         last = builder.sub(builder.mul(num_ranges, call[Field.NUM_KV_HEADS]), emit.integer(1))
@@ -174,7 +191,7 @@ class _Task:
         task = emit.minimum(waiting, last)
         vectors = builder.udiv(call[Field.NUM_LANES], emit.integer(TILE))
         found = []
-        for side, pieces in enumerate((self.operands.keys_ahead, 0)):
+        for side, pieces in enumerate(PIECES_AHEAD):
             wanted = builder.add(token, emit.integer(pieces * PIECE))
             first = builder.mul(builder.srem(task, num_ranges), range_tokens)
             behind = builder.urem(wanted, range_tokens)  # of the next range when this one is whole
@@ -224,8 +241,8 @@ def _emit_finish(call: Call, channel_order: Sequence[int]) -> None:
                 call[Field.OUT], call.index(head.index, (call[Field.NUM_ROWS], row.index), (call.head_dim, 0))
             )
             for channel in range(0, call.head_dim, DEPTH):
-                both = part.following[channel // TILE : channel // TILE + 2]
-                for index, value in enumerate(emit.reordered(*both, channel_order)):
+                low, high = part.following[channel // TILE : channel // TILE + 2]
+                for index, value in enumerate(emit.reordered(low, high, channel_order)):
                     emit.store(value, emit.at(target, channel + index * TILE))
         place = call.index(base, (lanes, first))
         emit.store(largest, emit.at(call[Field.MAXIMUM], place))

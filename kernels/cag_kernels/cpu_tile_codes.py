@@ -26,12 +26,11 @@ class Coded(Operands):
     """Of a prefix in codes. Scales and offsets of values are widened a piece at a time, so that each is one load."""
 
     channel_order = range(DEPTH)
-    keys_ahead = 1
     unit_bytes = 1
 
     def __init__(self, call: Call, emit: TileEmitter, codes: Codes) -> None:
         self.bits = codes.key_bits, codes.value_bits
-        super().__init__(call, emit, tuple(call.head_dim * bits // 8 for bits in self.bits))
+        super().__init__(call, emit, (call.head_dim * codes.key_bits // 8, call.head_dim * codes.value_bits // 8))
         self.dequantizer = Dequantizer(call, codes)
         self.codes = codes
         self.keys = emit.bytes_on_stack(self.piece_bytes)
@@ -106,9 +105,7 @@ class Coded(Operands):
         found = {}
         if self.bits[0] == 8:
             for channel in range(0, self.head_dim, DEPTH):
-                both = builder.sext(
-                    builder.load(emit.at(row, channel, INT8), typ=_NARROW, align=1), emit.integers
-                )
+                both = builder.sext(builder.load(emit.at(row, channel, INT8), typ=_NARROW, align=1), emit.integers)
                 parts = builder.shl(both, self._integers(_TOP_BYTE)), builder.and_(both, self._integers(-(1 << 8)))
                 found[channel] = tuple(builder.sitofp(part, emit.vector) for part in parts)
             return found

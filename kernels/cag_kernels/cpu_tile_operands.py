@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_call import Call, Field
+from cag_kernels.cpu_call import Call
 from cag_kernels.cpu_dequantize import SIDES
 from cag_kernels.cpu_emit import INT8, INT16, LINE_BYTES, POINTER, Value, function_blocks
 from cag_kernels.cpu_tile_piece import PIECE, TILE_BYTES
@@ -28,8 +28,8 @@ class Operands(ABC):
 
     channel_order: Sequence[int]
     """Which of 32 channels each column of two neighbouring tiles of values holds."""
-    keys_ahead: int
-    """How many pieces before a step the keys of a piece are read."""
+    unit_bytes: int
+    """What the strides of a call count."""
 
     def __init__(self, call: Call, emit: TileEmitter, row_bytes: tuple[int, int]) -> None:
         self.call, self.emit, self.row_bytes = call, emit, row_bytes
@@ -53,8 +53,6 @@ class Operands(ABC):
         index = self.call.index(head, (stride, self.emit.builder.mul(token, row_bytes)))
         return self.emit.at(self.call[fields.codes], index, INT8)
 
-    unit_bytes: int  # that strides count
-
     def num_lines(self, side: int) -> int:
         """Cache lines of a piece in memory."""
         return PIECE * self.row_bytes[side] // LINE_BYTES
@@ -64,7 +62,6 @@ class Numbers(Operands):
     """Of a prefix in bfloat16. Pairs are made within 128 bits, which changes the order of channels."""
 
     channel_order = [2 * lane - lane % _QUARTER + part for part in (0, _QUARTER) for lane in range(TILE)]
-    keys_ahead = 1
     unit_bytes = 2
 
     def __init__(self, call: Call, emit: TileEmitter) -> None:

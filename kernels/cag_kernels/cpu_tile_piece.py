@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, SECOND_CACHE, UNSEEN, Value
@@ -67,14 +68,15 @@ NUM_ASKING = PIECE // 2  # once for each pair of keys
 class Pipeline:
     """Memory of the steps under way, in the function that they are emitted into, and the steps.
 
-    Steps take two turns, 0 and 1: the memory that one leaves its weights in is free again two steps later.
+    Steps take two turns, 0 and 1: in one turn's memory scores are read while the other's is written.
     """
 
     def __init__(self, emit: TileEmitter, head_dim: int, lanes: Value, scale: Value) -> None:
         self.emit, self.head_dim, self.lanes = emit, head_dim, lanes
         self.holds_query = head_dim // DEPTH <= len(_QUERY)
         self.scores = emit.scratch(2 * _TURN_FLOATS)
-        self.weights = emit.bytes_on_stack(_ROUNDS * TILE_BYTES)  # left operands: `[blocks of 32 keys, 16 rows, 32 keys]`
+        # left operands: `[blocks of 32 keys, 16 rows, 32 keys]`
+        self.weights = emit.bytes_on_stack(_ROUNDS * TILE_BYTES)
         self.corrections = emit.scratch(2 * TILE)
         self.nowhere = emit.scratch(TILE * head_dim)
         factor = emit.builder.bitcast(emit.builder.trunc(scale, INT32), FLOAT)
@@ -154,16 +156,16 @@ class Pipeline:
         queries, lane_bytes = self._queries(coming), self._lane_bytes()
         scores = emit.at(scores, builder.mul(part, emit.integer(DEPTH * TILE)))
         tiles, steps = range(DEPTH // TILE), range(self.head_dim // DEPTH)
-        found: list[Callable[[], None]] = [lambda t=t: emit.zero(_SUMS[t]) for t in tiles]
+        found: list[Callable[[], None]] = [partial(emit.zero, _SUMS[tile]) for tile in tiles]
         for step in steps:
             query = _QUERY[step % 2]
             if not self.holds_query:
-                found.append(lambda s=step, q=query: emit.load_tile(q, queries[s], lane_bytes))
+                found.append(partial(emit.load_tile, query, queries[step], lane_bytes))
             for tile in tiles:
                 place = emit.at(keys, tile * TILE * key_bytes + 2 * DEPTH * step, INT8)
-                found.append(lambda t=tile, p=place: emit.load_tile(_OTHERS[t], p, key_bytes))
-                found.append(lambda t=tile, q=query: emit.add_product(_SUMS[t], _OTHERS[t], q))
-        return found + [lambda t=t: emit.store_tile(_SUMS[t], emit.at(scores, t * TILE * TILE)) for t in tiles]
+                found.append(partial(emit.load_tile, _OTHERS[tile], place, key_bytes))
+                found.append(partial(emit.add_product, _SUMS[tile], _OTHERS[tile], query))
+        return found + [partial(emit.store_tile, _SUMS[tile], emit.at(scores, tile * TILE * TILE)) for tile in tiles]
 
     def _weighted_operations(self, part: Value, going: Going) -> list[Callable[[], None]]:
         """Add a round's share of the channels of weighted values: all 64 keys, 16 channels at a time."""
@@ -176,13 +178,14 @@ class Pipeline:
         for first in range(0, share, 2):
             pair = range(first, min(first + 2, share))
             places = {tile: emit.at(sums, tile * TILE) for tile in pair}
-            found += [lambda t=t, p=places: emit.load_tile(_SUMS[t % 2], p[t], row_bytes) for t in pair]
+            found += [partial(emit.load_tile, _SUMS[tile % 2], places[tile], row_bytes) for tile in pair]
             for block in range(_ROUNDS):
                 for tile in pair:
+                    others = _OTHERS[tile % 2]
                     place = emit.at(values, (block * tiles + tile) * TILE_BYTES, INT8)
-                    found.append(lambda t=tile, p=place: emit.load_tile(_OTHERS[t % 2], p))
-                    found.append(lambda t=tile, b=block: emit.add_product(_SUMS[t % 2], _WEIGHTS[b], _OTHERS[t % 2]))
-            found += [lambda t=t, p=places: emit.store_tile(_SUMS[t % 2], p[t], row_bytes) for t in pair]
+                    found.append(partial(emit.load_tile, others, place))
+                    found.append(partial(emit.add_product, _SUMS[tile % 2], _WEIGHTS[block], others))
+            found += [partial(emit.store_tile, _SUMS[tile % 2], places[tile], row_bytes) for tile in pair]
         return found
 
     def _emit_unseen(self, scores: Value, count: Value) -> None:
@@ -224,9 +227,7 @@ class Pipeline:
             for operation in beside[pair * len(beside) // slots : (pair + 1) * len(beside) // slots]:
                 operation()
             self._emit_ahead(builder.add(builder.mul(part, emit.integer(TILE)), emit.integer(pair)), ahead)
-            weights = [
-                self._weight(emit.load(emit.at(scores, (2 * pair + odd) * TILE)), larger) for odd in range(2)
-            ]
+            weights = [self._weight(emit.load(emit.at(scores, (2 * pair + odd) * TILE)), larger) for odd in range(2)]
             pairs.append(emit.pairs(*weights))
             sums = [builder.fadd(total, weight) for total, weight in zip(sums, weights, strict=True)]
         for operation in beside[TILE * len(beside) // slots :]:

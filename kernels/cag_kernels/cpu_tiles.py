@@ -44,6 +44,16 @@ def has_tiles() -> bool:
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA)) == 0
 
 
+def require_tiles() -> None:
+    """Ask for tiles before code that uses them runs, whether it is emitted here or was found in a file: without leave
+    of the operating system the first tile ends the process.
+
+    Raises: RuntimeError if there are none.
+    """
+    if not has_tiles():
+        raise RuntimeError("this processor has no tiles of bfloat16 (AMX), or this process may not use them")
+
+
 class _BFloat(ir.types.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite does not name."""
 
@@ -61,8 +71,7 @@ class TileEmitter(Emitter):
     """Instructions on vectors of 16 float32 and on tiles, which are numbered 0 to 7."""
 
     def __init__(self, function: ir.Function) -> None:
-        if not has_tiles():  # asks the operating system too: without that, the first tile ends the process
-            raise RuntimeError("this processor has no tiles of bfloat16 (AMX), or this process may not use them")
+        require_tiles()
         super().__init__(function, TILE)
 
     @contextmanager
