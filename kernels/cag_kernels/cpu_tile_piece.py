@@ -1,8 +1,8 @@
 """A piece of attention by tile products: 64 keys and values for one vector of 16 rows, as a step of a pipeline.
 
-Tiles multiply while vectors compute, if neither waits for the other. So a step does three things at once, a few
-instructions of each in turn: the scores of the rows that come next, the weights of the present ones, and the weighted
-values of those before. Scores and weights stay in the first cache, and what later pieces read is asked for meanwhile.
+Tiles multiply while vectors compute. So a step does three things at once, a few instructions of each in turn: the
+scores of the rows that come next, the weights of the present ones, and the weighted values of those before. Scores and
+weights stay in the first cache, and what later pieces read is asked for meanwhile.
 Knows where a step's operands lie; not what ranges, heads and tasks they come from (`cpu_tile_attention`).
 """
 
@@ -24,8 +24,8 @@ _LOG2_E = 1 / math.log(2)
 _TURN_FLOATS = PIECE * TILE + 512
 _ROUNDS = PIECE // DEPTH  # of a step; one turns the weights of 32 keys
 _CHAINS = 4  # sums and maxima that are joined in the end: one alone would wait for itself
-# Tiles. Loads are what products and vectors wait for: with two for each product nothing overlaps, with one all does
-# (docs/design/012). So what meets many others stays where it is during a step.
+# Tiles. Two loads for each product hold vectors up, one does not (docs/design/010). So what meets many others stays
+# where it is during a step.
 _SUMS = 0, 1  # of scores, then of weighted values
 _QUERY = 2, 3
 _WEIGHTS = 4, 5
@@ -117,8 +117,7 @@ class Pipeline:
         emit = self.emit
         other = emit.builder.sub(emit.integer(1), turn)
         self._emit_corrected(other, going.weighted)
-        for block in range(_ROUNDS):
-            emit.load_tile(_WEIGHTS[block], emit.at(self.weights, block * TILE_BYTES, INT8))
+        self._emit_held_weights()
         with emit.loop(emit.integer(0), emit.integer(_ROUNDS), 1) as part:
             for operation in self._weighted_operations(part.index, going):
                 operation()
@@ -131,10 +130,13 @@ class Pipeline:
 
     def _emit_held(self, coming: Coming) -> None:
         """Load the tiles that stay during a step: the query of the rows that come, if it is that small, and the weights
-        of those that go."""
+        of those that go; before the first step those are of nobody."""
         if self.holds_query:
             for step, place in enumerate(self._queries(coming)):
                 self.emit.load_tile(_QUERY[step], place, self._lane_bytes())
+        self._emit_held_weights()
+
+    def _emit_held_weights(self) -> None:
         for block in range(_ROUNDS):
             self.emit.load_tile(_WEIGHTS[block], self.emit.at(self.weights, block * TILE_BYTES, INT8))
 
