@@ -248,7 +248,9 @@ def tile_kernel(head_dim: int) -> CompiledKernel:
 @cache
 def _compile_tiles(head_dim: int) -> CompiledKernel:
     from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
+    from cag_kernels.cpu_tiles import require_tiles
 
+    require_tiles()
     return CompiledKernel(TILE_BLOCKING, tile_attention_module, head_dim)
 
 
@@ -263,8 +265,10 @@ def _compile_codes(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
     from cag_kernels.cpu_loops import attention_module
     from cag_kernels.cpu_panel import host_blocking
     from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
+    from cag_kernels.cpu_tiles import require_tiles
 
     if tiles:
+        require_tiles()
         return CompiledKernel(TILE_BLOCKING, tile_attention_module, head_dim, codes)
     blocking = host_blocking()
     return CompiledKernel(blocking, attention_module, head_dim, blocking, None, codes)

@@ -19,7 +19,9 @@ from cag_kernels.prefixes import Codes
 GROUP_MULTIPLE = 16  # tokens of a group of keys and channels of a group of values are multiples of this
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
+    """The fields of a call that hold the keys, or the values, of a prefix in codes."""
+
     codes: Field
     stride: Field
     scales: Field
@@ -27,28 +29,30 @@ class _Side(NamedTuple):
     exact: Field
 
 
-_SIDES = (
-    _Side(Field.KEYS, Field.KEYS_STRIDE, Field.KEY_SCALES, Field.KEY_OFFSETS, Field.EXACT_KEYS),
-    _Side(Field.VALUES, Field.VALUES_STRIDE, Field.VALUE_SCALES, Field.VALUE_OFFSETS, Field.EXACT_VALUES),
+SIDES = (
+    Side(Field.KEYS, Field.KEYS_STRIDE, Field.KEY_SCALES, Field.KEY_OFFSETS, Field.EXACT_KEYS),
+    Side(Field.VALUES, Field.VALUES_STRIDE, Field.VALUE_SCALES, Field.VALUE_OFFSETS, Field.EXACT_VALUES),
 )
 
 
 class Dequantizer:
-    """Fills two scratches of `num_tokens` rows in the function of a call, which it must be made at the beginning of."""
+    """Turns codes into rows of numbers, in the function of a call."""
 
-    def __init__(self, call: Call, codes: Codes, num_tokens: int) -> None:
+    def __init__(self, call: Call, codes: Codes) -> None:
         self.call, self.emit, self.builder = call, call.emit, call.emit.builder
         self.codes = codes
-        self.num_tokens = num_tokens
-        self.scratches = [self._on_stack(num_tokens * call.head_dim) for _ in range(2)]
 
-    def emit_side(self, side: int, head: Value, first: Value, count: Value) -> Value:
-        """Keys (0) or values (1) of tokens `[first, first + count)`, zeros behind them; `first` is a multiple of 16.
+    def rows_on_stack(self, num_tokens: int) -> Value:
+        """Memory for `[num_tokens, head_dim]` numbers, of the whole function."""
+        memory = self.builder.alloca(INT16, size=num_tokens * self.call.head_dim)
+        memory.align = 64
+        memory.type = POINTER
+        return memory
 
-        Gives where they lie, `[num_tokens, head_dim]` bfloat16.
-        """
-        emit, builder, fields = self.emit, self.builder, _SIDES[side]
-        scratch = self.scratches[side]
+    def emit_side(self, side: int, head: Value, first: Value, count: Value, target: Value, num_tokens: int) -> None:
+        """Keys (0) or values (1) of tokens `[first, first + count)` into `target`, `[num_tokens, head_dim]` bfloat16,
+        with zeros behind them; `first` is a multiple of 16."""
+        emit, builder, fields = self.emit, self.builder, SIDES[side]
         bits = (self.codes.key_bits, self.codes.value_bits)[side]
         row_bytes = self.call.head_dim * bits // 8
         start = self.call.index(head, (self.call[fields.stride], builder.mul(first, emit.integer(row_bytes))))
@@ -59,23 +63,16 @@ class Dequantizer:
             with emit.loop(block.index, stop, 1) as token:
                 parameters = keys or self._value_parameters(head, builder.add(first, token.index))
                 row = emit.at(source, builder.mul(token.index, emit.integer(row_bytes)), INT8)
-                target = emit.at(scratch, builder.mul(token.index, emit.integer(self.call.head_dim)), INT16)
+                place = emit.at(target, builder.mul(token.index, emit.integer(self.call.head_dim)), INT16)
                 values = {
                     channel: builder.fadd(builder.fmul(code, parameters[channel][0]), parameters[channel][1])
-                    for channel, code in self._row_codes(row, bits)
+                    for channel, code in self.row_codes(row, bits)
                 }
                 for channel, width in self._stores:
                     vectors = [values[channel + first] for first in range(0, width, emit.lanes)]
-                    builder.store(self._rounded(vectors), emit.at(target, channel, INT16), align=2)
-        self._emit_exact(self.call[fields.exact], scratch, head, first, count)
-        self._emit_zeros(scratch, count)
-        return scratch
-
-    def _on_stack(self, count: int) -> Value:
-        memory = self.builder.alloca(INT16, size=count)
-        memory.align = 64
-        memory.type = POINTER
-        return memory
+                    builder.store(self._rounded(vectors), emit.at(place, channel, INT16), align=2)
+        self.emit_exact(side, target, head, first, count)
+        self.emit_zeros(target, count, num_tokens)
 
     @property
     def _channels(self) -> range:
@@ -83,10 +80,14 @@ class Dequantizer:
 
     def _key_parameters(self, head: Value, token: Value) -> dict[int, tuple[Value, Value]]:
         """Scales and offsets of all channels for the group of a token."""
+        places = self.key_parameter_places(head, token)
+        return {channel: (self._wide(places[0], channel), self._wide(places[1], channel)) for channel in self._channels}
+
+    def key_parameter_places(self, head: Value, token: Value) -> list[Value]:
+        """Where scales and offsets of all channels lie for the group of a token."""
         group = self.builder.udiv(token, self.emit.integer(self.codes.group_tokens))
         index = self.call.index(head, (self.call[Field.NUM_GROUPS], group), (self.call.head_dim, 0))
-        places = [self.emit.at(self.call[field], index, INT16) for field in (Field.KEY_SCALES, Field.KEY_OFFSETS)]
-        return {channel: (self._wide(places[0], channel), self._wide(places[1], channel)) for channel in self._channels}
+        return [self.emit.at(self.call[field], index, INT16) for field in (Field.KEY_SCALES, Field.KEY_OFFSETS)]
 
     def _wide(self, place: Value, channel: int) -> Value:
         return self.emit.load_bfloat16(self.emit.at(place, channel, INT16))
@@ -110,7 +111,7 @@ class Dequantizer:
         number = self.builder.bitcast(self.builder.shl(pattern, ir.Constant(INT32, 16)), ir.FloatType())
         return self.emit.spread_number(number)
 
-    def _row_codes(self, row: Value, bits: int) -> list[tuple[int, Value]]:
+    def row_codes(self, row: Value, bits: int) -> list[tuple[int, Value]]:
         """First channel and codes as float32 of each vector of a token's row."""
         builder, lanes = self.builder, self.emit.lanes
         kind = ir.VectorType(INT8, lanes)
@@ -154,20 +155,22 @@ class Dequantizer:
         chosen = ir.Constant(ir.VectorType(INT32, len(upper)), upper)
         return self.builder.shuffle_vector(parts[0], parts[-1], chosen)
 
-    def _emit_exact(self, exact: Value, scratch: Value, head: Value, first: Value, count: Value) -> None:
-        """Put the exact first tokens in the place of what their codes gave."""
+    def emit_exact(self, side: int, target: Value, head: Value, first: Value, count: Value) -> None:
+        """Put the exact first tokens in the place of what their codes gave, in rows."""
         emit, builder, head_dim = self.emit, self.builder, self.call.head_dim
         stop = emit.minimum(self.call[Field.NUM_EXACT], builder.add(first, count))
         with self.emit.when(builder.icmp_signed("<", first, stop)):
             start = self.call.index(head, (self.call[Field.NUM_EXACT], first), (head_dim, 0))
             size = builder.mul(builder.sub(stop, first), emit.integer(head_dim))
-            self._emit_copy(emit.at(exact, start, INT16), scratch, emit.integer(0), size)
+            source = emit.at(self.call[SIDES[side].exact], start, INT16)
+            self._emit_copy(source, target, emit.integer(0), size)
 
-    def _emit_zeros(self, scratch: Value, count: Value) -> None:
+    def emit_zeros(self, target: Value, count: Value, num_tokens: int) -> None:
+        """Zeros behind the first `count` of so many rows."""
         start = self.builder.mul(count, self.emit.integer(self.call.head_dim))
-        stop = self.emit.integer(self.num_tokens * self.call.head_dim)
+        stop = self.emit.integer(num_tokens * self.call.head_dim)
         with self.emit.when(self.builder.icmp_signed("<", start, stop)):
-            self._emit_copy(None, scratch, start, stop)
+            self._emit_copy(None, target, start, stop)
 
     def _emit_copy(self, source: Value | None, target: Value, start: Value, stop: Value) -> None:
         kind = ir.VectorType(INT16, self.emit.lanes)

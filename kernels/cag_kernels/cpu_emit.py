@@ -15,6 +15,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 Value = Any  # llvmlite's values carry no types for a checker
 POINTER = ir.PointerType()
 FLOAT = ir.FloatType()
+INT1 = ir.IntType(1)
 INT8 = ir.IntType(8)
 INT16 = ir.IntType(16)
 INT32 = ir.IntType(32)
@@ -76,6 +77,23 @@ class Emitter:
         yield
         self.builder.branch(behind)
         self.builder.position_at_end(behind)
+
+    @contextmanager
+    def bits(self, mask: Value) -> Iterator[Value]:
+        """Instructions for each bit that is set in an int64, with its number, from the lowest on."""
+        builder = self.builder
+        zero = self.integer(0)
+        with self.when(builder.icmp_unsigned("!=", mask, zero)):
+            before, (body, behind) = builder.block, function_blocks(self.function, "bit", "behind")
+            builder.branch(body)
+            builder.position_at_end(body)
+            left = builder.phi(INT64)
+            yield builder.cttz(left, ir.Constant(INT1, 1))
+            fewer = builder.and_(left, builder.sub(left, self.integer(1)))
+            builder.cbranch(builder.icmp_unsigned("!=", fewer, zero), body, behind)
+            left.add_incoming(mask, before)
+            left.add_incoming(fewer, builder.block)
+            builder.position_at_end(behind)
 
     def integer(self, value: int) -> Value:
         """An index."""
@@ -142,6 +160,10 @@ class Emitter:
         """A float32 in every lane."""
         return self._spread_lanes(number, self.vector)
 
+    def spread_integer(self, number: Value) -> Value:
+        """An int32 in every lane."""
+        return self._spread_lanes(number, self.integers)
+
     def multiply_add(self, left: Value, right: Value, addend: Value) -> Value:
         """`left * right + addend`, fused where the processor has it."""
         return self._intrinsic("llvm.fmuladd", left, right, addend)
@@ -169,6 +191,11 @@ class Emitter:
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
             vectors = [self.builder.fadd(self._shuffle(*pair, even), self._shuffle(*pair, odd)) for pair in pairs]
         return vectors[0]
+
+    def reordered(self, first: Value, second: Value, numbers: Sequence[int]) -> list[Value]:
+        """Two vectors whose lanes, one behind the other, hold what `numbers` says: two with lane `i` holding `i`."""
+        lanes = [list(numbers).index(number) for number in range(2 * self.lanes)]
+        return [self._shuffle(first, second, lanes[part : part + self.lanes]) for part in (0, self.lanes)]
 
     def first_lane(self, value: Value) -> Value:
         """The number in lane 0."""

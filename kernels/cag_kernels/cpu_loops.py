@@ -59,8 +59,21 @@ def _emit_prepare(call: Call) -> None:
     builder.ret_void()
 
 
+class _Numbers:
+    """The numbers of a range of codes, on the stack."""
+
+    def __init__(self, call: Call, codes: Codes) -> None:
+        self._dequantizer, self._num_tokens = Dequantizer(call, codes), call.blocking.range_tokens
+        self._rows = [self._dequantizer.rows_on_stack(self._num_tokens) for _ in range(2)]
+
+    def emit_side(self, side: int, head: Value, first: Value, count: Value) -> Value:
+        """Where keys (0) or values (1) of tokens `[first, first + count)` lie, `[range_tokens, head_dim]`."""
+        self._dequantizer.emit_side(side, head, first, count, self._rows[side], self._num_tokens)
+        return self._rows[side]
+
+
 def _emit_attend(call: Call, panels: list[ir.Function], codes: Codes | None) -> None:
-    numbers = None if codes is None else Dequantizer(call, codes, call.blocking.range_tokens)
+    numbers = None if codes is None else _Numbers(call, codes)
     emit_tasks(call, lambda task: _emit_task(call, panels, task, numbers))
     call.emit.builder.ret_void()
 
@@ -80,7 +93,7 @@ def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     builder.position_at_end(done)
 
 
-def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: Dequantizer | None) -> None:
+def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: _Numbers | None) -> None:
     emit, builder = call.emit, call.emit.builder
     head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
     first = builder.mul(part, emit.integer(call.blocking.range_tokens))

@@ -8,17 +8,34 @@ costs less than turning the values: those only have pairs of keys put side by si
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu_call import Call, Field
-from cag_kernels.cpu_dequantize import Dequantizer
-from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value, function_blocks
+from cag_kernels.cpu_emit import (
+    FLOAT,
+    INT1,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    LINE_BYTES,
+    POINTER,
+    UNSEEN,
+    Emitter,
+    Loop,
+    Value,
+    function_blocks,
+)
 from cag_kernels.cpu_loops import emit_factors, emit_logsumexps, emit_tasks
-from cag_kernels.cpu_panel import MAX_WIDTH, Blocking
-from cag_kernels.cpu_tile_piece import PIECE, Piece, piece_bytes
+from cag_kernels.cpu_panel import Blocking
+from cag_kernels.cpu_tile_codes import operands_of
+from cag_kernels.cpu_tile_piece import NUM_ASKING, PIECE, Ahead, Coming, Going, Pipeline, Rows
 from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
 from cag_kernels.prefixes import Codes
 
+PIECES_AHEAD = 1, 0  # keys are read a piece before the values
 TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=1024)
 
 
@@ -29,16 +46,13 @@ def tile_attention_module(head_dim: int, codes: Codes | None = None) -> ir.Modul
     `WEIGHTED` is `[num_kv_heads, num_ranges, num_lanes, head_dim]`.
     """
     module = ir.Module(name=f"tile_attention_{head_dim}")
-    pieces = [
-        Piece(module, head_dim, width, piece_bytes(head_dim, codes)).function for width in range(1, MAX_WIDTH + 1)
-    ]
     _emit_prepare(_TileCall(module, "prepare", head_dim, TILE_BLOCKING))
     attend = _TileCall(module, "attend", head_dim, TILE_BLOCKING, has_codes=codes is not None)
     with attend.emit.configured():
-        task = _Task(attend, pieces, codes)
+        task = _Task(attend, codes)
         emit_tasks(attend, task.emit_range)
     attend.emit.builder.ret_void()
-    _emit_finish(Call(module, "finish", head_dim, TILE_BLOCKING))
+    _emit_finish(Call(module, "finish", head_dim, TILE_BLOCKING), task.operands.channel_order)
     return module
 
 
@@ -73,20 +87,17 @@ def _emit_prepare(call: _TileCall) -> None:
 
 
 class _Task:
-    """One range of keys of one head: piece by piece, and within a piece by panels of rows."""
+    """One range of keys of one head: piece by piece, and within a piece one vector of rows after the other."""
 
-    def __init__(self, call: _TileCall, pieces: list[ir.Function], codes: Codes | None) -> None:
-        self.call, self.emit, self.pieces = call, call.emit, pieces
+    def __init__(self, call: _TileCall, codes: Codes | None) -> None:
+        self.call, self.emit = call, call.emit
         self.head_dim = call.head_dim
-        self.paired = self.emit.bytes_on_stack(2 * PIECE * self.head_dim)
-        self.codes, self.row_bytes = codes, [size // PIECE for size in piece_bytes(self.head_dim, codes)]
-        self.numbers = None if codes is None else Dequantizer(call, codes, PIECE)
-        if self.numbers is None:
-            self.padded = [self.emit.bytes_on_stack(2 * PIECE * self.head_dim) for _ in range(2)]
+        self.pipeline = Pipeline(call.emit, call.head_dim, call[Field.NUM_LANES], call[Field.SCALE])
+        self.operands = operands_of(call, call.emit, codes)
 
     def emit_range(self, task: Value) -> None:
         """The keys of a task; results of rows go to their places for the task."""
-        call, emit, builder = self.call, self.emit, self.emit.builder
+        call, emit, builder, zero = self.call, self.emit, self.emit.builder, self.emit.integer(0)
         num_ranges, lanes = call[Field.NUM_RANGES], call[Field.NUM_LANES]
         head, part = builder.sdiv(task, num_ranges), builder.srem(task, num_ranges)
         first = builder.mul(part, emit.integer(call.blocking.range_tokens))
@@ -98,30 +109,101 @@ class _Task:
             for field, size in ((Field.MAXIMUM, 1), (Field.DENOMINATOR, 1), (Field.WEIGHTED, self.head_dim))
         ]
         self._emit_start(sums, lanes)
-        with emit.loop(first, stop, PIECE) as piece:
-            count = emit.minimum(builder.sub(stop, piece.index), emit.integer(PIECE))
-            keys, values = (self._emit_whole(side, head, piece.index, count) for side in range(2))
-            ahead = self._emit_ahead(head, builder.add(piece.index, emit.integer(PIECE)), stop)
-            self._emit_paired(values, count)
-            self._emit_panels(query, [keys, self.paired], sums, ahead, count)
+        keys = self.operands.emit_keys(head, first, self._count(first, stop))
+        self.pipeline.emit_begin(Coming(keys, query))
+        nothing = [zero, self.pipeline.nowhere]  # sums of nobody before the first rows
+        with emit.loop(first, stop, PIECE, [keys, *nothing]) as piece:
+            piece.following = self._emit_piece(piece, head, query, sums, stop)
+        turn, weighted = piece.following[1:]
+        self.pipeline.emit_end(turn, Going(self.operands.paired, weighted))
         scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
-        with emit.loop(emit.integer(0), lanes, TILE) as lane:
+        with emit.loop(zero, lanes, TILE) as lane:
             place = emit.at(sums[0], lane.index)
             emit.store(builder.fmul(emit.load(place), scale), place)
 
-    def _emit_ahead(self, head: Value, token: Value, stop: Value) -> list[Value]:
-        """Where the piece lies that is computed with next: from `token` on, and behind the range that of the task that
-        is taken next, by this thread as likely as by another."""
+    def _emit_piece(self, piece: Loop, head: Value, query: Value, sums: list[Value], stop: Value) -> list[Value]:
+        """One piece for all rows. Carried on: where the keys of the piece lie, then the turn of the next step and the
+        sums of the rows whose weights wait for values.
+
+        So the values of a piece are wanted from its second step to the first of the next one, and the keys of the next
+        one in the last step: one place is enough for each. Rows take their turns forth in even pieces and back in odd
+        ones: all operands together are more than the first cache holds, and what met the last rows is still there.
+        """
+        emit, builder, lanes = self.emit, self.emit.builder, self.call[Field.NUM_LANES]
+        count, following = self._count(piece.index, stop), builder.add(piece.index, emit.integer(PIECE))
+        ahead = self._emit_ahead(head, following, stop)
+        is_odd = builder.trunc(builder.udiv(piece.index, emit.integer(PIECE)), INT1)
+        step = builder.select(is_odd, emit.integer(-TILE), emit.integer(TILE))
+        first = builder.select(is_odd, builder.sub(lanes, emit.integer(TILE)), emit.integer(0))
+        with emit.loop(emit.integer(0), lanes, TILE, [first, *piece.values]) as rows:
+            lane, keys, turn, going = rows.values
+            is_last = builder.icmp_signed("==", rows.index, builder.sub(lanes, emit.integer(TILE)))
+            coming = self._emit_coming_keys(is_last, head, following, stop, keys)
+            next_lane = builder.select(is_last, lane, builder.add(lane, step))
+            present = Rows(emit.at(sums[0], lane), emit.at(sums[1], lane), count)
+            self.pipeline.emit_step(
+                turn,
+                Coming(coming, emit.at(query, next_lane, INT32)),
+                present,
+                Going(self.operands.paired, going),
+                self._share(ahead, rows.index),
+            )
+            with emit.when(builder.icmp_signed("==", rows.index, emit.integer(0))):
+                self.operands.emit_values(head, piece.index, count)
+            weighted = emit.at(sums[2], builder.mul(lane, emit.integer(self.head_dim)))
+            rows.following = [next_lane, coming, builder.sub(emit.integer(1), turn), weighted]
+        return list(rows.following[1:])
+
+    def _emit_coming_keys(self, is_last: Value, head: Value, token: Value, stop: Value, keys: Value) -> Value:
+        """Where the keys of the next step lie: those of the piece from `token` on behind the last rows; when the range
+        ends there, any that may be read."""
+        builder = self.emit.builder
+        before, (other, behind) = builder.block, function_blocks(self.call.function, "other", "behind")
+        is_other = builder.and_(is_last, builder.icmp_signed("<", token, stop))
+        builder.cbranch(is_other, other, behind)
+        builder.position_at_end(other)
+        found = self.operands.emit_keys(head, token, self._count(token, stop))
+        end = builder.block
+        builder.branch(behind)
+        builder.position_at_end(behind)
+        place = builder.phi(POINTER)
+        place.add_incoming(keys, before)
+        place.add_incoming(found, end)
+        return place
+
+    def _count(self, token: Value, stop: Value) -> Value:
+        return self.emit.minimum(self.emit.builder.sub(stop, token), self.emit.integer(PIECE))
+
+    def _share(self, ahead: list[Ahead], lane: Value) -> list[Ahead]:
+        """What is asked for during the step of the rows from `lane` on."""
+        emit, builder = self.emit, self.emit.builder
+        step = builder.mul(builder.udiv(lane, emit.integer(TILE)), emit.integer(NUM_ASKING * LINE_BYTES))
+        return [side._replace(place=emit.at(side.place, builder.mul(step, side.each), INT8)) for side in ahead]
+
+    def _emit_ahead(self, head: Value, token: Value, stop: Value) -> list[Ahead]:
+        """What memory is asked for during a piece: keys and values that later steps read, counted from the next piece,
+        which begins at `token`; behind the range those of the task that is taken next, by this thread as likely as by
+        another."""
         call, emit, builder = self.call, self.emit, self.emit.builder
-        num_ranges = call[Field.NUM_RANGES]
+        num_ranges, range_tokens = call[Field.NUM_RANGES], emit.integer(call.blocking.range_tokens)
         last = builder.sub(builder.mul(num_ranges, call[Field.NUM_KV_HEADS]), emit.integer(1))
-        coming = builder.load_atomic(call.place(Field.NEXT_TASK), "monotonic", 8, typ=INT64)
-        task = emit.minimum(coming, last)
-        first = builder.mul(builder.srem(task, num_ranges), emit.integer(call.blocking.range_tokens))
-        is_here = builder.icmp_signed("<", token, stop)
-        token = builder.select(is_here, token, first)
-        head = builder.select(is_here, head, builder.sdiv(task, num_ranges))
-        return [self._place(side, head, token) for side in range(2)]
+        waiting = builder.load_atomic(call.place(Field.NEXT_TASK), "monotonic", 8, typ=INT64)
+        task = emit.minimum(waiting, last)
+        vectors = builder.udiv(call[Field.NUM_LANES], emit.integer(TILE))
+        found = []
+        for side, pieces in enumerate(PIECES_AHEAD):
+            wanted = builder.add(token, emit.integer(pieces * PIECE))
+            first = builder.mul(builder.srem(task, num_ranges), range_tokens)
+            behind = builder.urem(wanted, range_tokens)  # of the next range when this one is whole
+            is_here = builder.icmp_signed("<", wanted, stop)
+            place = self.operands.place(
+                side,
+                builder.select(is_here, head, builder.sdiv(task, num_ranges)),
+                builder.select(is_here, wanted, builder.add(first, behind)),
+            )
+            places = builder.mul(vectors, emit.integer(NUM_ASKING))
+            found.append(Ahead(place, emit.rounded_up(emit.integer(self.operands.num_lines(side)), places)))
+        return found
 
     def _emit_start(self, sums: list[Value], lanes: Value) -> None:
         emit, builder = self.emit, self.emit.builder
@@ -132,87 +214,8 @@ class _Task:
         with emit.loop(emit.integer(0), builder.mul(lanes, emit.integer(self.head_dim)), TILE) as element:
             emit.store(emit.constant(0.0), emit.at(weighted, element.index))
 
-    def _emit_whole(self, side: int, head: Value, token: Value, count: Value) -> Value:
-        """Where a piece's keys (0) or values (1) lie: a copy when they are codes, or with zeros behind it when it is
-        not whole."""
-        if self.numbers is not None:
-            return self.numbers.emit_side(side, head, token, count)
-        call, emit, builder = self.call, self.emit, self.emit.builder
-        source, copy = self._place(side, head, token), self.padded[side]
-        before, (partly, behind) = builder.block, function_blocks(call.function, "partly", "behind")
-        builder.cbranch(builder.icmp_signed("<", count, emit.integer(PIECE)), partly, behind)
-        builder.position_at_end(partly)
-        present = builder.mul(count, emit.integer(self.head_dim))
-        vector = ir.VectorType(INT16, TILE)
-        with emit.loop(emit.integer(0), present, TILE) as element:
-            numbers = builder.load(emit.at(source, element.index, INT16), typ=vector, align=2)
-            builder.store(numbers, emit.at(copy, element.index, INT16), align=2)
-        with emit.loop(present, emit.integer(PIECE * self.head_dim), TILE) as element:
-            zeros = ir.Constant(vector, [0] * TILE)
-            builder.store(zeros, emit.at(copy, element.index, INT16), align=2)
-        end = builder.block
-        builder.branch(behind)
-        builder.position_at_end(behind)
-        found = builder.phi(POINTER)
-        found.add_incoming(source, before)
-        found.add_incoming(copy, end)
-        return found
 
-    def _place(self, side: int, head: Value, token: Value) -> Value:
-        """Where the numbers or codes of a token lie in memory."""
-        call, builder = self.call, self.emit.builder
-        field, stride = ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))[side]
-        unit, size = (INT16, self.head_dim) if self.codes is None else (INT8, self.row_bytes[side])
-        return self.emit.at(
-            call[field], call.index(head, (call[stride], builder.mul(token, self.emit.integer(size)))), unit
-        )
-
-    def _emit_paired(self, values: Value, count: Value) -> None:
-        """Values of a piece as right operands: `[blocks of 32 keys, head_dim / 16, 16 pairs of keys, 16 channels]`."""
-        emit, builder = self.emit, self.emit.builder
-        with (
-            emit.loop(emit.integer(0), count, DEPTH) as key,
-            emit.loop(emit.integer(0), emit.integer(self.head_dim), DEPTH) as channel,
-        ):
-            first = builder.mul(key.index, emit.integer(self.head_dim))
-            source = emit.at(values, builder.add(first, channel.index), INT16)
-            target = emit.at(
-                self.paired, emit.builder.add(first, builder.mul(channel.index, emit.integer(DEPTH))), INT16
-            )
-            for pair in range(TILE):
-                even = emit.at(source, 2 * pair * self.head_dim, INT16)
-                for part, pairs in enumerate(emit.load_pairs(even, emit.at(even, self.head_dim, INT16))):
-                    builder.store(pairs, emit.at(target, (pair + part * TILE) * DEPTH, INT16), align=4)
-
-    def _emit_panels(
-        self, query: Value, sides: list[Value], sums: list[Value], ahead: list[Value], count: Value
-    ) -> None:
-        """All rows, in panels of about as many vectors each, which there are tiles for."""
-        call, emit, builder = self.call, self.emit, self.emit.builder
-        lanes, scale = call[Field.NUM_LANES], call[Field.SCALE]
-        vectors = builder.udiv(lanes, emit.integer(TILE))
-        num_panels = emit.rounded_up(vectors, emit.integer(MAX_WIDTH))
-        most = emit.rounded_up(vectors, num_panels)
-        with emit.loop(emit.integer(0), lanes, builder.mul(most, emit.integer(TILE))) as column:
-            left = builder.sub(lanes, column.index)
-            width = emit.minimum(builder.sdiv(left, emit.integer(TILE)), most)
-            channels = builder.mul(column.index, emit.integer(self.head_dim))
-            shifted = [
-                emit.at(place, index) for place, index in zip(sums, (column.index, column.index, channels), strict=True)
-            ]
-            arguments = [emit.at(query, column.index, INT32), *sides, *shifted, *ahead, count, lanes, scale]
-            joined = call.function.append_basic_block("joined")
-            switch = builder.switch(width, joined)
-            for index, piece in enumerate(self.pieces):
-                (block,) = function_blocks(call.function, f"width_{index + 1}")
-                switch.add_case(emit.integer(index + 1), block)
-                builder.position_at_end(block)
-                builder.call(piece, arguments)
-                builder.branch(joined)
-            builder.position_at_end(joined)
-
-
-def _emit_finish(call: Call) -> None:
+def _emit_finish(call: Call, channel_order: Sequence[int]) -> None:
     """Join the ranges of every head and write the result, row by row; maxima and denominators end in range 0."""
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
     num_ranges, lanes = call[Field.NUM_RANGES], call[Field.NUM_LANES]
@@ -237,8 +240,10 @@ def _emit_finish(call: Call) -> None:
             target = emit.at(
                 call[Field.OUT], call.index(head.index, (call[Field.NUM_ROWS], row.index), (call.head_dim, 0))
             )
-            for index, value in enumerate(part.following):
-                emit.store(value, emit.at(target, index * TILE))
+            for channel in range(0, call.head_dim, DEPTH):
+                low, high = part.following[channel // TILE : channel // TILE + 2]
+                for index, value in enumerate(emit.reordered(low, high, channel_order)):
+                    emit.store(value, emit.at(target, channel + index * TILE))
         place = call.index(base, (lanes, first))
         emit.store(largest, emit.at(call[Field.MAXIMUM], place))
         emit.store(total, emit.at(call[Field.DENOMINATOR], place))

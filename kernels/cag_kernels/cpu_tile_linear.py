@@ -17,7 +17,7 @@ from cag_kernels.cpu_emit import Value
 from cag_kernels.cpu_program import Program
 from cag_kernels.cpu_tape import CompiledStep, Reads, new_call, scratch_memory
 from cag_kernels.cpu_tile_product import PARTS, Field, ProductCall, emit_blocks, emit_prepare, emit_sums
-from cag_kernels.cpu_tiles import DEPTH, TILE, has_tiles
+from cag_kernels.cpu_tiles import DEPTH, TILE, has_tiles, require_tiles
 
 BLOCK_FEATURES = PARTS * TILE
 
@@ -78,6 +78,7 @@ class TileLinearKernel:
     """Machine code for every shape, run on several threads."""
 
     def __init__(self) -> None:
+        require_tiles()
         program = Program(tile_linear_module)
         self._prepare, self._multiply = (
             CompiledStep(program.address(name), program) for name in ("prepare", "multiply")

@@ -20,7 +20,7 @@ from cag_kernels.cpu_program import Program
 from cag_kernels.cpu_tape import CompiledStep, Reads, new_call, scratch_memory
 from cag_kernels.cpu_tile_linear import no_bias, pairs_size
 from cag_kernels.cpu_tile_product import Field, ProductCall, emit_blocks, emit_sums
-from cag_kernels.cpu_tiles import DEPTH, TILE
+from cag_kernels.cpu_tiles import DEPTH, TILE, require_tiles
 
 _lock = threading.Lock()
 
@@ -71,6 +71,7 @@ def compiled_gate() -> CompiledStep:
 
 @cache
 def _compile() -> CompiledStep:
+    require_tiles()
     program = Program(tile_gate_module)
     return CompiledStep(program.address("gate"), program)
 

@@ -1,225 +1,267 @@
-"""A piece of attention by tile products: up to 64 keys and values for up to 48 rows, as one function.
+"""A piece of attention by tile products: 64 keys and values for one vector of 16 rows, as a step of a pipeline.
 
-Scores and weights of a piece stay in the first cache, and what the next piece reads is asked for meanwhile.
-Knows where a piece's operands lie; not what ranges, heads and tasks they come from (`cpu_tile_attention`).
+Tiles multiply while vectors compute. So a step does three things at once, a few instructions of each in turn: the
+scores of the rows that come next, the weights of the present ones, and the weighted values of those before. Scores and
+weights stay in the first cache, and what later pieces read is asked for meanwhile.
+Knows where a step's operands lie; not what ranges, heads and tasks they come from (`cpu_tile_attention`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, SECOND_CACHE, UNSEEN, Value
+from cag_kernels.cpu_tiles import DEPTH, FEW_TERMS, ROW_BYTES, TILE, TileEmitter
 
-from cag_kernels.cpu_emit import (
-    FLOAT,
-    INT8,
-    INT16,
-    INT32,
-    INT64,
-    LINE_BYTES,
-    POINTER,
-    SECOND_CACHE,
-    UNSEEN,
-    Value,
-)
-from cag_kernels.cpu_tiles import DEPTH, FEW_TERMS, TILE, TileEmitter
-from cag_kernels.prefixes import Codes
-
-PIECE = 64  # keys of one softmax step: scores, turned values and weights of them stay in the first cache
-# which share of the next piece is asked for during which phase of this one: about as long as each takes. Memory brings
-# a piece in about the time in which it is computed with, but only if it is asked all along.
-_AHEAD = {"scores": (0, 0.2), "maxima": (0.2, 0.3), "weights": (0.3, 0.7), "left": (0.7, 0.8), "sums": (0.8, 1)}
+PIECE = 64  # keys of one softmax step
+TILE_BYTES = TILE * ROW_BYTES
 _LOG2_E = 1 / math.log(2)
-_OF_ROWS, _SHARED = 3, 6  # tiles 0 to 2 hold sums, 3 to 5 operands of rows, 6 the one that all rows meet
+# floats from the scores of one turn to those of the other: half a page more than they are, since a load of what lies a
+# whole page behind a store that is under way waits for it
+_TURN_FLOATS = PIECE * TILE + 512
+_ROUNDS = PIECE // DEPTH  # of a step; one turns the weights of 32 keys
+_CHAINS = 4  # sums and maxima that are joined in the end: one alone would wait for itself
+# Tiles. Two loads for each product hold vectors up, one does not (docs/design/010). So what meets many others stays
+# where it is during a step.
+_SUMS = 0, 1  # of scores, then of weighted values
+_QUERY = 2, 3
+_WEIGHTS = 4, 5
+_OTHERS = 6, 7  # keys, then values
 
 
-def piece_bytes(head_dim: int, codes: Codes | None) -> tuple[int, int]:
-    """Bytes in memory of the keys and of the values of a piece."""
-    bits = (16, 16) if codes is None else (codes.key_bits, codes.value_bits)
-    return PIECE * head_dim * bits[0] // 8, PIECE * head_dim * bits[1] // 8
+class Coming(NamedTuple):
+    """Rows whose scores are next: the keys, `[PIECE, head_dim]` bfloat16, and the rows' turned query."""
+
+    keys: Value
+    query: Value
 
 
-class Piece:
-    """Up to `PIECE` keys for `width` vectors of rows. The maximum is of scores that are not scaled yet.
+class Rows(NamedTuple):
+    """Rows whose weights are under way: places of their maxima and denominators, and how many keys there are."""
 
-    Arguments: the turned query, keys, paired values; maximum, denominator and weighted sums so far; where keys and
-    values of the next piece lie in memory; then the number of keys, rows from one channel of the query to the next, and
-    the bits of the scale.
+    maximum: Value
+    denominator: Value
+    count: Value
+
+
+class Going(NamedTuple):
+    """Rows whose weights wait for values: these, as right operands, and the place of the sums."""
+
+    values: Value
+    weighted: Value
+
+
+class Ahead(NamedTuple):
+    """What memory is asked for during a step, of keys or of values: `NUM_ASKING` lines from `place` on, `each` times
+    as many behind each other."""
+
+    place: Value
+    each: Value
+
+
+NUM_ASKING = PIECE // 2  # once for each pair of keys
+
+
+class Pipeline:
+    """Memory of the steps under way, in the function that they are emitted into, and the steps.
+
+    Steps take two turns, 0 and 1: in one turn's memory scores are read while the other's is written.
     """
 
-    def __init__(self, module: ir.Module, head_dim: int, width: int, piece_bytes: tuple[int, int]) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 8 + [INT64] * 3)
-        self.function = ir.Function(module, kind, name=f"piece_{width}")
-        self.function.linkage = "internal"
-        self.emit = TileEmitter(self.function)
-        self.head_dim, self.width, self.row_floats = head_dim, width, width * TILE
-        arguments = self.function.args
-        self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
-        self.ahead, self.piece_bytes = arguments[6:8], piece_bytes
-        self.count, self.lanes, scale = arguments[8:]
-        emit, builder = self.emit, self.emit.builder
-        self.scores = emit.scratch(PIECE * self.row_floats)
-        self.weights = emit.bytes_on_stack(2 * PIECE * self.row_floats)
-        self.corrections = emit.scratch(self.row_floats)
-        factor = builder.bitcast(builder.trunc(scale, INT32), FLOAT)
-        self.factor = builder.fmul(emit.spread_number(factor), emit.constant(_LOG2_E))  # of scores, to powers of two
-        blocks = builder.sdiv(builder.add(self.count, emit.integer(DEPTH - 1)), emit.integer(DEPTH))
-        self.num_keys = builder.mul(blocks, emit.integer(DEPTH))
-        self._emit_scores()
-        self._emit_unseen()
-        self._emit_corrected(self._emit_softmax())
-        self._emit_left()
-        self._emit_weighted()
-        builder.ret_void()
+    def __init__(self, emit: TileEmitter, head_dim: int, lanes: Value, scale: Value) -> None:
+        self.emit, self.head_dim, self.lanes = emit, head_dim, lanes
+        self.holds_query = head_dim // DEPTH <= len(_QUERY)
+        self.scores = emit.scratch(2 * _TURN_FLOATS)
+        # left operands: `[blocks of 32 keys, 16 rows, 32 keys]`
+        self.weights = emit.bytes_on_stack(_ROUNDS * TILE_BYTES)
+        self.corrections = emit.scratch(2 * TILE)
+        self.nowhere = emit.scratch(TILE * head_dim)
+        factor = emit.builder.bitcast(emit.builder.trunc(scale, INT32), FLOAT)
+        self.factor = emit.builder.fmul(emit.spread_number(factor), emit.constant(_LOG2_E))  # of scores, to powers of 2
 
-    def _emit_scores(self) -> None:
+    def emit_begin(self, coming: Coming) -> None:
+        """Scores of the first step, which has turn 0 and nothing before it."""
+        emit = self.emit
+        emit.store(emit.constant(1.0), self._corrections(emit.integer(1)))
+        self._emit_held(coming)
+        with emit.loop(emit.integer(0), emit.integer(_ROUNDS), 1) as part:
+            for operation in self._score_operations(part.index, coming, self._scores(emit.integer(0))):
+                operation()
+
+    def emit_step(self, turn: Value, coming: Coming, rows: Rows, going: Going, ahead: Sequence[Ahead]) -> None:
+        """Weights of the rows whose scores the step before has left, and what goes on beside them."""
+        emit, builder = self.emit, self.emit.builder
+        other = builder.sub(emit.integer(1), turn)
+        scores = self._scores(turn)
+        self._emit_held(coming)
+        self._emit_corrected(other, going.weighted)
+        self._emit_unseen(scores, rows.count)
+        larger, started = self._emit_maxima(turn, scores, rows)
+        nothing = emit.constant(0.0)
+        with emit.loop(emit.integer(0), emit.integer(_ROUNDS), 1, [started, nothing]) as part:
+            beside = [
+                *self._score_operations(part.index, coming, self._scores(other)),
+                *self._weighted_operations(part.index, going),
+            ]
+            pairs, part.following = self._emit_weights(part.index, scores, larger, part.values, beside, ahead)
+            target = emit.at(self.weights, builder.mul(part.index, emit.integer(TILE_BYTES)), INT8)
+            for row, vector in enumerate(emit.transposed(pairs)):
+                builder.store(vector, emit.at(target, row * ROW_BYTES, INT8), align=4)
+        emit.store(builder.fadd(*part.following), rows.denominator)
+
+    def emit_end(self, turn: Value, going: Going) -> None:
+        """Weighted values of the last step, which would have been followed by one of this turn."""
+        emit = self.emit
+        other = emit.builder.sub(emit.integer(1), turn)
+        self._emit_corrected(other, going.weighted)
+        self._emit_held_weights()
+        with emit.loop(emit.integer(0), emit.integer(_ROUNDS), 1) as part:
+            for operation in self._weighted_operations(part.index, going):
+                operation()
+
+    def _scores(self, turn: Value) -> Value:
+        return self.emit.at(self.scores, self.emit.builder.mul(turn, self.emit.integer(_TURN_FLOATS)))
+
+    def _corrections(self, turn: Value) -> Value:
+        return self.emit.at(self.corrections, self.emit.builder.mul(turn, self.emit.integer(TILE)))
+
+    def _emit_held(self, coming: Coming) -> None:
+        """Load the tiles that stay during a step: the query of the rows that come, if it is that small, and the weights
+        of those that go; before the first step those are of nobody."""
+        if self.holds_query:
+            for step, place in enumerate(self._queries(coming)):
+                self.emit.load_tile(_QUERY[step], place, self._lane_bytes())
+        self._emit_held_weights()
+
+    def _emit_held_weights(self) -> None:
+        for block in range(_ROUNDS):
+            self.emit.load_tile(_WEIGHTS[block], self.emit.at(self.weights, block * TILE_BYTES, INT8))
+
+    def _queries(self, coming: Coming) -> list[Value]:
+        """Where each 32 channels of the rows lie."""
+        emit, builder = self.emit, self.emit.builder
+        shift = builder.mul(self.lanes, emit.integer(TILE))
+        steps = range(self.head_dim // DEPTH)
+        return [emit.at(coming.query, builder.mul(shift, emit.integer(step)), INT32) for step in steps]
+
+    def _lane_bytes(self) -> Value:
+        return self.emit.builder.mul(self.lanes, self.emit.integer(4))
+
+    def _score_operations(self, part: Value, coming: Coming, scores: Value) -> list[Callable[[], None]]:
+        """Scores of the 32 keys of one round, `[key, row]`."""
         emit, builder = self.emit, self.emit.builder
         key_bytes = 2 * self.head_dim
-        lane_bytes = builder.mul(self.lanes, emit.integer(4))
-        with emit.loop(emit.integer(0), self.count, TILE) as key:
-            keys = emit.at(self.keys, builder.mul(key.index, emit.integer(key_bytes)), INT8)
-            for lane in range(self.width):
-                emit.zero(lane)
-            for step in range(self.head_dim // DEPTH):
-                emit.load_tile(_SHARED, emit.at(keys, 2 * DEPTH * step, INT8), key_bytes)
-                rows = emit.at(self.query, builder.mul(self.lanes, emit.integer(TILE * step)), INT32)
-                for lane in range(self.width):
-                    emit.load_tile(_OF_ROWS + lane, emit.at(rows, lane * TILE, INT32), lane_bytes)
-                    emit.add_product(lane, _SHARED, _OF_ROWS + lane)
-            target = emit.at(self.scores, builder.mul(key.index, emit.integer(self.row_floats)))
-            for lane in range(self.width):
-                emit.store_tile(lane, emit.at(target, lane * TILE), 4 * self.row_floats)
-            self._emit_ahead("scores", key.index, TILE, PIECE)
+        keys = emit.at(coming.keys, builder.mul(part, emit.integer(DEPTH * key_bytes)), INT8)
+        queries, lane_bytes = self._queries(coming), self._lane_bytes()
+        scores = emit.at(scores, builder.mul(part, emit.integer(DEPTH * TILE)))
+        tiles, steps = range(DEPTH // TILE), range(self.head_dim // DEPTH)
+        found: list[Callable[[], None]] = [partial(emit.zero, _SUMS[tile]) for tile in tiles]
+        for step in steps:
+            query = _QUERY[step % 2]
+            if not self.holds_query:
+                found.append(partial(emit.load_tile, query, queries[step], lane_bytes))
+            for tile in tiles:
+                place = emit.at(keys, tile * TILE * key_bytes + 2 * DEPTH * step, INT8)
+                found.append(partial(emit.load_tile, _OTHERS[tile], place, key_bytes))
+                found.append(partial(emit.add_product, _SUMS[tile], _OTHERS[tile], query))
+        return found + [partial(emit.store_tile, _SUMS[tile], emit.at(scores, tile * TILE * TILE)) for tile in tiles]
 
-    def _emit_unseen(self) -> None:
-        """Scores of what lies behind the last key in its block of 32."""
+    def _weighted_operations(self, part: Value, going: Going) -> list[Callable[[], None]]:
+        """Add a round's share of the channels of weighted values: all 64 keys, 16 channels at a time."""
         emit, builder = self.emit, self.emit.builder
-        with (
-            emit.when(builder.icmp_signed("<", self.count, self.num_keys)),
-            emit.loop(self.count, self.num_keys, 1) as key,
-        ):
-            place = emit.at(self.scores, builder.mul(key.index, emit.integer(self.row_floats)))
-            for lane in range(self.width):
-                emit.store(emit.constant(UNSEEN), emit.at(place, lane * TILE))
+        tiles, row_bytes = self.head_dim // TILE, 4 * self.head_dim
+        share = tiles // _ROUNDS
+        sums = emit.at(going.weighted, builder.mul(part, emit.integer(share * TILE)))
+        values = emit.at(going.values, builder.mul(part, emit.integer(share * TILE_BYTES)), INT8)
+        found: list[Callable[[], None]] = []
+        for first in range(0, share, 2):
+            pair = range(first, min(first + 2, share))
+            places = {tile: emit.at(sums, tile * TILE) for tile in pair}
+            found += [partial(emit.load_tile, _SUMS[tile % 2], places[tile], row_bytes) for tile in pair]
+            for block in range(_ROUNDS):
+                for tile in pair:
+                    others = _OTHERS[tile % 2]
+                    place = emit.at(values, (block * tiles + tile) * TILE_BYTES, INT8)
+                    found.append(partial(emit.load_tile, others, place))
+                    found.append(partial(emit.add_product, _SUMS[tile % 2], _WEIGHTS[block], others))
+            found += [partial(emit.store_tile, _SUMS[tile % 2], places[tile], row_bytes) for tile in pair]
+        return found
 
-    def _row(self, pointer: Value, index: Value) -> list[Value]:
-        place = self.emit.at(pointer, self.emit.builder.mul(index, self.emit.integer(self.row_floats)))
-        return [self.emit.load(self.emit.at(place, lane * TILE)) for lane in range(self.width)]
-
-    def _lanes_of(self, pointer: Value) -> list[Value]:
-        return [self.emit.load(self.emit.at(pointer, lane * TILE)) for lane in range(self.width)]
-
-    def _emit_softmax(self) -> list[Value]:
-        """Scores to weights, pairs of keys side by side in the scores' memory; the corrections of older sums."""
-        emit, builder, lanes = self.emit, self.emit.builder, range(self.width)
-        before = self._lanes_of(self.maximum)
-        with emit.loop(emit.integer(0), self.num_keys, 2, before) as key:
-            even, odd = (
-                self._row(self.scores, key.index),
-                self._row(self.scores, builder.add(key.index, emit.integer(1))),
-            )
-            self._emit_ahead("maxima", key.index, 2, PIECE)
-            key.following = [emit.larger(odd[i], emit.larger(even[i], key.values[i])) for i in lanes]
-        larger = list(key.following)
-        corrections = [self._correction(before[i], larger[i]) for i in lanes]
-        old = self._lanes_of(self.denominator)
-        with emit.loop(emit.integer(0), self.num_keys, 2, [builder.fmul(old[i], corrections[i]) for i in lanes]) as key:
-            weights = [
-                [
-                    self._weight(score, larger[i])
-                    for i, score in enumerate(self._row(self.scores, builder.add(key.index, emit.integer(step))))
-                ]
-                for step in range(2)
-            ]
-            place = builder.mul(builder.sdiv(key.index, emit.integer(2)), emit.integer(self.row_floats))
-            for i in lanes:
-                pairs = emit.pairs(weights[0][i], weights[1][i])
-                builder.store(pairs, emit.at(self.scores, builder.add(place, emit.integer(i * TILE))), align=4)
-            self._emit_ahead("weights", key.index, 2, PIECE)
-            key.following = [builder.fadd(key.values[i], builder.fadd(weights[0][i], weights[1][i])) for i in lanes]
-        for i in lanes:
-            emit.store(larger[i], emit.at(self.maximum, i * TILE))
-            emit.store(key.following[i], emit.at(self.denominator, i * TILE))
-        return corrections
-
-    def _emit_ahead(self, phase: str, index: Value, step: int, stop: int) -> None:
-        """Ask for the next piece's share of one round of a phase's loop, which goes from 0 to `stop` by `step`."""
+    def _emit_unseen(self, scores: Value, count: Value) -> None:
+        """Scores of what lies behind the last key."""
         emit, builder = self.emit, self.emit.builder
-        num_keys, num_lines = (size // LINE_BYTES for size in (self.piece_bytes[0], sum(self.piece_bytes)))
-        first, last = (int(num_lines * share) for share in _AHEAD[phase])
-        each = -(-(last - first) * step // stop)
-        begin = builder.add(
-            builder.mul(builder.udiv(index, emit.integer(step)), emit.integer(each)), emit.integer(first)
-        )
-        for number in range(each):
-            line = builder.add(begin, emit.integer(number))
-            of_keys = builder.icmp_signed("<", line, emit.integer(num_keys))
-            place = builder.select(of_keys, *self.ahead)
-            line = builder.select(of_keys, line, builder.sub(line, emit.integer(num_keys)))
-            emit.prefetch(emit.at(place, builder.mul(line, emit.integer(LINE_BYTES)), INT8), near=SECOND_CACHE)
+        whole = emit.integer(PIECE)
+        with emit.when(builder.icmp_signed("<", count, whole)), emit.loop(count, whole, 1) as key:
+            emit.store(emit.constant(UNSEEN), emit.at(scores, builder.mul(key.index, emit.integer(TILE))))
 
-    def _correction(self, before: Value, larger: Value) -> Value:
-        """What older sums are multiplied by: exactly 1 where the maximum is what it was."""
-        same = self.emit.builder.fcmp_ordered("==", before, larger)
-        return self.emit.builder.select(same, self.emit.constant(1.0), self._weight(before, larger))
+    def _emit_maxima(self, turn: Value, scores: Value, rows: Rows) -> tuple[Value, Value]:
+        """The new maxima, and the denominators so far relative to these; corrections of older sums go to their
+        place."""
+        emit, builder = self.emit, self.emit.builder
+        before = emit.load(rows.maximum)
+        chains = [before] * _CHAINS
+        for key in range(PIECE):
+            chains[key % _CHAINS] = emit.larger(chains[key % _CHAINS], emit.load(emit.at(scores, key * TILE)))
+        larger = emit.larger(emit.larger(chains[0], chains[1]), emit.larger(chains[2], chains[3]))
+        same = builder.fcmp_ordered("==", before, larger)  # then exactly 1, which the polynomial is not
+        correction = builder.select(same, emit.constant(1.0), self._weight(before, larger))
+        emit.store(larger, rows.maximum)
+        emit.store(correction, self._corrections(turn))
+        return larger, builder.fmul(emit.load(rows.denominator), correction)
+
+    def _emit_weights(
+        self,
+        part: Value,
+        scores: Value,
+        larger: Value,
+        sums: Sequence[Value],
+        beside: list[Callable[[], None]],
+        ahead: Sequence[Ahead],
+    ) -> tuple[list[Value], list[Value]]:
+        """Weights of 32 keys, in pairs, and sums of the even and of the odd ones; what runs beside them in between."""
+        emit, builder = self.emit, self.emit.builder
+        scores = emit.at(scores, builder.mul(part, emit.integer(DEPTH * TILE)))
+        pairs, slots = [], TILE + 2
+        for pair in range(TILE):
+            for operation in beside[pair * len(beside) // slots : (pair + 1) * len(beside) // slots]:
+                operation()
+            self._emit_ahead(builder.add(builder.mul(part, emit.integer(TILE)), emit.integer(pair)), ahead)
+            weights = [self._weight(emit.load(emit.at(scores, (2 * pair + odd) * TILE)), larger) for odd in range(2)]
+            pairs.append(emit.pairs(*weights))
+            sums = [builder.fadd(total, weight) for total, weight in zip(sums, weights, strict=True)]
+        for operation in beside[TILE * len(beside) // slots :]:
+            operation()
+        return pairs, list(sums)
+
+    def _emit_ahead(self, number: Value, ahead: Sequence[Ahead]) -> None:
+        """Ask for the first line of each side's share; for more of them only where there are few rows."""
+        emit, builder = self.emit, self.emit.builder
+        for side in ahead:
+            place = emit.at(side.place, builder.mul(number, emit.integer(LINE_BYTES)), INT8)
+            emit.prefetch(place, near=SECOND_CACHE)
+            with (
+                emit.when(builder.icmp_signed(">", side.each, emit.integer(1))),
+                emit.loop(emit.integer(1), side.each, 1) as line,
+            ):
+                shift = builder.mul(line.index, emit.integer(NUM_ASKING * LINE_BYTES))
+                emit.prefetch(emit.at(place, shift, INT8), near=SECOND_CACHE)
 
     def _weight(self, score: Value, maximum: Value) -> Value:
         """The difference first: a product of its own for each would round huge scores to more than the maximum."""
         exponent = self.emit.builder.fmul(self.emit.builder.fsub(score, maximum), self.factor)
         return self.emit.power_of_two(exponent, FEW_TERMS)
 
-    def _emit_left(self) -> None:
-        """Weights as left operands: `[blocks of 32 keys, width, 16 rows, 32 keys]`."""
+    def _emit_corrected(self, turn: Value, weighted: Value) -> None:
+        """Multiply sums before a step's values are added, of rows whose maximum has grown."""
         emit, builder = self.emit, self.emit.builder
-        with emit.loop(emit.integer(0), self.num_keys, DEPTH) as key:
-            first = builder.mul(builder.sdiv(key.index, emit.integer(2)), emit.integer(self.row_floats))
-            for lane in range(self.width):
-                place = builder.add(first, emit.integer(lane * TILE))
-                source = emit.at(self.scores, place, INT32)
-                pairs = [emit.load_integers(emit.at(source, pair * self.row_floats, INT32)) for pair in range(TILE)]
-                target = emit.at(self.weights, builder.add(first, emit.integer(lane * TILE * TILE)), INT32)
-                for row, vector in enumerate(emit.transposed(pairs)):
-                    builder.store(vector, emit.at(target, row * TILE, INT32), align=4)
-            self._emit_ahead("left", key.index, DEPTH, PIECE)
-
-    def _emit_corrected(self, corrections: list[Value]) -> None:
-        """Multiply older sums, 16 rows at a time and only where the maximum of one of these has grown."""
-        emit, builder = self.emit, self.emit.builder
-        for lane, vector in enumerate(corrections):
-            emit.store(vector, emit.at(self.corrections, lane * TILE))
-            moved = builder.bitcast(builder.fcmp_unordered("!=", vector, emit.constant(1.0)), INT16)
-            first = emit.integer(lane * TILE)
-            with (
-                emit.when(builder.icmp_signed("!=", moved, ir.Constant(INT16, 0))),
-                emit.loop(first, builder.add(first, emit.integer(TILE)), 1) as row,
-            ):
-                factor = emit.spread(emit.at(self.corrections, row.index))
-                place = emit.at(self.weighted, builder.mul(row.index, emit.integer(self.head_dim)))
-                for channel in range(0, self.head_dim, TILE):
-                    target = emit.at(place, channel)
-                    emit.store(builder.fmul(emit.load(target), factor), target)
-
-    def _emit_weighted(self) -> None:
-        """Add the piece's weighted values, 16 channels at a time."""
-        emit, builder = self.emit, self.emit.builder
-        row_bytes = 4 * self.head_dim
-        with emit.loop(emit.integer(0), emit.integer(self.head_dim), TILE) as channel:
-            places = [
-                emit.at(self.weighted, builder.add(channel.index, emit.integer(lane * TILE * self.head_dim)))
-                for lane in range(self.width)
-            ]
-            for lane, place in enumerate(places):
-                emit.load_tile(lane, place, row_bytes)
-            with emit.loop(emit.integer(0), self.num_keys, DEPTH) as key:
-                index = builder.add(
-                    builder.mul(key.index, emit.integer(self.head_dim)), builder.mul(channel.index, emit.integer(DEPTH))
-                )
-                emit.load_tile(_SHARED, emit.at(self.values, index, INT16))
-                first = builder.mul(builder.sdiv(key.index, emit.integer(2)), emit.integer(self.row_floats))
-                for lane in range(self.width):
-                    source = emit.at(self.weights, builder.add(first, emit.integer(lane * TILE * TILE)), INT32)
-                    emit.load_tile(_OF_ROWS + lane, source)
-                    emit.add_product(lane, _OF_ROWS + lane, _SHARED)
-            self._emit_ahead("sums", channel.index, TILE, self.head_dim)
-            for lane, place in enumerate(places):
-                emit.store_tile(lane, place, row_bytes)
+        corrections = self._corrections(turn)
+        moved = builder.bitcast(builder.fcmp_unordered("!=", emit.load(corrections), emit.constant(1.0)), INT16)
+        with emit.bits(builder.zext(moved, INT64)) as row:
+            factor = emit.spread(emit.at(corrections, row))
+            place = emit.at(weighted, builder.mul(row, emit.integer(self.head_dim)))
+            for channel in range(0, self.head_dim, TILE):
+                target = emit.at(place, channel)
+                emit.store(builder.fmul(emit.load(target), factor), target)

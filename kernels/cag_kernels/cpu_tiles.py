@@ -29,6 +29,7 @@ _POLYNOMIAL = (0.99992519, 0.69583363, 0.22606727, 0.07802428)  # of least relat
 _HALVES = ir.VectorType(INT16, 2 * TILE)
 _FLOOR, _CURRENT_DIRECTION = 1, 4  # of vreduceps and of vscalefps
 _NUM_TILES = 8
+_HALF_LANE = 4  # numbers of 16 bits in half of the 128 bits within which the cheap permutations work
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # Linux: ask once a process before tiles are touched
 
 
@@ -41,6 +42,16 @@ def has_tiles() -> bool:
     if not all(features.get(name, False) for name in ("amx-tile", "amx-bf16", "avx512f", "avx512bf16")):
         return False
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA)) == 0
+
+
+def require_tiles() -> None:
+    """Ask for tiles before code that uses them runs, whether it is emitted here or was found in a file: without leave
+    of the operating system the first tile ends the process.
+
+    Raises: RuntimeError if there are none.
+    """
+    if not has_tiles():
+        raise RuntimeError("this processor has no tiles of bfloat16 (AMX), or this process may not use them")
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]
@@ -60,8 +71,7 @@ class TileEmitter(Emitter):
     """Instructions on vectors of 16 float32 and on tiles, which are numbered 0 to 7."""
 
     def __init__(self, function: ir.Function) -> None:
-        if not has_tiles():  # asks the operating system too: without that, the first tile ends the process
-            raise RuntimeError("this processor has no tiles of bfloat16 (AMX), or this process may not use them")
+        require_tiles()
         super().__init__(function, TILE)
 
     @contextmanager
@@ -106,11 +116,13 @@ class TileEmitter(Emitter):
         return builder.bitcast(numbers, self.integers)
 
     def load_pairs(self, even: Value, odd: Value) -> list[Value]:
-        """Two places in memory that hold 32 bfloat16 each, number by number side by side: two vectors of 16 int32."""
+        """Two places in memory that hold 32 bfloat16 each, number by number side by side: two vectors of 16 int32, of
+        the lower and of the upper four numbers of each eight."""
         rows = [self.builder.load(place, typ=_HALVES, align=2) for place in (even, odd)]
         found = []
-        for first in (0, TILE):
-            lanes = [first + lane + odd for lane in range(TILE) for odd in (0, DEPTH)]
+        for upper in (0, _HALF_LANE):
+            near = [2 * lane - lane % _HALF_LANE + upper for lane in range(TILE)]
+            lanes = [number + odd for number in near for odd in (0, DEPTH)]
             found.append(self.builder.bitcast(self.builder.shuffle_vector(*rows, self._both(lanes)), self.integers))
         return found
 

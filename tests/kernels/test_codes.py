@@ -25,6 +25,7 @@ SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
     (6, 2, 32, 40, 129),
 ]
 BITS = [(8, 8), (4, 4), (8, 4), (4, 8)]
+TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not has_tiles(), reason="no tiles"))]
 
 
 def make(shape, bits=(8, 8), **options):
@@ -60,20 +61,34 @@ def test_a_single_query_matches_the_oracle(bits):
 
 @pytest.mark.parametrize("num_exact", [0, 1, 17, 130])
 @pytest.mark.parametrize("group_tokens", [16, 128])
-def test_exact_tokens_and_groups_of_any_number(num_exact, group_tokens):
-    query, prefix = make((4, 2, 64, 5, 300), num_exact=num_exact, group_tokens=group_tokens, group_channels=32)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_exact_tokens_and_groups_of_any_number(num_exact, group_tokens, bits, dtype):
+    query, prefix = make((4, 2, 64, 5, 301), bits, num_exact=num_exact, group_tokens=group_tokens, group_channels=32)
+    query = query.to(dtype)
     numbers = dequantize_prefix(prefix, torch.bfloat16)
-    expected = cpu_attention(query, *numbers, scale=0.1, offset=300)
+    expected = cpu_attention(query, *numbers, scale=0.1, offset=301)
     assert all(map(torch.equal, prefix_attention(query, prefix, scale=0.1), expected))
 
 
-def test_nothing_around_the_codes_is_read():
+@pytest.mark.parametrize("dtype", TYPES)
+def test_nothing_around_the_codes_is_read(dtype):
     query, prefix = make((4, 2, 64, 5, 100))
+    query = query.to(dtype)
     expected = prefix_attention(query, prefix, scale=0.1)
     wide = torch.full((2, 180, 64), 127, dtype=torch.int8)
     wide[:, 40:140] = prefix.key_codes
     apart = prefix._replace(key_codes=wide[:, 40:140])
     assert all(map(torch.equal, prefix_attention(query, apart, scale=0.1), expected))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 31, 33, 63, 64, 65, 127, 129, 1023, 1025, 1087, 1089])
+def test_every_end_of_the_codes(num_tokens, dtype):
+    query, prefix = make((4, 2, 32, 9, num_tokens))
+    numbers = dequantize_prefix(prefix, torch.bfloat16)
+    expected = cpu_attention(query.to(dtype), *numbers, scale=0.3, offset=num_tokens)
+    assert all(map(torch.equal, prefix_attention(query.to(dtype), prefix, scale=0.3), expected))
 
 
 def test_what_is_not_compiled_for_codes_is_left_to_torch():

@@ -1,14 +1,19 @@
 """Tile products (AMX) against float64 oracles: attention and linear layers for a question's rows."""
 
 import ctypes
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from cag_kernels import (
+    DensePrefix,
     choose_path,
     has_compiler,
+    prefix_attention,
+    quantize_prefix,
     segment_attention,
     segment_attention_reference,
     tile_linear,
@@ -135,6 +140,21 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads):
         assert all(torch.equal(found, first) for found, first in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_rows_bits_do_not_depend_on_its_company(num_threads, coded, threads):
+    """Rows share vectors of 16 with others, at other places, and before and behind other vectors."""
+    threads(num_threads)
+    query, keys, values = make((9, 3, 64, 40, 2300))
+    query[:, ::7] *= 8  # their maxima grow later and further
+    prefix = quantize_prefix(keys, values, key_bits=8, value_bits=8) if coded else DensePrefix(keys, values)
+    out, lse = prefix_attention(query, prefix, scale=0.2)
+    for some in ([0], [39], [7, 8], list(range(5, 22)), list(range(1, 40, 2)), list(range(39, -1, -1))):
+        found = prefix_attention(query[:, some], prefix, scale=0.2)
+        assert torch.equal(found[0], out[:, some])
+        assert torch.equal(found[1], lse[:, some])
+
+
 def test_calls_from_several_python_threads(threads):
     threads(2)
     problems = [make((6, 2, 64, 9, 400 + seed), seed=seed) for seed in range(8)]
@@ -206,6 +226,18 @@ def test_permission_was_asked_for():
     arch_prctl, get_permitted = 158, 0x1022
     assert ctypes.CDLL(None).syscall(arch_prctl, get_permitted, ctypes.byref(permitted)) == 0
     assert permitted.value >> 18 & 1
+
+
+def test_code_from_a_file_asks_for_permission_too():
+    """A process that finds its code made emits nothing, and yet no tile may be its first."""
+    text = (
+        "import torch; from cag_kernels import cpu; q = torch.ones(3, 1, 64).bfloat16();"
+        "k = torch.ones(1, 70, 64).bfloat16(); print(cpu.cpu_attention(q, k, k, scale=0.1, offset=70)[0].sum().item())"
+    )
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert abs(float(done.stdout) - 3 * 64) < 1e-3 * 3 * 64
 
 
 def mlp_of(shape):
