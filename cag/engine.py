@@ -87,10 +87,10 @@ class Engine:
         """
         files = fetch_model(model, progress=progress)
         plan_runtime(choose_device(device))  # measures, perhaps: before any work of our own takes a core
-        threading.Thread(target=_warm_up, name="cag-warm-up", daemon=True).start()
+        threading.Thread(target=_warm_up, name="cag-warm-up").start()  # the end of a process waits for compilers
         options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
         loaded = LanguageModel.load(files.directory, model_id=model, options=options)
-        threading.Thread(target=loaded.prepare_choices, name="cag-choices", daemon=True).start()
+        threading.Thread(target=loaded.prepare_choices, name="cag-choices").start()
         return cls(loaded, open_store(store))
 
     def build(

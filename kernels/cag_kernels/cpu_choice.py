@@ -8,6 +8,7 @@ weights of the few that may be the largest, which are multiplied exactly (`cpu_t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,6 +25,8 @@ from cag_kernels.cpu_tape import CompiledStep, Tape, new_call
 from cag_kernels.cpu_team import MAX_UNITS
 from cag_kernels.cpu_tile_bounds import compiled_bounds, compiled_kernel
 from cag_kernels.cpu_tile_linear import compiled_linear
+
+_PIECE_NUMBERS = 1 << 20  # of a weight that are encoded before somebody is asked: 2 ms
 
 MOST_FOUND, MOST_FOUND_A_ROW = 64, 32  # of all rows, and beyond them for each: outputs that are computed exactly
 
@@ -42,13 +45,21 @@ class CodedWeight:
     norms: Tensor
 
     @staticmethod
-    def encoded(weight: Tensor, memory: Tensor) -> CodedWeight:
-        """The codes go to `memory`, uint8 of `num_code_bytes`. One thread, which leaves the interpreter to others."""
+    def encoded(weight: Tensor, memory: Tensor, goes_on: Callable[[], bool]) -> CodedWeight | None:
+        """The codes go to `memory`, uint8 of `num_code_bytes`. One thread, which leaves the interpreter to others and
+        asks now and then whether to go on; None if not."""
         num_groups, size = -(-weight.shape[0] // LANES), weight.shape[1]
         codes = memory.view(torch.int32).view(num_groups, size // QUAD, LANES)
         found = CodedWeight(weight, codes, *(float32(num_groups * LANES) for _ in range(3)))
-        arrays = (tensor.numpy() for tensor in (codes, found.scales, found.errors, found.norms))
-        cpu_codes.encode(weight.view(torch.uint16).numpy(), cpu_codes.bound_of_sums(size), *arrays)
+        arrays = [tensor.numpy() for tensor in (codes, found.scales, found.errors, found.norms)]
+        step = max(1, _PIECE_NUMBERS // (LANES * size))
+        for first in range(0, num_groups, step):
+            if not goes_on():
+                return None
+            of_piece = slice(first * LANES, (first + step) * LANES)
+            parts = [array[of_piece] for array in arrays[1:]]
+            numbers = weight[of_piece].view(torch.uint16).numpy()
+            cpu_codes.encode(numbers, cpu_codes.bound_of_sums(size), arrays[0][first : first + step], *parts)
         return found
 
 
@@ -115,7 +126,7 @@ def warm_up() -> None:
         _step(function)
     features = 2 * LANES
     weight = torch.zeros(features, DEPTH, dtype=torch.bfloat16)
-    CodedWeight.encoded(weight, torch.empty(num_code_bytes(weight), dtype=torch.uint8))
+    CodedWeight.encoded(weight, torch.empty(num_code_bytes(weight), dtype=torch.uint8), lambda: True)
 
 
 def _alone(function: Any, tensors: list[Tensor], sizes: list[int]) -> None:

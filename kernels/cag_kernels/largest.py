@@ -16,7 +16,7 @@ from cag_kernels.cpu import has_byte_tiles, has_numba
 from cag_kernels.linear import tile_linear, tile_linear_serves
 
 if TYPE_CHECKING:
-    from cag_kernels.cpu_choice import Choice
+    from cag_kernels.cpu_choice import Choice, CodedWeight
 
 MAX_ROWS = 32  # up to which it is quicker than the whole product by enough to keep bounds for each
 _SIZE_MULTIPLE = 64  # as tiles of bytes want it
@@ -32,36 +32,21 @@ def largest_output_serves(weight: Tensor) -> bool:
 
 
 class LargestOutput:
-    """The largest output for each of a few rows, and the lowest of equal ones. Not for several threads at once.
+    """The largest output for each of a few rows, and the lowest of equal ones. Not for several threads at once;
+    `largest_output` makes one."""
 
-    Attributes:
-        num_bytes: memory of the copy in 8 bits.
-    """
+    def __init__(self, coded: CodedWeight) -> None:
+        from cag_kernels.cpu_choice import Workspace
 
-    def __init__(
-        self, weight: Tensor, allocate: Allocate | None = None, before: Callable[[], None] | None = None
-    ) -> None:
-        """Makes the copy, on the calling thread alone and without the interpreter.
-
-        weight: `[num_features, size]` bfloat16; it is kept. allocate: gives the copy's memory, uint8 of at least that
-        many bytes. before: called when all is ready but the copy.
-
-        Raises:
-            ValueError: a weight that is not served.
-        """
-        if not largest_output_serves(weight):
-            raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} is not served")
-        warm_up_largest()
-        from cag_kernels.cpu_choice import CodedWeight, Workspace, num_code_bytes
-
-        self.num_bytes = num_code_bytes(weight)
+        self._coded = coded
         with torch.inference_mode(False):  # it serves calls inside and outside of inference mode
-            if before is not None:
-                before()
-            memory = _plain_memory(self.num_bytes) if allocate is None else allocate(self.num_bytes)
-            self._coded = CodedWeight.encoded(weight, memory[: self.num_bytes])
-            self._space = Workspace(self._coded, MAX_ROWS)
+            self._space = Workspace(coded, MAX_ROWS)
         self._choices: dict[int, Choice] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the copy in 8 bits."""
+        return self._coded.codes.nbytes
 
     def __call__(self, rows: Tensor) -> list[int]:
         """`rows [num_rows, size]`, float32 on the CPU and not empty, to the index of the largest of `tile_linear(rows,
@@ -82,6 +67,31 @@ class LargestOutput:
         with torch.inference_mode(False):
             self._choices[num_rows] = Choice(self._coded, num_rows, self._space)
         return self._choices[num_rows]
+
+
+def largest_output(
+    weight: Tensor, allocate: Allocate | None = None, goes_on: Callable[[], bool] = lambda: True
+) -> LargestOutput | None:
+    """For a weight `[num_features, size]` bfloat16, which is kept; the copy is made on the calling thread alone and
+    without the interpreter.
+
+    Args:
+        weight: one that `largest_output_serves`.
+        allocate: gives the copy's memory, uint8 of at least that many bytes.
+        goes_on: asked every few milliseconds; the result is None if it says no.
+
+    Raises:
+        ValueError: a weight that is not served.
+    """
+    if not largest_output_serves(weight):
+        raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} is not served")
+    from cag_kernels.cpu_choice import CodedWeight, num_code_bytes
+
+    num_bytes = num_code_bytes(weight)
+    with torch.inference_mode(False):
+        memory = (allocate or _plain_memory)(num_bytes)[:num_bytes]
+        coded = CodedWeight.encoded(weight, memory, goes_on)
+    return None if coded is None else LargestOutput(coded)
 
 
 def warm_up_largest() -> None:
