@@ -29,7 +29,7 @@ def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: Json
     """Say what this machine has, what will be used, and why."""
     note("measuring what this machine computes best with ...")
     from cag.runtime import choose_device, plan_runtime
-    from cag_kernels import largest_path, prefix_paths
+    from cag_kernels import prefix_paths
 
     chosen = choose_device(device or "auto")
     plan = plan_runtime(chosen, measure_again=True)
@@ -38,7 +38,6 @@ def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: Json
         "device": _device_facts(chosen),
         "attention": _attention_facts(chosen, plan),
         "kernels": prefix_paths(chosen),
-        "greedy_choice": largest_path() if chosen.type == "cpu" else "from all logits, on the device",
         "runtime": asdict(plan),
         "memory": _memory_facts(),
         "store": _store_facts(opened),
@@ -137,7 +136,6 @@ def print_report(found: dict[str, Any]) -> None:
     }
     facts |= {f"attention, {kind}": served for kind, served in found["attention"].items()}
     facts |= {f"kernels, {name}": served for name, served in found["kernels"].items()}
-    facts["greedy choice"] = found["greedy_choice"]
     if plan["measured_ms"]:
         facts["measured"] = "products by kind / type / threads / rows:"
     facts |= {f"measured {key}": f"{value:.2f} ms" for key, value in plan["measured_ms"].items()}

@@ -14,7 +14,7 @@ from cag_kernels.attention import available_paths, choose_path, segment_attentio
 from cag_kernels.cpu import has_compiler, has_numba, has_tiles, warm_up, warm_up_tiles
 from cag_kernels.device import prefix_paths
 from cag_kernels.inverse import inverse_transform
-from cag_kernels.largest import LargestOutput, largest_output, largest_output_serves, largest_path, warm_up_largest
+from cag_kernels.largest import LargestOutput, largest_output, largest_output_serves, warm_up_largest
 from cag_kernels.linear import (
     FEW_ROWS,
     PackedProduct,
@@ -64,7 +64,6 @@ __all__ = [
     "inverse_transform",
     "largest_output",
     "largest_output_serves",
-    "largest_path",
     "linear_without_packing",
     "merge_segments",
     "move_keys",

@@ -94,13 +94,6 @@ def largest_output(
     return None if coded is None else LargestOutput(coded)
 
 
-def largest_path() -> str:
-    """How the largest output is found here, in words."""
-    if has_numba() and has_byte_tiles():
-        return "from a copy of the output matrix in 8 bits (tiles of bytes), half of its memory more"
-    return "from all outputs: no tiles of bytes (AMX) here"
-
-
 def warm_up_largest() -> None:
     """Compile what choices need, once a process; nothing where there are no tiles of bytes."""
     if has_numba() and has_byte_tiles():
