@@ -10,6 +10,7 @@ import os
 import threading
 
 import psutil
+from torch import Tensor
 
 from cag.huge_pages import has_huge_pages, huge_tensor
 from cag.weights import Product, plain_tile_weight
@@ -18,20 +19,46 @@ from cag_kernels import LargestOutput, largest_output, largest_output_serves, wa
 _MEMORY_SHARE = 8  # of the memory that is free, the part that a copy may take
 
 
-def quick_choice(head: Product) -> LargestOutput | None:
-    """The choice by an output matrix; None where its copy is not served, or memory is short.
+class GreedyChoice:
+    """For each row the feature of an output matrix with the largest logit, the lowest of equal ones. One caller at a
+    time.
 
-    For a thread of its own that is no daemon: what it computes is for cores that have nothing else to do, and it stops
-    when the process ends.
+    The first choice is made from all logits and begins the copy, so nobody's first token waits for it, and who only
+    builds caches has none.
+
+    Attributes:
+        quick: the choice by the copy, once that is there.
     """
-    weight = plain_tile_weight(head)
-    if weight is None or not largest_output_serves(weight):
-        return None
-    if weight.nbytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
-        return None
-    warm_up_largest()
-    yield_to_others()
-    return largest_output(weight, huge_tensor if has_huge_pages() else None, threading.main_thread().is_alive)
+
+    def __init__(self, head: Product) -> None:
+        self._head = head
+        weight = plain_tile_weight(head)
+        self._weight = weight if weight is not None and largest_output_serves(weight) else None
+        self._has_begun = self._weight is None
+        self.quick: LargestOutput | None = None
+
+    def __call__(self, rows: Tensor) -> list[int]:
+        """`[num_rows, size]` float32, contiguous."""
+        if (quick := self.quick) is not None:
+            return quick(rows)
+        chosen: list[int] = self._head(rows).argmax(-1).tolist()
+        if not self._has_begun:
+            self._has_begun = True
+            # no daemon: such a thread must not be caught in compiled code when the process ends
+            threading.Thread(target=self._prepare_behind_others, name="cag-choices").start()
+        return chosen
+
+    def prepare(self) -> None:
+        """Make the copy, if it is served and memory allows; given up when the process ends."""
+        if self._weight is None or self._weight.nbytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
+            return
+        allocate = huge_tensor if has_huge_pages() else None
+        self.quick = largest_output(self._weight, allocate, threading.main_thread().is_alive)
+
+    def _prepare_behind_others(self) -> None:
+        warm_up_largest()
+        yield_to_others()
+        self.prepare()
 
 
 def yield_to_others() -> None:

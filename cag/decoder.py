@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cag.batch import Batch, RowGroup
-from cag.choices import quick_choice
+from cag.choices import GreedyChoice
 from cag.recorded import RecordedForwards, attends_by_tiles, attends_rounded
 from cag.state import AttentionRule, PrefixSegment, SequenceState, attend_prefix
 from cag.weights import Product, is_tile_product, joined_product, tile_mlp
-from cag_kernels import FEW_ROWS, DensePrefix, LargestOutput, has_numba
+from cag_kernels import FEW_ROWS, DensePrefix, has_numba
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu import cpu_attention, cpu_attention_serves
 
@@ -92,7 +92,7 @@ class FewRowsDecoder:
         self._head_dim = head_dim
         self._attends_in = attends_in
         self._norm = _norm(network.model.norm)
-        self._choice: LargestOutput | None = None
+        self.choice = GreedyChoice(head)
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
         products = [head, *(product for layer in layers for product in layer.products)]
         self.rows_stay_apart = attends_by_tiles(head_dim, attends_in) and all(map(is_tile_product, products))
@@ -118,13 +118,7 @@ class FewRowsDecoder:
 
     def choose(self, token_ids: Tensor, batch: Batch, wanted: list[int]) -> list[int]:
         """Of the `wanted` rows of a batch the token with the largest logit, the lowest of equal ones. As `forward`."""
-        rows = self._hidden(token_ids, batch, None)[_as_slice(wanted)]
-        choice = self._choice
-        return self._head(rows).argmax(-1).tolist() if choice is None else choice(rows)
-
-    def prepare_choices(self) -> None:
-        """Make `choose` quick, if that is possible here. On a thread of its own: see `quick_choice`."""
-        self._choice = quick_choice(self._head)
+        return self.choice(self._hidden(token_ids, batch, None)[_as_slice(wanted)])
 
     def _hidden(self, token_ids: Tensor, batch: Batch, num_layers: int | None) -> Tensor:
         """Normalized rows behind the layers, until the next forward."""

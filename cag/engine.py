@@ -90,7 +90,6 @@ class Engine:
         threading.Thread(target=_warm_up, name="cag-warm-up").start()  # the end of a process waits for compilers
         options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
         loaded = LanguageModel.load(files.directory, model_id=model, options=options)
-        threading.Thread(target=loaded.prepare_choices, name="cag-choices").start()
         return cls(loaded, open_store(store))
 
     def build(

@@ -200,12 +200,6 @@ class LanguageModel:
         """An empty sequence whose own tokens take pages of the model's pool; several of them fit into one forward."""
         return SequenceState(PagedTail(self.pages), prefix)
 
-    def prepare_choices(self) -> None:
-        """Make `choose_together` quick, if that is possible here: for a thread in the background, which then runs only
-        where no other wants to."""
-        if self.decoder is not None:
-            self.decoder.prepare_choices()
-
     def settle_pages(self) -> None:
         """Give back the memory of pages that nobody has, if nobody has any; for a moment without work."""
         with self._forward_lock:

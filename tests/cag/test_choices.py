@@ -8,7 +8,7 @@ from test_recorded import prefix_of
 from test_weights import CONFIGS, bfloat16_model, random_ids, use_plan
 
 from cag import choices as choices_module
-from cag.choices import quick_choice, yield_to_others
+from cag.choices import GreedyChoice, yield_to_others
 from cag.generate import Generation, SamplingOptions, choices
 from cag.weights import plain_tile_weight
 from cag_kernels import has_compiler
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def small_matrices_too(monkeypatch):
     monkeypatch.setattr(largest_module, "_LEAST_FEATURES", 32)
-    monkeypatch.setattr(choices_module, "yield_to_others", lambda: None)  # or the test's own thread would
+    monkeypatch.setattr(GreedyChoice, "_prepare_behind_others", lambda _: None)  # where a test does not want it
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
@@ -43,8 +43,8 @@ def chunks_of(model, prefix, seed):
 
 def test_choices_are_those_of_the_logits(model):
     prefix = prefix_of(model, 200)
-    model.prepare_choices()
-    assert model.decoder._choice is not None
+    model.decoder.choice.prepare()
+    assert model.decoder.choice.quick is not None
     for seed in range(4):
         expected = [
             model.forward_together(chunks, num_logits=counts).argmax(-1).tolist()
@@ -52,7 +52,7 @@ def test_choices_are_those_of_the_logits(model):
         ]
         found = [model.choose_together(chunks, num_choices=counts) for chunks, counts in chunks_of(model, prefix, seed)]
         assert found == expected
-    assert set(model.decoder._choice._choices) == {3, 6}
+    assert set(model.decoder.choice.quick._choices) == {3, 6}
 
 
 def generation(model, prefix, question, **options):
@@ -75,14 +75,14 @@ def run_together(generations):
 def test_answers_together_and_alone_with_a_copy_and_without(model):
     prefix, seeds = prefix_of(model, 150), range(4)
     without = [generation(model, prefix, seed).run().token_ids for seed in seeds]
-    model.prepare_choices()
+    model.decoder.choice.prepare()
     assert [generation(model, prefix, seed).run().token_ids for seed in seeds] == without
     assert run_together([generation(model, prefix, seed) for seed in seeds]) == without
 
 
 def test_who_samples_changes_nothing_for_who_does_not(model):
     prefix = prefix_of(model, 150)
-    model.prepare_choices()
+    model.decoder.choice.prepare()
     greedy = generation(model, prefix, 0).run().token_ids
     sampled = generation(model, prefix, 1, temperature=1.5, seed=3).run().token_ids
     both = [generation(model, prefix, 0), generation(model, prefix, 1, temperature=1.5, seed=3)]
@@ -90,7 +90,7 @@ def test_who_samples_changes_nothing_for_who_does_not(model):
 
 
 def test_no_logits_are_computed_for_greedy_answers(model, monkeypatch):
-    model.prepare_choices()
+    model.decoder.choice.prepare()
     monkeypatch.setattr(model.decoder, "_head", None)
     assert generation(model, prefix_of(model, 90), 0).run().token_ids
     with pytest.raises(TypeError):
@@ -98,23 +98,37 @@ def test_no_logits_are_computed_for_greedy_answers(model, monkeypatch):
 
 
 def test_there_is_no_copy_where_memory_is_short(model, monkeypatch):
-    head, num_bytes = model.decoder._head, model.decoder._head.weight.nbytes // 2
+    choice, num_bytes = model.decoder.choice, model.decoder._head.weight.nbytes // 2
 
     class Memory:
-        available = 8 * num_bytes
+        available = 8 * num_bytes - 8
 
     monkeypatch.setattr(choices_module.psutil, "virtual_memory", lambda: Memory)
-    assert quick_choice(head).num_bytes >= num_bytes
-    Memory.available -= 8
-    assert quick_choice(head) is None
+    choice.prepare()
+    assert choice.quick is None
+    Memory.available += 8
+    choice.prepare()
+    assert choice.quick.num_bytes >= num_bytes
+
+
+def test_the_first_choice_begins_the_copy(model, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(largest_module, "_LEAST_FEATURES", 32)
+    prefix = prefix_of(model, 90)
+    expected = [generation(model, prefix, question).run().token_ids for question in range(3)]
+    for thread in threading.enumerate():
+        if thread.name == "cag-choices":
+            thread.join()
+    assert model.decoder.choice.quick is not None
+    assert [generation(model, prefix, question).run().token_ids for question in range(3)] == expected
 
 
 def test_other_products_have_no_copy(tmp_path, monkeypatch):
     use_plan(monkeypatch, "float32", "packed")
     model = bfloat16_model(tmp_path, CONFIGS["llama"]())
     assert plain_tile_weight(model.decoder._head) is None
-    model.prepare_choices()
-    assert model.decoder._choice is None
+    model.decoder.choice.prepare()
+    assert model.decoder.choice.quick is None
     assert generation(model, prefix_of(model, 90), 0).run().token_ids
 
 
@@ -124,12 +138,12 @@ def test_a_copy_arrives_between_two_tokens(model):
     answer = generation(model, prefix, 0)
     steps = iter(answer)
     next(steps, None)
-    thread = threading.Thread(target=model.prepare_choices)
+    thread = threading.Thread(target=model.decoder.choice.prepare)
     thread.start()
     for _ in steps:
         time.sleep(0.001)
     thread.join()
-    assert model.decoder._choice is not None
+    assert model.decoder.choice.quick is not None
     assert answer.token_ids == expected
 
 
