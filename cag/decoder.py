@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cag.batch import Batch, RowGroup
+from cag.choices import GreedyChoice
 from cag.recorded import RecordedForwards, attends_by_tiles, attends_rounded
 from cag.state import AttentionRule, PrefixSegment, SequenceState, attend_prefix
 from cag.weights import Product, is_tile_product, joined_product, tile_mlp
@@ -91,6 +92,7 @@ class FewRowsDecoder:
         self._head_dim = head_dim
         self._attends_in = attends_in
         self._norm = _norm(network.model.norm)
+        self.choice = GreedyChoice(head)
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
         products = [head, *(product for layer in layers for product in layer.products)]
         self.rows_stay_apart = attends_by_tiles(head_dim, attends_in) and all(map(is_tile_product, products))
@@ -112,13 +114,21 @@ class FewRowsDecoder:
         The keys and values of the tokens go to the pages of their sequences; `token_ids` is `[num_rows]`. Only a check
         runs less than all layers.
         """
+        return self._head(self._hidden(token_ids, batch, num_layers)[_as_slice(wanted)])
+
+    def choose(self, token_ids: Tensor, batch: Batch, wanted: list[int]) -> list[int]:
+        """Of the `wanted` rows of a batch the token with the largest logit, the lowest of equal ones. As `forward`."""
+        return self.choice(self._hidden(token_ids, batch, None)[_as_slice(wanted)])
+
+    def _hidden(self, token_ids: Tensor, batch: Batch, num_layers: int | None) -> Tensor:
+        """Normalized rows behind the layers, until the next forward."""
         hidden = self._network.model.embed_tokens(token_ids).float()
         cosines, sines = self._network.model.rotary_emb(hidden[None], batch.positions(hidden.device)[None])
         turning = cosines[0].float().contiguous(), sines[0].float().contiguous()
         normed = self._recorded.forward(hidden, turning, batch, num_layers)
         if normed is None:
             normed = self._step_by_step(hidden, turning, batch, num_layers)
-        return self._head(normed[_as_slice(wanted)])
+        return normed
 
     def _step_by_step(
         self, hidden: Tensor, turning: tuple[Tensor, Tensor], batch: Batch, num_layers: int | None

@@ -27,6 +27,7 @@ from cag.prefix import Prefix
 from cag.resident import ResidentPrefix
 from cag.runtime import choose_device, plan_runtime, usable_cores
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
+from cag_kernels import warm_up_largest
 from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
 from cag_store.codecs import warm_up
 
@@ -86,7 +87,7 @@ class Engine:
         """
         files = fetch_model(model, progress=progress)
         plan_runtime(choose_device(device))  # measures, perhaps: before any work of our own takes a core
-        threading.Thread(target=warm_up, name="cag-warm-up", daemon=True).start()
+        threading.Thread(target=_warm_up, name="cag-warm-up").start()  # the end of a process waits for compilers
         options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
         loaded = LanguageModel.load(files.directory, model_id=model, options=options)
         return cls(loaded, open_store(store))
@@ -288,6 +289,12 @@ class Engine:
             Document(entry.doc_id, entry.title, entry.path, self.store.get_blob(entry.sha256).decode(), entry.sha256)
             for entry in manifest.documents
         ]
+
+
+def _warm_up() -> None:
+    """Compile what loading and choosing need, while the model is read."""
+    warm_up()
+    warm_up_largest()
 
 
 def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> None:

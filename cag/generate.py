@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class Sampler:
 
 
 class Generation:
-    """One answer in the making, step by step: `next_tokens` are run behind the state, then `advance` takes the logits.
+    """One answer in the making, step by step: `next_tokens` are run behind the state, then `advance` takes what was
+    chosen behind them (`choices`).
 
     With a `drafter`, tokens that it guesses are run behind the last one (`draft`, then `run_along`). `advance` chooses
     from each row as from that of a step of its own and goes on while the choice is what was guessed; then the state
@@ -137,8 +139,7 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         while not self.finished:
             self.run_along(*share_rows([self.draft()], self.num_next))
-            logits = self.model.forward(self.next_tokens(), self.state, num_logits=self.num_choices)
-            if piece := self.advance(logits):
+            if piece := self.advance(choices([self])[0]):
                 yield piece
 
     def run(self) -> Generation:
@@ -161,7 +162,7 @@ class Generation:
 
     @property
     def num_choices(self) -> int:
-        """Of how many of them, the last ones, `advance` wants logits."""
+        """Of how many of them, the last ones, `advance` wants choices."""
         return 1 + len(self._draft)
 
     def draft(self) -> list[float]:
@@ -192,9 +193,9 @@ class Generation:
             return self.token_ids[-1:] + self._draft
         return self.suffix_ids[self._num_read : self._num_read + self.block_tokens]
 
-    def advance(self, logits: Tensor, best: Sequence[int] | None = None) -> str:
-        """Take the logits `[num_choices, vocab_size]` of the last of `next_tokens`, and the `best` token of each if
-        somebody has looked already.
+    def advance(self, chosen: Iterable[int]) -> str:
+        """Take the tokens that are chosen behind the last `num_choices` of `next_tokens`; a sampler's are made one by
+        one, as far as they are needed.
 
         Returns the text that can be shown now: maybe none.
         """
@@ -202,7 +203,6 @@ class Generation:
             self._num_read = min(self._num_read + self.block_tokens, len(self.suffix_ids))
             if not self.is_answering:
                 return ""
-        chosen = best if best is not None and self.sampler.greedy else map(self.sampler, logits)
         return "".join(self._take_while_drafted(chosen))
 
     def _take_while_drafted(self, chosen: Iterable[int]) -> Iterator[str]:
@@ -279,3 +279,22 @@ class Generation:
                     longest = max(longest, length)
                     break
         return longest
+
+
+def choices(generations: Sequence[Generation]) -> list[Iterable[int]]:
+    """Run the next tokens of answers of one model in one forward, and choose behind them: of each what `advance` takes.
+
+    Logits are computed only where somebody samples.
+    """
+    model, counts = generations[0].model, [generation.num_choices for generation in generations]
+    chunks = [(generation.next_tokens(), generation.state) for generation in generations]
+    if all(generation.sampler.greedy for generation in generations):
+        best = iter(model.choose_together(chunks, num_choices=counts))
+        return [list(islice(best, count)) for count in counts]
+    logits = model.forward_together(chunks, num_logits=counts)
+    best = iter(logits.argmax(dim=-1).tolist())  # the lowest of equal ones, as `Sampler` has it
+    chosen: list[Iterable[int]] = []
+    for generation, rows in zip(generations, torch.split(logits, counts), strict=True):
+        greedy = list(islice(best, len(rows)))
+        chosen.append(greedy if generation.sampler.greedy else map(generation.sampler, rows))
+    return chosen

@@ -32,6 +32,11 @@ def huge_memory(num_bytes: int) -> mmap.mmap:
     return huge_mapping(num_bytes + HUGE_PAGE_BYTES)
 
 
+def huge_tensor(num_bytes: int) -> Tensor:
+    """Fresh memory (uint8) for `num_bytes`, from its first whole huge page on."""
+    return whole_pages(torch.from_numpy(np.frombuffer(huge_memory(num_bytes), dtype=np.uint8)))
+
+
 def whole_pages(memory: Tensor) -> Tensor:
     """Memory (uint8) from its first whole huge page on."""
     return memory[-memory.data_ptr() % HUGE_PAGE_BYTES :]
@@ -49,7 +54,7 @@ def move_weights(network: nn.Module, *, clock: Callable[[], float] = time.perf_c
     on_cpu = all(storage.device.type == "cpu" for storage, _ in stored)
     if not stored or not on_cpu or not has_huge_pages() or psutil.virtual_memory().available < num_bytes:
         return 0
-    memory = whole_pages(torch.from_numpy(np.frombuffer(huge_memory(num_bytes), dtype=np.uint8)))
+    memory = huge_tensor(num_bytes)
     begun, moved = clock(), 0
     for storage, views in stored:
         if clock() - begun > _GRACE_S + moved / _LEAST_RATE:

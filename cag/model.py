@@ -11,17 +11,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 from transformers.utils import logging as transformers_logging
 
+from cag.attention_hook import ATTENTION_NAME
 from cag.batch import TAIL_PAIRS, Batch, BatchState
 from cag.decoder import FewRowsDecoder, recognize
 from cag.device_decoder import DeviceDecoder, recognize_on_device
-from cag.errors import UnsupportedModel
 from cag.layer_probe import NUM_PROBES, gives_the_same, probed_layers
 from cag.model_files import (
     check_memory,
@@ -44,41 +43,10 @@ from cag.weights import Float32Products, SequencesApart, join_network, lay_out_w
 from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
 from cag_kernels.device import triton_runs_on
 
-ATTENTION_NAME = "cag_segments"
 POOL_SHARE = 16  # of a GPU's memory, the part that pages may keep when nobody has any
 MakeBranches = Callable[[Any, Sequence[int]], BranchedState]
-
-
-def _segment_attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    cag_state: SequenceState,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads, head_dim]` out."""
-    if s_aux is not None:
-        raise UnsupportedModel("the model uses attention sinks, which prefix attention does not support yet.")
-    out = cag_state.attend(
-        module.layer_idx,
-        query[0],
-        key[0],
-        value[0],
-        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return out.transpose(0, 1)[None], None
-
-
-AttentionInterface.register(ATTENTION_NAME, _segment_attention_forward)
+Chunk = tuple[list[int] | Tensor, SequenceState]  # new tokens, and the sequence that they belong to
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -236,10 +204,9 @@ class LanguageModel:
         """
         return self.forward_together([(token_ids, state)], num_logits=num_logits)
 
-    @torch.inference_mode()
     def forward_together(
         self,
-        chunks: Sequence[tuple[list[int] | Tensor, SequenceState]],
+        chunks: Sequence[Chunk],
         *,
         num_logits: int | Sequence[int] | None = None,
     ) -> Tensor:
@@ -255,6 +222,20 @@ class LanguageModel:
             Logits of the last tokens of each sequence, one sequence behind the other, `[num_wanted, vocab_size]`
             float32.
         """
+        return self._together(chunks, num_logits, self._run)
+
+    def choose_together(self, chunks: Sequence[Chunk], *, num_choices: Sequence[int]) -> list[int]:
+        """As `forward_together`, for who wants nothing but the greedy choice: in the place of each row of logits the
+        token with the largest one, the lowest of equal ones. It is the same whether a quick way finds it or not."""
+        return self._together(chunks, num_choices, self._choose)
+
+    @torch.inference_mode()
+    def _together(
+        self,
+        chunks: Sequence[Chunk],
+        num_wanted: int | Sequence[int] | None,
+        run: Callable[[Tensor, BatchState, list[int]], Result],
+    ) -> Result:
         pieces = [torch.as_tensor(token_ids, dtype=torch.long, device="cpu") for token_ids, _ in chunks]
         states, counts = [state for _, state in chunks], [len(piece) for piece in pieces]
         ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -262,10 +243,16 @@ class LanguageModel:
             for state, count in zip(states, counts, strict=True):
                 state.begin(count)
             batch = BatchState(states, counts)
-            logits = self._run(ids, batch, batch.last_rows(num_logits))
+            result = run(ids, batch, batch.last_rows(num_wanted))
             batch.finish()
         self.most_read_tokens = max(self.most_read_tokens, *(state.num_tail for state in states))
-        return logits
+        return result
+
+    def _choose(self, ids: Tensor, batch: BatchState, wanted: list[int]) -> list[int]:
+        if self.replays is None and self.decoder is not None and self.decoder.serves(batch):
+            return self.decoder.choose(ids, batch, wanted)
+        chosen: list[int] = self._run(ids, batch, wanted).argmax(dim=-1).tolist()
+        return chosen
 
     def _run(self, ids: Tensor, batch: BatchState, wanted: list[int]) -> Tensor:
         if self.replays is not None and self.replays.serves(batch):

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from cag.generate import Generation
+from cag.generate import Generation, choices
 from cag.model import LanguageModel
 from cag.speculation import share_rows
 from cag_kernels import FEW_ROWS
@@ -71,8 +68,8 @@ class Request:
         return prefix is None or prefix.is_loaded
 
 
-_Outcome = tuple[Request, Tensor, list[int]]
-"""Who took part in a forward, the logits of its rows to choose from, and the best token of each."""
+_Outcome = tuple[Request, Iterable[int]]
+"""Who took part in a forward, and what is chosen behind its rows."""
 
 
 class Scheduler:
@@ -182,25 +179,22 @@ class Scheduler:
     def _run(self, batch: list[Request]) -> list[_Outcome]:
         """Of those that got through the forward. After an error everybody is run alone, so that it hits only those
         whose it is."""
-        chunks = [(request.generation.next_tokens(), request.generation.state) for request in batch]
-        counts = [request.generation.num_choices for request in batch]
-        self.num_rows += sum(len(tokens) for tokens, _ in chunks)
+        generations = [request.generation for request in batch]
+        self.num_rows += sum(generation.num_next for generation in generations)
         try:
-            logits = self.model.forward_together(chunks, num_logits=counts)
+            return list(zip(batch, choices(generations), strict=True))
         except Exception as error:
             if len(batch) == 1:
                 self._leave(batch[0], error)
                 return []
             return [outcome for request in batch for outcome in self._run([request])]
-        best = torch.split(logits.argmax(dim=-1).cpu(), counts)  # the lowest of equal ones, as `Sampler` has it
-        return list(zip(batch, torch.split(logits, counts), (rows.tolist() for rows in best), strict=True))
 
     def _postprocess(self, outcomes: list[_Outcome]) -> None:
         """Choose tokens, tell the listeners, let those leave whose answer is whole."""
-        for request, logits, best in outcomes:
+        for request, chosen in outcomes:
             generation = request.generation
             try:
-                if piece := generation.advance(logits, best):
+                if piece := generation.advance(chosen):
                     request.on_piece(piece)
             except Exception as error:  # of a listener, a sampler or a tokenizer: nobody else's business
                 self._leave(request, error)

@@ -274,6 +274,12 @@ def is_tile_product(product: Product) -> bool:
     return isinstance(product, TileProduct)
 
 
+def plain_tile_weight(product: Product) -> Tensor | None:
+    """The weight of a product that multiplies by tiles and adds no bias; None for any other."""
+    tiles = cast("TileProduct", product) if is_tile_product(product) else None
+    return None if tiles is None or tiles.bias is not None else tiles.weight
+
+
 def joined_weight(layers: Sequence[Any]) -> Tensor | None:
     """The weights of linear layers as the one `[out_features, in_features]` that they are views of, or None."""
     if not all(type(layer) is nn.Linear for layer in layers):

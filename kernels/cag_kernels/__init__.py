@@ -14,6 +14,7 @@ from cag_kernels.attention import available_paths, choose_path, segment_attentio
 from cag_kernels.cpu import has_compiler, has_numba, has_tiles, warm_up, warm_up_tiles
 from cag_kernels.device import prefix_paths
 from cag_kernels.inverse import inverse_transform
+from cag_kernels.largest import LargestOutput, largest_output, largest_output_serves, warm_up_largest
 from cag_kernels.linear import (
     FEW_ROWS,
     PackedProduct,
@@ -39,6 +40,7 @@ __all__ = [
     "CodeBlocks",
     "Coded",
     "DensePrefix",
+    "LargestOutput",
     "PackedProduct",
     "PackedWeight",
     "PagedTails",
@@ -60,6 +62,8 @@ __all__ = [
     "has_numba",
     "has_tiles",
     "inverse_transform",
+    "largest_output",
+    "largest_output_serves",
     "linear_without_packing",
     "merge_segments",
     "move_keys",
@@ -78,6 +82,7 @@ __all__ = [
     "tile_linear_serves",
     "tile_product",
     "warm_up",
+    "warm_up_largest",
     "warm_up_linear",
     "warm_up_tiles",
 ]

@@ -72,6 +72,15 @@ def has_tiles() -> bool:
     return cpu_tiles.has_tiles()
 
 
+def has_byte_tiles() -> bool:
+    """Whether it may multiply tiles of bytes, too."""
+    if not has_compiler():
+        return False
+    from cag_kernels import cpu_tiles
+
+    return cpu_tiles.has_byte_tiles()
+
+
 def _tiles_serve(query: Tensor) -> bool:
     return query.dtype == torch.bfloat16 and query.shape[2] % TILE_DEPTH == 0 and has_tiles()
 

@@ -8,7 +8,7 @@ them; all arrays are C-contiguous and float32, the tail's keys and values bfloat
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 numba = importlib.import_module("numba")  # untyped
 
 Array = NDArray[Any]
-_RELAXED = {"reassoc", "contract"}  # sums in any order: lanes of a vector; NaN and infinities keep their meaning
+RELAXED = {"reassoc", "contract"}  # sums in any order: lanes of a vector; NaN and infinities keep their meaning
 _LOG2_E = np.float32(1.4426950408889634)
 _LEAST, _MOST = np.float32(-126.0), np.float32(126.0)
 _TAYLOR = tuple(np.float32(0.6931471805599453**n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], relaxed: Set[str] = RELAXED) -> Any:
     """`function`, compiled at its first call; kept in numba's cache where a folder for it can be written."""
     try:
-        return numba.njit(nogil=True, cache=True, fastmath=_RELAXED, error_model="numpy")(function)
+        return numba.njit(nogil=True, cache=True, fastmath=set(relaxed), error_model="numpy")(function)
     except RuntimeError:
-        return numba.njit(nogil=True, fastmath=_RELAXED, error_model="numpy")(function)
+        return numba.njit(nogil=True, fastmath=set(relaxed), error_model="numpy")(function)
 
 
 def _exponential(value: Any) -> Any:
@@ -61,12 +61,12 @@ def _narrowed(value: Any) -> Any:
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-exponential = numba.njit(inline="always", fastmath=_RELAXED)(_exponential)
+exponential = numba.njit(inline="always", fastmath=RELAXED)(_exponential)
 widened = numba.njit(inline="always")(_widened)
 narrowed = numba.njit(inline="always")(_narrowed)
 
 
-@_compiled
+@compiled
 def add_and_norm(hidden: Array, update: Array, weight: Array, epsilon: float, out: Array) -> None:
     """`hidden += update`, then `out = hidden / sqrt(mean(hidden ** 2) + epsilon) * weight`; all `[num_rows, size]`."""
     num_rows, size = hidden.shape
@@ -81,7 +81,7 @@ def add_and_norm(hidden: Array, update: Array, weight: Array, epsilon: float, ou
             out[row, index] = hidden[row, index] * factor * weight[index]
 
 
-@_compiled
+@compiled
 def head_norm(projected: Array, first: int, num_heads: int, weight: Array, epsilon: float) -> None:
     """Normalize heads of `head_dim` features each, in place; the first begins at column `first` of `projected`."""
     head_dim = weight.shape[0]
@@ -96,7 +96,7 @@ def head_norm(projected: Array, first: int, num_heads: int, weight: Array, epsil
                 projected[row, start + index] *= factor * weight[index]
 
 
-@_compiled
+@compiled
 def rotate_and_store(
     projected: Array,
     cosines: Array,
@@ -135,7 +135,7 @@ def rotate_and_store(
                 values[page, head, place, index] = narrowed(projected[row, start + index])
 
 
-@_compiled
+@compiled
 def gate(projected: Array, out: Array) -> None:
     """`silu(left) * right` of the two halves of each row: `[num_rows, 2 * size]` to `[num_rows, size]`."""
     num_rows, size = out.shape

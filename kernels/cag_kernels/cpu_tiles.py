@@ -54,6 +54,12 @@ def require_tiles() -> None:
         raise RuntimeError("this processor has no tiles of bfloat16 (AMX), or this process may not use them")
 
 
+@cache
+def has_byte_tiles() -> bool:
+    """Whether tiles of bytes are multiplied, too."""
+    return has_tiles() and llvm.get_host_cpu_features().get("amx-int8", False)
+
+
 class _BFloat(ir.types.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite does not name."""
 
@@ -98,6 +104,11 @@ class TileEmitter(Emitter):
     def add_product(self, target: int, left: int, right: int) -> None:
         """`target += left @ right`."""
         self._call("llvm.x86.tdpbf16ps", [self._number(tile) for tile in (target, left, right)])
+
+    def add_byte_product(self, target: int, left: int, right: int) -> None:
+        """The same with signed bytes, 64 to a row, and int32 sums; `right` has four neighbouring numbers of the summed
+        axis in the place of a pair."""
+        self._call("llvm.x86.tdpbssd", [self._number(tile) for tile in (target, left, right)])
 
     def bytes_on_stack(self, count: int) -> Value:
         """Uninitialized memory of the calling function."""

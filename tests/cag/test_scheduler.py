@@ -176,7 +176,7 @@ def test_pieces_are_the_text_and_a_busy_session_is_refused(engine):
 
 
 def test_one_failing_forward_or_listener_harms_nobody_else(engine, monkeypatch):
-    forward, options = engine.model.forward_together, SamplingOptions(max_tokens=6)
+    forward, options = engine.model.choose_together, SamplingOptions(max_tokens=6)
     with engine.open("alpha-lossless") as prefix:
         streams = [prefix.session().stream(f"Who {index}?", options) for index in range(4)]
         broken = streams[2]._session._state
@@ -189,7 +189,7 @@ def test_one_failing_forward_or_listener_harms_nobody_else(engine, monkeypatch):
         def listener(_piece):
             raise OSError("nobody listens")
 
-        monkeypatch.setattr(engine.model, "forward_together", failing)
+        monkeypatch.setattr(engine.model, "choose_together", failing)
         scheduler = Scheduler(engine.model)
         listeners = [lambda _piece: None, listener, lambda _piece: None, lambda _piece: None]
         requests = [stream.submit(scheduler, hear) for stream, hear in zip(streams, listeners, strict=True)]
@@ -223,13 +223,13 @@ def test_nobody_waits_for_more_than_a_block_of_a_long_prompt(engine):
     engine.model.stop_ids = frozenset()
     with engine.open("alpha-lossless") as prefix:
         scheduler, sizes = Scheduler(engine.model), []
-        forward = engine.model.forward_together
+        forward = engine.model.choose_together
 
         def counted(chunks, **more):
             sizes.append([len(tokens) for tokens, _ in chunks])
             return forward(chunks, **more)
 
-        engine.model.forward_together = counted
+        engine.model.choose_together = counted
         short = prefix.session().stream("Who?", SamplingOptions(max_tokens=30, speculate=False))
         long = prefix.session().stream("why " * 300, SamplingOptions(max_tokens=3))
         requests = [stream.submit(scheduler, lambda _piece: None) for stream in (short, long)]
@@ -244,13 +244,13 @@ def test_nobody_waits_for_more_than_a_block_of_a_long_prompt(engine):
 def test_rows_of_a_step_are_bounded(engine):
     with engine.open("alpha-lossless") as prefix:
         scheduler, sizes = Scheduler(engine.model), []
-        forward = engine.model.forward_together
+        forward = engine.model.choose_together
 
         def counted(chunks, **more):
             sizes.append(sum(len(tokens) for tokens, _ in chunks))
             return forward(chunks, **more)
 
-        engine.model.forward_together = counted
+        engine.model.choose_together = counted
         streams = [prefix.session().stream("x" * 60, SamplingOptions(max_tokens=4)) for _ in range(9)]
         requests = [stream.submit(scheduler, lambda _piece: None) for stream in streams]
         scheduler.run()

@@ -285,14 +285,14 @@ def test_steps_have_few_numbers_of_rows(engine, monkeypatch):
     engine.model.stop_ids = frozenset()
     with engine.open("beta-lossless") as prefix:
         scheduler, sizes = Scheduler(engine.model), set()
-        forward = engine.model.forward_together
+        forward = engine.model.choose_together
 
         def counted(chunks, **more):
             if all(len(tokens) <= MAX_DRAFT_TOKENS + 1 for tokens, _ in chunks):
                 sizes.add((len(chunks), sum(len(tokens) for tokens, _ in chunks)))
             return forward(chunks, **more)
 
-        monkeypatch.setattr(engine.model, "forward_together", counted)
+        monkeypatch.setattr(engine.model, "choose_together", counted)
         options = SamplingOptions(max_tokens=50, speculate=True)
         streams = [prefix.session().stream("The beta pump " * (4 + i), options) for i in range(3)]
         requests = [stream.submit(scheduler, lambda _piece: None) for stream in streams]

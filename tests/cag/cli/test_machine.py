@@ -9,6 +9,7 @@ from cag.cli.options import MaxTokensOption, TemperatureOption, TopPOption
 from cag.models import CATALOGUE
 from cag.models.record import write_record
 from cag_kernels import has_compiler, has_numba
+from cag_kernels.cpu import has_byte_tiles
 
 
 @pytest.fixture
@@ -37,6 +38,13 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     assert found["kernels"]["caches in the codec transform"] == "decoded by the store"
     if has_numba():
         assert found["kernels"]["layers of a Llama, few rows"] == "compiled, recorded once"
+    in_bytes = has_numba() and has_byte_tiles()
+    expected = (
+        "from 8 bits of the output matrix where tiles multiply, half of its memory more"
+        if in_bytes
+        else "from all logits"
+    )
+    assert found["kernels"]["greedy choice"] == expected
     assert found["runtime"]["measured_ms"]
     assert found["runtime"]["reason"] == "set by CAG_THREADS"
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]

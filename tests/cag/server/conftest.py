@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,13 +106,14 @@ class Gate:
 
 @pytest.fixture
 def gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate, forward = Gate(), engine.model.forward_together
+    gate = Gate()
 
-    def gated(*arguments: Any, **options: Any) -> Any:
+    def gated(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         gate.through()
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(engine.model, "forward_together", gated)
+    for name in ("forward_together", "choose_together"):
+        monkeypatch.setattr(engine.model, name, partial(gated, getattr(engine.model, name)))
     yield gate
     gate.open()
 

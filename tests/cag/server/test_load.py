@@ -149,7 +149,7 @@ async def test_shutdown_stops_running_answers(serving, gate, raw):
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(serving, engine, monkeypatch):
-    forward, seen = engine.model.forward_together, []
+    forward, seen = engine.model.choose_together, []
 
     def failing(*arguments, **options):
         seen.append(1)
@@ -157,7 +157,7 @@ async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(serving, eng
             raise MemoryError("no more memory")
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(engine.model, "forward_together", failing)
+    monkeypatch.setattr(engine.model, "choose_together", failing)
     async with serving() as served:
         response = await served.client.post(URL, json=body(stream=True))
         metrics = served.service.metrics.render()

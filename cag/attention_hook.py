@@ -1,0 +1,48 @@
+"""Attention of transformers' own networks through a sequence's state: registered with their attention interface.
+
+The state comes as a keyword of the forward. Knows no model and no kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import AttentionInterface
+
+from cag.errors import UnsupportedModel
+from cag.state import SequenceState
+
+ATTENTION_NAME = "cag_segments"
+
+
+def _segment_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    cag_state: SequenceState,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads, head_dim]` out."""
+    if s_aux is not None:
+        raise UnsupportedModel("the model uses attention sinks, which prefix attention does not support yet.")
+    out = cag_state.attend(
+        module.layer_idx,
+        query[0],
+        key[0],
+        value[0],
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _segment_attention_forward)

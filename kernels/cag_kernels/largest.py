@@ -1,0 +1,112 @@
+"""Which output of a linear layer is the largest, from half of the bytes of its weight, and to the bit.
+
+A copy of the weight in 8 bits bounds every output from both sides. The few whose upper bound reaches the largest lower
+bound are computed exactly, with the bits of the whole product (`tile_linear`); nothing else can be the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cag_kernels.cpu import has_byte_tiles, has_numba
+from cag_kernels.linear import tile_linear, tile_linear_serves
+
+if TYPE_CHECKING:
+    from cag_kernels.cpu_choice import Choice, CodedWeight
+
+MAX_ROWS = 32  # up to which it is quicker than the whole product by enough to keep bounds for each
+_SIZE_MULTIPLE = 64  # as tiles of bytes want it
+_LEAST_FEATURES = 4096  # a smaller weight is read in no time
+
+Allocate = Callable[[int], Tensor]
+
+
+def largest_output_serves(weight: Tensor) -> bool:
+    """Whether `LargestOutput` takes a weight `[num_features, size]` on this machine."""
+    fits = weight.shape[0] >= _LEAST_FEATURES and weight.shape[1] % _SIZE_MULTIPLE == 0
+    return fits and tile_linear_serves(weight) and has_numba() and has_byte_tiles()
+
+
+class LargestOutput:
+    """The largest output for each of a few rows, and the lowest of equal ones. Not for several threads at once;
+    `largest_output` makes one."""
+
+    def __init__(self, coded: CodedWeight) -> None:
+        from cag_kernels.cpu_choice import Workspace
+
+        self._coded = coded
+        with torch.inference_mode(False):  # it serves calls inside and outside of inference mode
+            self._space = Workspace(coded, MAX_ROWS)
+        self._choices: dict[int, Choice] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the copy in 8 bits."""
+        return self._coded.codes.nbytes
+
+    def __call__(self, rows: Tensor) -> list[int]:
+        """`rows [num_rows, size]`, float32 on the CPU and not empty, to the index of the largest of `tile_linear(rows,
+        weight)` for each; at most `MAX_ROWS` rows the quick way."""
+        num_rows = len(rows)
+        if num_rows <= MAX_ROWS:
+            choice = self._choices.get(num_rows) or self._prepared(num_rows)
+            choice.rows.copy_(rows)
+            choice.run()
+            chosen: list[int] = choice.chosen.tolist()
+            if chosen[0] >= 0:
+                return chosen
+        return largest_output_reference(rows, self._coded.weight)
+
+    def _prepared(self, num_rows: int) -> Choice:
+        from cag_kernels.cpu_choice import Choice
+
+        with torch.inference_mode(False):
+            self._choices[num_rows] = Choice(self._coded, num_rows, self._space)
+        return self._choices[num_rows]
+
+
+def largest_output(
+    weight: Tensor, allocate: Allocate | None = None, goes_on: Callable[[], bool] = lambda: True
+) -> LargestOutput | None:
+    """For a weight `[num_features, size]` bfloat16, which is kept; the copy is made on the calling thread alone and
+    without the interpreter.
+
+    Args:
+        weight: one that `largest_output_serves`.
+        allocate: gives the copy's memory, uint8 of at least that many bytes.
+        goes_on: asked every few milliseconds; the result is None if it says no.
+
+    Raises:
+        ValueError: a weight that is not served.
+    """
+    if not largest_output_serves(weight):
+        raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} is not served")
+    from cag_kernels.cpu_choice import CodedWeight, num_code_bytes
+
+    num_bytes = num_code_bytes(weight)
+    with torch.inference_mode(False):
+        memory = (allocate or _plain_memory)(num_bytes)[:num_bytes]
+        coded = CodedWeight.encoded(weight, memory, goes_on)
+    return None if coded is None else LargestOutput(coded)
+
+
+def warm_up_largest() -> None:
+    """Compile what choices need, once a process; nothing where there are no tiles of bytes."""
+    if has_numba() and has_byte_tiles():
+        from cag_kernels.cpu_choice import warm_up
+
+        warm_up()
+
+
+def largest_output_reference(rows: Tensor, weight: Tensor) -> list[int]:
+    """What `LargestOutput` means: the whole product, and the lowest of equal outputs."""
+    found: list[int] = tile_linear(rows, weight).argmax(-1).tolist()
+    return found
+
+
+def _plain_memory(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
