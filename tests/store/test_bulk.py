@@ -1,5 +1,7 @@
 """Verifying and decoding in one compiled step: what it takes on, what it leaves, and that it never takes damage."""
 
+import math
+
 import numpy as np
 import pytest
 import xxhash
@@ -110,15 +112,23 @@ def test_damage_in_any_segment_is_named(store, small, position, coded):
                 reader.load(arrays_of(reader, cache, coded))
 
 
+def room_at(shift, shape):
+    """An array of 16-bit elements that begins `shift` bytes behind a line of the processor's cache."""
+    memory = np.full(2 * math.prod(shape) + 128, 77, np.uint8)
+    first = -memory.ctypes.data % 64 + shift
+    return memory[first : first + 2 * math.prod(shape)].view(np.uint16).reshape(shape)
+
+
+@pytest.mark.parametrize("shift", [0, 2, 32])
 @pytest.mark.parametrize("config", [RANKS, "int8", CONFIGS[3]], ids=str)
-def test_what_is_damaged_or_of_another_form_is_left(config):
+def test_what_is_damaged_or_of_another_form_is_left(config, shift):
     """With the right hash, as a forger would write it: the step refuses, and nothing is written out of its arrays."""
     from cag_store.codecs.base import RawSegments
     from cag_store.testing import sample_array
 
     codec, array = codec_from_config(config), sample_array((2, 64, 64), "bfloat16", 3)
     data = codec.encode_layers([array], "bfloat16", "keys", 0, 96)
-    room = np.full((2, 96 + 64 + 8, 64), 77, np.uint16)
+    room = room_at(shift, (2, 96 + 64 + 8, 64))
     decode = codec.bulk_decoder([(room, room)])
 
     def decoded(encoded, size=None):

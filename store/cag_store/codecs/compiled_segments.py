@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cag_store.codecs.compiled_groups import keys_at, nibble_keys_at, nibble_values_at, values_at
 from cag_store.codecs.compiled_ranks import decode_segment
 from cag_store.codecs.compiled_xxh3 import SECRET, is_hash_of
-from cag_store.codecs.emitting import array, compiled, copy_bytes, numba, row_pointer, types
+from cag_store.codecs.emitting import array, compiled, copy_bytes, fence, numba, row_pointer, types
 from cag_store.codecs.loops import XXH3_ABOVE_BYTES, ChunkSpan
 
 _HEAD_BYTES = 12
@@ -161,12 +161,15 @@ def _keep_grouped(
 def _decode_ranked(
     pieces: Any, hashes: Any, rows: Any, span: Any, kind: Any, secret: Any, sums: Any, done: Any
 ) -> None:
+    past = hashes.shape[0] > 0  # a second pass over bytes that the cache holds: nothing else waits for memory
     for index in range(pieces.shape[0]):
         if verified(pieces, hashes, index, secret, sums):
             heads, head_dim, out, head_bytes = rows[index, 0], rows[index, 1], rows[index, 2], rows[index, 3]
             shape = heads, span[1], head_dim
             data, size = pieces[index, 0], pieces[index, 1]
-            done[index] = decode_segment(data, size, out + 2 * span[0] * head_dim, head_bytes, shape, kind)
+            done[index] = decode_segment(data, size, out + 2 * span[0] * head_dim, head_bytes, shape, kind, past)
+    if past:
+        fence()
 
 
 _COMMON = (_TABLE, _HASHES, _TABLE, _SPAN)

@@ -43,6 +43,12 @@ def load(builder: Any, base: Any, offset: Any, kind: Any, align: int) -> Any:
     return builder.load(pointer(builder, base, offset, kind), align=align)
 
 
+def store_past(builder: Any, value: Any, place: Any) -> None:
+    """Store to a multiple of 64 bytes past the caches, which then need not read first what is written over."""
+    stored = builder.store(value, place, align=64)
+    stored.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
+
+
 def splat(builder: Any, number: Any, vector: Any) -> Any:
     """A number in every lane."""
     single = builder.insert_element(ir.Constant(vector, ir.Undefined), number, INT32(0))
@@ -82,5 +88,17 @@ def _copy(typing_context: Any, source: Any, target: Any, count: Any) -> Any:  # 
     return types.void(types.int64, types.int64, types.int64), generate
 
 
+def _fence(typing_context: Any) -> Any:  # noqa: ARG001
+    """What was stored past the caches comes before what is stored from here on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        if FEATURES.get("sse2"):
+            intrinsic(builder, "llvm.x86.sse.sfence", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+fence = extending.intrinsic(_fence)
 row_pointer = extending.intrinsic(_row)
 copy_bytes = extending.intrinsic(_copy)
