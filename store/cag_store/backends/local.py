@@ -95,6 +95,17 @@ class LocalBackend(Backend):
                     os.close(direct)
         return super().read_range(path, offset, length, scratch)
 
+    def descriptor(self, path: str, length: int) -> int | None:
+        """See `ReadableBackend`."""
+        name = f"{self.url}/{checked_path(path)}"
+        with self._translated(path):
+            direct = page_cache.open_direct(name)
+            if direct is not None and not page_cache.lies_in_memory(direct, 0, length):
+                return direct
+            if direct is not None:
+                os.close(direct)
+            return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+
     def put_if_absent(self, path: str, parts: Parts) -> bool:
         """See `Backend`."""
         target = self._path(path)
