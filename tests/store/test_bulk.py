@@ -60,24 +60,26 @@ def test_hashes_are_those_of_xxhash(num_bytes):
         data[place] ^= 1
 
 
+@pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("num_tokens", [90, 96, 200])
 @pytest.mark.parametrize(
     ("config", "coded"), [*((config, False) for config in CONFIGS), *((config, True) for config in GROUPED)], ids=str
 )
 def test_one_step_takes_all_segments_and_gives_what_the_reference_gives(
-    store, small, monkeypatch, config, coded, num_tokens
+    store, small, monkeypatch, config, coded, num_tokens, quick
 ):
     cache = small(config, num_tokens=num_tokens, chunk_tokens=96)
     manifest = cache.build(store)
     left = []
-    by_bulk = pipeline.Pipeline._left_by_bulk
+    decode_singly = pipeline.Pipeline._decode_singly
 
-    def noted(self, job, data):
-        positions = by_bulk(self, job, data)
+    def noted(self, job, data, positions):
         left.extend((job, position) for position in positions)
-        return positions
+        decode_singly(self, job, data, positions)
 
-    monkeypatch.setattr(pipeline.Pipeline, "_left_by_bulk", noted)
+    if not quick:
+        monkeypatch.setattr(pipeline, "job_calls", lambda: None)
+    monkeypatch.setattr(pipeline.Pipeline, "_decode_singly", noted)
     with store.reader(manifest) as reader:
         found = arrays_of(reader, cache, coded)
         reader.load(found)
