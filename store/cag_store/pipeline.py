@@ -7,8 +7,10 @@
 
 Reads end in bunches, while all cores decode: who has read asks for more before anything else is done, as a thread that
 decodes first, or that has to wake up another one, leaves the disk without work. Decoding a job is one compiled call for
-all segments that the codec knows such a step for; what that leaves is verified and decoded one by one. There are as
-many decoders as workers, and one reader more, or as many as the backend is good for.
+all segments that the codec knows such a step for; what that leaves is verified and decoded one by one. Where chunks are
+files, threads do not even come back for the next job: reading and decoding are calls that hand over to each other
+without the interpreter, whose lock a reader would wait for (`quick_jobs`). There are as many decoders as workers, and
+one reader more, or as many as the backend is good for.
 Memory beyond the buffers: one encoded job a thread and one more, which the next load uses again, and the scratch of the
 codecs.
 """
