@@ -36,7 +36,7 @@ from cag_store.chunk_files import OpenChunk, check_segment, side_of
 from cag_store.codecs import BulkDecoder, CodedSide, EncodedSegment, RawSegments, StreamSide
 from cag_store.codecs.jobs import ENDED, LEFT, UNREAD, WHOLE, JobThread, job_calls
 from cag_store.dtypes import Array
-from cag_store.errors import CorruptEntry
+from cag_store.errors import CorruptEntry, StoreError
 from cag_store.quick_jobs import QuickJobs, address_of, hashes_of
 from cag_store.scratch import Scratch
 
@@ -46,6 +46,7 @@ Buffers = (
 
 JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 SPARE_READERS = 1  # more than workers
+MOST_FILES = 256  # open at once; a process may often have 1,024
 _scratch = Scratch(keep=8)  # jobs of one load on few cores
 
 
@@ -186,21 +187,33 @@ class Pipeline:
         """What threads need to do whole jobs in a compiled call; None where there is no such call."""
         calls, bulk = job_calls(), self._bulk
         chunks = [job.chunk for job in self._jobs[: self._num_chunks]]
-        hashes = hashes_of(chunks) if calls is not None and isinstance(bulk, BulkDecoder) else None
-        if calls is None or not isinstance(bulk, BulkDecoder) or hashes is None:
+        if calls is None or not isinstance(bulk, BulkDecoder) or len(chunks) > MOST_FILES:
             return None
-        descriptors: list[int] = []
-        for chunk in chunks:
-            descriptor = self._backend.descriptor(chunk.path, chunk.entry.stored_bytes)
-            if descriptor is None:
-                return None
-            stack.callback(os.close, descriptor)
-            descriptors.append(descriptor)
-        for pipe in (os.pipe(), os.pipe()):
-            for descriptor in pipe:
-                stack.callback(os.close, descriptor)
-                descriptors.append(descriptor)
+        hashes, descriptors = hashes_of(chunks), self._descriptors(chunks, stack)
+        if hashes is None or descriptors is None:
+            return None
         return QuickJobs(calls, bulk, chunks, self._spans, hashes, descriptors, self._pieces, self._num_readers)
+
+    def _descriptors(self, chunks: Sequence[OpenChunk], stack: ExitStack) -> list[int] | None:
+        """Of the files of all chunks and of two pipes, open until `stack` ends; None where the backend or the system
+        does not give them all."""
+        found: list[int] = []
+        with ExitStack() as opened:
+            try:
+                for chunk in chunks:
+                    descriptor = self._backend.descriptor(chunk.path, chunk.entry.stored_bytes)
+                    if descriptor is None:
+                        return None
+                    opened.callback(os.close, descriptor)
+                    found.append(descriptor)
+                for _ in range(2):
+                    for descriptor in os.pipe():
+                        opened.callback(os.close, descriptor)
+                        found.append(descriptor)
+            except (OSError, StoreError):  # of a missing file whoever reads it says more; too many may be open
+                return None
+            stack.push(opened.pop_all())
+        return found
 
     def _read_jobs(self, number: int) -> None:
         """A thread: read job `number`, and then job after job until none is left."""

@@ -1,6 +1,7 @@
 """Jobs that compiled calls read and decode: what they cannot do is done otherwise, and nothing is left behind."""
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -94,6 +95,28 @@ def test_without_descriptors_nothing_is_done_by_calls(store, small, monkeypatch,
     monkeypatch.setattr(store.backend, "descriptor", second_has_none)
     before = open_files()
     buffers, _ = loaded(store, manifest, cache)
+    cache.check(buffers)
+    assert not states
+    assert open_files() == before
+
+
+def test_a_process_that_may_open_few_files(store, small, states):
+    cache = small(num_tokens=300)
+    manifest = cache.build(store)
+    assert len(manifest.chunks) > 8
+    loaded(store, manifest, cache)
+    states.clear()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    ninth = [number for number in range(limits[0]) if number not in used][8]
+    before = open_files()
+    with store.reader(manifest) as reader:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ninth, limits[1]))
+        try:
+            buffers = cache.buffers()
+            reader.load(buffers)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     cache.check(buffers)
     assert not states
     assert open_files() == before
