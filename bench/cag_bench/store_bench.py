@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from cag.buffers import storage_view
+from cag.buffers import HostBuffers, storage_view
 from cag.chunks import PrefixChunks
 from cag.engine import Engine
 from cag.errors import UsageError
@@ -101,7 +102,9 @@ class TimedCodec:
         self._arrays: Buffers = [
             (storage_view(k), storage_view(v)) for k, v in zip(tail.keys, tail.values, strict=True)
         ]
-        self._buffers: Buffers = [(np.zeros_like(keys), np.zeros_like(values)) for keys, values in self._arrays]
+        sizes = [(keys.shape[0], keys.shape[1], keys.shape[2]) for keys, _ in self._arrays]
+        memory = HostBuffers.of(sizes, tail.keys[0].dtype, torch.device("cpu"))  # as the engine's, in huge pages
+        self._buffers: Buffers = memory.views()
         self._reader = Reader(self._store)
 
     def row(self) -> dict[str, Any]:

@@ -7,20 +7,24 @@
 
 Reads end in bunches, while all cores decode: who has read asks for more before anything else is done, as a thread that
 decodes first, or that has to wake up another one, leaves the disk without work. Decoding a job is one compiled call for
-all segments that the codec knows such a step for; what that leaves is verified and decoded one by one. There are as
-many decoders as workers, and one reader more, or as many as the backend is good for.
+all segments that the codec knows such a step for; what that leaves is verified and decoded one by one. Where chunks are
+files, threads do not even come back for the next job: reading and decoding are calls that hand over to each other
+without the interpreter, whose lock a reader would wait for (`quick_jobs`). There are as many decoders as workers, and
+one reader more, or as many as the backend is good for.
 Memory beyond the buffers: one encoded job a thread and one more, which the next load uses again, and the scratch of the
 codecs.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, pairwise
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -30,8 +34,10 @@ import numpy as np
 from cag_store.backends import SCRATCH_BYTES, ReadableBackend
 from cag_store.chunk_files import OpenChunk, check_segment, side_of
 from cag_store.codecs import BulkDecoder, CodedSide, EncodedSegment, RawSegments, StreamSide
+from cag_store.codecs.jobs import ENDED, LEFT, UNREAD, WHOLE, JobThread, job_calls
 from cag_store.dtypes import Array
-from cag_store.errors import CorruptEntry
+from cag_store.errors import CorruptEntry, StoreError
+from cag_store.quick_jobs import QuickJobs, address_of, hashes_of
 from cag_store.scratch import Scratch
 
 Buffers = (
@@ -40,6 +46,7 @@ Buffers = (
 
 JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 SPARE_READERS = 1  # more than workers
+MOST_FILES = 256  # open at once; a process may often have 1,024
 _scratch = Scratch(keep=8)  # jobs of one load on few cores
 
 
@@ -79,8 +86,9 @@ class Job:
 
 
 class _ReadJob(NamedTuple):
-    """A job whose bytes are `data`, a part of `memory`."""
+    """Job `number`, whose bytes are `data`, a part of `memory`."""
 
+    number: int
     job: Job
     memory: memoryview
     data: memoryview
@@ -107,13 +115,16 @@ class Pipeline:
         self._groups = chunks[0].index.header.groups
         self._codec = chunks[0].codec
         self._bulk: BulkDecoder | None = None
-        self._prepared = threading.Event()  # `_bulk` is made while the first jobs are read
+        self._quick: QuickJobs | None = None
+        self._prepared = threading.Event()  # both are made while the first jobs are read
         job_bytes = max(JOB_BYTES, backend.read_bytes)
         spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
         self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
-        self._next_job = count()
+        self._spans, self._num_chunks = spans, len(chunks)
         self._num_readers = min(max(workers + SPARE_READERS, backend.parallel_reads), len(self._jobs))
         self._num_decoders = min(workers, len(self._jobs))
+        self._next_job = count(self._num_readers)  # each reader has a job from the beginning
+        self._pieces: list[memoryview] = []  # of memory, for a job each
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()  # None: no more
         self._read: SimpleQueue[_ReadJob | None] = SimpleQueue()
         self._changed = threading.Condition()
@@ -124,18 +135,22 @@ class Pipeline:
         """Fill the buffers; `on_layer(i)` as soon as layer i is whole.
         Raises what reading, verifying or decoding raised."""
         started = time.perf_counter()
-        works = [self._read_jobs] * self._num_readers + [self._decode_jobs] * self._num_decoders
+        works: list[Callable[[], None]] = [partial(self._read_jobs, number) for number in range(self._num_readers)]
+        works += [self._decode_jobs] * self._num_decoders
         threads = [
             threading.Thread(target=work, name=f"cag-load-{index}", daemon=True) for index, work in enumerate(works)
         ]
         num_bytes = SCRATCH_BYTES + max(job.num_bytes for job in self._jobs)
         with ExitStack() as stack:
             for _ in range(len(threads) + 1):
-                self._free.put(stack.enter_context(_scratch.taken(num_bytes)))
+                self._pieces.append(stack.enter_context(_scratch.taken(num_bytes)))
             try:
                 for thread in threads:
                     thread.start()
                 self._bulk = self._codec.bulk_decoder(self._buffers)
+                self._quick = self._quick_jobs(stack)
+                for memory in self._pieces[self._num_readers :]:
+                    self._free.put(memory)
                 self._prepared.set()
                 for layer in range(len(self._buffers)):
                     self._wait_for(layer)
@@ -160,50 +175,141 @@ class Pipeline:
             self._stopped = True
             self._error = self._error or error
             self._changed.notify_all()
+        if self._quick is not None:
+            self._quick.stop(self._num_readers, self._num_decoders)
         self._prepared.set()
         for _ in range(self._num_readers):
             self._free.put(None)
         for _ in range(self._num_decoders):
             self._read.put(None)
 
-    def _read_jobs(self) -> None:
-        """A thread: read job after job until none is left."""
+    def _quick_jobs(self, stack: ExitStack) -> QuickJobs | None:
+        """What threads need to do whole jobs in a compiled call; None where there is no such call."""
+        calls, bulk = job_calls(), self._bulk
+        chunks = [job.chunk for job in self._jobs[: self._num_chunks]]
+        if calls is None or not isinstance(bulk, BulkDecoder) or len(chunks) > MOST_FILES:
+            return None
+        hashes, descriptors = hashes_of(chunks), self._descriptors(chunks, stack)
+        if hashes is None or descriptors is None:
+            return None
+        return QuickJobs(calls, bulk, chunks, self._spans, hashes, descriptors, self._pieces, self._num_readers)
+
+    def _descriptors(self, chunks: Sequence[OpenChunk], stack: ExitStack) -> list[int] | None:
+        """Of the files of all chunks and of two pipes, open until `stack` ends; None where the backend or the system
+        does not give them all."""
+        found: list[int] = []
+        with ExitStack() as opened:
+            try:
+                for chunk in chunks:
+                    descriptor = self._backend.descriptor(chunk.path, chunk.entry.stored_bytes)
+                    if descriptor is None:
+                        return None
+                    opened.callback(os.close, descriptor)
+                    found.append(descriptor)
+                for _ in range(2):
+                    for descriptor in os.pipe():
+                        opened.callback(os.close, descriptor)
+                        found.append(descriptor)
+            except (OSError, StoreError):  # of a missing file whoever reads it says more; too many may be open
+                return None
+            stack.push(opened.pop_all())
+        return found
+
+    def _read_jobs(self, number: int) -> None:
+        """A thread: read job `number`, and then job after job until none is left."""
         try:
-            while (memory := self._free.get()) is not None and not self._stopped:
-                index = next(self._next_job)
-                if index >= len(self._jobs):
-                    return
-                job, taken = self._jobs[index], LoadTimings()
-                try:
-                    data = self._bytes_of(job, memory, taken)
-                except CorruptEntry:
-                    if not self._forgotten(job, taken):
-                        raise
-                    data = self._bytes_of(job, memory, taken)
-                self._read.put(_ReadJob(job, memory, data, taken))
+            read: _ReadJob | None = self._read_into(number, self._pieces[number])
+            self._prepared.wait()
+            if self._quick is not None and read is not None:
+                self._read_quickly(self._quick, read)
+                return
+            while read is not None:
+                self._read.put(read)
+                read = self._next_read()
         except BaseException as error:
             self._stop(error)
+
+    def _next_read(self) -> _ReadJob | None:
+        """Read the next job, when there is memory for it; None when there is none, or the load is over."""
+        if (memory := self._free.get()) is None or self._stopped:
+            return None
+        number = next(self._next_job)
+        return self._read_into(number, memory) if number < len(self._jobs) else None
+
+    def _read_into(self, number: int, memory: memoryview) -> _ReadJob:
+        """Read a job, once more where a copy of it may be wrong."""
+        job, taken = self._jobs[number], LoadTimings()
+        try:
+            data = self._bytes_of(job, memory, taken)
+        except CorruptEntry:
+            if not self._forgotten(job, taken):
+                raise
+            data = self._bytes_of(job, memory, taken)
+        return _ReadJob(number, job, memory, data, taken)
+
+    def _read_quickly(self, quick: QuickJobs, read: _ReadJob) -> None:
+        """Hand on what was read, and read jobs by a compiled call; what it cannot read is read here."""
+        thread, number, piece, state = quick.thread(), read.number, read.number, UNREAD
+        while state == UNREAD and not self._stopped:
+            self._add(read.taken)
+            quick.hand_on(number, piece, read.data)
+            number, piece, state = quick.read(thread)
+            if state == UNREAD:
+                read = self._read_into(number, self._pieces[piece])
+        self._add(self._spent(thread))
 
     def _decode_jobs(self) -> None:
         """A thread: verify and decode what was read."""
         try:
+            self._prepared.wait()
+            if self._quick is not None:
+                self._decode_quickly(self._quick)
+                return
             while (read := self._read.get()) is not None and not self._stopped:
-                job, memory, data, taken = read
-                try:
-                    self._decode(job, data, taken)
-                except CorruptEntry:
-                    if not self._forgotten(job, taken):
-                        raise
-                    self._decode(job, self._bytes_of(job, memory, taken), taken)
-                self._free.put(memory)
-                self._finish(job, taken)
+                self._decode(read, None)
+                self._free.put(read.memory)
+                self._finish(read.job, read.taken)
         except BaseException as error:
             self._stop(error)
+
+    def _decode_quickly(self, quick: QuickJobs) -> None:
+        """Verify and decode jobs by a compiled call, and here what it leaves."""
+        thread, finished, state = quick.thread(), -1, WHOLE
+        while state != ENDED and not self._stopped:
+            number, piece, state = quick.decode(thread, finished)
+            finished, job = -1, self._jobs[number]
+            if state == WHOLE:
+                self._finish_span(job)
+            elif state == LEFT:
+                memory, before = self._pieces[piece], quick.offset(piece)
+                read = _ReadJob(number, job, memory, memory[before : before + job.num_bytes], LoadTimings())
+                self._decode(read, quick.left(number, thread))
+                self._add(read.taken)
+                quick.free(piece)
+                finished = number
+        self._add(self._spent(thread))
+
+    def _add(self, taken: LoadTimings) -> None:
+        with self._changed:
+            self._timings.add(taken)
+
+    def _spent(self, thread: JobThread) -> LoadTimings:
+        """What compiled calls on a thread took."""
+        read_ns, decode_ns, num_bytes = map(int, thread.spent)
+        tiers = {self._backend.tier: num_bytes} if num_bytes else {}
+        return LoadTimings(num_bytes, read_ns / 1e9, decode_ns / 1e9, bytes_by_tier=tiers)
 
     def _forgotten(self, job: Job, taken: LoadTimings) -> bool:
         """Whether bytes that proved wrong may be those of a copy kept nearby; it is dropped, and they can be read once
         more from the backend itself."""
         return self._backend.forget(job.chunk.path) or bool(taken.bytes_by_tier.keys() - {self._backend.tier})
+
+    def _finish_span(self, job: Job) -> None:
+        """All chunks' jobs of the layers of `job` are decoded."""
+        first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
+        with self._changed:
+            self._missing[first:last] = [0] * (last - first)
+            self._changed.notify_all()
 
     def _finish(self, job: Job, taken: LoadTimings) -> None:
         """A job is decoded."""
@@ -226,13 +332,18 @@ class Pipeline:
         taken.read_s += time.perf_counter() - started
         return data
 
-    def _decode(self, job: Job, data: memoryview, taken: LoadTimings) -> None:
-        """Verify and decode a job; adds the time to `taken`. Raises: CorruptEntry."""
-        self._prepared.wait()
+    def _decode(self, read: _ReadJob, left: Sequence[int] | None) -> None:
+        """Verify and decode a job, of which `left` segments are not done (None: all); it is read once more where a copy
+        of it may be wrong. Adds the time. Raises: CorruptEntry."""
+        job, data, taken = read.job, read.data, read.taken
         started = time.perf_counter()
-        left = self._left_by_bulk(job, data)
-        if left:
-            self._decode_singly(job, data, left)
+        try:
+            self._decode_singly(job, data, self._left_by_bulk(job, data) if left is None else left)
+        except CorruptEntry:
+            if not self._forgotten(job, taken):
+                raise
+            data = self._bytes_of(job, read.memory, taken)
+            self._decode_singly(job, data, self._left_by_bulk(job, data))
         taken.decode_s += time.perf_counter() - started
 
     def _left_by_bulk(self, job: Job, data: memoryview) -> Sequence[int]:
@@ -242,13 +353,15 @@ class Pipeline:
         if self._bulk is None or hashes is None:
             return range(first, last)
         bounds = np.array(chunk.offsets[first : last + 1], np.int64)
-        address = np.frombuffer(data, np.uint8).ctypes.data - chunk.offsets[first]
+        address = address_of(data) - chunk.offsets[first]
         pieces = np.stack([bounds[:-1] + address, np.diff(bounds)], axis=1)
         done = self._bulk(RawSegments(first, pieces, hashes, chunk.entry.start, chunk.entry.num_tokens))
         return [first + int(index) for index in np.flatnonzero(~done)]
 
     def _decode_singly(self, job: Job, data: memoryview, positions: Sequence[int]) -> None:
         """Verify and decode these segments of a job. Raises: CorruptEntry."""
+        if not positions:
+            return
         chunk, entry = job.chunk, job.chunk.entry
         segments = []
         for position in positions:

@@ -1,5 +1,7 @@
 """Verifying and decoding in one compiled step: what it takes on, what it leaves, and that it never takes damage."""
 
+import math
+
 import numpy as np
 import pytest
 import xxhash
@@ -58,24 +60,26 @@ def test_hashes_are_those_of_xxhash(num_bytes):
         data[place] ^= 1
 
 
+@pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("num_tokens", [90, 96, 200])
 @pytest.mark.parametrize(
     ("config", "coded"), [*((config, False) for config in CONFIGS), *((config, True) for config in GROUPED)], ids=str
 )
 def test_one_step_takes_all_segments_and_gives_what_the_reference_gives(
-    store, small, monkeypatch, config, coded, num_tokens
+    store, small, monkeypatch, config, coded, num_tokens, quick
 ):
     cache = small(config, num_tokens=num_tokens, chunk_tokens=96)
     manifest = cache.build(store)
     left = []
-    by_bulk = pipeline.Pipeline._left_by_bulk
+    decode_singly = pipeline.Pipeline._decode_singly
 
-    def noted(self, job, data):
-        positions = by_bulk(self, job, data)
+    def noted(self, job, data, positions):
         left.extend((job, position) for position in positions)
-        return positions
+        decode_singly(self, job, data, positions)
 
-    monkeypatch.setattr(pipeline.Pipeline, "_left_by_bulk", noted)
+    if not quick:
+        monkeypatch.setattr(pipeline, "job_calls", lambda: None)
+    monkeypatch.setattr(pipeline.Pipeline, "_decode_singly", noted)
     with store.reader(manifest) as reader:
         found = arrays_of(reader, cache, coded)
         reader.load(found)
@@ -110,15 +114,23 @@ def test_damage_in_any_segment_is_named(store, small, position, coded):
                 reader.load(arrays_of(reader, cache, coded))
 
 
+def room_at(shift, shape):
+    """An array of 16-bit elements that begins `shift` bytes behind a line of the processor's cache."""
+    memory = np.full(2 * math.prod(shape) + 128, 77, np.uint8)
+    first = -memory.ctypes.data % 64 + shift
+    return memory[first : first + 2 * math.prod(shape)].view(np.uint16).reshape(shape)
+
+
+@pytest.mark.parametrize("shift", [0, 2, 32])
 @pytest.mark.parametrize("config", [RANKS, "int8", CONFIGS[3]], ids=str)
-def test_what_is_damaged_or_of_another_form_is_left(config):
+def test_what_is_damaged_or_of_another_form_is_left(config, shift):
     """With the right hash, as a forger would write it: the step refuses, and nothing is written out of its arrays."""
     from cag_store.codecs.base import RawSegments
     from cag_store.testing import sample_array
 
     codec, array = codec_from_config(config), sample_array((2, 64, 64), "bfloat16", 3)
     data = codec.encode_layers([array], "bfloat16", "keys", 0, 96)
-    room = np.full((2, 96 + 64 + 8, 64), 77, np.uint16)
+    room = room_at(shift, (2, 96 + 64 + 8, 64))
     decode = codec.bulk_decoder([(room, room)])
 
     def decoded(encoded, size=None):

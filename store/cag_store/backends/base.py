@@ -83,6 +83,12 @@ class ReadableBackend(ABC):
         data = scratch[:length]
         return data, self.get_range_into(path, offset, data)
 
+    def descriptor(self, path: str, length: int) -> int | None:  # noqa: ARG002
+        """A file that holds the object from its first byte on, for reads as `read_range` does them, whose memory,
+        offset and length are multiples of a page; the first `length` bytes will be read. Whoever asks closes it. None
+        where there is none. Raises: EntryNotFound."""
+        return None
+
     def will_read(self, path: str, length: int) -> None:  # noqa: B027
         """The first `length` bytes of an object are read soon; where that helps, they are fetched meanwhile. Never
         raises."""

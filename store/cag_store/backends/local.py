@@ -85,16 +85,26 @@ class LocalBackend(Backend):
         before = offset % page_cache.DIRECT_ALIGNMENT
         around = -(-(before + length) // page_cache.DIRECT_ALIGNMENT) * page_cache.DIRECT_ALIGNMENT
         with self._translated(path):
-            with self._descriptor(path) as descriptor:
-                cached = page_cache.lies_in_memory(descriptor, offset, length)
-            direct = None if cached else page_cache.open_direct(f"{self.url}/{path}")
+            direct = page_cache.open_direct(f"{self.url}/{checked_path(path)}")
             if direct is not None:
                 try:
-                    self._fill(path, direct, offset - before, scratch[:around], before + length)
+                    if not page_cache.lies_in_memory(direct, offset, length):
+                        self._fill(path, direct, offset - before, scratch[:around], before + length)
+                        return scratch[before : before + length], self.tier
                 finally:
                     os.close(direct)
-                return scratch[before : before + length], self.tier
         return super().read_range(path, offset, length, scratch)
+
+    def descriptor(self, path: str, length: int) -> int | None:
+        """See `ReadableBackend`."""
+        name = f"{self.url}/{checked_path(path)}"
+        with self._translated(path):
+            direct = page_cache.open_direct(name)
+            if direct is not None and not page_cache.lies_in_memory(direct, 0, length):
+                return direct
+            if direct is not None:
+                os.close(direct)
+            return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
 
     def put_if_absent(self, path: str, parts: Parts) -> bool:
         """See `Backend`."""

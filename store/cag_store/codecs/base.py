@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from cag_store.codecs import loops
 from cag_store.codecs.coded import CodedShape, CodedSide
 from cag_store.codecs.streams import StreamChunk, StreamShape, StreamSide
 from cag_store.dtypes import Array, storage_dtype
@@ -108,9 +109,27 @@ class RawSegments(NamedTuple):
     num_tokens: int
 
 
-BulkDecoder = Callable[[RawSegments], NDArray[np.bool_]]
-"""Verifies and decodes segments in one compiled step; returns which are done. The others are damaged or of a form that
-needs more: they are to be verified and decoded by `Codec.decode_segments` or `Codec.keep_codes`."""
+class BulkDecoder:
+    """Verifies and decodes segments in one compiled step; returns which are done. The others are damaged or of a form
+    that needs more: they are to be verified and decoded by `Codec.decode_segments` or `Codec.keep_codes`."""
+
+    def __init__(
+        self, loop: loops.Loop, rows: NDArray[np.int64], span: Callable[[int, int], loops.ChunkSpan] = loops.ChunkSpan
+    ) -> None:
+        """rows: what `loop` takes, of all segments of a chunk; span: of a chunk's start and its number of tokens."""
+        self.loop, self.rows, self.span = loop, rows, span
+
+    def __call__(self, segments: RawSegments) -> NDArray[np.bool_]:
+        """Which of `segments` are done."""
+        first, pieces, hashes, start, num_tokens = segments
+        fast = loops.compiled()
+        if fast is None:
+            return np.zeros(len(pieces), np.bool_)
+        rows, span = self.rows[first : first + len(pieces)], self.span(start, num_tokens)
+        if self.loop.number == loops.RANKED:
+            return fast.decode_ranked(pieces, hashes, rows, span, self.loop.kind)
+        step = fast.decode_grouped if self.loop.number == loops.GROUPED else fast.keep_grouped
+        return step(pieces, hashes, rows, span)
 
 
 class Codec(Configured):

@@ -28,6 +28,7 @@ from cag_store.codecs.emitting import (
     load,
     numba,
     pointer,
+    store_past,
     types,
 )
 from cag_store.codecs.ranks import GROUP, PackedRanks
@@ -85,20 +86,26 @@ def _store_bytes(_: Any, m0: Any, m1: Any, m2: Any, m3: Any, table: Any, base: A
 
 
 def _store_joined(
-    _: Any, m0: Any, m1: Any, m2: Any, m3: Any, table: Any, base: Any, beside: Any, low: Any, out: Any  # noqa: ARG001
+    _: Any, m0: Any, m1: Any, m2: Any, m3: Any, table: Any, base: Any, beside: Any, low: Any, out: Any, past: Any  # noqa: ARG001
 ) -> Any:  # fmt: skip
-    """64 elements of 2 bytes to `out`: such bytes above those at `low`, rotated right by a bit."""
+    """64 elements of 2 bytes to `out`: such bytes above those at `low`, rotated right by a bit. With `past`, `out` is a
+    multiple of 64, and they go past the caches."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        *described, low, out = arguments
+        *described, low, out, past = arguments
         upper = builder.zext(_row(builder, described), HALVES)
         lower = builder.zext(load(builder, low, INT64(0), BYTES, 1), HALVES)
         pattern = builder.or_(builder.shl(upper, constant(HALVES, 8)), lower)
         rotated = intrinsic(builder, "llvm.fshr.v64i16", HALVES, pattern, pattern, constant(HALVES, 1))
-        builder.store(rotated, pointer(builder, out, INT64(0), HALVES), align=1)
+        place = pointer(builder, out, INT64(0), HALVES)
+        with builder.if_else(past) as (then, otherwise):
+            with then:
+                store_past(builder, rotated, place)
+            with otherwise:
+                builder.store(rotated, place, align=1)
         return context.get_dummy_value()
 
-    return types.void(*_MASKS, *[types.int64] * 5), generate
+    return types.void(*_MASKS, *[types.int64] * 5, types.boolean), generate
 
 
 def _word(_: Any, address: Any) -> Any:  # noqa: ARG001
@@ -177,9 +184,10 @@ def _is_padded(level: Any, planes: Any, count: Any) -> Any:
 is_padded = numba.njit(inline="always")(_is_padded)
 
 
-def _unpack(data: Any, num_bytes: Any, low: Any, out: Any, head_bytes: Any, shape: Any) -> Any:
+def _unpack(data: Any, num_bytes: Any, low: Any, out: Any, head_bytes: Any, shape: Any, past: Any) -> Any:
     """Unpack `num_bytes` of ranks at the address `data`, of an array of `shape`, to heads at `out` that are
     `head_bytes` apart: elements of 2 bytes, joined with the bytes at the address `low`; of one byte where that is 0.
+    With `past`, `out` and `head_bytes` are multiples of 64, and elements of 2 bytes go past the caches.
 
     Returns False, and leaves anything at `out`, where sizes are not as they should be, or codes contradict the counts.
     """
@@ -245,7 +253,9 @@ def _unpack(data: Any, num_bytes: Any, low: Any, out: Any, head_bytes: Any, shap
                 if low:
                     copy_bytes(low, lower, count)
             if low:
-                store_joined(m0, m1, m2, m3, table.ctypes.data, base, beside.ctypes.data, lower, place)
+                store_joined(
+                    m0, m1, m2, m3, table.ctypes.data, base, beside.ctypes.data, lower, place, past and count == 64
+                )
                 low += count
             else:
                 store_bytes(m0, m1, m2, m3, table.ctypes.data, base, beside.ctypes.data, place)
@@ -260,12 +270,12 @@ def _unpack(data: Any, num_bytes: Any, low: Any, out: Any, head_bytes: Any, shap
 
 
 _shape = types.UniTuple(types.int64, 3)
-_unpack_at = compiled(_unpack, types.boolean(*[types.int64] * 5, _shape))
+_unpack_at = compiled(_unpack, types.boolean(*[types.int64] * 5, _shape, types.boolean))
 
 
-def _decode_segment(data: Any, num_bytes: Any, out: Any, head_bytes: Any, shape: Any, kind: Any) -> Any:
+def _decode_segment(data: Any, num_bytes: Any, out: Any, head_bytes: Any, shape: Any, kind: Any, past: Any) -> Any:
     """Decode a segment of `lossless` of 2-byte elements that is ranks, packed as `kind` says, and a raw plane; whether
-    it is one, and whole."""
+    it is one, and whole. `past`: as in `_unpack`, where that is possible."""
     size = shape[0] * shape[1] * shape[2]
     if num_bytes < 16 + size:
         return False
@@ -273,10 +283,11 @@ def _decode_segment(data: Any, num_bytes: Any, out: Any, head_bytes: Any, shape:
     low_kind = word(data + 3) >> np.uint64(24) & np.uint64(0xFF)
     if head != np.uint64(2 + 256 * kind) or low_kind != 0 or low_length != size or num_bytes != 11 + length + size:
         return False
-    return _unpack_at(data + 11, length, data + 11 + length, out, head_bytes, shape)
+    past = past and (out | head_bytes) & 63 == 0
+    return _unpack_at(data + 11, length, data + 11 + length, out, head_bytes, shape, past)
 
 
-decode_segment = compiled(_decode_segment, types.boolean(*[types.int64] * 4, _shape, types.int64))
+decode_segment = compiled(_decode_segment, types.boolean(*[types.int64] * 4, _shape, types.int64, types.boolean))
 
 
 def _around_medians(plane: Any) -> Any:
@@ -366,4 +377,4 @@ def pack_ranks(plane: NDArray[np.uint8], base: NDArray[np.uint8], rank_of: NDArr
 
 def unpack_ranks(data: NDArray[np.uint8], out: Array) -> bool:
     """See `Loops`."""
-    return bool(_unpack_at(data.ctypes.data, data.size, 0, out.ctypes.data, out.strides[0], out.shape))
+    return bool(_unpack_at(data.ctypes.data, data.size, 0, out.ctypes.data, out.strides[0], out.shape, False))

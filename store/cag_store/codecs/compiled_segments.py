@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cag_store.codecs.compiled_groups import keys_at, nibble_keys_at, nibble_values_at, values_at
 from cag_store.codecs.compiled_ranks import decode_segment
 from cag_store.codecs.compiled_xxh3 import SECRET, is_hash_of
-from cag_store.codecs.emitting import array, compiled, copy_bytes, numba, row_pointer, types
+from cag_store.codecs.emitting import array, compiled, copy_bytes, fence, numba, row_pointer, types
 from cag_store.codecs.loops import XXH3_ABOVE_BYTES, ChunkSpan
 
 _HEAD_BYTES = 12
@@ -102,8 +102,8 @@ def _dequantize(row: Any, tokens: Any, groups: Any, width: Any, scales: Any, cod
 
 _TABLE, _HASHES, _DONE = array(types.int64, 2), array(types.uint64, 2), array(types.boolean, 1)
 _ROW, _SPAN, _BYTES, _SUMS = array(types.int64, 1), array(types.int64, 1), array(types.uint8, 1), array(types.uint64, 1)
-_KINDS = types.Tuple((array(types.int8, 1), _BYTES, array(types.uint16, 1)))
-dequantize = compiled(_dequantize, types.void(_ROW, *[types.int64] * 6, _KINDS))
+KINDS = types.Tuple((array(types.int8, 1), _BYTES, array(types.uint16, 1)))
+dequantize = compiled(_dequantize, types.void(_ROW, *[types.int64] * 6, KINDS))
 
 
 def _decode_grouped(
@@ -161,19 +161,22 @@ def _keep_grouped(
 def _decode_ranked(
     pieces: Any, hashes: Any, rows: Any, span: Any, kind: Any, secret: Any, sums: Any, done: Any
 ) -> None:
+    past = hashes.shape[0] > 0  # a second pass over bytes that the cache holds: nothing else waits for memory
     for index in range(pieces.shape[0]):
         if verified(pieces, hashes, index, secret, sums):
             heads, head_dim, out, head_bytes = rows[index, 0], rows[index, 1], rows[index, 2], rows[index, 3]
             shape = heads, span[1], head_dim
             data, size = pieces[index, 0], pieces[index, 1]
-            done[index] = decode_segment(data, size, out + 2 * span[0] * head_dim, head_bytes, shape, kind)
+            done[index] = decode_segment(data, size, out + 2 * span[0] * head_dim, head_bytes, shape, kind, past)
+    if past:
+        fence()
 
 
 _COMMON = (_TABLE, _HASHES, _TABLE, _SPAN)
-_grouped = compiled(_decode_grouped, types.void(*_COMMON, _BYTES, _SUMS, _KINDS, _DONE))
-_kept = compiled(_keep_grouped, types.void(*_COMMON, _BYTES, _SUMS, _BYTES, _DONE))
-_ranked = compiled(_decode_ranked, types.void(*_COMMON, types.int64, _BYTES, _SUMS, _DONE))
-_EMPTY = tuple(np.empty(0, dtype) for dtype in (np.int8, np.uint8, np.uint16))
+grouped = compiled(_decode_grouped, types.void(*_COMMON, _BYTES, _SUMS, KINDS, _DONE))
+kept = compiled(_keep_grouped, types.void(*_COMMON, _BYTES, _SUMS, _BYTES, _DONE))
+ranked = compiled(_decode_ranked, types.void(*_COMMON, types.int64, _BYTES, _SUMS, _DONE))
+EMPTY = tuple(np.empty(0, dtype) for dtype in (np.int8, np.uint8, np.uint16))
 
 
 def decode_ranked(
@@ -181,7 +184,7 @@ def decode_ranked(
 ) -> NDArray[np.bool_]:
     """See `Loops`."""
     done = np.zeros(len(pieces), np.bool_)
-    _ranked(pieces, hashes, rows, np.array(span, np.int64), kind, SECRET, np.empty(8, np.uint64), done)
+    ranked(pieces, hashes, rows, np.array(span, np.int64), kind, SECRET, np.empty(8, np.uint64), done)
     return done
 
 
@@ -190,7 +193,7 @@ def decode_grouped(
 ) -> NDArray[np.bool_]:
     """See `Loops`."""
     done = np.zeros(len(pieces), np.bool_)
-    _grouped(pieces, hashes, rows, np.array(span, np.int64), SECRET, np.empty(8, np.uint64), _EMPTY, done)
+    grouped(pieces, hashes, rows, np.array(span, np.int64), SECRET, np.empty(8, np.uint64), EMPTY, done)
     return done
 
 
@@ -199,5 +202,5 @@ def keep_grouped(
 ) -> NDArray[np.bool_]:
     """See `Loops`."""
     done = np.zeros(len(pieces), np.bool_)
-    _kept(pieces, hashes, rows, np.array(span, np.int64), SECRET, np.empty(8, np.uint64), _EMPTY[1], done)
+    kept(pieces, hashes, rows, np.array(span, np.int64), SECRET, np.empty(8, np.uint64), EMPTY[1], done)
     return done

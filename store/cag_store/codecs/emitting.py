@@ -17,6 +17,7 @@ _binding = importlib.import_module("llvmlite.binding")
 FEATURES: dict[str, bool] = dict(_binding.get_host_cpu_features())
 
 BIT, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_MONOTONIC = 1  # a clock of Linux
 POINTER = ir.PointerType(INT8)
 
 
@@ -41,6 +42,12 @@ def pointer(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
 def load(builder: Any, base: Any, offset: Any, kind: Any, align: int) -> Any:
     """What stands at `base + offset`."""
     return builder.load(pointer(builder, base, offset, kind), align=align)
+
+
+def store_past(builder: Any, value: Any, place: Any) -> None:
+    """Store to a multiple of 64 bytes past the caches, which then need not read first what is written over."""
+    stored = builder.store(value, place, align=64)
+    stored.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
 
 
 def splat(builder: Any, number: Any, vector: Any) -> Any:
@@ -82,5 +89,83 @@ def _copy(typing_context: Any, source: Any, target: Any, count: Any) -> Any:  # 
     return types.void(types.int64, types.int64, types.int64), generate
 
 
+def _fence(typing_context: Any) -> Any:  # noqa: ARG001
+    """What was stored past the caches comes before what is stored from here on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        if FEATURES.get("sse2"):
+            intrinsic(builder, "llvm.x86.sse.sfence", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _called(builder: Any, name: str, result: Any, arguments: Any) -> Any:
+    """Call a function of the C library."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _read_at(typing_context: Any, descriptor: Any, address: Any, count: Any, offset: Any) -> Any:  # noqa: ARG001
+    """`pread` of `count` bytes from `offset` of a file to an address: how many were read, or -1."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        descriptor, address, count, offset = arguments
+        place, number = builder.inttoptr(address, POINTER), builder.trunc(descriptor, INT32)
+        return _called(builder, "pread", INT64, [number, place, count, offset])
+
+    return types.int64(*[types.int64] * 4), generate
+
+
+def _take(typing_context: Any, descriptor: Any) -> Any:  # noqa: ARG001
+    """Wait for the next number of a pipe; -2 where the system gives none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place = cgutils.alloca_once(builder, INT64)
+        number, address = builder.trunc(arguments[0], INT32), builder.bitcast(place, POINTER)
+        count = _called(builder, "read", INT64, [number, address, INT64(8)])
+        return builder.select(builder.icmp_signed("==", count, INT64(8)), builder.load(place), INT64(-2))
+
+    return types.int64(types.int64), generate
+
+
+def _put(typing_context: Any, descriptor: Any, value: Any) -> Any:  # noqa: ARG001
+    """Put a number of at least 0 into a pipe; whether it is there."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place = cgutils.alloca_once_value(builder, arguments[1])
+        number, address = builder.trunc(arguments[0], INT32), builder.bitcast(place, POINTER)
+        count = _called(builder, "write", INT64, [number, address, INT64(8)])
+        return builder.icmp_signed("==", count, INT64(8))
+
+    return types.boolean(types.int64, types.int64), generate
+
+
+def _clock_ns(typing_context: Any) -> Any:  # noqa: ARG001
+    """Nanoseconds of the clock that never goes back."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place = cgutils.alloca_once(builder, ir.ArrayType(INT64, 2))
+        _called(builder, "clock_gettime", INT32, [INT32(_MONOTONIC), builder.bitcast(place, POINTER)])
+        found = builder.load(place)
+        seconds, rest = builder.extract_value(found, 0), builder.extract_value(found, 1)
+        return builder.add(builder.mul(seconds, INT64(1_000_000_000)), rest)
+
+    return types.int64(), generate
+
+
+def _add_at(typing_context: Any, address: Any, number: Any) -> Any:  # noqa: ARG001
+    """Add to the word at an address, in one step for all threads; what stood there before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place = builder.inttoptr(arguments[0], ir.PointerType(INT64))
+        return builder.atomic_rmw("add", place, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+fence = extending.intrinsic(_fence)
+read_at, clock_ns, add_at = (extending.intrinsic(function) for function in (_read_at, _clock_ns, _add_at))
+take, put = extending.intrinsic(_take), extending.intrinsic(_put)
 row_pointer = extending.intrinsic(_row)
 copy_bytes = extending.intrinsic(_copy)

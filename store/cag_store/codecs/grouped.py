@@ -25,7 +25,6 @@ from cag_store.codecs.base import (
     Config,
     EncodedSegment,
     Packer,
-    RawSegments,
     Side,
     Target,
     checked_array,
@@ -162,7 +161,7 @@ class GroupedIntegers(Codec):
         """See `Codec`. What is plain moves in one compiled step, which needs no interpreter's lock."""
         fast, left = loops.compiled(), segments
         if fast is not None and segments and all(_can_keep(segment.outs[0]) for segment in segments):
-            span = self._span(num_tokens, segments[0].start)
+            span = self._span(segments[0].start, num_tokens)
             left = left_over(segments, fast.keep_grouped(*self._plain(segments), span))
         for segment in left:
             self._keep(segment, num_tokens)
@@ -173,7 +172,7 @@ class GroupedIntegers(Codec):
         for num_tokens, same in groupby(segments, key=tokens_of):
             left = list(same)
             if fast is not None and all(_can_decode(segment.outs[0]) for segment in left):
-                span = self._span(num_tokens, left[0].start)._replace(start=0)
+                span = self._span(left[0].start, num_tokens)._replace(start=0)
                 left = left_over(left, fast.decode_grouped(*self._plain(left), span))
             super().decode_segments(left)
 
@@ -183,15 +182,9 @@ class GroupedIntegers(Codec):
         keeps = all(map(_can_keep, outs))
         if fast is None or not (keeps or all(map(_can_decode, outs))):
             return None
-        step = fast.keep_grouped if keeps else fast.decode_grouped
         places = ((side, layer) for layer in range(len(buffers)) for side in _SIDES)
         rows = np.array([self._row(out, *place) for out, place in zip(outs, places, strict=True)], np.int64)
-
-        def decode(segments: RawSegments) -> NDArray[np.bool_]:
-            first, pieces, hashes, start, num_tokens = segments
-            return step(pieces, hashes, rows[first : first + len(pieces)], self._span(num_tokens, start))
-
-        return decode
+        return BulkDecoder(loops.Loop(loops.KEPT if keeps else loops.GROUPED), rows, self._span)
 
     def _plain(
         self, segments: Sequence[EncodedSegment]
@@ -210,7 +203,7 @@ class GroupedIntegers(Codec):
         places = [number for array in arrays for number in (array.ctypes.data, array.strides[0])]
         return (num_heads, head_dim, self.widths[mark].bits, int(is_keys), group_size, mark, numbers.itemsize, *places)
 
-    def _span(self, num_tokens: int, start: int) -> loops.ChunkSpan:
+    def _span(self, start: int, num_tokens: int) -> loops.ChunkSpan:
         num_first = self._num_first(num_tokens, start)
         return loops.ChunkSpan(start, num_tokens, num_first, self._num_recent(num_tokens, num_first))
 

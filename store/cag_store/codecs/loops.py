@@ -33,6 +33,17 @@ class ChunkSpan(NamedTuple):
     num_recent: int = 0
 
 
+RANKED, GROUPED, KEPT = range(3)
+
+
+class Loop(NamedTuple):
+    """Which of the loops for segments of a chunk: `Loops.decode_ranked` of a `kind`, `decode_grouped` or
+    `keep_grouped`."""
+
+    number: int
+    kind: int = 0
+
+
 class Loops(Protocol):
     """Loops that write straight into `out` `[num_kv_heads, num_tokens, head_dim]`, whose last axis is contiguous.
 

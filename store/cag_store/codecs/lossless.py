@@ -23,7 +23,6 @@ from cag_store.codecs.base import (
     Config,
     EncodedSegment,
     Packer,
-    RawSegments,
     Shape,
     Side,
     Target,
@@ -116,15 +115,7 @@ class Lossless(Codec):
         fast, outs = self._ranked_loops(), [out for sides in buffers for out in sides]
         if fast is None or not all(map(loops.has_whole_heads, outs)):
             return None
-        rows = _rows(outs)
-
-        def decode(segments: RawSegments) -> NDArray[np.bool_]:
-            first, pieces, hashes, *span = segments
-            return fast.decode_ranked(
-                pieces, hashes, rows[first : first + len(pieces)], loops.ChunkSpan(*span), self._ranks
-            )
-
-        return decode
+        return BulkDecoder(loops.Loop(loops.RANKED, self._ranks), _rows(outs))
 
     def _ranked_loops(self) -> loops.Loops | None:
         return loops.compiled() if self._ranks and self._compilable else None
