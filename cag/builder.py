@@ -23,6 +23,7 @@ from cag.corpus import Document
 from cag.errors import BuildInterrupted, CorpusTooLarge, FidelityMissed, InsufficientResources
 from cag.fidelity import Fidelity
 from cag.ladder import CodecChoice, Rung, Trial, choose, describe_codec
+from cag.memory import large_blocks_apart
 from cag.model import LanguageModel
 from cag.probes import make_probes
 from cag.prompt import PrefixLayout, lay_out
@@ -145,7 +146,11 @@ class Build:
         room = model.window_tokens - self.chunks.num_tokens
         branches = make_probes(model.tokenizer, self.layout, self.documents, room)
         begin = time.perf_counter()
-        with CodecTrials(self.chunks, exact, context, branches, self._text_bytes(), bound, self.report) as trials:
+        text_bytes = self._text_bytes()
+        with (
+            large_blocks_apart(),
+            CodecTrials(self.chunks, exact, context, branches, text_bytes, bound, self.report) as trials,
+        ):
             trial = lossless = trials.lossless()
             choice = self._search(trials, lossless, bound) if codec is None and bound is not None else None
             if choice is not None:

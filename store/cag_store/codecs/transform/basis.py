@@ -19,6 +19,7 @@ from cag_store.codecs.transform.rans import TOTAL
 from cag_store.codecs.transform.symbols import ESCAPE, NUM_SYMBOLS
 from cag_store.errors import CorruptEntry
 from cag_store.jsontext import Fields, canonical_bytes, parse_object
+from cag_store.scratch import mapped_array
 
 MAGIC = b"cag-transform-basis 1\n"
 MAX_TABLES = 64
@@ -206,7 +207,8 @@ class _Reader:
         narrow = self._take("i1", num_components - num_wide, num_channels)
         scale = self._take("<f4", num_channels)
         correlations = tuple(self._take("i1", heads, dim, dim) for heads, dim in shape)
-        mantissas = np.concatenate([wide, narrow], dtype=np.int16)
+        mantissas = mapped_array((num_components, num_channels), np.int16)
+        np.concatenate([wide, narrow], out=mantissas)
         if not all(np.all(np.isfinite(array)) for array in (mean, unit, scale)):
             raise self._wrong("numbers", "finite ones")
         if np.any(np.diff(deviation.astype(np.int32)) > 0) or np.any(

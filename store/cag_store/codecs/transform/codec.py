@@ -132,14 +132,25 @@ class JointTransform(Codec):
             )
         if len({array.shape[1] for array in arrays}) != 1:
             raise UnencodableArray("layers of one segment have the same number of tokens")
-        values = self._flat(arrays, dtype, side, first_layer, start)
-        codes = np.rint((values - prepared.mean) @ prepared.forward)
-        far = np.any(~(np.abs(codes) <= symbols.MAX_CODE), axis=1)
-        far[: max(self.exact_tokens - start, 0)] = True
-        exact = np.flatnonzero(far).astype("<u4")
-        coded = codes[~far].astype(np.int16)
-        center = prepared.center_of(values[~far], coded) if len(coded) >= _LEAST_CENTERED else np.empty(0, np.int8)
-        return self._packed(coded, center, exact, arrays, prepared, side)
+        num_tokens = arrays[0].shape[1]
+        flat, kept = (num_tokens, len(prepared.mean)), (num_tokens, prepared.num_components)
+        kinds = (flat, np.float32), (flat, np.float32), (kept, np.float32), (kept, np.int16)
+        with self._prepared.scratch.arrays(*kinds) as (values, spare, products, codes):
+            self._flatten(arrays, dtype, side, first_layer, start, values)
+            np.matmul(np.subtract(values, prepared.mean, out=spare), prepared.forward, out=products)
+            np.rint(products, out=products)
+            near = products.max(axis=1, initial=0) <= symbols.MAX_CODE  # False for NaN
+            near &= products.min(axis=1, initial=0) >= -symbols.MAX_CODE
+            near[: max(self.exact_tokens - start, 0)] = False
+            exact = np.flatnonzero(~near).astype("<u4")
+            num_coded = num_tokens - len(exact)
+            for first, last, token in _runs(exact, num_tokens):
+                np.copyto(codes[first:last], products[token : token + last - first], casting="unsafe")
+                np.copyto(spare[first:last], values[token : token + last - first])
+            coded, center = codes[:num_coded], np.empty(0, np.int8)
+            if num_coded >= _LEAST_CENTERED:
+                center = prepared.center_of(spare[:num_coded], coded)
+            return self._packed(coded, center, exact, arrays, prepared, side)
 
     def decode_layers_into(
         self, data: bytes | memoryview, outs: Sequence[Array], side: Side, first_layer: int, start: int = 0
@@ -200,12 +211,12 @@ class JointTransform(Codec):
         """What is taken off and put back on a layer's keys; None for values, and for layers without rotation."""
         return self._prepared.angles(layer, start, num_tokens) if side == "keys" else None
 
-    def _flat(
-        self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int
-    ) -> NDArray[np.float32]:
-        """`[num_tokens, num_channels]` of all layers, keys without their rotation. Raises: UnencodableArray."""
-        parts = []
-        for layer, array in enumerate(arrays, start=first_layer):
+    def _flatten(
+        self, arrays: Sequence[Array], dtype: str, side: Side, first_layer: int, start: int, out: NDArray[np.float32]
+    ) -> None:
+        """All layers into `out` `[num_tokens, num_channels]`, keys without their rotation. Raises: UnencodableArray."""
+        spans = self._side(side, first_layer).spans
+        for layer, (array, span) in enumerate(zip(arrays, spans, strict=True), start=first_layer):
             values = widen(array, dtype)
             if not np.all(np.abs(values) <= _LARGEST):
                 raise UnencodableArray(
@@ -215,8 +226,7 @@ class JointTransform(Codec):
             angles = self._turned(side, layer, start, array.shape[1])
             if angles is not None:
                 values = rotated(values, angles[1], -angles[2], angles[0])
-            parts.append(values.transpose(1, 0, 2).reshape(array.shape[1], -1))
-        return np.concatenate(parts, axis=1)
+            out[:, span].reshape(array.shape[1], array.shape[0], -1)[:] = values.transpose(1, 0, 2)
 
     def _packed(
         self,

@@ -22,6 +22,7 @@ from cag_store.codecs.transform.compiled_product import Operand, PackedRows, int
 from cag_store.codecs.transform.rans import LANES, LOWEST_STATE, PROBABILITY_BITS, Layout, Stream, Tables
 from cag_store.codecs.transform.symbols import ESCAPE, LEAST_SHIFT, MIDDLE, NUM_SYMBOLS, SHIFTS
 from cag_store.dtypes import Array, bit_patterns
+from cag_store.scratch import mapped_array
 
 __all__ = ["Operand", "PackedRows", "decode_codes", "encode_codes", "finish", "integer_product", "shift_costs"]
 
@@ -288,7 +289,9 @@ def encode_codes(
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16], NDArray[np.int16]]:
     """See `Loops`."""
     states = np.full(LANES, LOWEST_STATE, np.uint32)
-    words, escapes = np.empty(2 * codes.size, np.uint16), np.empty(codes.size, np.int16)
+    # of the most that there can be, which is written from the end on: memory that is not touched is not taken
+    words = mapped_array((2 * codes.size,), np.uint16, huge=False)
+    escapes = mapped_array((codes.size,), np.int16, huge=False)
     facts = layout.table_numbers, layout.low, layout.token_shifts, tables.frequencies, tables.starts
     first, escape = _encode_loop(codes, *facts, states, words, escapes)
     return states, words[first:], escapes[escape:]

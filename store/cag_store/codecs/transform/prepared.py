@@ -20,6 +20,7 @@ from cag_store.codecs.transform.basis import Basis, GroupBasis, Rotation
 from cag_store.codecs.transform.product import code_buffer, finish_reference, product_reference
 from cag_store.codecs.transform.solving import solve_positive
 from cag_store.dtypes import Array
+from cag_store.scratch import Scratch, mapped_array
 
 Angles = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]] | None
 
@@ -59,8 +60,10 @@ class PreparedSide:
 
     @cached_property
     def _rows(self) -> NDArray[np.int16]:
-        count = self.num_components
-        return np.left_shift(self.group.mantissas[:count], self.group.row_shifts[:count, None].astype(np.int16))
+        mantissas = self.group.mantissas[: self.num_components]
+        shifts = self.group.row_shifts[: len(mantissas), None].astype(np.int16)
+        rows: NDArray[np.int16] = mapped_array(mantissas.shape, np.int16)
+        return np.left_shift(mantissas, shifts, out=rows)
 
     @cached_property
     def spans(self) -> list[slice]:
@@ -75,7 +78,8 @@ class PreparedSide:
     def center_of(self, values: NDArray[np.float32], codes: NDArray[np.int16]) -> NDArray[np.int8]:
         """What the mean of `values` `[num_tokens, num_channels]` has beyond that of their codes, in units of
         `CENTER * scale`. An error that all tokens share does not average out in attention."""
-        decoded = codes.astype(np.float32).mean(axis=0) @ self.rows.astype(np.float32)
+        mean_code = codes.mean(axis=0, dtype=np.float32)
+        decoded = np.concatenate([mean_code @ self.rows[:, span].astype(np.float32) for span in self.spans])
         left = (values.mean(axis=0, dtype=np.float64) - self.mean) / self.scale - decoded
         center: NDArray[np.int8] = np.clip(np.rint(left / CENTER), -127, 127).astype(np.int8)
         return center
@@ -131,17 +135,20 @@ class PreparedSide:
             except np.linalg.LinAlgError:  # components nearly depend on each other
                 gram, weighted = self._normal_equations()
                 weighted = np.linalg.solve(gram.astype(np.float64), weighted.astype(np.float64)).astype(np.float32)
+            del gram
             weighted /= np.float32(self.step)
-            return np.ascontiguousarray(weighted.T)
+            forward = mapped_array(weighted.shape[::-1], np.float32)
+            np.copyto(forward, weighted.T)
+            return forward
 
     def _normal_equations(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The components' products in the metric, and the components times the metric."""
-        directions = self.rows.astype(np.float32)
-        directions *= self.group.unit
-        weighted = np.empty_like(directions)
+        directions, weighted = (mapped_array(self.rows.shape, np.float32) for _ in range(2))
+        np.multiply(self.rows, self.group.unit, out=directions)
         for span, block in self._metric_blocks():
             weighted[:, span] = directions[:, span] @ block
-        return weighted @ directions.T, weighted
+        gram = mapped_array((len(directions), len(directions)), np.float32)
+        return np.matmul(weighted, directions.T, out=gram), weighted
 
     def _metric_blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """The metric of each head, and its channels."""
@@ -164,6 +171,7 @@ class PreparedBasis:
         self._tables = rans.Tables.of(basis.frequencies)
         self._sides: dict[tuple[int, int], PreparedSide] = {}
         self._guard = threading.Lock()
+        self.scratch = Scratch()  # of who encodes
         self._turned = lru_cache(maxsize=64)(partial(_turned, basis.rotations))
 
     @property

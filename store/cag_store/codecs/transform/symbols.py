@@ -48,6 +48,8 @@ def table_numbers(levels: NDArray[np.int32], num_tables: int) -> NDArray[np.int3
 
 def symbols_of(codes: NDArray[np.int16], low: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`[num_tokens, num_components]`: ESCAPE where no symbol reaches."""
-    found = (codes >> low.astype(np.int16)).astype(np.int32) + MIDDLE
-    found[(found <= ESCAPE) | (found >= NUM_SYMBOLS)] = ESCAPE
-    return found.astype(np.uint8)
+    found = codes >> low.astype(np.int16)
+    found += np.int16(MIDDLE)  # the largest ones wrap around to negative numbers, which no symbol reaches either
+    unsigned = found.view(np.uint16)
+    unsigned *= unsigned < NUM_SYMBOLS  # ESCAPE is 0
+    return unsigned.astype(np.uint8)
