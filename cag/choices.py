@@ -6,8 +6,9 @@ in half of the matrix's bytes of memory. Knows a product and the machine's memor
 
 from __future__ import annotations
 
-import os
 import threading
+import time
+from collections.abc import Callable
 
 import psutil
 from torch import Tensor
@@ -17,6 +18,7 @@ from cag.weights import Product, plain_tile_weight
 from cag_kernels import LargestOutput, largest_output, largest_output_serves, warm_up_largest
 
 _MEMORY_SHARE = 8  # of the memory that is free, the part that a copy may take
+_RESTS = 7  # times as long as a piece of the copy took, so that one core is an eighth slower meanwhile
 
 
 class GreedyChoice:
@@ -53,15 +55,31 @@ class GreedyChoice:
         if self._weight is None or self._weight.nbytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
             return
         allocate = huge_tensor if has_huge_pages() else None
-        self.quick = largest_output(self._weight, allocate, threading.main_thread().is_alive)
+        self.quick = largest_output(self._weight, allocate, resting(threading.main_thread().is_alive))
 
     def _prepare_behind_others(self) -> None:
         warm_up_largest()
-        yield_to_others()
         self.prepare()
 
 
-def yield_to_others() -> None:
-    """Let the calling thread run only where no other one wants to. For good: going back takes a privilege."""
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+def resting(
+    goes_on: Callable[[], bool],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Callable[[], bool]:
+    """`goes_on`, which rests before it answers, from the second call on: `_RESTS` times as long as the caller took.
+
+    A thread of low priority would not do: on a busy machine it may keep the interpreter's lock for as long as others
+    keep it from a core.
+    """
+    worked_from: float | None = None
+
+    def rested() -> bool:
+        nonlocal worked_from
+        if worked_from is not None and goes_on():
+            sleep(_RESTS * (clock() - worked_from))
+        worked_from = clock()
+        return goes_on()
+
+    return rested

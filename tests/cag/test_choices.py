@@ -8,7 +8,7 @@ from test_recorded import prefix_of
 from test_weights import CONFIGS, bfloat16_model, random_ids, use_plan
 
 from cag import choices as choices_module
-from cag.choices import GreedyChoice, yield_to_others
+from cag.choices import GreedyChoice, resting
 from cag.generate import Generation, SamplingOptions, choices
 from cag.weights import plain_tile_weight
 from cag_kernels import has_compiler
@@ -147,12 +147,19 @@ def test_a_copy_arrives_between_two_tokens(model):
     assert answer.token_ids == expected
 
 
-def test_yielding_is_of_the_calling_thread_alone():
-    import os
+def test_a_copy_rests_between_its_pieces_and_ends_with_the_process():
+    now, rests, alive = [0.0], [], [True]
 
-    found = []
-    thread = threading.Thread(target=lambda: (yield_to_others(), found.append(os.sched_getscheduler(0))))
-    thread.start()
-    thread.join()
-    assert found == [os.SCHED_IDLE]
-    assert os.sched_getscheduler(0) != os.SCHED_IDLE
+    def sleep(seconds):
+        rests.append(seconds)
+        now[0] += seconds
+
+    goes_on = resting(lambda: alive[0], clock=lambda: now[0], sleep=sleep)
+    for piece in (0.002, 0.003):
+        assert goes_on()
+        now[0] += piece
+    assert goes_on()
+    assert rests == pytest.approx([0.014, 0.021])
+    alive[0] = False
+    assert not goes_on()
+    assert len(rests) == 2
