@@ -26,6 +26,7 @@ from cag.pages import PagedTail, PagePool
 from cag.state import AttentionRule, PrefixSegment
 from cag.step_tensors import NUM_ARRIVALS, StepSizes, StepState, StepTensors
 from cag_kernels import cascade_attention
+from cag_kernels.launch_ways import launch_ways, launching
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MIN_QUESTION_ROWS = 16  # shorter questions are padded to it
@@ -150,19 +151,27 @@ class StepReplays:
         return step
 
     def _record(self, step: _Step) -> None:
-        """Record a step that has run once. Other threads may load a prefix meanwhile."""
+        """Record a step that has run once; where launches that overlap cannot be recorded, with others."""
+        ways = launch_ways()
+        for tried in dict.fromkeys((ways, ways._replace(overlaps=False))):
+            try:
+                with launching(tried):
+                    step.graph, step.logits = self._recorded(step)
+            except RuntimeError as error:
+                refused = error
+            else:
+                self._recordings.add(step.graph)
+                return
+        self._captures, self.refusal = False, str(refused)
+        warnings.warn(f"steps are not recorded in CUDA graphs: {refused}", RuntimeWarning, stacklevel=2)
+
+    def _recorded(self, step: _Step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of a step and where it leaves its logits. Other threads may load a prefix meanwhile."""
         graph = torch.cuda.CUDAGraph()
         if not self._recordings:
             self._memory = torch.cuda.graph_pool_handle()
-        try:
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                logits = self._run(step.tensors, step.state)
-        except RuntimeError as error:
-            self._captures, self.refusal = False, str(error)
-            warnings.warn(f"steps are not recorded in CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
-            return
-        self._recordings.add(graph)
-        step.graph, step.logits = graph, logits
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            return graph, self._run(step.tensors, step.state)
 
 
 class _Step:

@@ -11,11 +11,12 @@ from cag import model as model_module
 from cag.batch import Batch
 from cag.first_steps import record_first_steps
 from cag.model import LanguageModel
-from cag.replays import ROWS, padded_sizes
+from cag.replays import ROWS, StepReplays, padded_sizes
 from cag.resident import ResidentPrefix
 from cag.runtime import RuntimePlan
 from cag.step_tensors import StepSizes
 from cag_kernels import DensePrefix, quantize_prefix
+from cag_kernels.launch_ways import launch_ways
 from tiny import write_tiny_model
 
 SHARED = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
@@ -131,6 +132,39 @@ def test_padded_steps_give_the_logits_of_plain_forwards(architecture, counts, de
         assert all(map(torch.equal, pages_of(model, states), kept))
     assert model.replays.refusal is None
     assert (model.replays.num_replayed >= 2) == (device.type == "cuda")
+
+
+class Recording:
+    """Stands in for a CUDA graph on a CPU: what it would leave is there already."""
+
+    def replay(self):
+        pass
+
+
+@pytest.mark.parametrize("never", [False, True])
+@pytest.mark.filterwarnings("ignore:steps are not recorded")
+def test_where_overlapping_launches_are_not_recorded_others_are(never, tmp_path, monkeypatch):
+    model = model_of("llama", torch.device("cpu"), tmp_path, monkeypatch)
+    model.run_in_steps(capture=True)
+    tried = []
+
+    def recorded(replays, step):
+        tried.append(launch_ways().overlaps)
+        if never or tried[-1]:
+            raise RuntimeError("not while capturing")
+        return Recording(), replays._run(step.tensors, step.state)
+
+    monkeypatch.setattr(StepReplays, "_recorded", recorded)
+    chunks = chunks_of(model, prefix_of(model, "numbers"), [1, 1])
+    expected = plain(model, chunks)
+    for _ in range(3):
+        assert_same(model.forward_together(chunks), expected)
+        for ids, state in chunks:
+            state.rewind(state.num_tail - len(ids))
+    assert tried == [True, False]
+    assert launch_ways().overlaps
+    assert model.replays.num_replayed == (0 if never else 2)
+    assert model.replays.refusal == ("not while capturing" if never else None)
 
 
 @pytest.mark.parametrize("kind", [8, 4])
