@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cag_store import Store
 from cag_store.backends import SCRATCH_BYTES
-from cag_store.pipeline import JOB_BYTES, SPARE_READERS
+from cag_store.codecs.jobs import READ_BYTES
+from cag_store.pipeline import SPARE_READERS
 from cag_store.scratch import Scratch
 
 
@@ -21,7 +22,7 @@ class Reader:
         self._num_threads = store.workers + SPARE_READERS
         self._scratch = Scratch(keep=self._num_threads)
 
-    def seconds(self, paths: Sequence[str], piece_bytes: int | None = JOB_BYTES) -> float:
+    def seconds(self, paths: Sequence[str], piece_bytes: int | None = READ_BYTES) -> float:
         """Seconds that every byte of `paths` takes; None: each file is a piece."""
         backend = self._store.backend
         begin = time.perf_counter()

@@ -27,6 +27,7 @@ from cag_store.codecs.jobs import (
     PAGE_BYTES,
     PIECES,
     READ,
+    READ_BYTES,
     READ_END,
     SPAN,
     UNREAD,
@@ -36,8 +37,6 @@ from cag_store.codecs.jobs import (
 )
 from cag_store.codecs.loops import GROUPED, RANKED, Loop
 
-_READ_BYTES = 1 << 20  # one read: larger ones take longer a byte while other cores move memory
-
 
 def _read(descriptor: Any, memory: Any, offset: Any, length: Any) -> Any:
     """Read a range and what lies before and behind it in its pages; where it begins in memory, or 0."""
@@ -45,7 +44,7 @@ def _read(descriptor: Any, memory: Any, offset: Any, length: Any) -> Any:
     needed = before + length
     around, filled = -(-needed // PAGE_BYTES) * PAGE_BYTES, 0
     while filled < needed:
-        count = read_at(descriptor, memory + filled, min(_READ_BYTES, around - filled), offset - before + filled)
+        count = read_at(descriptor, memory + filled, min(READ_BYTES, around - filled), offset - before + filled)
         if count <= 0:
             return 0
         filled += count

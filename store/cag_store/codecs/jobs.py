@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cag_store.codecs import loops
 
 PAGE_BYTES = 4096  # reads begin and end at multiples, in files and in memory
+READ_BYTES = 1 << 20  # one read: larger ones take longer a byte while other cores move memory
 
 DESCRIPTOR, OFFSET, LENGTH, CHUNK, FIRST, LAST, SPAN = range(7)  # columns of `JobTable.jobs`
 ENDED, UNREAD, LEFT, WHOLE = range(4)
