@@ -1,5 +1,6 @@
 """Jobs that compiled calls read and decode: what they cannot do is done otherwise, and nothing is left behind."""
 
+import gc
 import os
 import resource
 import signal
@@ -40,6 +41,8 @@ def states(monkeypatch):
 
 
 def open_files():
+    """Without those that garbage of earlier tests holds."""
+    gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -68,7 +71,7 @@ def test_all_is_read_and_counted_once(store, small, states, workers, cold):
     assert timings.bytes_by_tier == {"disk": segments}
     assert timings.read_s > 0
     assert timings.decode_s > 0
-    assert open_files() == before
+    assert open_files() <= before  # fewer where something of an earlier test ended meanwhile
 
 
 def test_what_a_call_cannot_read_is_read_otherwise(store, small, monkeypatch, states):
@@ -80,7 +83,7 @@ def test_what_a_call_cannot_read_is_read_otherwise(store, small, monkeypatch, st
     cache.check(buffers)
     assert pipeline.UNREAD in states
     assert timings.bytes_by_tier == {"disk": timings.bytes_read}
-    assert open_files() == before
+    assert open_files() <= before  # fewer where something of an earlier test ended meanwhile
 
 
 def test_without_descriptors_nothing_is_done_by_calls(store, small, monkeypatch, states):
@@ -97,7 +100,7 @@ def test_without_descriptors_nothing_is_done_by_calls(store, small, monkeypatch,
     buffers, _ = loaded(store, manifest, cache)
     cache.check(buffers)
     assert not states
-    assert open_files() == before
+    assert open_files() <= before  # fewer where something of an earlier test ended meanwhile
 
 
 def test_a_process_that_may_open_few_files(store, small, states):
@@ -119,7 +122,7 @@ def test_a_process_that_may_open_few_files(store, small, states):
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     cache.check(buffers)
     assert not states
-    assert open_files() == before
+    assert open_files() <= before  # fewer where something of an earlier test ended meanwhile
 
 
 def test_other_bytes_than_those_of_the_file_are_noticed(store, small, monkeypatch):
@@ -144,7 +147,7 @@ def test_a_file_that_was_cut_after_it_was_opened(store, small, share):
         os.truncate(path, int(path.stat().st_size * share))
         with pytest.raises(CorruptEntry):
             reader.load(cache.buffers())
-    assert open_files() == before
+    assert open_files() <= before  # fewer where something of an earlier test ended meanwhile
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cag-load")]
 
 
