@@ -55,8 +55,8 @@ def notes(rows: Sequence[Mapping[str, Any]], bound: bool) -> list[str]:
         "load is warm, and has what a codec prepares from its basis in it.",
         "In codes: as the engine loads them on a CPU that attends to codes; the codec's bytes are moved to where they "
         "belong and not decoded to numbers. Keeping alone is that move from memory to memory.",
-        "Ratios are taken sample by sample; reading alone is in pieces as large, and as many at once, as a load's, or "
-        "by as many whole files at once.",
+        "Ratios are taken sample by sample; reading alone is in pieces as large, and as many at once, as a load reads, "
+        "or by as many whole files at once.",
     ]
     if not bound:
         found.append("Threads cannot be bound to cores here: the numbers of cores are those of threads.")
