@@ -142,9 +142,9 @@ class _Recording:
         num_rows, num_sequences = batch.num_rows, batch.num_sequences
         self._steps = cpu_steps
         self._head_dim, self._attends_in = owner._head_dim, owner._attends_in
-        self.hidden = torch.zeros(num_rows, size)
+        self.hidden = torch.zeros(num_rows, size, dtype=torch.float32)
         self.normed = torch.empty_like(self.hidden)
-        self.rotation = torch.empty(2, num_rows, self._head_dim)
+        self.rotation = torch.empty(2, num_rows, self._head_dim, dtype=torch.float32)
         self.pages = np.zeros((num_sequences, max_pages), dtype=np.int32)
         self.lengths, self.starts, self.skipped = batch.lengths.copy(), batch.starts.copy(), batch.skipped.copy()
         self._targets = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)

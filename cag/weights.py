@@ -300,7 +300,10 @@ def _spanned(parts: Sequence[Tensor]) -> Tensor | None:
 def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    parts = [
+        torch.zeros(layer.out_features, dtype=torch.float32) if layer.bias is None else layer.bias.detach()
+        for layer in layers
+    ]
     return torch.cat([part.float() for part in parts])
 
 

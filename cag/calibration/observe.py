@@ -66,7 +66,7 @@ class GroupSamples:
     def __post_init__(self) -> None:
         num_channels = sum(layer.num_kv_heads * layer.head_dim for layer in self.layers)
         self._sum = torch.zeros(num_channels, dtype=torch.float64)
-        self._product = torch.zeros(num_channels, num_channels)
+        self._product = torch.zeros(num_channels, num_channels, dtype=torch.float32)
 
     def add(self, arrays: Sequence[Tensor], keep: bool) -> None:
         """Tokens of all layers, each `[num_kv_heads, num_tokens, head_dim]`; they stay as rows if `keep`."""

@@ -175,7 +175,7 @@ def _run(
     num_ranges = -(-num_keys // kernel.blocking.range_tokens)
     query = query.contiguous()
     if into is None:
-        into = torch.empty_like(query, dtype=torch.float32), torch.empty(num_q_heads, num_queries)
+        into = torch.empty_like(query, dtype=torch.float32), torch.empty(num_q_heads, num_queries, dtype=torch.float32)
     out, logsumexps = into
     num_tasks = num_kv_heads * num_ranges
     counts = (num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim)  # of num_lanes float32 each

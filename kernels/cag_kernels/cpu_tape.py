@@ -87,7 +87,7 @@ class Tape:
     def __init__(self) -> None:
         self._steps: list[_Step] = []
         self._kept: list[Any] = []  # what the calls' addresses are of
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=torch.float32)
         self._header = np.zeros(Header.STEPS + 1, dtype=np.int64)
         self._rows = np.zeros((0, STEP_FIELDS), dtype=np.int64)
 
@@ -118,7 +118,7 @@ class Tape:
         """`count` float32 that any step may write and only the steps right behind it read."""
         if self._scratch.numel() < count:
             self._kept.append(self._scratch)
-            self._scratch = torch.empty(count)
+            self._scratch = torch.empty(count, dtype=torch.float32)
         return self._scratch[:count]
 
     def run(self, first: int = 0, last: int | None = None, *, alone: bool = False) -> None:
@@ -152,11 +152,11 @@ class _Scratch(threading.local):
     """Memory of the calling thread for sums under way; fresh memory at each call would cost more than short calls."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.float32)
 
     def take(self, count: int) -> Tensor:
         if self._memory.numel() < count:
-            self._memory = torch.empty(count)
+            self._memory = torch.empty(count, dtype=torch.float32)
         return self._memory[:count]
 
 

@@ -71,7 +71,7 @@ class TileProduct:
 def no_bias(count: int) -> Tensor:
     """`[count]` zeros, which nobody may write to."""
     with torch.inference_mode(False):
-        return torch.zeros(count)
+        return torch.zeros(count, dtype=torch.float32)
 
 
 class TileLinearKernel:

@@ -23,13 +23,13 @@ class _Scratch(threading.local):
     """Memory of the calling thread for one weight unpacked; fresh memory for each would cost a fault a page."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.float32)
 
     def take(self, count: int) -> Tensor:
         """`count` float32 of any content."""
         if self._memory.numel() < count:
             with torch.inference_mode(False):  # it serves calls inside and outside of inference mode
-                self._memory = torch.empty(count)
+                self._memory = torch.empty(count, dtype=torch.float32)
         return self._memory[:count]
 
 

@@ -169,11 +169,12 @@ def _compiled_tails(query: Tensor, tails: PagedTails, scale: float) -> tuple[Ten
     from cag_kernels import cpu_paged
 
     num_q_heads, num_queries, head_dim = query.shape
-    out, lse = torch.zeros(num_queries, num_q_heads, head_dim), torch.full((num_q_heads, num_queries), -torch.inf)
+    out = torch.zeros(num_queries, num_q_heads, head_dim, dtype=torch.float32)
+    lse = torch.full((num_q_heads, num_queries), -torch.inf, dtype=torch.float32)
     pages, lengths, starts = (part.numpy() for part in (tails.pages, tails.lengths, tails.query_starts))
     sessions = cpu_paged.Tails(pages, lengths, starts, np.zeros_like(lengths))
-    nothing = torch.empty(0), torch.empty(0)
-    sessions.attend(query.float().contiguous(), *tails[:2], scale, *nothing, out, lse)
+    nothing = torch.empty(0, dtype=torch.float32)
+    sessions.attend(query.float().contiguous(), *tails[:2], scale, nothing, nothing, out, lse)
     return out.transpose(0, 1), lse
 
 

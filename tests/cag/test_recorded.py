@@ -81,6 +81,30 @@ def test_a_session_behind_a_prefix(model, product, monkeypatch, bits, recent):
     assert bool(model.decoder._recorded._found) == model.decoder._recorded._recordable == (product != "transposed")
 
 
+def test_another_thread_that_reads_a_model_changes_nothing(model, product):
+    """Meanwhile torch's default type, which is the process's, is that of the model which is read."""
+    prefix = prefix_of(model, 200, bits=8)
+
+    def forwards():
+        state = model.new_session_state(prefix)
+        return [model.forward_together([(random_ids(count, count), state)]).clone() for count in (9, 1, 1)]
+
+    expected, found = forwards(), []
+    model.decoder._recorded._found.clear()
+    if product == "tiles":
+        from cag_kernels.cpu_tile_linear import no_bias
+
+        no_bias.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        thread = threading.Thread(target=lambda: found.extend(forwards()))  # with scratch of its own
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(found, expected)
+
+
 def test_many_sessions_that_change_places(model, monkeypatch):
     prefix = prefix_of(model, 150, bits=8)
 
