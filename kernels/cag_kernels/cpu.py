@@ -25,6 +25,7 @@ HEAD_DIM_MULTIPLE = 16  # one vector of the widest registers
 TILE_DEPTH = 32  # of the summed axis of one product of tiles
 MAX_HEAD_DIM = 512  # the scratch of a thread stays far below the smallest of usual stacks
 MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
+MIN_FEW_HEAD_DIM = 32  # two vectors of the widest registers, of which that code turns as many keys
 
 Result = tuple[Tensor, Tensor]  # outputs and their log-sum-exps
 
@@ -234,7 +235,7 @@ class CompiledKernel:
 
 def compiled_kernel(head_dim: int, single_query_rows: int | None = None) -> CompiledKernel:
     """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number."""
-    few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS
+    few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS and head_dim >= MIN_FEW_HEAD_DIM
     with _lock:
         return _compile(head_dim, single_query_rows if few else None)
 

@@ -184,13 +184,27 @@ class Emitter:
             distance //= 2
         return value
 
-    def sums_of(self, vectors: Sequence[Value]) -> Value:
-        """Lane `i` is the sum over the lanes of vector `i`; as many vectors as lanes."""
-        even, odd = range(0, 2 * self.lanes, 2), range(1, 2 * self.lanes, 2)
-        while len(vectors) > 1:
-            pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [self.builder.fadd(self._shuffle(*pair, even), self._shuffle(*pair, odd)) for pair in pairs]
-        return vectors[0]
+    def transposed(self, vectors: Sequence[Value]) -> list[Value]:
+        """Lane `i` of vector `j` becomes lane `j` of vector `i`: as many vectors as lanes, of numbers of four bytes."""
+        found = list(vectors)
+        distance = self.lanes // 2
+        while distance:
+            for index in range(self.lanes):
+                if not index & distance:
+                    first, second = found[index], found[index + distance]
+                    # the lane of the pair (first, second) that belongs into each lane
+                    upper = [lane + self.lanes - distance if lane & distance else lane for lane in range(self.lanes)]
+                    lower = [lane + self.lanes if lane & distance else lane + distance for lane in range(self.lanes)]
+                    found[index] = self._shuffle(first, second, upper)
+                    found[index + distance] = self._shuffle(first, second, lower)
+            distance //= 2
+        return found
+
+    def widened_pair(self, pairs: Value) -> tuple[Value, Value]:
+        """The lower and the upper bfloat16 of each int32, as float32."""
+        low = self.builder.shl(pairs, self._integers(16))
+        high = self.builder.and_(pairs, self._integers(0xFFFF0000))
+        return self.builder.bitcast(low, self.vector), self.builder.bitcast(high, self.vector)
 
     def reordered(self, first: Value, second: Value, numbers: Sequence[int]) -> list[Value]:
         """Two vectors whose lanes, one behind the other, hold what `numbers` says: two with lane `i` holding `i`."""

@@ -16,6 +16,7 @@ from llvmlite import ir
 from cag_kernels.cpu_emit import INT16, INT64, POINTER, UNSEEN, Emitter, Value
 
 MAX_WIDTH = 3  # vectors of rows that one pass over the keys serves
+SUM_CHANNELS = 64  # of a score that are summed at once: one long sum would round each product against all before it
 
 
 @dataclass(frozen=True)
@@ -98,22 +99,28 @@ class Panel:
             with emit.loop(emit.integer(0), elements, self.blocking.lanes) as element:
                 wide = self._load_and_prefetch(emit.at(source, element.index, INT16))
                 emit.store(wide, emit.at(self.wide_keys, element.index))
-            sums = self._emit_products(block)
             target = emit.at(self.scores, emit.builder.mul(base.index, emit.integer(self.row_floats)))
-            for key in range(block):
-                self._store_rows(
-                    sums[key * self.width : (key + 1) * self.width], emit.at(target, key * self.row_floats)
-                )
+            for channel in range(0, self.head_dim, SUM_CHANNELS):
+                sums = self._emit_products(block, channel)
+                for key in range(block):
+                    found, place = (
+                        sums[key * self.width : (key + 1) * self.width],
+                        emit.at(target, key * self.row_floats),
+                    )
+                    if channel:
+                        found = [emit.builder.fadd(*pair) for pair in zip(self._rows(place), found, strict=True)]
+                    self._store_rows(found, place)
 
     def _load_and_prefetch(self, place: Value) -> Value:
         self.emit.prefetch(self.emit.at(place, self.blocking.tile * self.head_dim, INT16))
         return self.emit.load_bfloat16(place)
 
-    def _emit_products(self, block: int) -> list[Value]:
-        """Scores of one block of widened keys, in registers."""
+    def _emit_products(self, block: int, first: int) -> list[Value]:
+        """Scores of one block of widened keys, in registers, by the channels from `first` on."""
         emit = self.emit
         zeros = [emit.constant(0.0)] * (block * self.width)
-        with emit.loop(emit.integer(0), emit.integer(self.head_dim), 1, zeros) as channel:
+        stop = min(first + SUM_CHANNELS, self.head_dim)
+        with emit.loop(emit.integer(first), emit.integer(stop), 1, zeros) as channel:
             rows = self._rows(emit.at(self.query, emit.builder.mul(channel.index, self.num_rows)))
             spreads = self.emit.at(self.wide_keys, channel.index)
             channel.following = [
