@@ -89,8 +89,8 @@ class FewRows:
         emit, builder, lanes = self.emit, self.emit.builder, self.blocking.lanes
         step, last = self.vectors * lanes, builder.sub(count, emit.integer(1))
         with emit.loop(emit.integer(0), count, step) as base:
-            with emit.loop(emit.integer(0), emit.integer(step), lanes) as vector:
-                self._emit_turned(keys, builder.add(base.index, vector.index), last, emit.at(self.turned, vector.index))
+            with emit.loop(emit.integer(0), emit.integer(step), lanes) as lane:
+                self._emit_turned(keys, builder.add(base.index, lane.index), last, emit.at(self.turned, lane.index))
             sums = self._emit_products(0)
             for channel in range(SUM_CHANNELS, self.head_dim, SUM_CHANNELS):
                 sums = [builder.fadd(*pair) for pair in zip(sums, self._emit_products(channel), strict=True)]
