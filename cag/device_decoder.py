@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cag.decoder import LAYER_PARTS, MODEL_PARTS, is_gated_by_silu, parts_of
+from cag.decoder_layers import MODEL_PARTS, SeenLayer, Turning, activation_of, parts_of
 from cag.state import AttentionRule
 from cag.step_tensors import StepState, StepTensors
 from cag.weights import joined_weight
 from cag_kernels import add_and_norm, gate, rotate_and_store
 
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ class DeviceDecoder:
         self._norm = _norm(network.model.norm)
         self._dtype = network.lm_head.weight.dtype
 
-    def forward(self, tensors: StepTensors, state: StepState, num_layers: int | None = None) -> Tensor:
+    def forward(self, tensors: StepTensors, state: StepState, chosen: Sequence[int] | None = None) -> Tensor:
         """Logits of the wanted rows, `[num_wanted, vocab_size]` float32; keys and values go to their pages.
 
         Only a check runs less than all layers.
@@ -76,7 +78,8 @@ class DeviceDecoder:
         turning = self._network.model.rotary_emb(residual[None], tensors.positions[None])
         rotation = turning[0][0].float().contiguous(), turning[1][0].float().contiguous()
         places, update = (tensors.row_pages, tensors.row_places), None
-        for index, layer in enumerate(self._layers[:num_layers]):
+        for index in range(len(self._layers)) if chosen is None else chosen:
+            layer = self._layers[index]
             normed = self._add_and_norm(residual, update, layer.before_attention, layer.projections.weight)
             query = rotate_and_store(
                 layer.projections(normed), rotation, state.sides(index), places, layer.head_norms, layer.head_epsilon
@@ -93,24 +96,26 @@ class DeviceDecoder:
         return add_and_norm(residual, update, norm.weight, norm.epsilon, self._dtype, ahead)
 
 
-def recognize_on_device(network: Any, rules: Sequence[AttentionRule]) -> DeviceDecoder | None:
+def recognize_on_device(network: Any, seen: Sequence[SeenLayer]) -> DeviceDecoder | None:
     """A decoder for a network with plain weights in the parts of Llama, Mistral, Qwen 2 or Qwen 3; None for any other.
 
-    `rules` say how each layer attends, as the network itself told the attention.
+    `seen` says how each layer attends, as the network itself told the attention.
     """
     model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
     if model is None or head is None or parts_of(network) != {"model", "lm_head"} or parts_of(model) != MODEL_PARTS:
         return None
-    layers = [_layer(module, rule) for module, rule in zip(model.layers, rules, strict=True)]
+    layers = [_layer(module, one) for module, one in zip(model.layers, seen, strict=True)]
     found = [layer for layer in layers if layer is not None]
     return DeviceDecoder(network, found) if found and len(found) == len(layers) else None
 
 
-def _layer(module: Any, rule: AttentionRule) -> DeviceLayer | None:
-    if parts_of(module) != LAYER_PARTS or parts_of(module.self_attn) - _HEAD_NORMS != _ATTENTION:
+def _layer(module: Any, seen: SeenLayer) -> DeviceLayer | None:
+    if parts_of(module) != _LAYER or parts_of(module.self_attn) - _HEAD_NORMS != _ATTENTION:
         return None
     attention, mlp = module.self_attn, module.mlp
-    if rule.softcap is not None or not is_gated_by_silu(mlp):
+    if seen.rule.softcap is not None or seen.is_turned_otherwise or seen.turning != Turning():
+        return None
+    if parts_of(mlp) | {"act_fn"} != _MLP or activation_of(mlp) != "silu":
         return None
     projections = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
     gate_and_up = _joined([mlp.gate_proj, mlp.up_proj])
@@ -127,7 +132,7 @@ def _layer(module: Any, rule: AttentionRule) -> DeviceLayer | None:
         output=output,
         gate_and_up=gate_and_up,
         down=down,
-        rule=rule,
+        rule=seen.rule,
     )
 
 

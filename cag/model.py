@@ -21,7 +21,7 @@ from cag.attention_hook import ATTENTION_NAME
 from cag.batch import TAIL_PAIRS, Batch, BatchState
 from cag.decoder import FewRowsDecoder, recognize
 from cag.device_decoder import DeviceDecoder, recognize_on_device
-from cag.layer_probe import NUM_PROBES, gives_the_same, probed_layers
+from cag.layer_probe import NUM_PROBES, Forward, gives_the_same, probed_layers
 from cag.model_files import (
     check_memory,
     chosen_dtype,
@@ -91,7 +91,7 @@ class LanguageModel:
         self.template: PromptTemplate = read_template(tokenizer)
         probe = probed_layers(self.network, self.device)
         self.kv_shapes = [shape for shape, _ in probe]
-        self._rules = [rule for _, rule in probe]
+        self._seen = [seen for _, seen in probe]
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device)
         self._compile_kernels()
         self.decoder = self._checked_decoder()
@@ -157,7 +157,7 @@ class LanguageModel:
         compiled code without windows and caps."""
         if self.device.type == "cuda":
             return triton_runs_on(self.device)
-        return has_compiler() and all(rule.window is None and rule.softcap is None for rule in self._rules)
+        return has_compiler() and all(seen.rule.window is None and seen.rule.softcap is None for seen in self._seen)
 
     @property
     def rows_stay_apart(self) -> bool:
@@ -337,38 +337,39 @@ class LanguageModel:
         """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
         if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
             return None
-        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self._rules, self.plan.product)
+        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self._seen, self.plan.product)
         if decoder is None:
             return None
 
-        def in_two_parts(ids: Tensor, _positions: Tensor, num_layers: int | None) -> Tensor:
+        def in_two_parts(ids: Tensor, _positions: Tensor, chosen: Sequence[int] | None) -> Tensor:
             state, found = self.new_state(capacity=NUM_PROBES), []
             for part in (ids[:-1], ids[-1:]):
                 batch = Batch([state], [len(part)])
-                found.append(decoder.forward(part, batch, slice(None), num_layers))
+                found.append(decoder.forward(part, batch, slice(None), chosen))
                 batch.finish()
             return torch.cat(found)
 
-        return (
-            decoder if gives_the_same(self.network, self._own, in_two_parts, exactly=self._computes_exactly) else None
-        )
+        return decoder if self._gives_the_same(in_two_parts) else None
 
     @torch.inference_mode()
     def _checked_device_decoder(self) -> DeviceDecoder | None:
         """The forward of few launches, if it gives the logits of the network's own on a probe."""
-        decoder = recognize_on_device(self.network, self._rules)
+        decoder = recognize_on_device(self.network, self._seen)
         if decoder is None:
             return None
 
-        def in_pages(ids: Tensor, _positions: Tensor, num_layers: int | None) -> Tensor:
+        def in_pages(ids: Tensor, _positions: Tensor, chosen: Sequence[int] | None) -> Tensor:
             state = self.new_session_state()
             state.begin(NUM_PROBES)
             batch = BatchState([state], [NUM_PROBES])
-            return decoder.forward(batch.upload(ids, range(NUM_PROBES), self.device), batch, num_layers)
+            return decoder.forward(batch.upload(ids, range(NUM_PROBES), self.device), batch, chosen)
 
-        return decoder if gives_the_same(self.network, self._own, in_pages, exactly=self._computes_exactly) else None
+        return decoder if self._gives_the_same(in_pages) else None
 
-    def _own(self, ids: Tensor, positions: Tensor, _num_layers: int | None) -> Tensor:
+    def _gives_the_same(self, other: Forward) -> bool:
+        return gives_the_same(self.network, self._seen, self._own, other, exactly=self._computes_exactly)
+
+    def _own(self, ids: Tensor, positions: Tensor, _chosen: Sequence[int] | None) -> Tensor:
         state = self.new_state(capacity=NUM_PROBES)
         return self._network_forward(ids.to(self.device), positions.to(self.device), state, 0)
 

@@ -32,7 +32,7 @@ from cag_kernels.cpu_tape import Tape
 
 if TYPE_CHECKING:
     from cag.batch import Batch
-    from cag.decoder import Layer, Norm
+    from cag.decoder_layers import Layer, Norm, Rotations
     from cag.state import PrefixLayers, PrefixSegment
 
 MAX_RECORDINGS = 16  # each holds activations of its rows and a few hundred bytes a step
@@ -51,27 +51,31 @@ class RecordedForwards:
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()  # owners whose end is heeded
 
     def forward(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], batch: Batch, num_layers: int | None
+        self,
+        hidden: Tensor,
+        rotations: Rotations,
+        batch: Batch,
+        chosen: Sequence[int] | None,
     ) -> Tensor | None:
         """Normalized rows behind the layers, `[num_rows, size]` float32 until the next forward; None if this batch
         cannot be recorded.
 
-        hidden: embedded rows, float32; rotation: cosines and sines `[num_rows, head_dim]` float32.
+        hidden: embedded rows, float32; chosen: indices of the layers that run, all if None.
         """
         if not self._recordable or len(batch.groups) != 1 or batch.groups[0].earlier:
             return None
         prefix = batch.groups[0].prefix
         tails = self._owner_of_tails(batch)
         max_pages = -(-batch.pages.shape[1] // _PAGES_STEP) * _PAGES_STEP
-        key = (id(tails), id(prefix), batch.num_rows, batch.num_sequences, max_pages, num_layers)
+        key = (id(tails), id(prefix), batch.num_rows, batch.num_sequences, max_pages, chosen and tuple(chosen))
         recording = self._found.get(key)
         if recording is None:
-            recording = self._record(batch, max_pages, hidden.shape[1], num_layers)
+            recording = self._record(batch, max_pages, hidden.shape[1], chosen)
             if recording is None:
                 return None
             self._keep(key, recording, (tails, prefix))
         self._found.move_to_end(key)
-        return recording.run(hidden, rotation, batch)
+        return recording.run(hidden, rotations, batch)
 
     def _owner_of_tails(self, batch: Batch) -> Any:
         """Whose memory the tails are in: a pool of pages, or a tail of its own. Recordings are forgotten when the
@@ -83,12 +87,12 @@ class RecordedForwards:
             _forget(self._found, id(owner))
         return owner
 
-    def _record(self, batch: Batch, max_pages: int, size: int, num_layers: int | None) -> _Recording | None:
-        layers = self._layers[:num_layers]
-        segments = [self._segments(batch, index) for index in range(len(layers))]
-        if any(found is None for found in segments):
+    def _record(self, batch: Batch, max_pages: int, size: int, chosen: Sequence[int] | None) -> _Recording | None:
+        indices = range(len(self._layers)) if chosen is None else chosen
+        segments = {index: self._segments(batch, index) for index in indices}
+        if any(found is None for found in segments.values()):
             return None
-        return _Recording(self, batch, max_pages, size, [found or [] for found in segments])
+        return _Recording(self, batch, max_pages, size, {index: found or [] for index, found in segments.items()})
 
     def _segments(self, batch: Batch, layer: int) -> list[PrefixSegment] | None:
         """What a layer's rows attend to before their tails; None where compiled code does not serve that."""
@@ -135,7 +139,7 @@ class _Recording:
         batch: Batch,
         max_pages: int,
         size: int,
-        segments: list[list[PrefixSegment]],
+        segments: dict[int, list[PrefixSegment]],
     ) -> None:
         from cag_kernels import cpu_paged, cpu_steps
 
@@ -144,7 +148,9 @@ class _Recording:
         self._head_dim, self._attends_in = owner._head_dim, owner._attends_in
         self.hidden = torch.zeros(num_rows, size, dtype=torch.float32)
         self.normed = torch.empty_like(self.hidden)
-        self.rotation = torch.empty(2, num_rows, self._head_dim, dtype=torch.float32)
+        self._rotations = {
+            layer.turning: torch.empty(2, num_rows, self._head_dim, dtype=torch.float32) for layer in owner._layers
+        }
         self.pages = np.zeros((num_sequences, max_pages), dtype=np.int32)
         self.lengths, self.starts, self.skipped = batch.lengths.copy(), batch.starts.copy(), batch.skipped.copy()
         self._targets = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
@@ -155,21 +161,23 @@ class _Recording:
         self._tape = Tape()
         self._needs: list[int] = []  # the step of each layer that is the first to need its prefix
         with self._tape.recording():
-            update = self._nothing
-            for index, layer in enumerate(owner._layers[: len(segments)]):
-                self._add_and_norm(update, layer.before_attention)
+            update, behind = self._nothing, None
+            for index, found in segments.items():
+                layer = owner._layers[index]
+                read = self._pass_on(update, behind, layer.before_attention)
                 self._needs.append(len(self._tape))
-                self._attend(layer, batch.sides(index), segments[index])
-                self._add_and_norm(self._updates[0], layer.before_mlp)
-                self._mlp(layer)
-                update = self._updates[1]
-            self._add_and_norm(update, owner._norm)
+                self._attend(layer, read, batch.sides(index), found)
+                read = self._pass_on(self._updates[0], layer.behind_attention, layer.before_mlp)
+                self._mlp(layer, read)
+                update, behind = self._updates[1], layer.behind_mlp
+            self._pass_on(update, behind, owner._norm)
 
-    def run(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    def run(self, hidden: Tensor, rotations: Rotations, batch: Batch) -> Tensor:
         """See `RecordedForwards.forward`."""
         self.hidden.copy_(hidden)
-        for target, source in zip(self.rotation, rotation, strict=True):
-            target.copy_(source)
+        for turning, memory in self._rotations.items():
+            for target, source in zip(memory, rotations[turning], strict=True):
+                target.copy_(source)
         self.pages[:, : batch.pages.shape[1]] = batch.pages
         self.lengths[:], self.starts[:], self.skipped[:] = batch.lengths, batch.starts, batch.skipped
         for rows, found in zip(self._targets, (batch.row_pages, batch.row_places), strict=True):
@@ -196,23 +204,32 @@ class _Recording:
         prefix.wait_for(0)  # says what went wrong
         return first
 
-    def _add_and_norm(self, update: Tensor, norm: Norm) -> None:
-        self._steps.add_and_norm(self.hidden, update, torch.from_numpy(norm.weight), norm.epsilon, self.normed)
+    def _pass_on(self, update: Tensor, behind: Norm | None, before: Norm | None) -> Tensor:
+        """As `FewRowsDecoder._pass_on`."""
+        if before is None:
+            if behind is not None:
+                self._steps.add_normed(self.hidden, update, torch.from_numpy(behind.weight), behind.epsilon)
+            else:
+                assert update is self._nothing, "each block has a norm on one of its sides"
+            return self.hidden
+        norm = torch.from_numpy(before.weight), before.epsilon
+        if behind is None:
+            self._steps.add_and_norm(self.hidden, update, *norm, self.normed)
+        else:
+            own = torch.from_numpy(behind.weight), behind.epsilon
+            self._steps.add_normed_and_norm(self.hidden, update, *own, *norm, self.normed)
+        return self.normed
 
-    def _attend(self, layer: Layer, pool: tuple[Tensor, Tensor], segments: list[PrefixSegment]) -> None:
-        num_rows, head_dim, num_kv_heads = len(self.hidden), self._head_dim, pool[0].shape[1]
+    def _attend(self, layer: Layer, read: Tensor, pool: tuple[Tensor, Tensor], segments: list[PrefixSegment]) -> None:
+        num_rows, head_dim, num_kv_heads = len(read), self._head_dim, pool[0].shape[1]
         num_q_heads = layer.num_q_heads(head_dim)
         projected = self._memory("projected", num_rows, layer.projections.out_features)
-        layer.projections.into(self.normed, projected)
-        for norm, first, count in (
-            (layer.query_norm, 0, num_q_heads),
-            (layer.key_norm, num_q_heads * head_dim, num_kv_heads),
-        ):
-            if norm is not None:
-                self._steps.head_norm(projected, first, count, torch.from_numpy(norm.weight), norm.epsilon)
+        layer.projections.into(read, projected)
+        for norm, first, count in layer.head_norms(num_kv_heads * head_dim):
+            self._steps.head_norm(projected, first, count, torch.from_numpy(norm.weight), norm.epsilon)
         shape = num_q_heads, num_rows, head_dim
         query, rounded = self._memory("query", *shape), self._memory("rounded", *shape, dtype=torch.bfloat16)
-        cosines, sines = self.rotation
+        cosines, sines = self._rotations[layer.turning]
         self._steps.rotate_and_store(projected, cosines, sines, query, rounded, pool, self._targets)
         parts = self._memory("parts", len(segments), *shape)
         logsumexps = self._memory("part_logsumexps", len(segments), *shape[:2])
@@ -223,14 +240,15 @@ class _Recording:
         self._tails.attend(query, *pool, layer.rule.scale, parts, logsumexps, out, own)
         layer.output.into(out, self._updates[0])
 
-    def _mlp(self, layer: Layer) -> None:
+    def _mlp(self, layer: Layer, read: Tensor) -> None:
         if layer.mlp is not None:
-            layer.mlp.into(self.normed, self._updates[1])
+            layer.mlp.into(read, self._updates[1])
             return
-        projected = self._memory("gate_and_up", len(self.hidden), layer.gate_and_up.out_features)
-        layer.gate_and_up.into(self.normed, projected)
-        gated = self._memory("gated", len(self.hidden), layer.gate_and_up.out_features // 2)
-        self._steps.gate(projected, gated)
+        projected = self._memory("gate_and_up", len(read), layer.gate_and_up.out_features)
+        layer.gate_and_up.into(read, projected)
+        gated = self._memory("gated", len(read), layer.gate_and_up.out_features // 2)
+        gate = self._steps.gate if layer.activation == "silu" else self._steps.gate_by_gelu
+        gate(projected, gated)
         layer.down.into(gated, self._updates[1])
 
     def _rounds(self, query: Tensor, segments: list[PrefixSegment]) -> bool:

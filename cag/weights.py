@@ -102,16 +102,32 @@ class PackedLinear(nn.Module):
 
 
 class WidenedEmbedding(nn.Module):
-    """An embedding kept in bfloat16 whose rows come out in float32."""
+    """An embedding kept in bfloat16 whose rows come out in float32, times `scale`."""
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, scale: float) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.padding_idx = embedding.padding_idx
+        self.scale = scale
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """`[...]` to `[..., hidden_size]`."""
-        return nn.functional.embedding(token_ids, self.weight).float()
+        rows = nn.functional.embedding(token_ids, self.weight).float()
+        return rows if self.scale == 1 else rows * self.scale
+
+
+def _scale_of(embedding: nn.Embedding) -> float | None:
+    """What an embedding in float32 makes of a row of ones; None if that is not one number."""
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    kept = embedding.weight, embedding.padding_idx
+    embedding.weight = nn.Parameter(torch.ones(1, embedding.weight.shape[1], dtype=torch.float32), requires_grad=False)
+    embedding.padding_idx = None  # which would be beyond the only row
+    try:
+        row = embedding(torch.zeros(1, dtype=torch.long))[0]
+    finally:
+        embedding.weight, embedding.padding_idx = kept
+    return float(row[0]) if row.dtype == torch.float32 and bool((row == row[0]).all()) else None
 
 
 class _TransposedLinear(nn.Linear):
@@ -189,8 +205,20 @@ def use_transposed_products(network: nn.Module) -> None:
 
 
 def loses_in_bfloat16(network: nn.Module) -> bool:
-    """Whether a network that was loaded in bfloat16 has numbers besides its parameters that were rounded with it."""
-    return any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in network.buffers())
+    """Whether a network that was loaded in bfloat16 has numbers besides its parameters that were rounded with it. One
+    that its module keeps unrounded besides is put back."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                kept = [value for value in vars(module).values() if _is_rounded_to(value, buffer)]
+                if not kept:
+                    return True
+                setattr(module, name, torch.tensor(kept[0], dtype=torch.float32))
+    return False
+
+
+def _is_rounded_to(value: Any, buffer: Tensor) -> bool:
+    return isinstance(value, float) and buffer.ndim == 0 and bool(torch.tensor(value, dtype=buffer.dtype) == buffer)
 
 
 def pack_network(network: nn.Module) -> None:
@@ -201,8 +229,8 @@ def pack_network(network: nn.Module) -> None:
             for name, packed in zip(names, _packed_together(layers), strict=True):
                 setattr(parent, name, packed)
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Embedding:
-                setattr(parent, name, WidenedEmbedding(child))
+            if isinstance(child, nn.Embedding) and (scale := _scale_of(child)) is not None:
+                setattr(parent, name, WidenedEmbedding(child, scale))
     _widen_the_rest(network)
 
 
@@ -253,8 +281,9 @@ def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
     return LibraryProduct(multiply, weight, bias)
 
 
-def tile_mlp(gate_and_up: Product, down: Product) -> TileMlp | None:
-    """Both products and the gate between them in one, if both multiply by tiles and have no bias."""
+def tile_mlp(gate_and_up: Product, down: Product, activation: str) -> TileMlp | None:
+    """Both products and the gate between them in one, if both multiply by tiles and have no bias; `activation` of
+    `rows_reference.ACTIVATIONS`."""
     if not is_tile_product(gate_and_up) or not is_tile_product(down):
         return None
     from cag_kernels.cpu_tile_mlp import TileMlp, serves
@@ -262,7 +291,7 @@ def tile_mlp(gate_and_up: Product, down: Product) -> TileMlp | None:
     weights = cast("TileProduct", gate_and_up), cast("TileProduct", down)
     if any(product.bias is not None for product in weights) or not serves(*(product.weight for product in weights)):
         return None
-    return TileMlp(*(product.weight for product in weights))
+    return TileMlp(weights[0].weight, weights[1].weight, activation)
 
 
 def is_tile_product(product: Product) -> bool:

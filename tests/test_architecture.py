@@ -24,8 +24,8 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 WALK = [
     "home", "errors", "versions", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt", "runtime",
     "step_cost",
-    "state", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices", "recorded", "decoder",
-    "replays", "device_decoder",
+    "state", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices", "decoder_layers", "recorded",
+    "decoder", "replays", "device_decoder",
     "layer_probe", "model_files", "model", "prefill", "uploads", "host_copies", "buffers", "angles", "basis_tensors",
     "segment_tensors", "stream_decoding", "stream_buffers", "ngrams", "resident", "answer", "citations",
     "speculation", "generate", "scheduler", "session", "prefix", "fresh", "first_steps", "calibration", "probes",

@@ -19,6 +19,9 @@ numba = importlib.import_module("numba")  # untyped
 Array = NDArray[Any]
 RELAXED = {"reassoc", "contract"}  # sums in any order: lanes of a vector; NaN and infinities keep their meaning
 _LOG2_E = np.float32(1.4426950408889634)
+GELU_LINEAR = 2 * (2 / np.pi) ** 0.5
+GELU_CUBIC = 0.044715 * GELU_LINEAR
+_GELU_LINEAR, _GELU_CUBIC = np.float32(GELU_LINEAR), np.float32(GELU_CUBIC)
 _LEAST, _MOST = np.float32(-126.0), np.float32(126.0)
 _TAYLOR = tuple(np.float32(0.6931471805599453**n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
 
@@ -74,6 +77,40 @@ def add_and_norm(hidden: Array, update: Array, weight: Array, epsilon: float, ou
         squares = np.float32(0)
         for index in range(size):
             value = hidden[row, index] + update[row, index]
+            hidden[row, index] = value
+            squares += value * value
+        factor = np.float32(1 / np.sqrt(squares / np.float32(size) + np.float32(epsilon)))
+        for index in range(size):
+            out[row, index] = hidden[row, index] * factor * weight[index]
+
+
+@compiled
+def add_normed(hidden: Array, update: Array, weight: Array, epsilon: float) -> None:
+    """`hidden += update / sqrt(mean(update ** 2) + epsilon) * weight`; both `[num_rows, size]`."""
+    num_rows, size = hidden.shape
+    for row in range(num_rows):
+        squares = np.float32(0)
+        for index in range(size):
+            squares += update[row, index] * update[row, index]
+        factor = np.float32(1 / np.sqrt(squares / np.float32(size) + np.float32(epsilon)))
+        for index in range(size):
+            hidden[row, index] += update[row, index] * factor * weight[index]
+
+
+@compiled
+def add_normed_and_norm(
+    hidden: Array, update: Array, behind: Array, behind_epsilon: float, weight: Array, epsilon: float, out: Array
+) -> None:
+    """`add_normed` by weight `behind`, then the norm of the sum to `out` as in `add_and_norm`."""
+    num_rows, size = hidden.shape
+    for row in range(num_rows):
+        squares = np.float32(0)
+        for index in range(size):
+            squares += update[row, index] * update[row, index]
+        factor = np.float32(1 / np.sqrt(squares / np.float32(size) + np.float32(behind_epsilon)))
+        squares = np.float32(0)
+        for index in range(size):
+            value = hidden[row, index] + update[row, index] * factor * behind[index]
             hidden[row, index] = value
             squares += value * value
         factor = np.float32(1 / np.sqrt(squares / np.float32(size) + np.float32(epsilon)))
@@ -143,3 +180,15 @@ def gate(projected: Array, out: Array) -> None:
         for index in range(size):
             value = projected[row, index]
             out[row, index] = value / (np.float32(1) + exponential(-value)) * projected[row, size + index]
+
+
+@compiled
+def gate_by_gelu(projected: Array, out: Array) -> None:
+    """As `gate`, by the tanh form of GELU: `0.5 * x * (1 + tanh(y / 2))` is `x / (1 + exp(-y))`, and `y` is
+    `x * (GELU_LINEAR + GELU_CUBIC * x ** 2)`."""
+    num_rows, size = out.shape
+    for row in range(num_rows):
+        for index in range(size):
+            value = projected[row, index]
+            inner = value * (_GELU_LINEAR + _GELU_CUBIC * value * value)
+            out[row, index] = value / (np.float32(1) + exponential(-inner)) * projected[row, size + index]

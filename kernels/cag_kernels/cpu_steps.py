@@ -56,6 +56,19 @@ def add_and_norm(hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float,
     _shared(_add_and_norm, [hidden, update, weight, out], [*hidden.shape, float_bits(epsilon)], len(hidden))
 
 
+def add_normed(hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float) -> None:
+    """See `cpu_rows.add_normed`."""
+    _shared(_add_normed, [hidden, update, weight], [*hidden.shape, float_bits(epsilon)], len(hidden))
+
+
+def add_normed_and_norm(
+    hidden: Tensor, update: Tensor, behind: Tensor, behind_epsilon: float, weight: Tensor, epsilon: float, out: Tensor
+) -> None:
+    """See `cpu_rows.add_normed_and_norm`."""
+    sizes = [*hidden.shape, float_bits(behind_epsilon), float_bits(epsilon)]
+    _shared(_add_normed_and_norm, [hidden, update, behind, weight, out], sizes, len(hidden))
+
+
 def head_norm(projected: Tensor, first: int, num_heads: int, weight: Tensor, epsilon: float) -> None:
     """See `cpu_rows.head_norm`."""
     sizes = [*projected.shape, first, num_heads, len(weight), float_bits(epsilon)]
@@ -81,6 +94,11 @@ def gate(projected: Tensor, out: Tensor) -> None:
     _shared(_gate, [projected, out], list(out.shape), len(out))
 
 
+def gate_by_gelu(projected: Tensor, out: Tensor) -> None:
+    """See `cpu_rows.gate_by_gelu`."""
+    _shared(_gate_by_gelu, [projected, out], list(out.shape), len(out))
+
+
 def _shared(function: Callable[[Any], None], tensors: Sequence[Tensor], sizes: Sequence[int], num_tasks: int) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors)
     call = new_call([0, *(tensor.data_ptr() for tensor in tensors), *sizes], tensors)
@@ -103,6 +121,36 @@ def _add_and_norm(call: Any) -> None:
     row = take_task(call)
     while row < num_rows:
         cpu_rows.add_and_norm(hidden[row : row + 1], update[row : row + 1], weight, epsilon, out[row : row + 1])
+        row = take_task(call)
+
+
+def _add_normed(call: Any) -> None:
+    fields = carray(call, 7, np.int64)
+    num_rows, size = fields[4], fields[5]
+    hidden = carray(memory(fields[1]), (num_rows, size), np.float32)
+    update = carray(memory(fields[2]), (num_rows, size), np.float32)
+    weight = carray(memory(fields[3]), size, np.float32)
+    epsilon = carray(memory(fields[6:].ctypes.data), 1, np.float32)[0]
+    row = take_task(call)
+    while row < num_rows:
+        cpu_rows.add_normed(hidden[row : row + 1], update[row : row + 1], weight, epsilon)
+        row = take_task(call)
+
+
+def _add_normed_and_norm(call: Any) -> None:
+    fields = carray(call, 10, np.int64)
+    num_rows, size = fields[6], fields[7]
+    hidden = carray(memory(fields[1]), (num_rows, size), np.float32)
+    update = carray(memory(fields[2]), (num_rows, size), np.float32)
+    behind = carray(memory(fields[3]), size, np.float32)
+    weight = carray(memory(fields[4]), size, np.float32)
+    out = carray(memory(fields[5]), (num_rows, size), np.float32)
+    behind_epsilon = carray(memory(fields[8:].ctypes.data), 1, np.float32)[0]
+    epsilon = carray(memory(fields[9:].ctypes.data), 1, np.float32)[0]
+    row = take_task(call)
+    while row < num_rows:
+        rows = slice(row, row + 1)
+        cpu_rows.add_normed_and_norm(hidden[rows], update[rows], behind, behind_epsilon, weight, epsilon, out[rows])
         row = take_task(call)
 
 
@@ -152,4 +200,15 @@ def _gate(call: Any) -> None:
     row = take_task(call)
     while row < num_rows:
         cpu_rows.gate(projected[row : row + 1], out[row : row + 1])
+        row = take_task(call)
+
+
+def _gate_by_gelu(call: Any) -> None:
+    fields = carray(call, 5, np.int64)
+    num_rows, size = fields[3], fields[4]
+    projected = carray(memory(fields[1]), (num_rows, 2 * size), np.float32)
+    out = carray(memory(fields[2]), (num_rows, size), np.float32)
+    row = take_task(call)
+    while row < num_rows:
+        cpu_rows.gate_by_gelu(projected[row : row + 1], out[row : row + 1])
         row = take_task(call)

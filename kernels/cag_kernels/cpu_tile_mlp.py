@@ -1,4 +1,5 @@
-"""The gated middle of a layer over a few rows by tile products (AMX): `down(silu(gate(x)) * up(x))` in three steps.
+"""The gated middle of a layer over a few rows by tile products (AMX): `down(silu(gate(x)) * up(x))` in three steps,
+or with the tanh form of GELU in the place of SiLU.
 
 A task multiplies the same 16 features of gate and up, so their sums meet in tiles: gated and rounded there, they are
 already turned as the next product wants them. Nothing of the middle is written in float32, and no step turns it.
@@ -17,6 +18,7 @@ from torch import Tensor
 from cag_kernels import cpu_tile_linear
 from cag_kernels.cpu_emit import INT32, Value
 from cag_kernels.cpu_program import Program
+from cag_kernels.cpu_rows import GELU_CUBIC, GELU_LINEAR
 from cag_kernels.cpu_tape import CompiledStep, Reads, new_call, scratch_memory
 from cag_kernels.cpu_tile_linear import no_bias, pairs_size
 from cag_kernels.cpu_tile_product import Field, ProductCall, emit_blocks, emit_sums
@@ -34,10 +36,11 @@ def serves(gate_and_up: Tensor, down: Tensor) -> bool:
 class TileMlp:
     """The middle of a layer with its weights, made ready once. `linear.tile_mlp_reference` says what it means."""
 
-    def __init__(self, gate_and_up: Tensor, down: Tensor) -> None:
-        """gate_and_up: `[2 * size, in_features]` bfloat16, gate first; down: `[out_features, size]` bfloat16."""
+    def __init__(self, gate_and_up: Tensor, down: Tensor, activation: str = "silu") -> None:
+        """gate_and_up: `[2 * size, in_features]` bfloat16, gate first; down: `[out_features, size]` bfloat16;
+        activation: of `rows_reference.ACTIVATIONS`."""
         self.in_features, (self.out_features, self.size) = gate_and_up.shape[1], down.shape
-        self._gate_and_up, self._down = gate_and_up, down
+        self._gate_and_up, self._down, self._activation = gate_and_up, down, activation
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[num_rows, in_features]` float32, contiguous and not empty, to `[num_rows, out_features]`."""
@@ -55,7 +58,7 @@ class TileMlp:
         linear = cpu_tile_linear.compiled_kernel()
         linear.prepare(gate)
         reads = Reads(self._gate_and_up.data_ptr(), self.size, 2 * self.in_features, TILE)
-        compiled_gate().shared(gate, -(-self.size // TILE), reads)
+        compiled_gate(self._activation).shared(gate, -(-self.size // TILE), reads)
         linear.multiply(down)
 
     def _call(self, rows: Tensor, pairs: Tensor, weight: Tensor, out: Tensor, sizes: tuple[int, ...]) -> Any:
@@ -63,28 +66,28 @@ class TileMlp:
         return new_call((0, *(tensor.data_ptr() for tensor in memory), *sizes), memory)
 
 
-def compiled_gate() -> CompiledStep:
+def compiled_gate(activation: str) -> CompiledStep:
     """The step between the two products' blocks, compiled once a process."""
     with _lock:
-        return _compile()
+        return _compile(activation)
 
 
 @cache
-def _compile() -> CompiledStep:
+def _compile(activation: str) -> CompiledStep:
     require_tiles()
-    program = Program(tile_gate_module)
+    program = Program(tile_gate_module, activation)
     return CompiledStep(program.address("gate"), program)
 
 
-def tile_gate_module() -> ir.Module:
+def tile_gate_module(activation: str) -> ir.Module:
     """Module with `gate`, of one pointer to the fields of a call: `OUT` is `[row tiles, out_features / 2, 16]` pairs of
     bfloat16, and the weight has twice `OUT_FEATURES` rows, those of gate first."""
     module = ir.Module(name="tile_gate")
-    _emit_gate(ProductCall(module, "gate"))
+    _emit_gate(ProductCall(module, "gate"), activation)
     return module
 
 
-def _emit_gate(call: ProductCall) -> None:
+def _emit_gate(call: ProductCall, activation: str) -> None:
     emit, builder = call.emit, call.emit.builder
     with emit.configured():
         sums_of = [emit.bytes_on_stack(4 * TILE * TILE) for _ in range(2)]
@@ -95,7 +98,7 @@ def _emit_gate(call: ProductCall) -> None:
             for row_tile, *tiles in zip(row_tiles, gates, ups, strict=True):
                 for tile, place in zip(tiles, sums_of, strict=True):
                     emit.store_tile(tile, place)
-                _emit_pairs(call, first, row_tile, sums_of)
+                _emit_pairs(call, first, row_tile, sums_of, activation)
 
         emit_blocks(call, TILE, emit_block)
     builder.ret_void()
@@ -106,25 +109,33 @@ def _of_both(call: ProductCall, feature: Value) -> list[Value]:
     return [feature, call.emit.builder.add(feature, call[Field.OUT_FEATURES])]
 
 
-def _emit_pairs(call: ProductCall, first: Value, row_tile: Value, sums_of: list[Value]) -> None:
+def _emit_pairs(call: ProductCall, first: Value, row_tile: Value, sums_of: list[Value], activation: str) -> None:
     """Sums of gate and up, `[16 features, 16 rows]` each, to pairs of gated features."""
     emit, builder = call.emit, call.emit.builder
     index = builder.add(builder.mul(row_tile, call[Field.OUT_FEATURES]), first)
     target = emit.at(call[Field.OUT], builder.mul(index, emit.integer(TILE // 2)), INT32)
     for feature in range(0, TILE, 2):
-        even, odd = (_gated(call, sums_of, feature + step) for step in range(2))
+        even, odd = (_gated(call, sums_of, feature + step, activation) for step in range(2))
         builder.store(emit.narrowed_pairs(even, odd), emit.at(target, feature // 2 * TILE, INT32), align=4)
 
 
-def _gated(call: ProductCall, sums_of: list[Value], feature: int) -> Value:
-    """`silu(gate) * up` of one feature, rows in the lanes."""
+def _gated(call: ProductCall, sums_of: list[Value], feature: int, activation: str) -> Value:
+    """`activation(gate) * up` of one feature, rows in the lanes."""
     emit, builder = call.emit, call.emit.builder
     gate, up = (emit.load(emit.at(place, feature * TILE)) for place in sums_of)
-    # exp(-|gate|) is at most 1; sigmoid(gate) is 1 / (1 + it) or it / (1 + it)
-    magnitude = emit.magnitude(gate)
-    shrunk = emit.exponential(builder.fneg(magnitude))
-    is_negative = builder.fcmp_ordered("<", gate, emit.constant(0.0))
+    inner = gate if activation == "silu" else _inner_of_gelu(call, gate)
+    # exp(-|inner|) is at most 1; sigmoid(inner) is 1 / (1 + it) or it / (1 + it)
+    shrunk = emit.exponential(builder.fneg(emit.magnitude(inner)))
+    is_negative = builder.fcmp_ordered("<", inner, emit.constant(0.0))
     share = builder.fdiv(
         builder.select(is_negative, shrunk, emit.constant(1.0)), builder.fadd(shrunk, emit.constant(1.0))
     )
     return builder.fmul(builder.fmul(gate, share), up)
+
+
+def _inner_of_gelu(call: ProductCall, gate: Value) -> Value:
+    """What the sigmoid is of, as in `cpu_rows.gate_by_gelu`."""
+    emit, builder = call.emit, call.emit.builder
+    square = builder.fmul(gate, gate)
+    cubic = emit.multiply_add(square, emit.constant(GELU_CUBIC), emit.constant(GELU_LINEAR))
+    return builder.fmul(gate, cubic)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cag_kernels.cpu import has_compiler
 from cag_kernels.packed import PackedWeight
+from cag_kernels.rows_reference import gate_reference
 
 if TYPE_CHECKING:
     from cag_kernels.cpu_tile_linear import TileProduct
@@ -169,7 +170,7 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def tile_mlp_reference(block: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
-    """What `cpu_tile_mlp.TileMlp` means, in the block's type: `down(silu(gate) * up)`, rounded before each product."""
-    gate, up = tile_linear_reference(block, gate_and_up).chunk(2, dim=-1)
-    return tile_linear_reference(torch.nn.functional.silu(gate) * up, down)
+def tile_mlp_reference(block: Tensor, gate_and_up: Tensor, down: Tensor, activation: str = "silu") -> Tensor:
+    """What `cpu_tile_mlp.TileMlp` means, in the block's type: `down(activation(gate) * up)`, rounded before each
+    product."""
+    return tile_linear_reference(gate_reference(tile_linear_reference(block, gate_and_up), activation), down)

@@ -6,6 +6,9 @@ Keys and values are tensors here, in the dtype that they are kept in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,11 +17,22 @@ from cag_kernels.prefix_reference import tail_of
 from cag_kernels.prefixes import PagedTails
 from cag_kernels.reference import segment_attention_reference
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+"""What gates there are."""
+
 
 def add_and_norm_reference(hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """`(hidden + update, its RMS norm times weight)`, `[num_rows, size]` each."""
     added = hidden + update
     return added, head_norm_reference(added, weight, epsilon)
+
+
+def add_normed_reference(hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`hidden` and the RMS norm of `update`, times `weight`, added; all `[num_rows, size]`."""
+    return hidden + head_norm_reference(update, weight, epsilon)
 
 
 def head_norm_reference(heads: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -53,7 +67,7 @@ def attend_tails_reference(
     return torch.cat(outs, dim=1).transpose(0, 1).flatten(1), torch.cat(lses, dim=1)
 
 
-def gate_reference(projected: Tensor) -> Tensor:
-    """`silu(left) * right` of the two halves of the last axis."""
+def gate_reference(projected: Tensor, activation: str = "silu") -> Tensor:
+    """`activation(left) * right` of the two halves of the last axis."""
     left, right = projected.chunk(2, dim=-1)
-    return torch.nn.functional.silu(left) * right
+    return ACTIVATIONS[activation](left) * right

@@ -27,7 +27,7 @@ def product(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["llama", "llama with biases", "qwen3"])
+@pytest.fixture(params=["llama", "llama with biases", "qwen3", "gemma3", "phi3", "olmo3"])
 def model(request, tmp_path, product):
     return bfloat16_model(tmp_path, CONFIGS[request.param]())
 

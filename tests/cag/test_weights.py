@@ -6,17 +6,22 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from cag import model as model_module
 from cag.batch import TAIL_PAIRS, Batch
 from cag.decoder import recognize
+from cag.decoder_layers import SeenLayer, Turning
 from cag.model import LanguageModel, ModelOptions
 from cag.runtime import RuntimePlan
 from cag.state import AttentionRule
@@ -29,6 +34,8 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not ther
 
 SHARED = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 257, "eos_token_id": 257}
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
+PHI3 = {"hidden_size": 128}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHARED, tie_word_embeddings=True),
     "llama with biases": lambda: LlamaConfig(**SHARED, attention_bias=True, mlp_bias=True),
@@ -46,10 +53,14 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**SHARED, sliding_window=150),
     "qwen2": lambda: Qwen2Config(**SHARED),
     "qwen3": lambda: Qwen3Config(**SHARED),
+    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=400, layer_types=LAYER_TYPES),
+    "phi3": lambda: Phi3Config(**{key: value for key, value in SHARED.items() if key != "head_dim"} | PHI3),
+    "olmo2": lambda: Olmo2Config(**SHARED),
+    "olmo3": lambda: Olmo3Config(**SHARED, sliding_window=400, layer_types=LAYER_TYPES),
+    "smollm3": lambda: SmolLM3Config(**SHARED, no_rope_layers=[1, 1, 0]),
 }
 OTHERS = {
-    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=40),
-    "phi3": lambda: Phi3Config(**{key: value for key, value in SHARED.items() if key != "head_dim"}),
+    "gemma2": lambda: Gemma2Config(**SHARED, sliding_window=400),
 }
 
 
@@ -174,6 +185,57 @@ def test_another_formula_is_noticed(part, factor, each_product, tmp_path):
     assert model._checked_decoder() is None
 
 
+def test_a_cap_of_logits_is_noticed(each_product, tmp_path):
+    """Also where the probe's own logits are far below it."""
+    model = bfloat16_model(tmp_path, Gemma3TextConfig(**SHARED, layer_types=LAYER_TYPES))
+    assert model.decoder is not None
+    model.network.config.final_logit_softcapping = 5e3
+    assert model._checked_decoder() is None
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "olmo3"])
+def test_another_formula_is_noticed_in_the_only_layer_of_its_kind(kind, each_product, tmp_path):
+    """Which is the last one: behind all layers a network in bfloat16 may be far from itself."""
+    model = bfloat16_model(tmp_path, CONFIGS[kind]())
+    layer = model.network.model.layers[2]
+    with torch.no_grad():
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.mul_(0.3)  # a layer that changes little does not show far behind it
+    assert model._checked_decoder() is not None
+    layer.mlp.register_forward_hook(lambda _module, _inputs, output: output * output.abs())
+    assert model._checked_decoder() is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_queries_that_positions_scale_are_noticed(kind, tmp_path, monkeypatch):
+    """As some networks do beyond the length that they were trained with: no probe token stands there."""
+    model = bfloat16_model(tmp_path, CONFIGS[kind]())
+    attention = type(model.network.model.layers[2].self_attn)
+    own = attention.forward
+
+    def stretched(self, *given, cag_state, **named):
+        far = named["position_embeddings"][1].abs().sum(-1, keepdim=True)[:, None] > 0
+
+        class State:
+            def attend(_self, layer, query, *others, **rule):
+                return cag_state.attend(layer, torch.where(far[0], query * 1.1, query), *others, **rule)
+
+        return own(self, *given, cag_state=State(), **named)
+
+    monkeypatch.setattr(attention, "forward", stretched)
+    assert LanguageModel.load(tmp_path, model_id="tiny").decoder is None
+
+
+def test_an_embedding_that_scales_its_rows_stays_in_16_bits(tmp_path):
+    model = bfloat16_model(tmp_path, CONFIGS["gemma3"]())
+    embedding = model.network.model.embed_tokens
+    assert isinstance(embedding, WidenedEmbedding)
+    assert embedding.weight.dtype == torch.bfloat16
+    assert embedding.scale == torch.tensor(64**0.5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(embedding(torch.arange(9)), plain.model.embed_tokens(torch.arange(9)))
+
+
 def test_weights_take_the_bytes_that_were_stored(tmp_path):
     model = bfloat16_model(tmp_path, CONFIGS["qwen2"]())
     linear = [module for module in model.network.modules() if isinstance(module, PackedLinear)]
@@ -241,13 +303,13 @@ def test_a_network_with_odd_sizes_is_packed_where_it_can_be(tmp_path):
 
 def test_only_whole_networks_are_recognized(tmp_path):
     network = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.bfloat16)
-    rules = [AttentionRule(32**-0.5)] * 3
-    assert recognize(network, 32, rules) is None  # its weights do not lie side by side
+    seen = [SeenLayer(AttentionRule(32**-0.5), Turning())] * 3
+    assert recognize(network, 32, seen) is None  # its weights do not lie side by side
     joined = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.bfloat16)
     join_network(joined)
-    assert recognize(joined, 32, rules) is not None
+    assert recognize(joined, 32, seen) is not None
     pack_network(network)
-    assert recognize(network, 32, rules) is not None
-    assert recognize(network, 32, [*rules[:2], AttentionRule(32**-0.5, softcap=30.0)]) is None
+    assert recognize(network, 32, seen) is not None
+    assert recognize(network, 32, [*seen[:2], SeenLayer(AttentionRule(32**-0.5, softcap=30.0), Turning())]) is None
     network.model.layers[1].mlp.act_fn = torch.nn.GELU()
-    assert recognize(network, 32, rules) is None
+    assert recognize(network, 32, seen) is None

@@ -9,6 +9,7 @@ import torch
 from cag_kernels import cpu_rows, rows_reference
 
 ROWS = [1, 2, 7, 16, 33]
+GATES = {"silu": cpu_rows.gate, "gelu_tanh": cpu_rows.gate_by_gelu}
 
 
 def normal(*shape, scale=1.0):
@@ -31,6 +32,23 @@ def test_add_and_norm(num_rows, size):
     cpu_rows.add_and_norm(hidden.numpy(), update.numpy(), weight.numpy(), 1e-5, out.numpy())
     assert_close(hidden, expected[0], plain[0])
     assert_close(out, expected[1], plain[1])
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("size", [1, 32, 577])
+def test_updates_that_are_normalized_before_they_are_added(num_rows, size):
+    hidden, update = normal(num_rows, size), normal(num_rows, size, scale=30)
+    behind, weight = normal(size), normal(size)
+    added = rows_reference.add_normed_reference(hidden.double(), update.double(), behind.double(), 1e-6)
+    plain = rows_reference.add_normed_reference(hidden, update, behind, 1e-6)
+    only_added, summed, out = hidden.clone(), hidden.clone(), torch.full_like(hidden, math.nan)
+    cpu_rows.add_normed(only_added.numpy(), update.numpy(), behind.numpy(), 1e-6)
+    assert_close(only_added, added, plain)
+    arrays = [tensor.numpy() for tensor in (summed, update, behind, weight, out)]
+    cpu_rows.add_normed_and_norm(*arrays[:3], 1e-6, arrays[3], 1e-5, arrays[4])
+    assert_close(summed, added, plain)
+    normed = rows_reference.head_norm_reference(added, weight.double(), 1e-5)
+    assert_close(out, normed, rows_reference.head_norm_reference(plain, weight, 1e-5))
 
 
 def test_head_norm_touches_its_heads_only():
@@ -83,12 +101,25 @@ def test_rounding_is_torchs_own():
 
 
 @pytest.mark.parametrize("num_rows", ROWS)
-def test_gate(num_rows):
+@pytest.mark.parametrize("activation", rows_reference.ACTIVATIONS)
+def test_gate(num_rows, activation):
     projected = normal(num_rows, 154, scale=20)
-    projected[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -88.0])
+    projected[0, :5] = torch.tensor([-200.0, 200.0, 0.0, -88.0, -4.5])
     out = torch.full((num_rows, 77), math.nan)
-    cpu_rows.gate(projected.numpy(), out.numpy())
-    assert_close(out, rows_reference.gate_reference(projected.double()), rows_reference.gate_reference(projected))
+    GATES[activation](projected.numpy(), out.numpy())
+    expected = rows_reference.gate_reference(projected.double(), activation)
+    assert_close(out, expected, rows_reference.gate_reference(projected, activation))
+
+
+@pytest.mark.parametrize("activation", rows_reference.ACTIVATIONS)
+def test_gates_of_any_size(activation):
+    """Beyond where an exponential, or a cube, is a float32."""
+    projected = torch.tensor([[1e-30, -1e-30, 90.0, -90.0, 1e10, -1e10, 1e20, -1e20]]).repeat(1, 2)
+    projected[:, 8:] = 1.0
+    out = torch.full((1, 8), math.nan)
+    GATES[activation](projected.numpy(), out.numpy())
+    expected = rows_reference.gate_reference(projected.double(), activation).float()
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-17)
 
 
 def test_exponential_is_as_good_as_float32():

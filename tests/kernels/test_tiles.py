@@ -21,6 +21,7 @@ from cag_kernels import (
 )
 from cag_kernels.cpu import cpu_attention, cpu_attention_serves
 from cag_kernels.linear import tile_linear_reference, tile_mlp_reference
+from cag_kernels.rows_reference import ACTIVATIONS
 from cag_kernels.tiled import tiled_attention
 
 if has_compiler():
@@ -251,13 +252,14 @@ def mlp_of(shape):
 
 @pytest.mark.parametrize("shape", MLP)
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_the_middle_of_a_layer_matches_the_oracle(shape, num_threads, threads):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_middle_of_a_layer_matches_the_oracle(shape, num_threads, activation, threads):
     threads(num_threads)
     rows, gate_and_up, down = mlp_of(shape)
     assert serves(gate_and_up, down)
-    found = TileMlp(gate_and_up, down)(rows)
-    expected = tile_mlp_reference(rows.double(), gate_and_up, down)
-    plain = tile_mlp_reference(rows, gate_and_up, down)
+    found = TileMlp(gate_and_up, down, activation)(rows)
+    expected = tile_mlp_reference(rows.double(), gate_and_up, down, activation)
+    plain = tile_mlp_reference(rows, gate_and_up, down, activation)
     # a gated number next to the middle of two bfloat16 is rounded to the other one by the least difference before it
     steps = 2.0**-8 * (rows.double().abs().amax() + 1) * down.double().abs().amax()
     assert found.dtype == torch.float32
@@ -265,15 +267,16 @@ def test_the_middle_of_a_layer_matches_the_oracle(shape, num_threads, threads):
     assert (found.double() - expected).norm() <= 1e-3 * expected.norm()
 
 
-def test_gates_of_any_size_and_no_number():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gates_of_any_size_and_no_number(activation):
     gate_and_up, down = torch.eye(32).repeat(2, 1).bfloat16(), torch.eye(32).bfloat16()
     values = [0.0, -0.0, 1e-30, -1e-30, 3.0, -3.0, 87.0, -87.0, -90.0, 200.0, -200.0, 1e4, -1e4]
     rows = torch.diag(torch.tensor(values + [1.0] * 19))
-    expected = torch.nn.functional.silu(rows.double()) * rows.double()
-    found = TileMlp(gate_and_up, down)(rows)
-    assert torch.allclose(found.double(), expected, rtol=2.0**-7, atol=1e-29)
+    expected = ACTIVATIONS[activation](rows.double()) * rows.double()
+    mlp = TileMlp(gate_and_up, down, activation)
+    assert torch.allclose(mlp(rows).double(), expected, rtol=2.0**-7, atol=1e-29)
     rows[5, 5] = torch.nan
-    assert torch.isnan(TileMlp(gate_and_up, down)(rows)[5]).all()
+    assert torch.isnan(mlp(rows)[5]).all()
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5, 70])

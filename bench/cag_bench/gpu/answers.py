@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cag.decoder import relative_difference
+from cag.decoder_layers import relative_difference
 from cag.generate import Generation, SamplingOptions
 from cag.model import LanguageModel
 from cag.replays import StepReplays
