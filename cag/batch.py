@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cag.state import AttentionRule, PrefixLayers, PrefixSegment, SequenceState, attend_prefix
+from cag.state import AttentionRule, PrefixLayers, PrefixSegment, SequenceState, attend_end, attend_prefix
 from cag.step_tensors import StepSizes, StepState, StepTensors
 from cag_kernels import (
     DensePrefix,
@@ -24,7 +24,6 @@ from cag_kernels import (
     paged_attention,
     prefix_attention,
     rows_stay_apart,
-    segment_attention,
 )
 
 TAIL_PAIRS = 2048  # new tokens x earlier ones of a tail, from which several new tokens see the earlier as a segment
@@ -165,22 +164,21 @@ class BatchState(Batch, StepState):
     ) -> list[tuple[Tensor, Tensor]]:
         if group.prefix is None:
             return []
+        segments, counts = group.prefix.segments(layer), self._counts_of(group)
         if query.is_cuda:
-            return self._on_device(group, group.prefix.segments(layer), query, rule)
+            return self._on_device(group, segments, query, rule)
         if rule["window"] is None and rule["softcap"] is None:
-            return attend_prefix_by_rows(query, group.prefix.segments(layer), rule["scale"], self._counts_of(group))
-        sides = group.prefix.layer(layer)
-        parts = [
-            segment_attention(query[:, rows], *sides, offset=state.num_tokens, **rule)
-            for state, rows in zip(self.states[group.sequences], self._rows_of(group), strict=True)
-        ]
-        return [(torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))]
+            return attend_prefix_by_rows(query, segments, rule["scale"], counts)
+        tails = zip(self.states[group.sequences], counts, strict=True)
+        return attend_end(query, segments, [range(s.num_tail, s.num_tail + count) for s, count in tails], **rule)
 
     def _on_device(
         self, group: RowGroup, segments: Sequence[PrefixSegment], query: Tensor, rule: dict[str, Any]
     ) -> list[tuple[Tensor, Tensor]]:
         """A group's rows over each segment of its prefix, read once for all of them, codes as they are."""
-        positions = self.tensors.positions[group.rows].int()
+        assert group.prefix is not None
+        missing = group.prefix.num_tokens - sum(segment.num_tokens for segment in segments)  # before the first segment
+        positions = self.tensors.positions[group.rows].int() - missing
         found = []
         for segment in segments:
             found.append(prefix_attention(query, segment, positions=positions, **rule))
@@ -189,11 +187,6 @@ class BatchState(Batch, StepState):
 
     def _counts_of(self, group: RowGroup) -> Sequence[int]:
         return self.counts[group.sequences]
-
-    def _rows_of(self, group: RowGroup) -> Iterator[slice]:
-        first = int(self.starts[group.sequences.start])
-        for index in range(group.sequences.start, group.sequences.stop):
-            yield slice(int(self.starts[index]) - first, int(self.starts[index + 1]) - first)
 
 
 def segments_of(prefix: PrefixLayers | None, layer: int) -> tuple[PrefixSegment, ...]:

@@ -136,8 +136,8 @@ class CodedBuffers:
         for (shape, along), keys, values in zip(self._shapes, tensors[::2], tensors[1::2], strict=True):
             parts = (*keys[:3], *values[:3], keys[3], values[3])
             coded = QuantizedPrefix(*parts, shape.group_tokens, along.group_channels)  # type: ignore[call-arg, arg-type]
-            recent = DensePrefix(keys[4], values[4])
-            found.append((coded, recent) if recent.num_tokens else (coded,))
+            segments = coded, DensePrefix(keys[4], values[4])
+            found.append(tuple(segment for segment in segments if segment.num_tokens))
         return found
 
     def arrived(self, layer: int) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 import cag_store
@@ -232,6 +231,7 @@ class Engine:
                 model.kv_shapes,
                 model.kv_dtype,
                 model.device,
+                rules=model.rules,
                 overlap=overlap,
                 in_codes=model.attends_to_codes,
                 in_streams=model.decodes_streams,
@@ -255,8 +255,10 @@ class Engine:
 
     def _promoted(self, digest: str, reader: CacheReader) -> ResidentPrefix | None:
         """A cache that the host's memory still holds, on its way to the device."""
-        copy = self.host_copies.get(digest)
-        return None if copy is None else ResidentPrefix.promote(copy, reader.token_ids().astype(np.int64))
+        copy, model = self.host_copies.get(digest), self.model
+        if copy is None:
+            return None
+        return ResidentPrefix.promote(copy, reader, model.kv_shapes, model.kv_dtype, model.device)
 
     def _has_cores_to_overlap(self) -> bool:
         """Whether loading and a question's forward can run beside each other without taking each other's cores."""

@@ -37,7 +37,7 @@ from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
-from cag.state import BranchedState, SequenceState, Tail, WholeState
+from cag.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
 from cag.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.step_tensors import StepState, StepTensors
 from cag.weights import Float32Products, SequencesApart, join_network, lay_out_weights, loses_in_bfloat16
@@ -158,6 +158,11 @@ class LanguageModel:
         if self.device.type == "cuda":
             return triton_runs_on(self.device)
         return has_compiler() and all(seen.rule.window is None and seen.rule.softcap is None for seen in self._seen)
+
+    @property
+    def rules(self) -> list[AttentionRule]:
+        """How each layer attends."""
+        return [seen.rule for seen in self._seen]
 
     @property
     def rows_stay_apart(self) -> bool:

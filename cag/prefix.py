@@ -83,7 +83,10 @@ class Prefix:
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Decoded keys (after RoPE) and values of a layer, `[num_kv_heads, num_tokens, head_dim]`, for inspection.
 
-        The tensors are the resident ones: do not change them.
+        The tensors may be the resident ones: do not change them. Of a layer with a window only the end is resident;
+        then the whole layer is read from the store, each time.
+
+        Raises: StoreError: the cache is damaged.
         """
         self.check_open()
         return self.resident.layer(layer)

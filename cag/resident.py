@@ -1,7 +1,8 @@
 """A prefix on the device: keys and values of all layers, shared by all sessions and never changed.
 
 A prefix may be used while it is still loading: whoever needs a layer waits for that layer only, so the question's
-forward runs through the first layers while later ones are read and decoded.
+forward runs through the first layers while later ones are read and decoded. A layer that attends through a window holds
+the end of the prefix only, the chunks in which queries behind it see anything.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from torch import Tensor
 from cag.buffers import CodedBuffers, HostBuffers
 from cag.host_copies import HostCopy
 from cag.ngrams import NgramIndex
+from cag.state import numbers_of
 from cag.stream_buffers import StreamBuffers, can_decode
 from cag.uploads import Uploads
-from cag_kernels import DensePrefix, dequantize_prefix
+from cag_kernels import DensePrefix
 from cag_kernels.device import serves_codes
 from cag_kernels.prefixes import Codes
 from cag_store.codecs import CodedShape
 
 if TYPE_CHECKING:
-    from cag.state import KvShape, PrefixSegment, Tail
+    from cag.state import AttentionRule, KvShape, PrefixSegment, Tail
     from cag_store import CacheReader
 
 Buffers = HostBuffers | CodedBuffers | StreamBuffers
@@ -39,24 +41,42 @@ def _attended(keys: CodedShape, values: CodedShape, device: torch.device) -> boo
     return serves_codes(device, keys.head_dim, codes)
 
 
-def _codes(reader: CacheReader, dtype: torch.dtype, device: torch.device) -> Buffers | None:
+def _codes(
+    reader: CacheReader, first_tokens: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Buffers | None:
     """Room for the codes of a cache; None where it has none that the device attends to."""
-    shapes = reader.coded_shapes() if dtype == torch.bfloat16 else None
+    shapes = reader.coded_shapes(first_tokens) if dtype == torch.bfloat16 else None
     if shapes is None or not all(_attended(*both, device) for both in shapes):
         return None
     return CodedBuffers(shapes, device, through_host=device.type != "cpu")
 
 
-def _streams(reader: CacheReader, dtype: torch.dtype, device: torch.device) -> Buffers | None:
+def _streams(
+    reader: CacheReader, first_tokens: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Buffers | None:
     """Room for the undecoded segments of a cache; None where the codec or the kernels have no such way."""
-    shapes = reader.stream_shapes() if str(dtype) == f"torch.{reader.header.context.dtype}" else None
+    shapes = reader.stream_shapes(first_tokens) if str(dtype) == f"torch.{reader.header.context.dtype}" else None
     return None if shapes is None or not can_decode(shapes) else StreamBuffers(shapes, dtype, device)
+
+
+def _numbers(
+    reader: CacheReader,
+    first_tokens: Sequence[int],
+    shapes: Sequence[KvShape],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HostBuffers:
+    """Room for the numbers of a cache."""
+    pairs = zip(shapes, first_tokens, strict=True)
+    sizes = [(shape.num_kv_heads, reader.num_tokens - first, shape.head_dim) for shape, first in pairs]
+    return HostBuffers.of(sizes, dtype, device)
 
 
 class ResidentPrefix:
     """Keys and values of `num_tokens` tokens, `[num_kv_heads, num_tokens, head_dim]` a layer and side.
 
-    `layers` has the segments of each layer, one behind the other: numbers, or codes with what is exact behind them.
+    `layers` has the segments of each layer, one behind the other: numbers, or codes with what is exact behind them. All
+    end with the prefix; those of a layer with a window may begin behind its first token.
 
     Attributes:
         token_ids: `[num_tokens]` int64.
@@ -72,6 +92,7 @@ class ResidentPrefix:
         self.tier = "memory"
         self.shares_cores = False
         self._uploads: Uploads | None = None
+        self._reread: Callable[[int], DensePrefix] | None = None  # a whole layer, where not all of it may be here
         self._confirm: Callable[[int], None] | None = None  # while layers arrive that may prove damaged
         self._ready = [threading.Event() for _ in layers]
         self._error: BaseException | None = None
@@ -91,12 +112,17 @@ class ResidentPrefix:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        rules: Sequence[AttentionRule] | None = None,
         overlap: bool = True,
         in_codes: bool = False,
         in_streams: bool = False,
         on_host_copy: Callable[[HostCopy], None] | None = None,
     ) -> ResidentPrefix:
-        """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed.
+        """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed. The reader stays
+        open as long as `layer` may be called.
+
+        `rules` say how each layer attends: whole chunks that its window hides from all that stands behind the prefix
+        are not loaded, unless layers that share segments with it need them.
 
         With `in_codes` the prefix takes the bytes of its codec where that has codes that this device attends to. With
         `in_streams` the device decodes what the store verified, where the codec's kernels can do that.
@@ -107,22 +133,27 @@ class ResidentPrefix:
         gives all layers together: where loading needs the very cores that the forward runs on, one after the other is
         sooner.
         """
-        token_ids = reader.token_ids().astype(np.int64)
-        host = _streams(reader, dtype, device) if in_streams else None
-        host = host or (_codes(reader, dtype, device) if in_codes else None)
-        if host is None:
-            sizes = [(s.num_kv_heads, len(token_ids), s.head_dim) for s in shapes]
-            host = HostBuffers.of(sizes, dtype, device)
-        prefix = cls(host.layers(), token_ids)
+        seen = [0] * len(shapes) if rules is None else [rule.first_seen(reader.num_tokens) for rule in rules]
+        # at least a chunk: no layer is without segments
+        firsts = reader.first_tokens([min(first, reader.num_tokens - 1) for first in seen])
+        host = _streams(reader, firsts, dtype, device) if in_streams else None
+        host = host or (_codes(reader, firsts, dtype, device) if in_codes else None)
+        host = host or _numbers(reader, firsts, shapes, dtype, device)
+        prefix = cls(host.layers(), reader.token_ids().astype(np.int64))
         prefix.shares_cores = not overlap
-        prefix._start(host, partial(prefix._read, reader, host), on_host_copy)
+        prefix._reread = partial(_whole_layer, reader, shapes, dtype, device)
+        prefix._start(host, partial(prefix._read, reader, firsts, host), on_host_copy)
         return prefix
 
     @classmethod
-    def promote(cls, copy: HostCopy, token_ids: NDArray[np.int64]) -> ResidentPrefix:
-        """Start to send to the device what an earlier load left in the host's memory. Returns at once, as `load`."""
+    def promote(
+        cls, copy: HostCopy, reader: CacheReader, shapes: list[KvShape], dtype: torch.dtype, device: torch.device
+    ) -> ResidentPrefix:
+        """Start to send to the device what an earlier load of this cache left in the host's memory. Returns at once, as
+        `load`."""
         host = copy.again()
-        prefix = cls(host.layers(), token_ids)
+        prefix = cls(host.layers(), reader.token_ids().astype(np.int64))
+        prefix._reread = partial(_whole_layer, reader, shapes, dtype, device)
         prefix._start(host, partial(prefix._send, host), None)
         return prefix
 
@@ -157,8 +188,9 @@ class ResidentPrefix:
             self._confirm = None  # behind the error: `wait_for` looks at both in the other order
             self.mark_loaded()
 
-    def _read(self, reader: CacheReader, host: Buffers) -> None:
-        reader.load(host.views(), partial(self._arrived, host=host), first_layer_soon=not self.shares_cores)
+    def _read(self, reader: CacheReader, first_tokens: Sequence[int], host: Buffers) -> None:
+        arrived, soon = partial(self._arrived, host=host), not self.shares_cores
+        reader.load(host.views(), arrived, first_layer_soon=soon, first_tokens=first_tokens)
         self.tier = reader.tier
 
     def _send(self, host: Buffers) -> None:
@@ -187,7 +219,7 @@ class ResidentPrefix:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values on the device, as numbers or as codes with their scales."""
+        """Bytes of keys and values that are held on the device, as numbers or as codes with their scales."""
         segments = [segment for layer in self._layers for segment in layer]
         return sum(part.nbytes for segment in segments for part in segment if isinstance(part, Tensor))
 
@@ -212,15 +244,18 @@ class ResidentPrefix:
         return self._layers[index]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer as numbers, `[num_kv_heads, num_tokens, head_dim]`: borrowed, or made from codes.
+        """Keys and values of a layer as numbers, `[num_kv_heads, num_tokens, head_dim]`: borrowed, or made from codes,
+        or read from the store again where the device holds only what is seen through a window.
 
         Raises:
-            StoreError: what went wrong while loading.
+            StoreError: what went wrong while loading, or in reading again.
         """
-        dense = [
-            segment if isinstance(segment, DensePrefix) else DensePrefix(*dequantize_prefix(segment, torch.bfloat16))
-            for segment in self.segments(index)
-        ]
+        segments = self.segments(index)
+        if sum(segment.num_tokens for segment in segments) < self.num_tokens:
+            assert self._reread is not None, "only a load leaves tokens out"
+            keys, values = self._reread(index)
+            return keys, values
+        dense = list(map(numbers_of, segments))
         if len(dense) == 1:
             return dense[0].keys, dense[0].values
         return torch.cat([segment.keys for segment in dense], 1), torch.cat([segment.values for segment in dense], 1)
@@ -241,3 +276,15 @@ class ResidentPrefix:
     def wait_quietly(self) -> None:
         """Wait until loading has ended, whatever came of it."""
         self._ready[-1].wait()
+
+
+def _whole_layer(
+    reader: CacheReader, shapes: Sequence[KvShape], dtype: torch.dtype, device: torch.device, index: int
+) -> DensePrefix:
+    """All tokens of a layer, decoded anew. Raises: StoreError."""
+    num_tokens = reader.num_tokens
+    firsts = reader.first_tokens([0 if layer == index else num_tokens for layer in range(len(shapes))])
+    host = _numbers(reader, firsts, shapes, dtype, torch.device("cpu"))
+    reader.load(host.views(), first_tokens=firsts)
+    (numbers,) = host.layers()[index]
+    return DensePrefix(*(side.to(device) for side in numbers_of(numbers)))

@@ -11,12 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cag_kernels import DensePrefix, QuantizedPrefix, merge_segments, prefix_attention, segment_attention
+from cag_kernels import (
+    DensePrefix,
+    QuantizedPrefix,
+    choose_prefix_path,
+    dequantize_prefix,
+    merge_segments,
+    prefix_attention,
+    segment_attention,
+)
 
 MIN_TAIL_TOKENS = 128
 
@@ -39,9 +47,17 @@ class AttentionRule:
     window: int | None = None
     softcap: float | None = None
 
+    def first_seen(self, num_tokens: int) -> int:
+        """The first token of a prefix of so many that a query behind it can see; `num_tokens` where it sees none."""
+        return 0 if self.window is None else min(max(0, num_tokens - self.window + 1), num_tokens)
+
 
 class PrefixLayers(Protocol):
-    """What a sequence needs of the prefix it stands behind."""
+    """What a sequence needs of the prefix it stands behind.
+
+    The segments of a layer follow each other and end with the prefix. They need not begin with it: a layer with a
+    window may have only what queries behind the prefix can see. So places are counted from the end.
+    """
 
     @property
     def num_tokens(self) -> int:
@@ -52,11 +68,8 @@ class PrefixLayers(Protocol):
         """Whether all layers are there, or will not come."""
 
     def segments(self, index: int) -> tuple[PrefixSegment, ...]:
-        """Keys and values of a layer, as segments that follow each other; waits until they have arrived, and where
-        `shares_cores` until all have."""
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """All of them as numbers, `[num_kv_heads, num_tokens, head_dim]`."""
+        """Keys and values of a layer, at least of all tokens that are seen behind the prefix, as segments that follow
+        each other; waits until they have arrived, and where `shares_cores` until all have."""
 
     def places(self, index: int) -> tuple[PrefixSegment, ...]:
         """As `segments`, without waiting: where the layer lies, or will lie."""
@@ -194,13 +207,13 @@ class SequenceState:
             `[num_q_heads, num_new, head_dim]` in the query's dtype.
         """
         self.tail.store(layer, self.num_tail, keys, values)
-        attend = partial(segment_attention, query, scale=scale, window=window, softcap=softcap)
-        parts = [attend(*self.tail.gathered(layer, self.num_tail + query.shape[1]), offset=self.num_tail)]
+        rule: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        places = range(self.num_tail, self.num_tail + query.shape[1])
+        parts = [segment_attention(query, *self.tail.gathered(layer, places.stop), offset=places.start, **rule)]
         if self.prefix is not None and window is None and softcap is None:
             parts += attend_prefix(query, self.prefix.segments(layer), scale)
         elif self.prefix is not None:
-            prefix_keys, prefix_values = self.prefix.layer(layer)
-            parts.append(attend(prefix_keys, prefix_values, offset=self.num_tokens))
+            parts += attend_end(query, self.prefix.segments(layer), [places], **rule)
         return merge_segments(parts).to(query.dtype)
 
 
@@ -219,6 +232,54 @@ def attend_prefix(query: Tensor, segments: Sequence[PrefixSegment], scale: float
         else segment_attention(query, *segment, scale=scale, offset=segment.num_tokens)
         for segment in segments
     ]
+
+
+def attend_end(
+    query: Tensor,
+    segments: Sequence[PrefixSegment],
+    places: Sequence[range],
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """As `attend_prefix`, with a window or a cap, for queries of several sequences side by side.
+
+    Args:
+        query: `[num_q_heads, num_rows, head_dim]`.
+        segments: of a layer: they end where the tails begin.
+        places: of the rows of each sequence, in its tail.
+        scale, window, softcap: as in `SequenceState.attend`.
+    """
+    rule: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    found, behind = [], sum(segment.num_tokens for segment in segments)
+    for segment in segments:
+        counted = [range(part.start + behind, part.stop + behind) for part in places]  # from the segment's first key
+        if choose_prefix_path(query, segment, window=window, softcap=softcap) == "torch":
+            found.append(_attend_numbers(query, numbers_of(segment), counted, rule))
+        else:
+            positions = torch.cat([torch.arange(part.start, part.stop, dtype=torch.int32) for part in counted])
+            found.append(prefix_attention(query, segment, positions=positions.to(query.device), **rule))
+        behind -= segment.num_tokens
+    return found
+
+
+def _attend_numbers(
+    query: Tensor, numbers: DensePrefix, places: Sequence[range], rule: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Sequence by sequence, as whose rows are neighbours; `places` are counted from the first key."""
+    rows = torch.split_with_sizes(query, list(map(len, places)), dim=1)
+    parts = [
+        segment_attention(own, *numbers, offset=part.start, **rule) for own, part in zip(rows, places, strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+
+
+def numbers_of(segment: PrefixSegment) -> DensePrefix:
+    """A segment as numbers: borrowed, or made from codes."""
+    return segment if isinstance(segment, DensePrefix) else DensePrefix(*dequantize_prefix(segment, torch.bfloat16))
 
 
 class BranchedState:
@@ -249,14 +310,28 @@ class BranchedState:
     ) -> Tensor:
         """As `SequenceState.attend`, each branch apart; keys and values are used as they come, unrounded."""
         attend = partial(segment_attention, scale=scale, window=window, softcap=softcap)
-        prefix, offset = self.prefix.layer(layer), self.prefix.num_tokens
-        if window is not None and window < offset:  # what no branch sees
-            prefix, offset = (prefix[0][:, -window:], prefix[1][:, -window:]), window
+        visible = self._visible(layer, window)
         # one pass over the prefix serves all branches, unless a window hides other keys from each
-        shared = attend(query, *prefix, offset=offset) if window is None else None
+        shared = [attend(query, *segment, offset=behind) for segment, behind in visible] if window is None else None
         merged = []
         for part in self.branches:
             own = query[:, part]
-            before = attend(own, *prefix, offset=offset) if shared is None else (shared[0][:, part], shared[1][:, part])
-            merged.append(merge_segments([attend(own, keys[:, part], values[:, part], offset=0), before]))
+            if shared is None:
+                before = [attend(own, *segment, offset=behind) for segment, behind in visible]
+            else:
+                before = [(out[:, part], lse[:, part]) for out, lse in shared]
+            merged.append(merge_segments([attend(own, keys[:, part], values[:, part], offset=0), *before]))
         return torch.cat(merged, dim=1).to(query.dtype)
+
+    def _visible(self, layer: int, window: int | None) -> list[tuple[DensePrefix, int]]:
+        """What any branch can see of the prefix, and how many tokens there are from each segment's first to the
+        prefix's end."""
+        found, segments = [], self.prefix.segments(layer)
+        behind = sum(segment.num_tokens for segment in segments)
+        for segment in segments:
+            hidden = 0 if window is None else min(max(behind - window, 0), segment.num_tokens)
+            if hidden < segment.num_tokens:
+                numbers = DensePrefix(*(side[:, hidden:] for side in numbers_of(segment)))
+                found.append((numbers, behind - hidden))
+            behind -= segment.num_tokens
+        return found

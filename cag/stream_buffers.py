@@ -58,7 +58,8 @@ class StreamBuffers:
     """Where the store puts the segments of a prefix, and what the device makes of them.
 
     All memory of a piece is kept until the device is done with it, as several streams use it. Sides are counted: keys
-    of the first group, its values, keys of the next group.
+    of the first group, its values, keys of the next group. Chunks are counted from the first one that any side keeps; a
+    side that keeps fewer keeps the last ones.
     """
 
     def __init__(
@@ -71,14 +72,16 @@ class StreamBuffers:
         """`shapes` of all groups; `kept`: bytes and bounds that are there already."""
         self._shapes, self._device = [side for both in shapes for side in both], device
         self._again = partial(StreamBuffers, shapes, dtype, device)
-        chunks, sizes = self._shapes[0].chunks, [side.slots[-1] for side in self._shapes]
-        self._num_tokens, self._num_chunks = sum(chunk.num_tokens for chunk in chunks), len(chunks)
+        sizes, self._num_chunks = [side.slots[-1] for side in self._shapes], max(len(s.chunks) for s in self._shapes)
+        self._skipped = [self._num_chunks - len(side.chunks) for side in self._shapes]
+        last = self._shapes[0].chunks[-1]
+        self._num_tokens = last.start + last.num_tokens  # of the cache
         self._starts = list(accumulate(sizes, initial=0))
         self._host, self._bounds = kept or (
             pinned(self._starts[-1]),
             np.zeros((len(sizes), self._num_chunks, NUM_PARTS + 1), np.int64),
         )
-        self._room = [_room(side, self._num_tokens, dtype, device) for side in self._shapes]
+        self._room = [_room(side, dtype, device) for side in self._shapes]
         self._groups = {keys.static.layers.start: number for number, (keys, _) in enumerate(shapes)}
         self._batches = {batch.start: batch for batch in self._joined(all_there=kept is not None)}
         self._angles: dict[Rotation, Angles] = {}
@@ -129,25 +132,28 @@ class StreamBuffers:
                 self._in_work.popleft()[0]()
             parts = self._read(sides, first, last)
             with self.uploads.stream():
-                for side, part, angles in zip(sides, parts, turned, strict=True):
-                    for (run, out), angle in zip(self._room[side], angles, strict=True):
+                for side, part in parts.items():
+                    for (run, out), angle in zip(self._room[side], turned[side - sides.start], strict=True):
                         part.put(run, out, angle)
                     if side % 2 and last == self._num_chunks:
                         for layer in self._shapes[side].static.layers:
                             self.uploads.mark(layer)
-                self._in_work.append((self.uploads.done(), parts))
+                self._in_work.append((self.uploads.done(), list(parts.values())))
 
-    def _read(self, sides: range, first: int, last: int) -> list[DecodedChunks]:
-        """Send chunks [first, last) of some sides, and start to decode their codes, and to fetch what came of it."""
+    def _read(self, sides: range, first: int, last: int) -> dict[int, DecodedChunks]:
+        """Send chunks [first, last) of the sides that keep some of them, and start to decode their codes, and to fetch
+        what came of it."""
+        kept = {side: max(first, self._skipped[side]) for side in sides if last > self._skipped[side]}
         with self.uploads.lane(next(self._lanes)):
-            parts = decode_chunks([self._sent(side, first, last) for side in sides])
-            for side, part in zip(sides, parts, strict=True):
-                self._checks[side // 2].append((self._bounds[side, first:last], self.uploads.fetch(part.whole)))
-        return parts
+            parts = decode_chunks([self._sent(side, begin, last) for side, begin in kept.items()])
+            for (side, begin), part in zip(kept.items(), parts, strict=True):
+                self._checks[side // 2].append((self._bounds[side, begin:last], self.uploads.fetch(part.whole)))
+        return dict(zip(kept, parts, strict=True))
 
     def _sent(self, number: int, first: int, last: int) -> ChunkStreams:
         """Chunks [first, last) of a side on their way to the device."""
-        side = self._side(number)
+        side, skipped = self._side(number), self._skipped[number]
+        first, last = first - skipped, last - skipped  # from here on among those that the side keeps
         basis = basis_tensors(side.shape.static, self._device)
         begin, end = side.shape.slots[first], side.shape.slots[last]
         place = self._starts[number]
@@ -169,14 +175,14 @@ class StreamBuffers:
         return pairwise(number * self._num_chunks // num_pieces for number in range(num_pieces + 1))
 
     def _num_codes(self, groups: range) -> int:
-        """Of all tokens, also of those that have no codes."""
+        """Of all tokens, also of those that have no codes or are not kept."""
         sides = self._shapes[2 * groups.start : 2 * groups.stop]
         return self._num_tokens * sum(side.static.num_components for side in sides)
 
     def _side(self, number: int) -> StreamSide:
         """A side in the host's memory."""
         data = self._host.numpy()[self._starts[number] : self._starts[number + 1]]
-        return StreamSide(self._shapes[number], self._bounds[number], data)
+        return StreamSide(self._shapes[number], self._bounds[number, self._skipped[number] :], data)
 
     def _turned(self, rotation: Rotation | None) -> Angles | None:
         """Angles of all positions; None where nothing is turned."""
@@ -187,11 +193,9 @@ class StreamBuffers:
         return self._angles[rotation]
 
 
-def _room(
-    side: StreamShape, num_tokens: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[LayerRun, Tensor]]:
+def _room(side: StreamShape, dtype: torch.dtype, device: torch.device) -> list[tuple[LayerRun, Tensor]]:
     """`[num_kv_heads of all, num_tokens, head_dim]` for each run of layers that are alike."""
-    runs = layer_runs(side)
+    runs, num_tokens = layer_runs(side), sum(chunk.num_tokens for chunk in side.chunks)
     sizes = [(sum(run.num_kv_heads), num_tokens, run.head_dim) for run in runs]
     return [(run, torch.empty(size, dtype=dtype, device=device)) for run, size in zip(runs, sizes, strict=True)]
 

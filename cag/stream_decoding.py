@@ -38,14 +38,15 @@ class ChunkStreams:
         basis, means: of the side, and of each segment.
         starts: of the coded tokens of each segment among those of all, and their number.
         exact: tokens without codes.
-        tokens: of these chunks among those of the cache.
+        tokens, places: of these chunks, among those of the cache and among those that the side keeps.
     """
 
     def __init__(self, side: StreamSide, first: int, last: int, data: Tensor, begin: int, basis: BasisTensors) -> None:
         """`data`: on the device, what is in `side.data` from `begin` on."""
         bounds = side.bounds[first:last] - begin
-        chunks = side.shape.chunks[first:last]
+        chunks, kept_from = side.shape.chunks[first:last], side.shape.chunks[0].start
         self.basis, self.tokens = basis, slice(chunks[0].start, chunks[-1].start + chunks[-1].num_tokens)
+        self.places = slice(self.tokens.start - kept_from, self.tokens.stop - kept_from)
         exact = [_exact_tokens(side.data, parts) for parts in side.bounds[first:last]]
         num_coded = np.array([chunk.num_tokens - len(part) for chunk, part in zip(chunks, exact, strict=True)])
         self.starts = [0, *np.cumsum(num_coded).tolist()]
@@ -70,13 +71,13 @@ class DecodedChunks:
 
     def __init__(self, streams: ChunkStreams, codes: CodeBlocks, whole: Tensor) -> None:
         self._basis, self._means, self._starts = streams.basis, streams.means, streams.starts
-        self._exact, self._tokens = streams.exact, streams.tokens
+        self._exact, self._tokens, self._places = streams.exact, streams.tokens, streams.places
         self._codes, self.whole = codes, whole
 
     def put(self, run: LayerRun, out: Tensor, angles: Angles | None) -> None:
-        """Some layers of the group into `out` `[num_kv_heads of all, num_tokens, head_dim]`; it and `angles` have all
-        tokens of the cache, and there are no angles where nothing is turned."""
-        out = out[:, self._tokens]
+        """Some layers of the group into `out` `[num_kv_heads of all, num_tokens, head_dim]`, which has all tokens that
+        the side keeps; `angles` have all of the cache, and there are none where nothing is turned."""
+        out = out[:, self._places]
         turned = None if angles is None else self._exact.left_out(angles[0][self._tokens], angles[1][self._tokens])
         coded, basis, span = self._exact.room_beside(out), self._basis, run.channels
         parts = basis.rows[:, span], basis.scale[span], self._means[:, span]

@@ -2,12 +2,13 @@
 
     readers:   free memory -> next job -> read it -> hand it on, and take the next one at once
     decoders:  verify and decode its segments into the chunk's slice of the buffers -> the memory is free again
-    jobs:      first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ...
+    jobs:      first layers of chunk 0, 1, ..., next layers of chunk 0, 1, ... (`load_jobs`)
     caller:    wait for layer 0, on_layer(0), wait for layer 1, ...
 
 Reads end in bunches, while all cores decode: who has read asks for more before anything else is done, as a thread that
 decodes first, or that has to wake up another one, leaves the disk without work. Decoding a job is one compiled call for
-all segments that the codec knows such a step for; what that leaves is verified and decoded one by one. Where chunks are
+all segments that the codec knows such a step for; what that leaves is verified and decoded one by one
+(`job_decoding`). Where chunks are
 files, threads do not even come back for the next job: reading and decoding are calls that hand over to each other
 without the interpreter, whose lock a reader would wait for (`quick_jobs`). There are as many decoders as workers, and
 one reader more, or as many as the backend is good for.
@@ -20,29 +21,23 @@ from __future__ import annotations
 import os
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, pairwise
+from itertools import count
 from queue import SimpleQueue
 from typing import NamedTuple
 
-import numpy as np
-
 from cag_store.backends import SCRATCH_BYTES, ReadableBackend
-from cag_store.chunk_files import OpenChunk, check_segment, side_of
-from cag_store.codecs import BulkDecoder, CodedSide, EncodedSegment, RawSegments, StreamSide
+from cag_store.chunk_files import OpenChunk
+from cag_store.codecs import BulkDecoder
 from cag_store.codecs.jobs import ENDED, LEFT, UNREAD, WHOLE, JobThread, job_calls
-from cag_store.dtypes import Array
 from cag_store.errors import CorruptEntry, StoreError
-from cag_store.quick_jobs import QuickJobs, address_of, hashes_of
+from cag_store.job_decoding import Buffers, JobDecoder
+from cag_store.load_jobs import Job, Span, plan_load
+from cag_store.quick_jobs import QuickJobs, hashes_of
 from cag_store.scratch import Scratch
-
-Buffers = (
-    Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]] | Sequence[tuple[StreamSide, StreamSide]]
-)
 
 JOB_BYTES = 2 << 20  # encoded layers of a chunk read at once; with less, threads wait more for each other
 SPARE_READERS = 1  # more than workers
@@ -71,20 +66,6 @@ class LoadTimings:
             self.bytes_by_tier[tier] = self.bytes_by_tier.get(tier, 0) + num_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """Keys and values of the groups of layers [first, last) of one chunk: neighbours in its file."""
-
-    chunk: OpenChunk
-    first: int
-    last: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Encoded bytes."""
-        return self.chunk.offsets[2 * self.last] - self.chunk.offsets[2 * self.first]
-
-
 class _ReadJob(NamedTuple):
     """Job `number`, whose bytes are `data`, a part of `memory`."""
 
@@ -96,31 +77,30 @@ class _ReadJob(NamedTuple):
 
 
 class Pipeline:
-    """One pass over all layers of `chunks`."""
+    """One pass over what each layer keeps of `chunks`."""
 
     def __init__(
         self,
         backend: ReadableBackend,
         chunks: Sequence[OpenChunk],
         buffers: Buffers,
+        first_tokens: Sequence[int],
         workers: int,
         timings: LoadTimings,
         first_layer_soon: bool = True,
     ) -> None:
-        """With `first_layer_soon` layer 0 has jobs of its own, which costs small reads."""
+        """first_tokens: of each layer, the first one that its buffers have: chunks before it are not read. With
+        `first_layer_soon` layer 0 has jobs of its own, which costs small reads."""
         self._backend = backend
-        self._buffers = buffers
+        self._num_layers = len(buffers)
         self._timings = timings
-        self._missing = [len(chunks)] * len(buffers)
-        self._groups = chunks[0].index.header.groups
-        self._codec = chunks[0].codec
-        self._bulk: BulkDecoder | None = None
-        self._quick: QuickJobs | None = None
-        self._prepared = threading.Event()  # both are made while the first jobs are read
         job_bytes = max(JOB_BYTES, backend.read_bytes)
-        spans = list(_group_spans(chunks, len(self._groups), job_bytes, first_layer_soon))
-        self._jobs = [Job(chunk, first, last) for first, last in spans for chunk in chunks]
-        self._spans, self._num_chunks = spans, len(chunks)
+        self._plan = plan_load(chunks, first_tokens, job_bytes, first_layer_soon)
+        self._jobs, self._missing = self._plan.jobs, self._plan.jobs_left  # of each span
+        self._span_of = _spans_of_layers(self._plan.spans, chunks[0].index.header.groups)
+        self._decoder = JobDecoder(chunks[0], buffers, first_tokens)
+        self._quick: QuickJobs | None = None
+        self._prepared = threading.Event()  # the steps of both are made while the first jobs are read
         self._num_readers = min(max(workers + SPARE_READERS, backend.parallel_reads), len(self._jobs))
         self._num_decoders = min(workers, len(self._jobs))
         self._next_job = count(self._num_readers)  # each reader has a job from the beginning
@@ -140,19 +120,19 @@ class Pipeline:
         threads = [
             threading.Thread(target=work, name=f"cag-load-{index}", daemon=True) for index, work in enumerate(works)
         ]
-        num_bytes = SCRATCH_BYTES + max(job.num_bytes for job in self._jobs)
+        num_bytes = SCRATCH_BYTES + max((job.num_bytes for job in self._jobs), default=0)
         with ExitStack() as stack:
             for _ in range(len(threads) + 1):
                 self._pieces.append(stack.enter_context(_scratch.taken(num_bytes)))
             try:
                 for thread in threads:
                     thread.start()
-                self._bulk = self._codec.bulk_decoder(self._buffers)
+                self._decoder.prepare()
                 self._quick = self._quick_jobs(stack)
                 for memory in self._pieces[self._num_readers :]:
                     self._free.put(memory)
                 self._prepared.set()
-                for layer in range(len(self._buffers)):
+                for layer in range(self._num_layers):
                     self._wait_for(layer)
                     if on_layer is not None:
                         on_layer(layer)
@@ -165,7 +145,7 @@ class Pipeline:
 
     def _wait_for(self, layer: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or not self._missing[layer])
+            self._changed.wait_for(lambda: self._error is not None or not self._missing[self._span_of[layer]])
             if self._error is not None:
                 raise self._error
 
@@ -185,14 +165,13 @@ class Pipeline:
 
     def _quick_jobs(self, stack: ExitStack) -> QuickJobs | None:
         """What threads need to do whole jobs in a compiled call; None where there is no such call."""
-        calls, bulk = job_calls(), self._bulk
-        chunks = [job.chunk for job in self._jobs[: self._num_chunks]]
-        if calls is None or not isinstance(bulk, BulkDecoder) or len(chunks) > MOST_FILES:
+        calls, bulk, chunks = job_calls(), self._decoder.bulk, self._plan.chunks
+        if calls is None or not isinstance(bulk, BulkDecoder) or not 0 < len(chunks) <= MOST_FILES:
             return None
         hashes, descriptors = hashes_of(chunks), self._descriptors(chunks, stack)
         if hashes is None or descriptors is None:
             return None
-        return QuickJobs(calls, bulk, chunks, self._spans, hashes, descriptors, self._pieces, self._num_readers)
+        return QuickJobs(calls, bulk, self._plan, hashes, descriptors, self._pieces, self._num_readers)
 
     def _descriptors(self, chunks: Sequence[OpenChunk], stack: ExitStack) -> list[int] | None:
         """Of the files of all chunks and of two pipes, open until `stack` ends; None where the backend or the system
@@ -305,20 +284,17 @@ class Pipeline:
         return self._backend.forget(job.chunk.path) or bool(taken.bytes_by_tier.keys() - {self._backend.tier})
 
     def _finish_span(self, job: Job) -> None:
-        """All chunks' jobs of the layers of `job` are decoded."""
-        first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
+        """All jobs of the span of `job` are decoded."""
         with self._changed:
-            self._missing[first:last] = [0] * (last - first)
+            self._missing[job.span] = 0
             self._changed.notify_all()
 
     def _finish(self, job: Job, taken: LoadTimings) -> None:
         """A job is decoded."""
         with self._changed:
             self._timings.add(taken)
-            first, last = self._groups[job.first][0], self._groups[job.last - 1][1]
-            for layer in range(first, last):
-                self._missing[layer] -= 1
-            if not self._missing[first]:  # the layers of a job become whole together
+            self._missing[job.span] -= 1
+            if not self._missing[job.span]:
                 self._changed.notify_all()
 
     def _bytes_of(self, job: Job, memory: memoryview, taken: LoadTimings) -> memoryview:
@@ -338,59 +314,18 @@ class Pipeline:
         job, data, taken = read.job, read.data, read.taken
         started = time.perf_counter()
         try:
-            self._decode_singly(job, data, self._left_by_bulk(job, data) if left is None else left)
+            if left is None:
+                self._decoder.decode(job, data)
+            else:
+                self._decoder.decode_singly(job, data, left)
         except CorruptEntry:
             if not self._forgotten(job, taken):
                 raise
-            data = self._bytes_of(job, read.memory, taken)
-            self._decode_singly(job, data, self._left_by_bulk(job, data))
+            self._decoder.decode(job, self._bytes_of(job, read.memory, taken))
         taken.decode_s += time.perf_counter() - started
 
-    def _left_by_bulk(self, job: Job, data: memoryview) -> Sequence[int]:
-        """Verify and decode what one compiled step can of a job; the positions of the other segments."""
-        first, last, chunk = 2 * job.first, 2 * job.last, job.chunk
-        hashes = None if self._bulk is None else chunk.hashes(first, last)
-        if self._bulk is None or hashes is None:
-            return range(first, last)
-        bounds = np.array(chunk.offsets[first : last + 1], np.int64)
-        address = address_of(data) - chunk.offsets[first]
-        pieces = np.stack([bounds[:-1] + address, np.diff(bounds)], axis=1)
-        done = self._bulk(RawSegments(first, pieces, hashes, chunk.entry.start, chunk.entry.num_tokens))
-        return [first + int(index) for index in np.flatnonzero(~done)]
 
-    def _decode_singly(self, job: Job, data: memoryview, positions: Sequence[int]) -> None:
-        """Verify and decode these segments of a job. Raises: CorruptEntry."""
-        if not positions:
-            return
-        chunk, entry = job.chunk, job.chunk.entry
-        segments = []
-        for position in positions:
-            begin, end = (chunk.offsets[at] - chunk.offsets[2 * job.first] for at in (position, position + 1))
-            check_segment(data[begin:end], chunk, position)
-            first, last = self._groups[position // 2]
-            sides = [buffers[position % 2] for buffers in self._buffers[first:last]]
-            span = slice(entry.start, entry.start + entry.num_tokens)
-            outs = tuple(side[:, span] if isinstance(side, np.ndarray) else side for side in sides)
-            segments.append(EncodedSegment(data[begin:end], outs, side_of(position), first, entry.start))
-        if isinstance(segments[0].outs[0], CodedSide):
-            chunk.codec.keep_codes(segments, entry.num_tokens)
-        elif isinstance(segments[0].outs[0], StreamSide):
-            chunk.codec.keep_streams(segments, entry.num_tokens)
-        else:
-            chunk.codec.decode_segments(segments)
-
-
-def _group_spans(
-    chunks: Sequence[OpenChunk], num_groups: int, job_bytes: int, first_layer_soon: bool
-) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring groups, which in the largest chunk have about equal bytes, about `job_bytes`: what would be
-    left over otherwise is a small read for each chunk. The group of layer 0 has a span of its own where the caller
-    waits for it first."""
-    first = int(first_layer_soon and num_groups > 1)
-    if first:
-        yield 0, 1
-    ends = max((chunk.offsets for chunk in chunks), key=lambda offsets: offsets[-1] - offsets[0])[2 * first :: 2]
-    num_spans = min(max(round((ends[-1] - ends[0]) / job_bytes), 1), num_groups - first)
-    goals = [ends[0] + (ends[-1] - ends[0]) * number / num_spans for number in range(1, num_spans)]
-    bounds = [first + bisect_left(ends, goal) for goal in goals]
-    yield from ((begin, end) for begin, end in pairwise([first, *bounds, num_groups]) if begin < end)
+def _spans_of_layers(spans: Sequence[Span], groups: Sequence[Span]) -> list[int]:
+    """The number of each layer's span, where spans are of groups, and groups of layers."""
+    sizes = [groups[last - 1][1] - groups[first][0] for first, last in spans]
+    return [number for number, size in enumerate(sizes) for _ in range(size)]

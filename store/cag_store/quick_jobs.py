@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from cag_store.chunk_files import OpenChunk
 from cag_store.codecs import BulkDecoder
 from cag_store.codecs.jobs import FIRST, FREE, LAST, NOTHING, PIECES, READ, JobCalls, JobTable, JobThread
+from cag_store.load_jobs import LoadPlan
 
 
 class QuickJobs:
-    """The jobs of all `spans` of groups of layers, of each all chunks, in the order of the pipeline."""
+    """The jobs of a plan, in its order."""
 
     def __init__(
         self,
         calls: JobCalls,
         bulk: BulkDecoder,
-        chunks: Sequence[OpenChunk],
-        spans: Sequence[tuple[int, int]],
+        plan: LoadPlan,
         hashes: NDArray[np.uint64],
         descriptors: Sequence[int],
         pieces: Sequence[memoryview],
@@ -35,17 +35,14 @@ class QuickJobs:
         open as long as threads run; pieces: memory for a job each; num_taken: how many of the first ones are taken for
         as many of the first jobs."""
         self._calls, self._loop, self._pipes = calls, bulk.loop, descriptors[-4:]
+        chunks = plan.chunks
         bounds = np.array([chunk.offsets for chunk in chunks], np.int64)
         places = np.array([bulk.span(chunk.entry.start, chunk.entry.num_tokens) for chunk in chunks], np.int64)
-        files, numbers = np.array(descriptors[:-4], np.int64), np.arange(len(chunks), dtype=np.int64)
-        jobs = np.empty((len(spans), len(chunks), 7), np.int64)
-        for span, (first, last) in enumerate(spans):
-            begin, end = bounds[:, 2 * first], bounds[:, 2 * last]
-            jobs[span] = np.stack(np.broadcast_arrays(files, begin, end - begin, numbers, 2 * first, 2 * last, span), 1)
-        missing, state = np.full(len(spans), len(chunks), np.int64), np.array([num_taken, 0], np.int64)
+        jobs = _rows(plan, bounds, np.array(descriptors[:-4], np.int64))
+        missing, state = np.array(plan.jobs_left, np.int64), np.array([num_taken, 0], np.int64)
         memory = np.array([[address_of(piece), 0] for piece in pieces], np.int64)
         pipes = np.array(self._pipes, np.int64)
-        self._table = JobTable(jobs.reshape(-1, 7), bounds, hashes, places, bulk.rows, missing, memory, pipes, state)
+        self._table = JobTable(jobs, bounds, hashes, places, bulk.rows, missing, memory, pipes, state)
         for piece in range(num_taken, len(pieces)):
             self.free(piece)
 
@@ -88,6 +85,17 @@ class QuickJobs:
 
     def _put(self, place: int, number: int) -> None:
         os.write(self._pipes[place], number.to_bytes(8, sys.byteorder, signed=True))
+
+
+def _rows(plan: LoadPlan, bounds: NDArray[np.int64], files: NDArray[np.int64]) -> NDArray[np.int64]:
+    """See `JobTable.jobs`."""
+    numbers = {chunk: number for number, chunk in enumerate(plan.chunks)}
+    found = np.array([(numbers[job.chunk], 2 * job.first, 2 * job.last, job.span) for job in plan.jobs], np.int64)
+    chunk, first, last, span = found.T
+    begin = bounds[chunk, first]
+    return np.ascontiguousarray(
+        np.stack([files[chunk], begin, bounds[chunk, last] - begin, chunk, first, last, span], axis=1)
+    )
 
 
 def hashes_of(chunks: Sequence[OpenChunk]) -> NDArray[np.uint64] | None:

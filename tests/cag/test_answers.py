@@ -184,7 +184,7 @@ def test_a_closed_prefix_cannot_be_asked(built):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral-window", "gemma3"])
 def test_other_architectures_match_plain_transformers(kind, tmp_path):
     """Sliding windows included: logits of a question behind a prefix, against transformers' own attention."""
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen3Config
 
     from cag.model import LanguageModel
 
@@ -253,17 +253,6 @@ def test_a_prefix_in_codes_takes_the_bytes_of_its_codec(bfloat16_engine, corpus_
 def test_codes_in_groups_that_no_kernel_takes_are_decoded(bfloat16_engine, corpus_dir, codec):
     report = bfloat16_engine.build([corpus_dir], name="handbook", codec=codec)
     with bfloat16_engine.open("handbook") as prefix:
-        prefix.resident.wait()
-        assert prefix.resident.num_bytes == report.raw_bytes
-        assert prefix.ask(QUESTION, max_tokens=2).usage.cached_tokens == report.num_tokens
-
-
-def test_a_model_with_windows_attends_to_numbers(tmp_path, corpus_dir):
-    config = MistralConfig(**tiny_config(hidden_size=64, head_dim=32).to_dict() | {"sliding_window": 50})
-    directory = write_tiny_model(tmp_path / "model", config=config)
-    engine = Engine(LanguageModel.load(directory, model_id="tiny"), Store.open(tmp_path / "store"))
-    report = engine.build([corpus_dir], name="handbook", codec="int8")
-    with engine.open("handbook") as prefix:
         prefix.resident.wait()
         assert prefix.resident.num_bytes == report.raw_bytes
         assert prefix.ask(QUESTION, max_tokens=2).usage.cached_tokens == report.num_tokens

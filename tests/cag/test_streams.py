@@ -85,17 +85,23 @@ class Cache:
             reader.load([tuple(map(storage_view, pair)) for pair in found])
         return found
 
-    def kept(self, device) -> StreamBuffers:
-        """Read and verified, on the way to a device."""
+    def kept(self, device, needed=None) -> StreamBuffers:
+        """Read and verified, on the way to a device; of each layer what it needs, all if nothing is said."""
         with self.reader() as reader:
-            shapes = reader.stream_shapes()
+            firsts = None if needed is None else reader.first_tokens(needed)
+            shapes = reader.stream_shapes(firsts)
             assert can_decode(shapes)
             buffers, arrived = StreamBuffers(shapes, self.dtype, device), []
             for ((keys, values),) in buffers.layers():
                 assert keys.fill_(77).device.type == values.fill_(77).device.type == device.type
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            reader.load(buffers.views(), lambda layer: (arrived.append(layer), buffers.arrived(layer)))
+
+            def on_layer(layer):
+                arrived.append(layer)
+                buffers.arrived(layer)
+
+            reader.load(buffers.views(), on_layer, first_tokens=firsts)
         buffers.uploads.finish()
         assert arrived == list(range(len(HEADS)))
         for layer in arrived:
@@ -136,6 +142,33 @@ def test_decoded_there_is_decoded_here(device, dtype, num_tokens, chunk_tokens, 
     assert again.layers()[0][0].keys.data_ptr() != found.layers()[0][0].keys.data_ptr()
 
 
+NEEDED = [[0, 0, 140, 100, 170], [199, 170, 0, 9, 66], [199] * 5]
+
+
+def assert_ends(found, expected):
+    """The last tokens of each layer, one segment each."""
+    for (mine,), theirs in zip(found, expected, strict=True):
+        assert_same_bits([(mine,)], [[side[:, -mine.num_tokens :].contiguous() for side in theirs]])
+
+
+@pytest.mark.parametrize("most_codes", [1 << 30, 2 * 70 * 24, 1])
+@pytest.mark.parametrize("needed", NEEDED, ids=str)
+def test_groups_that_keep_their_last_chunks(device, monkeypatch, needed, most_codes):
+    """In one piece and in several, of which some groups have nothing; and once more from the host's copy."""
+    monkeypatch.setattr("cag.stream_buffers.MAX_CODES", most_codes)
+    cache = Cache(200, 33)
+    found, expected = cache.kept(device, needed), cache.decoded()
+    firsts = [min(needed[:2]) // 33 * 33] * 2 + [min(needed[2:4]) // 33 * 33] * 2 + [needed[4] // 33 * 33]
+    assert [segment.num_tokens for (segment,) in found.layers()] == [200 - first for first in firsts]
+    assert_ends(found.layers(), expected)
+    again = found.host_copy().again()
+    for layer in range(len(HEADS)):
+        again.arrived(layer)
+    again.uploads.finish()
+    assert_ends(again.layers(), expected)
+    assert found.host_copy().num_bytes < cache.kept(device).host_copy().num_bytes
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles here")
 @pytest.mark.parametrize("choices", [{}, {"kept": 7, "pairing": "adjacent", "exact_tokens": 0, "step": -512}], ids=str)
 def test_the_kernels_in_their_interpreter_take_what_is_made_for_them(choices, monkeypatch):
@@ -149,6 +182,9 @@ def test_the_kernels_in_their_interpreter_take_what_is_made_for_them(choices, mo
     again = found.host_copy().again()  # all groups in one launch
     again.arrived(0)
     assert_same_bits(again.layers(), expected)
+    again = cache.kept(torch.device("cpu"), [39, 39, 0, 0, 35]).host_copy().again()
+    again.arrived(0)
+    assert_ends(again.layers(), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

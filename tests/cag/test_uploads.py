@@ -44,7 +44,8 @@ def test_what_is_sent_on_is_what_the_store_decodes_in_place(engine, corpus_dir, 
         sent = buffers_of(engine, reader)
         reader.load(sent.views(), sent.arrived)
         assert_same_layers(sent.layers(), prefix.resident)
-        again = ResidentPrefix.promote(sent.host_copy(), prefix.token_ids)
+        shapes, device = engine.model.kv_shapes, torch.device("cpu")
+        again = ResidentPrefix.promote(sent.host_copy(), reader, shapes, torch.bfloat16, device)
         again.wait()
         assert again.tier == "memory"
         assert again.num_bytes == prefix.resident.num_bytes

@@ -7,7 +7,7 @@ import pytest
 import xxhash
 from test_coded import empty
 
-from cag_store import pipeline
+from cag_store import job_decoding, pipeline
 from cag_store.chunk_files import open_chunk
 from cag_store.codecs import codec_from_config, loops
 from cag_store.errors import CorruptEntry
@@ -71,7 +71,7 @@ def test_one_step_takes_all_segments_and_gives_what_the_reference_gives(
     cache = small(config, num_tokens=num_tokens, chunk_tokens=96)
     manifest = cache.build(store)
     left = []
-    decode_singly = pipeline.Pipeline._decode_singly
+    decode_singly = job_decoding.JobDecoder.decode_singly
 
     def noted(self, job, data, positions):
         left.extend((job, position) for position in positions)
@@ -79,7 +79,7 @@ def test_one_step_takes_all_segments_and_gives_what_the_reference_gives(
 
     if not quick:
         monkeypatch.setattr(pipeline, "job_calls", lambda: None)
-    monkeypatch.setattr(pipeline.Pipeline, "_decode_singly", noted)
+    monkeypatch.setattr(job_decoding.JobDecoder, "decode_singly", noted)
     with store.reader(manifest) as reader:
         found = arrays_of(reader, cache, coded)
         reader.load(found)
@@ -131,7 +131,7 @@ def test_what_is_damaged_or_of_another_form_is_left(config, shift):
     codec, array = codec_from_config(config), sample_array((2, 64, 64), "bfloat16", 3)
     data = codec.encode_layers([array], "bfloat16", "keys", 0, 96)
     room = room_at(shift, (2, 96 + 64 + 8, 64))
-    decode = codec.bulk_decoder([(room, room)])
+    decode = codec.bulk_decoder([(room, room)], [0])
 
     def decoded(encoded, size=None):
         room[:] = 77

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cag_store import pipeline
+from cag_store import load_jobs, pipeline
 from cag_store.chunk_files import open_chunk
 from cag_store.codecs import Lossless
 from cag_store.errors import EntryNotFound
@@ -15,7 +15,7 @@ from cag_store.errors import EntryNotFound
 
 def spans_of(store, manifest, first_layer_soon=True):
     chunks = [open_chunk(store.backend, entry) for entry in manifest.chunks]
-    return list(pipeline._group_spans(chunks, len(manifest.kv.head_dim), pipeline.JOB_BYTES, first_layer_soon))
+    return list(load_jobs.group_spans(chunks, len(manifest.kv.head_dim), pipeline.JOB_BYTES, first_layer_soon))
 
 
 def test_layers_are_read_together_but_the_first_alone(store, small, monkeypatch):
@@ -36,7 +36,7 @@ def test_jobs_have_about_equal_bytes(first_layer_soon):
     small = [1000 + (bound - 1000) // 3 for bound in bounds]
     chunks = [SimpleNamespace(offsets=offsets) for offsets in (small, bounds)]
     for job_bytes in (1, 150, 500, 690, 3000):
-        spans = list(pipeline._group_spans(chunks, len(sizes), job_bytes, first_layer_soon))
+        spans = list(load_jobs.group_spans(chunks, len(sizes), job_bytes, first_layer_soon))
         assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
         assert spans[-1][1] == len(sizes)
         rest = spans[1:] if first_layer_soon else spans
@@ -147,7 +147,7 @@ def test_buffers_that_no_step_can_be_made_for_end_the_load(store, small, monkeyp
     cache = small()
     manifest = cache.build(store)
 
-    def refuse(self, buffers):
+    def refuse(self, buffers, first_tokens):
         raise RuntimeError("no such buffers")
 
     monkeypatch.setattr(Lossless, "bulk_decoder", refuse)

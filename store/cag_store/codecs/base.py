@@ -88,13 +88,14 @@ class Packer(Configured):
 
 class EncodedSegment(NamedTuple):
     """A verified segment and where it is decoded to: one writable view for each of its layers; or, of the codes of one
-    layer, the arrays for all tokens; or where it is kept as it is, with those of all chunks."""
+    layer, the arrays for all tokens from `kept_from` on; or where it is kept as it is, with those of all chunks."""
 
     data: memoryview
     outs: tuple[Target, ...]
     side: Side
     first_layer: int
     start: int
+    kept_from: int = 0
 
 
 class RawSegments(NamedTuple):
@@ -193,12 +194,17 @@ class Codec(Configured):
     def decode_segments(self, segments: Sequence[EncodedSegment]) -> None:
         """Decode several segments of one chunk into arrays. A codec may do so in fewer steps; the bits are the same.
         Raises: CorruptEntry; all outs are then undefined."""
-        for data, outs, side, first_layer, start in segments:
-            arrays = [out for out in outs if isinstance(out, np.ndarray)]
-            self.decode_layers_into(data, arrays, side, first_layer, start)
+        for segment in segments:
+            arrays = [out for out in segment.outs if isinstance(out, np.ndarray)]
+            self.decode_layers_into(segment.data, arrays, segment.side, segment.first_layer, segment.start)
 
-    def bulk_decoder(self, buffers: Sequence[Sequence[Target]]) -> BulkDecoder | None:  # noqa: ARG002
-        """A step that loads segments into these keys and values of all layers; None where there is none."""
+    def bulk_decoder(
+        self,
+        buffers: Sequence[Sequence[Target]],  # noqa: ARG002
+        first_tokens: Sequence[int],  # noqa: ARG002
+    ) -> BulkDecoder | None:
+        """A step that loads segments into these keys and values of all layers, which begin with these tokens; None
+        where there is none."""
         return None
 
     def coded_shape(

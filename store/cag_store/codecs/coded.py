@@ -33,6 +33,12 @@ class CodedShape(NamedTuple):
         """All tokens."""
         return self.num_coded + self.num_recent
 
+    def kept_from(self, token: int) -> CodedShape:
+        """Of a side without its first tokens: whole groups, and all that are exact besides codes, or none."""
+        left = max(self.num_coded - token, 0)
+        recent = min(self.num_recent, self.num_tokens - token)
+        return self._replace(num_coded=left, num_first=max(self.num_first - token, 0), num_recent=recent)
+
     @property
     def shapes(self) -> CodedShapes:
         """Shapes of the arrays of a side."""

@@ -176,13 +176,13 @@ class GroupedIntegers(Codec):
                 left = left_over(left, fast.decode_grouped(*self._plain(left), span))
             super().decode_segments(left)
 
-    def bulk_decoder(self, buffers: Sequence[Sequence[Target]]) -> BulkDecoder | None:
+    def bulk_decoder(self, buffers: Sequence[Sequence[Target]], first_tokens: Sequence[int]) -> BulkDecoder | None:
         """See `Codec`."""
         fast, outs = loops.compiled(), [out for sides in buffers for out in sides]
         keeps = all(map(_can_keep, outs))
         if fast is None or not (keeps or all(map(_can_decode, outs))):
             return None
-        places = ((side, layer) for layer in range(len(buffers)) for side in _SIDES)
+        places = ((side, layer, kept_from) for layer, kept_from in enumerate(first_tokens) for side in _SIDES)
         rows = np.array([self._row(out, *place) for out, place in zip(outs, places, strict=True)], np.int64)
         return BulkDecoder(loops.Loop(loops.KEPT if keeps else loops.GROUPED), rows, self._span)
 
@@ -190,18 +190,28 @@ class GroupedIntegers(Codec):
         self, segments: Sequence[EncodedSegment]
     ) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]:
         """Pieces, hashes and rows of verified segments, as `Loops` takes them."""
-        rows = [self._row(segment.outs[0], segment.side, segment.first_layer) for segment in segments]
+        rows = [self._row(part.outs[0], part.side, part.first_layer, _kept_from(part)) for part in segments]
         return loops.addresses(segment.data for segment in segments), loops.UNVERIFIED, np.array(rows, np.int64)
 
-    def _row(self, out: Target, side: Side, layer: int) -> tuple[int, ...]:
-        """What `Loops.decode_grouped` or `Loops.keep_grouped` takes of a segment."""
+    def _row(self, out: Target, side: Side, layer: int, kept_from: int) -> tuple[int, ...]:
+        """What `Loops.decode_grouped` or `Loops.keep_grouped` takes of a segment. They count tokens from the beginning
+        of the prefix on, so places are where token 0 would lie if `out` did not begin with token `kept_from`."""
         assert not isinstance(out, StreamSide)
         arrays, numbers = (out, out.recent) if isinstance(out, CodedSide) else ((out,), out)
         num_heads, _, head_dim = numbers.shape
         mark, is_keys = self._mark(side, layer), side == "keys"
         group_size = self.group_tokens if is_keys else self._channels(head_dim)
-        places = [number for array in arrays for number in (array.ctypes.data, array.strides[0])]
+        before = (kept_from, *[self._parameter_at(side, kept_from)] * 2, kept_from, 0)  # rows of each array
+        places = [
+            number
+            for array, missing in zip(arrays, before, strict=False)
+            for number in (array.ctypes.data - missing * array.strides[1], array.strides[0])
+        ]
         return (num_heads, head_dim, self.widths[mark].bits, int(is_keys), group_size, mark, numbers.itemsize, *places)
+
+    def _parameter_at(self, side: Side, token: int) -> int:
+        """The row of scales or offsets of a token that begins a group."""
+        return token // self.group_tokens if side == "keys" else token
 
     def _span(self, start: int, num_tokens: int) -> loops.ChunkSpan:
         num_first = self._num_first(num_tokens, start)
@@ -209,18 +219,20 @@ class GroupedIntegers(Codec):
 
     def _keep(self, segment: EncodedSegment, num_tokens: int) -> None:
         """Any segment; numpy moves it."""
-        data, (out,), side, layer, start = segment
+        (out,), side, start = segment.outs, segment.side, segment.start
         assert isinstance(out, CodedSide)
         shape = out.codes.shape[0], num_tokens, out.recent.shape[2]
-        parsed = self._parsed_layer(data, np.broadcast_to(np.empty((), out.recent.dtype), shape), side, layer, start)
+        like = np.broadcast_to(np.empty((), out.recent.dtype), shape)
+        parsed = self._parsed_layer(segment.data, like, side, segment.first_layer, start)
         num_first, num_coded = parsed.num_first, num_tokens - (parsed.exact.shape[1] - parsed.num_first)
-        out.codes[:, start : start + num_coded] = parsed.codes[:, :num_coded]
-        first = start // self.group_tokens if side == "keys" else start
+        at = start - segment.kept_from
+        out.codes[:, at : at + num_coded] = parsed.codes[:, :num_coded]
+        first = self._parameter_at(side, at)
         count = -(-num_coded // self.group_tokens) if side == "keys" else num_coded
         for target, source in zip((out.scales, out.offsets), parsed.parameters, strict=True):
             target[:, first : first + count] = source[:, :count]
         if num_first:
-            out.first[:, start : start + num_first] = parsed.exact[:, :num_first]
+            out.first[:, at : at + num_first] = parsed.exact[:, :num_first]
         if num_coded < num_tokens:
             out.recent[:] = parsed.exact[:, num_first:]
 
@@ -352,6 +364,11 @@ class GroupedIntegers(Codec):
         codes = np.frombuffer(unpacked, dtype=width.dtype).reshape(shape)
         width.check(codes, out.shape[2])
         return codes
+
+
+def _kept_from(segment: EncodedSegment) -> int:
+    """Where the arrays of a segment begin: those of numbers with its own tokens."""
+    return segment.kept_from if isinstance(segment.outs[0], CodedSide) else 0
 
 
 def _checked_bfloat16(data: memoryview) -> NDArray[np.uint16]:

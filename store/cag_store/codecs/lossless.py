@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any, Self
 
 import numpy as np
@@ -110,12 +110,13 @@ class Lossless(Codec):
                 left = left_over(left, fast.decode_ranked(pieces, loops.UNVERIFIED, rows, span, self._ranks))
             super().decode_segments(left)
 
-    def bulk_decoder(self, buffers: Sequence[Sequence[Target]]) -> BulkDecoder | None:
+    def bulk_decoder(self, buffers: Sequence[Sequence[Target]], first_tokens: Sequence[int]) -> BulkDecoder | None:
         """See `Codec`."""
         fast, outs = self._ranked_loops(), [out for sides in buffers for out in sides]
         if fast is None or not all(map(loops.has_whole_heads, outs)):
             return None
-        return BulkDecoder(loops.Loop(loops.RANKED, self._ranks), _rows(outs))
+        kept_from = [first for first in first_tokens for _ in range(2)]
+        return BulkDecoder(loops.Loop(loops.RANKED, self._ranks), _rows(outs, kept_from))
 
     def _ranked_loops(self) -> loops.Loops | None:
         return loops.compiled() if self._ranks and self._compilable else None
@@ -162,7 +163,13 @@ class Lossless(Codec):
         return np.frombuffer(data, dtype=np.uint8)
 
 
-def _rows(outs: Iterable[object]) -> NDArray[np.int64]:
-    """What `Loops.decode_ranked` takes."""
+def _rows(outs: Iterable[object], kept_from: Iterable[int] = repeat(0)) -> NDArray[np.int64]:
+    """What `Loops.decode_ranked` takes: of arrays that begin with these tokens, where token 0 would lie."""
     arrays = [out for out in outs if isinstance(out, np.ndarray)]
-    return np.array([(out.shape[0], out.shape[2], out.ctypes.data, out.strides[0]) for out in arrays], np.int64)
+    return np.array(
+        [
+            (out.shape[0], out.shape[2], out.ctypes.data - first * out.strides[1], out.strides[0])
+            for out, first in zip(arrays, kept_from, strict=False)
+        ],
+        np.int64,
+    )

@@ -187,13 +187,13 @@ class JointTransform(Codec):
 
     def keep_streams(self, segments: Sequence[EncodedSegment], num_tokens: int) -> None:
         """See `Codec`."""
-        for data, outs, side, first_layer, start in segments:
-            kept = outs[0]
+        for segment in segments:
+            kept, data, side = segment.outs[0], segment.data, segment.side
             assert isinstance(kept, StreamSide)
-            prepared = self._side(side, first_layer)
+            prepared = self._side(side, segment.first_layer)
             bounds = _part_bounds(data, prepared, num_tokens, kept.shape.itemsize, side)
             _exact_tokens(data[bounds[EXACT] : bounds[EXACT + 1]], num_tokens)
-            kept.put(start, data, bounds)
+            kept.put(segment.start, data, bounds)
 
     @property
     def _prepared(self) -> PreparedBasis:
