@@ -27,9 +27,9 @@ from cag.decoder_layers import (
     layers_of,
     parts_of,
 )
-from cag.recorded import RecordedForwards, attends_by_tiles, attends_rounded
+from cag.recorded import RecordedForwards, attends_apart, attends_rounded
 from cag.state import PrefixSegment, SequenceState, attend_prefix
-from cag.weights import Product, is_tile_product, joined_product
+from cag.weights import Product, joined_product
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu import cpu_attention, cpu_attention_serves
@@ -42,7 +42,8 @@ class FewRowsDecoder:
     """Runs up to `FEW_ROWS` tokens of each sequence. Not for several threads at once: the model's lock is held.
 
     Attributes:
-        rows_stay_apart: whether a row has the same bits whatever other rows there are: where tiles multiply and attend.
+        rows_stay_apart: whether a row has the same bits whatever other rows there are: where compiled code multiplies
+            and attends, by tiles or in float32 over packed weights.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class FewRowsDecoder:
         self._turnings = list(dict.fromkeys(layer.turning for layer in layers))
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
         products = [head, *(product for layer in layers for product in layer.products)]
-        self.rows_stay_apart = attends_by_tiles(head_dim, attends_in) and all(map(is_tile_product, products))
+        self.rows_stay_apart = attends_apart(head_dim, attends_in) and all(p.is_recordable for p in products)
         self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
 
     def rows_left(self, state: SequenceState) -> int:

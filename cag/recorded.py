@@ -19,12 +19,14 @@ from torch import Tensor
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu import (
+    HEAD_DIM_MULTIPLE,
     MAX_FEW_ROWS,
     MAX_HEAD_DIM,
     TILE_DEPTH,
     cpu_attention,
     cpu_attention_serves,
     cpu_quantized_attention,
+    has_compiler,
     has_tiles,
     quantized_attention_serves,
 )
@@ -265,6 +267,13 @@ class _Recording:
 def attends_by_tiles(head_dim: int, attends_in: torch.dtype) -> bool:
     """Whether rows that are rounded to `attends_in` meet a prefix in tiles."""
     return attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and has_tiles()
+
+
+def attends_apart(head_dim: int, attends_in: torch.dtype) -> bool:
+    """Whether a row that is attended in `attends_in` has the same bits in any company: in tiles, and compiled in
+    float32."""
+    compiled = attends_in == torch.float32 and head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM
+    return attends_by_tiles(head_dim, attends_in) or (compiled and has_compiler())
 
 
 def attends_rounded(query: Tensor, segment: PrefixSegment, attends_in: torch.dtype) -> bool:

@@ -139,8 +139,7 @@ def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, sof
 def rows_stay_apart(query: Tensor, prefix: Prefix) -> bool:
     """Whether `prefix_attention` without window and cap gives a query the same bits, however many others there are.
 
-    On a CPU compiled code does, but for float32 queries over a plain prefix, of which a single one has code of its
-    own. Elsewhere it is not promised; on a GPU queries are taken together all the same.
+    On a CPU compiled code does. Elsewhere it is not promised; on a GPU queries are taken together all the same.
     """
     if query.device.type != "cpu":
         return True
@@ -148,8 +147,7 @@ def rows_stay_apart(query: Tensor, prefix: Prefix) -> bool:
     if path == "compiled":
         return True
     rows = query.shape[0] // prefix[0].shape[0] * query.shape[1]
-    tiles = query.dtype == torch.bfloat16 and rows <= COMPILED_MAX_ROWS
-    return tiles and path == "segment" and cpu_attention_serves(query, prefix[0])
+    return path == "segment" and rows <= COMPILED_MAX_ROWS and cpu_attention_serves(query, prefix[0])
 
 
 def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
