@@ -37,7 +37,7 @@ from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
-from cag.state import BranchedState, SequenceState, Tail, WholeState
+from cag.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
 from cag.step_tensors import StepState, StepTensors
 from cag.weights import Float32Products, SequencesApart, join_network, lay_out_weights, loses_in_bfloat16
 from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
@@ -153,10 +153,10 @@ class LanguageModel:
     @property
     def attends_to_codes(self) -> bool:
         """Whether questions attend to a prefix in codes as quickly as to numbers: Triton's kernels do, and on a CPU
-        compiled code without windows and caps."""
+        compiled code without caps."""
         if self.device.type == "cuda":
             return triton_runs_on(self.device)
-        return has_compiler() and all(seen.rule.window is None and seen.rule.softcap is None for seen in self._seen)
+        return has_compiler() and all(rule.softcap is None for rule in self.rules)
 
     @property
     def rows_stay_apart(self) -> bool:
@@ -169,10 +169,12 @@ class LanguageModel:
         exactly: whether each must have the bits of a single step, not only its numbers but for rounding.
         """
         most = min(FEW_ROWS, TAIL_PAIRS // max(1, state.num_tail))
-        left = self.decoder.rows_left(state) if self.decoder is not None and self.rows_stay_apart else 0
-        if left or exactly:
-            most = min(most, left)
-        return max(1, most)
+        return 1 if exactly and not self.rows_stay_apart else max(1, most)
+
+    @property
+    def rules(self) -> list[AttentionRule]:
+        """How each layer attends."""
+        return [seen.rule for seen in self._seen]
 
     @property
     def rope(self) -> dict[str, Any]:
