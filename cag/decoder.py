@@ -9,7 +9,7 @@ and then checked: a network whose own forward gives other logits keeps its own f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,15 @@ from cag.decoder_layers import (
     layers_of,
     parts_of,
 )
-from cag.recorded import RecordedForwards, attends_apart, attends_rounded
-from cag.state import PrefixSegment, SequenceState, attend_prefix
+from cag.recorded import RecordedForwards, attends_apart, attends_rounded, before_tails, seen_from, tail_places
+from cag.state import AttentionRule, PrefixSegment, attend_prefix
 from cag.weights import Product, joined_product
-from cag_kernels import FEW_ROWS, DensePrefix, has_numba
+from cag_kernels import FEW_ROWS, DensePrefix, has_numba, prefix_attention
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu import cpu_attention, cpu_attention_serves
+
+if TYPE_CHECKING:
+    from cag_kernels.cpu_paged import Tails
 
 PROBED_LAYERS = 2  # compared closely; behind all layers a network in bfloat16 may be far from itself in float32
 FAR = 0.5  # of the logits' norm, behind all layers
@@ -70,15 +73,10 @@ class FewRowsDecoder:
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
         products = [head, *(product for layer in layers for product in layer.products)]
         self.rows_stay_apart = attends_apart(head_dim, attends_in) and all(p.is_recordable for p in products)
-        self._windows = [layer.rule.window for layer in layers if layer.rule.window is not None]
-
-    def rows_left(self, state: SequenceState) -> int:
-        """How many more tokens of a sequence `forward` takes, one by one or together."""
-        return max(0, min([FEW_ROWS, *(window - state.num_tokens for window in self._windows)]))
 
     def serves(self, batch: Batch) -> bool:
         """Whether `forward` takes a batch."""
-        return all(0 < count <= self.rows_left(state) for state, count in zip(batch.states, batch.counts, strict=True))
+        return all(0 < count <= FEW_ROWS for count in batch.counts)
 
     def forward(
         self, token_ids: Tensor, batch: Batch, wanted: list[int] | slice, chosen: Sequence[int] | None = None
@@ -118,11 +116,12 @@ class FewRowsDecoder:
     def _step_by_step(self, hidden: Tensor, rotations: Rotations, batch: Batch, chosen: Sequence[int] | None) -> Tensor:
         """As `RecordedForwards.forward`, for any batch."""
         tails = self._tails(batch.pages, batch.lengths, batch.starts, batch.skipped)
+        places = torch.from_numpy(tail_places(batch))
         update, behind, normed = torch.zeros_like(hidden), None, torch.empty_like(hidden)
         for index in range(len(self._layers)) if chosen is None else chosen:
             layer = self._layers[index]
             read = self._pass_on(hidden, update, behind, layer.before_attention, normed)
-            update = self._attend(index, layer, read, rotations[layer.turning], batch, tails)
+            update = self._attend(index, layer, read, rotations[layer.turning], batch, tails, places)
             read = self._pass_on(hidden, update, layer.behind_attention, layer.before_mlp, normed)
             update, behind = self._mlp(layer, read), layer.behind_mlp
         return self._pass_on(hidden, update, behind, self._norm, normed)
@@ -146,7 +145,14 @@ class FewRowsDecoder:
         return normed
 
     def _attend(
-        self, index: int, layer: Layer, read: Tensor, rotation: tuple[Tensor, Tensor], batch: Batch, tails: Any
+        self,
+        index: int,
+        layer: Layer,
+        read: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        batch: Batch,
+        tails: Tails,
+        places: Tensor,
     ) -> Tensor:
         projected = layer.projections(read)
         keys, values = batch.sides(index)
@@ -162,42 +168,42 @@ class FewRowsDecoder:
         )
         out, logsumexps = read.new_empty(num_rows, num_q_heads * head_dim), query.new_empty(num_q_heads, num_rows)
         for group in batch.groups:
-            parts = self._attend_before(index, layer, query, batch, group)
+            parts = self._attend_before(index, layer, query, batch, group, places)
             sessions = group.sequences.start, group.sequences.stop
-            tails.attend(query, keys, values, layer.rule.scale, *parts, out, logsumexps, sessions)
+            tails.attend(
+                query, keys, values, layer.rule.scale, *parts, out, logsumexps, sessions, window=layer.rule.window
+            )
         return layer.output(out)
 
     def _attend_before(
-        self, index: int, layer: Layer, query: Tensor, batch: Batch, group: RowGroup
+        self, index: int, layer: Layer, query: Tensor, batch: Batch, group: RowGroup, places: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Attention of a group's rows over its prefix, and over a long tail's earlier tokens: parts `[num_parts,
         num_q_heads, num_rows, head_dim]` and their logsumexps."""
-        segments = [] if group.prefix is None else list(group.prefix.segments(index))
-        segments += batch.earlier(group, index)
+        before = [] if group.prefix is None else before_tails(group.prefix.segments(index))
+        before += [(segment, 0) for segment in batch.earlier(group, index)]
         own = query if len(batch.groups) == 1 else query[:, group.rows]
-        if not segments:
+        if not before:
             return query.new_empty(0, *own.shape), query.new_empty(0, *own.shape[:2])
-        parts = self._over_segments(own, segments, layer.rule.scale)
+        parts = self._over_segments(own, before, layer.rule, places[group.rows])
         if len(parts) == 1:
             return parts[0][0][None], parts[0][1].contiguous()[None]
         return torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
 
-    def _over_segments(self, query: Tensor, segments: list[PrefixSegment], scale: float) -> list[tuple[Tensor, Tensor]]:
-        """As `attend_prefix`, in blocks of rows that compiled attention takes."""
-        rounded = self._rounded(query, segments[0])
-        most = COMPILED_MAX_ROWS * segments[0][0].shape[0] // query.shape[0]
-        if query.shape[1] <= most:
-            return [self._over_segment(rounded, segment, scale) for segment in segments]
-        blocks = [attend_prefix(block, segments, scale) for block in torch.split(rounded, most, dim=1)]
+    def _over_segments(
+        self, query: Tensor, before: Sequence[tuple[PrefixSegment, int]], rule: AttentionRule, places: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What queries find in each segment, in blocks of rows that compiled attention takes."""
+        segment = before[0][0]
+        most = COMPILED_MAX_ROWS * segment[0].shape[0] // query.shape[0]
+        rows = zip(torch.split(self._rounded(query, segment), most, dim=1), torch.split(places, most), strict=True)
+        blocks = [[_over_segment(*block, *one, rule) for one in before] for block in rows]
+        if len(blocks) == 1:
+            return blocks[0]
         return [
             (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
             for parts in zip(*blocks, strict=True)
         ]
-
-    def _over_segment(self, query: Tensor, segment: PrefixSegment, scale: float) -> tuple[Tensor, Tensor]:
-        if isinstance(segment, DensePrefix) and cpu_attention_serves(query, segment.keys):
-            return cpu_attention(query, *segment, scale=scale, offset=segment.num_tokens)
-        return attend_prefix(query, [segment], scale)[0]
 
     def _rounded(self, query: Tensor, segment: PrefixSegment) -> Tensor:
         """The query in the type that the network attends in; unrounded where only code for a few float32 rows serves a
@@ -212,6 +218,18 @@ class FewRowsDecoder:
         gate = self._steps.gate if layer.activation == "silu" else self._steps.gate_by_gelu
         gate(projected.numpy(), gated.numpy())
         return layer.down(gated)
+
+
+def _over_segment(
+    query: Tensor, places: Tensor, segment: PrefixSegment, offset: int, rule: AttentionRule
+) -> tuple[Tensor, Tensor]:
+    """Of rows at places of their tails, the first of which stands `offset` tokens behind the segment's first."""
+    if isinstance(segment, DensePrefix) and cpu_attention_serves(query, segment.keys):
+        seen = seen_from(offset, places, segment, rule)
+        return cpu_attention(query, *segment, scale=rule.scale, **seen)
+    if rule.window is None:
+        return attend_prefix(query, [segment], rule.scale)[0]
+    return prefix_attention(query, segment, scale=rule.scale, positions=places + offset, window=rule.window)
 
 
 def _as_slice(rows: list[int] | slice) -> list[int] | slice:

@@ -126,7 +126,7 @@ def probed_layers(network: Any, device: torch.device) -> list[tuple[KvShape, See
     positions = torch.tensor([[0, config.max_position_embeddings - 1]], device=device)
     with rotations.watching(network):
         network(
-            input_ids=torch.zeros_like(positions),
+            input_ids=torch.full_like(positions, _loudest_probe(network)),
             position_ids=positions,
             use_cache=False,
             logits_to_keep=1,
@@ -143,6 +143,17 @@ def probed_layers(network: Any, device: torch.device) -> list[tuple[KvShape, See
         rule, turning = _needed(probe.rules[index], most), rotations.turnings.get(index)
         found.append((probe.shapes[index], _seen(rule, probe.heads[index], turning)))
     return found
+
+
+def _probe_ids(network: Any) -> Tensor:
+    vocab_size: int = network.config.get_text_config().vocab_size
+    return torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES)
+
+
+def _loudest_probe(network: Any) -> int:
+    """The probe token with the longest row: that of a padding token may be all zeros."""
+    ids, weight = _probe_ids(network), network.get_input_embeddings().weight
+    return int(ids[weight[ids.to(weight.device)].float().norm(dim=1).argmax().cpu()])
 
 
 def _needed(rule: AttentionRule, most: int) -> AttentionRule:
@@ -168,8 +179,7 @@ def gives_the_same(network: Any, seen: Sequence[SeenLayer], own: Forward, other:
     """Whether another forward gives the logits of the network's own on probe tokens: closely behind the first layers
     and behind the first of each other kind, and behind all as far as the dtype allows (`exactly`: the network computes
     in float32)."""
-    vocab_size = network.config.get_text_config().vocab_size
-    ids, positions = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES), torch.arange(NUM_PROBES)
+    ids, positions = _probe_ids(network), torch.arange(NUM_PROBES)
     closely = [list(range(min(PROBED_LAYERS, len(seen))))]
     closely += [[index] for kind in dict.fromkeys(seen) if (index := seen.index(kind)) >= PROBED_LAYERS]
     for chosen, tolerance in (*((one, CLOSE) for one in closely), (None, CLOSE if exactly else FAR)):

@@ -154,10 +154,10 @@ class LanguageModel:
     @property
     def attends_to_codes(self) -> bool:
         """Whether questions attend to a prefix in codes as quickly as to numbers: Triton's kernels do, and on a CPU
-        compiled code without windows and caps."""
+        compiled code without caps."""
         if self.device.type == "cuda":
             return triton_runs_on(self.device)
-        return has_compiler() and all(seen.rule.window is None and seen.rule.softcap is None for seen in self._seen)
+        return has_compiler() and all(rule.softcap is None for rule in self.rules)
 
     @property
     def rules(self) -> list[AttentionRule]:
@@ -181,10 +181,7 @@ class LanguageModel:
         exactly: whether each must have the bits of a single step, not only its numbers but for rounding.
         """
         most = min(FEW_ROWS, TAIL_PAIRS // max(1, state.num_tail))
-        left = self.decoder.rows_left(state) if self.decoder is not None and self.rows_stay_apart else 0
-        if left or exactly:
-            most = min(most, left)
-        return max(1, most)
+        return 1 if exactly and not self.rows_stay_apart else max(1, most)
 
     @property
     def rope(self) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels import DensePrefix, QuantizedPrefix
@@ -35,7 +37,7 @@ from cag_kernels.cpu_tape import Tape
 if TYPE_CHECKING:
     from cag.batch import Batch
     from cag.decoder_layers import Layer, Norm, Rotations
-    from cag.state import PrefixLayers, PrefixSegment
+    from cag.state import AttentionRule, PrefixLayers, PrefixSegment
 
 MAX_RECORDINGS = 16  # each holds activations of its rows and a few hundred bytes a step
 _PAGES_STEP = 8  # a table of pages grows by so many, or every page would be another recording
@@ -156,6 +158,7 @@ class _Recording:
         self.pages = np.zeros((num_sequences, max_pages), dtype=np.int32)
         self.lengths, self.starts, self.skipped = batch.lengths.copy(), batch.starts.copy(), batch.skipped.copy()
         self._targets = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
+        self._places = torch.zeros(num_rows, dtype=torch.int32)
         self._tails = cpu_paged.Tails(self.pages, self.lengths, self.starts, self.skipped)
         self._nothing = torch.zeros_like(self.hidden)
         self._updates = [torch.empty_like(self.hidden) for _ in range(2)]
@@ -182,6 +185,7 @@ class _Recording:
                 target.copy_(source)
         self.pages[:, : batch.pages.shape[1]] = batch.pages
         self.lengths[:], self.starts[:], self.skipped[:] = batch.lengths, batch.starts, batch.skipped
+        self._places.numpy()[:] = tail_places(batch)
         for rows, found in zip(self._targets, (batch.row_pages, batch.row_places), strict=True):
             rows.numpy()[:] = found
         begin = self._run_arriving(batch.groups[0].prefix)
@@ -236,10 +240,12 @@ class _Recording:
         parts = self._memory("parts", len(segments), *shape)
         logsumexps = self._memory("part_logsumexps", len(segments), *shape[:2])
         attending = rounded if self._rounds(query, segments) else query
-        for index, segment in enumerate(segments):
-            _attend_segment(attending, segment, layer.rule.scale, (parts[index], logsumexps[index]))
+        for index, (segment, offset) in enumerate(before_tails(segments)):
+            into = parts[index], logsumexps[index]
+            _attend_segment(attending, segment, offset, self._places, layer.rule, into)
         out, own = self._memory("attended", num_rows, num_q_heads * head_dim), self._memory("logsumexps", *shape[:2])
-        self._tails.attend(query, *pool, layer.rule.scale, parts, logsumexps, out, own)
+        rule = layer.rule
+        self._tails.attend(query, *pool, rule.scale, parts, logsumexps, out, own, window=rule.window)
         layer.output.into(out, self._updates[0])
 
     def _mlp(self, layer: Layer, read: Tensor) -> None:
@@ -285,8 +291,32 @@ def attends_rounded(query: Tensor, segment: PrefixSegment, attends_in: torch.dty
     return attends_by_tiles(query.shape[2], attends_in) or not (few and cpu_attention_serves(query, segment.keys))
 
 
-def _attend_segment(query: Tensor, segment: PrefixSegment, scale: float, into: tuple[Tensor, Tensor]) -> None:
+def before_tails(segments: Sequence[PrefixSegment]) -> list[tuple[PrefixSegment, int]]:
+    """Segments that end where tails begin, each with the place of a tail's first token counted from its first key."""
+    behind = accumulate(segment.num_tokens for segment in reversed(segments))
+    return list(zip(segments, reversed(list(behind)), strict=True))
+
+
+def tail_places(batch: Batch) -> NDArray[np.int32]:
+    """Where each row of a batch stands in its tail."""
+    prefixes = np.repeat([state.num_prefix for state in batch.states], batch.counts)
+    places: NDArray[np.int32] = (batch.row_positions - prefixes).astype(np.int32)
+    return places
+
+
+def _attend_segment(
+    query: Tensor, segment: PrefixSegment, offset: int, places: Tensor, rule: AttentionRule, into: tuple[Tensor, Tensor]
+) -> None:
+    """Of rows at places of their tails, the first of which stands `offset` tokens behind the segment's first."""
+    seen = seen_from(offset, places, segment, rule)
     if isinstance(segment, QuantizedPrefix):
-        cpu_quantized_attention(query, segment, scale=scale, into=into)
+        cpu_quantized_attention(query, segment, scale=rule.scale, into=into, **seen)
     else:
-        cpu_attention(query, *segment, scale=scale, offset=segment.num_tokens, into=into)
+        cpu_attention(query, *segment, scale=rule.scale, into=into, **seen)
+
+
+def seen_from(offset: int, places: Tensor, segment: PrefixSegment, rule: AttentionRule) -> dict[str, Any]:
+    """What compiled attention has to know of where rows stand; without a window only that it is behind the segment."""
+    if rule.window is None:
+        return {"offset": segment.num_tokens}
+    return {"offset": offset, "positions": places, "window": rule.window}

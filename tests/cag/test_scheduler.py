@@ -19,11 +19,12 @@ from tiny import write_tiny_model
 
 SHARED = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 257, "eos_token_id": 257}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHARED),
     "qwen3": lambda: Qwen3Config(**SHARED),
-    "mistral": lambda: MistralConfig(**SHARED, sliding_window=400),
-    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=40),
+    "mistral": lambda: MistralConfig(**SHARED, sliding_window=70),
+    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=40, layer_types=LAYER_TYPES),
 }
 KINDS = {  # name -> (what is stored, what computes, how products are made)
     "float32": ("float32", "float32", "plain"),
@@ -120,9 +121,10 @@ def test_answers_in_many_more_orders(seed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_a_row_in_company(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_logits_of_a_row_in_company(kind, architecture, tmp_path, monkeypatch):
     """To the bit by tiles and over packed weights. A library's products sum in another order."""
-    engine = engine_of(kind, CONFIGS["llama"](), tmp_path, monkeypatch)
+    engine = engine_of(kind, CONFIGS[architecture](), tmp_path, monkeypatch)
     model, prefix = engine.model, engine.open("beta-lossless").resident
     prefix.wait()
     lengths = [7, 1, 30, 12, 100]

@@ -19,14 +19,15 @@ from transformers import (
 )
 
 from cag import model as model_module
-from cag.batch import TAIL_PAIRS, Batch
+from cag.batch import TAIL_PAIRS
 from cag.decoder import recognize
 from cag.decoder_layers import SeenLayer, Turning
 from cag.model import LanguageModel, ModelOptions
+from cag.resident import ResidentPrefix
 from cag.runtime import RuntimePlan
 from cag.state import AttentionRule
 from cag.weights import PackedLinear, WidenedEmbedding, join_network, joined_product, pack_network
-from cag_kernels import has_compiler, pack_weight
+from cag_kernels import DensePrefix, has_compiler, pack_weight
 from cag_store.scratch import HUGE_PAGE_BYTES
 from tiny import write_tiny_model
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not ther
 SHARED = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 257, "eos_token_id": 257}
 LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
-PHI3 = {"hidden_size": 128}
+SHARED_PHI3 = {key: value for key, value in SHARED.items() if key != "head_dim"} | {"hidden_size": 128}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHARED, tie_word_embeddings=True),
     "llama with biases": lambda: LlamaConfig(**SHARED, attention_bias=True, mlp_bias=True),
@@ -53,10 +54,10 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**SHARED, sliding_window=150),
     "qwen2": lambda: Qwen2Config(**SHARED),
     "qwen3": lambda: Qwen3Config(**SHARED),
-    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=400, layer_types=LAYER_TYPES),
-    "phi3": lambda: Phi3Config(**{key: value for key, value in SHARED.items() if key != "head_dim"} | PHI3),
+    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=40, layer_types=LAYER_TYPES),
+    "phi3": lambda: Phi3Config(**SHARED_PHI3),
     "olmo2": lambda: Olmo2Config(**SHARED),
-    "olmo3": lambda: Olmo3Config(**SHARED, sliding_window=400, layer_types=LAYER_TYPES),
+    "olmo3": lambda: Olmo3Config(**SHARED, sliding_window=40, layer_types=LAYER_TYPES),
     "smollm3": lambda: SmolLM3Config(**SHARED, no_rope_layers=[1, 1, 0]),
 }
 OTHERS = {
@@ -161,13 +162,53 @@ def test_a_long_tail_is_attended_in_two_parts(tmp_path):
     assert_same(found, plain_logits(tmp_path, ids))
 
 
-def test_beyond_a_sliding_window_the_network_runs_itself(tmp_path):
-    model = bfloat16_model(tmp_path, CONFIGS["mistral"]())
-    state = model.new_state(capacity=160)
-    assert model.decoder.serves(Batch([state], [20]))
-    model.forward(random_ids(140), state)
-    assert not model.decoder.serves(Batch([state], [20]))
-    assert model.decoder.serves(Batch([state], [10]))
+WINDOWS = {  # shorter than what is asked
+    "mistral": lambda: MistralConfig(**SHARED, sliding_window=50),
+    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=40, layer_types=LAYER_TYPES),
+    "olmo3": lambda: Olmo3Config(**SHARED, sliding_window=33, layer_types=LAYER_TYPES),
+    "phi3": lambda: Phi3Config(**{**SHARED_PHI3, "sliding_window": 64}),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_are_those_of_plain_transformers(kind, each_product, tmp_path):
+    """Question and answer cross the window, behind nothing: in one part, with a long tail apart, token by token."""
+    model = bfloat16_model(tmp_path, WINDOWS[kind]())
+    assert model.decoder is not None
+    assert any(rule.window is not None for rule in model.rules)
+    ids = random_ids(300)
+    state = model.new_session_state()
+    parts = [ids[:20], ids[20:100], ids[100:228], ids[228:260], *ids[260:].split(1)]
+    found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
+    assert_same(found, plain_logits(tmp_path, ids), roundings=1 if each_product == "packed" else 4)
+
+
+@pytest.mark.parametrize("num_prefix", [20, 90, 200])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_reach_into_a_prefix(kind, num_prefix, each_product, tmp_path):
+    """Or end behind it, once an answer is long enough; the prefix in two segments, of which the second is short."""
+    model = bfloat16_model(tmp_path, WINDOWS[kind]())
+    ids = random_ids(num_prefix + 100)
+    state = model.new_state()
+    model.forward(ids[:num_prefix], state)
+    sides = [state.tail.gathered(layer, num_prefix) for layer in range(len(model.kv_shapes))]
+    cuts = slice(None, num_prefix - 8), slice(num_prefix - 8, None)
+    layers = [tuple(DensePrefix(*(side[:, cut].contiguous() for side in pair)) for cut in cuts) for pair in sides]
+    prefix = ResidentPrefix(layers, ids[:num_prefix].numpy())
+    prefix.mark_loaded()
+    behind = model.new_session_state(prefix)
+    parts = [ids[num_prefix : num_prefix + 30], *ids[num_prefix + 30 :].split(1)]
+    found = torch.cat([model.forward(part, behind, num_logits=0) for part in parts])
+    assert bool(model.decoder._recorded._found) == (each_product in ("packed", "tiles"))
+    expected = plain_logits(tmp_path, ids)[num_prefix:]
+    assert_same(found, expected, roundings=1 if each_product == "packed" else 4)
+
+
+def test_a_window_that_hides_nothing_is_none(tmp_path):
+    model = bfloat16_model(tmp_path, MistralConfig(**SHARED, sliding_window=512, max_position_embeddings=512))
+    assert [rule.window for rule in model.rules] == [None] * 3
+    narrow = bfloat16_model(tmp_path, MistralConfig(**SHARED, sliding_window=511, max_position_embeddings=512))
+    assert [rule.window for rule in narrow.rules] == [511] * 3
 
 
 @pytest.mark.parametrize("part", ["norm", "layers.0.mlp", "layers.1.self_attn.o_proj", "embed_tokens"])
