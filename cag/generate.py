@@ -138,7 +138,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         while not self.finished:
-            self.run_along(*share_rows([self.draft()], self.num_next))
+            self.run_along(*share_rows([self.draft()], self.num_next, self.model.step_cost))
             if piece := self.advance(choices([self])[0]):
                 yield piece
 

@@ -38,6 +38,7 @@ from cag.prompt import PromptTemplate, read_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
+from cag.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.step_tensors import StepState, StepTensors
 from cag.weights import Float32Products, SequencesApart, join_network, lay_out_weights, loses_in_bfloat16
 from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
@@ -167,6 +168,12 @@ class LanguageModel:
     def rows_stay_apart(self) -> bool:
         """Whether a token's logits are the same bits whatever other tokens the forward has (`most_rows` says when)."""
         return self.decoder is not None and self.decoder.rows_stay_apart
+
+    @property
+    def step_cost(self) -> StepCost:
+        """What more tokens in a step cost here, for those that may be run along."""
+        multiplies = self.device.type == "cpu" and self.compute_dtype == torch.float32
+        return ARITHMETIC if multiplies else SHARED_READING
 
     def most_rows(self, state: SequenceState, *, exactly: bool) -> int:
         """How many tokens of a sequence a forward may have that takes the place of single steps.

@@ -1,11 +1,13 @@
 """What this machine computes best with: dtype and number of threads, chosen by a short measurement.
 
 More threads can be slower than one on shared cores, and bfloat16 is slower than float32 on a processor without
-instructions for it, so neither is guessed. The first few processes measure, and the least time of each counts, as other
-work may have had the cores meanwhile. Products that bring a forward of few rows of our own with them are taken unless
-they are far behind: how long a product takes by itself does not show what that forward wins, and a busy moment should
-not change the bits of answers. What was measured is kept in `<cag home>/runtime.json`, until the processor, the number
-of usable cores or torch changes. `CAG_THREADS` overrides the number of threads.
+instructions for it, so neither is guessed. The first few processes measure, and the least time of each counts. A
+measurement beside which other work had the cores, which the operating system tells, is used, but another process
+measures again: one thread is quickest while somebody else has the second core, and would stay so for good. Products
+that bring a forward of few rows of our own with them are taken unless they are far behind: how long a product takes
+by itself does not show what that forward wins, and a busy moment should not change the bits of answers. What was
+measured is kept in `<cag home>/runtime.json`, until the processor, the number of usable cores or torch changes.
+`CAG_THREADS` overrides the number of threads.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,9 @@ from cag_kernels import (
 SMALL_ROWS = 15  # a question
 LARGE_ROWS = 256  # a block of prefill
 _MATRIX = (2048, 1536)
-_NUM_MEASUREMENTS = 3  # processes that measure
+_NUM_MEASUREMENTS = 3  # processes that measure undisturbed
+_MOST_MEASUREMENTS = 12  # processes that measure at all
+_MAY_WAIT = 0.2  # of a measurement's time, waited for cores by all threads together, up to which it is undisturbed
 _MAY_BE_BEHIND = {"tiles": 2.0, "packed": 1.5}  # times the quickest product of the type, and still the one to take
 _NUM_MATRICES = 6  # 75 MB in float32, so that weights come from memory as they do in a model
 
@@ -96,25 +100,67 @@ def plan_runtime(device: torch.device, *, measure_again: bool = False) -> Runtim
         return RuntimePlan("cuda", "bfloat16", 1, 1, "plain", {}, reason)
     path = cag_home() / "runtime.json"
     machine = _machine_key()
-    kept, count = (None, 0) if measure_again else _read_plan(path, machine)
-    if kept is not None and (count >= _NUM_MEASUREMENTS or path in _measured_here):
-        return _with_environment(kept)
-    plan = _measure_cpu() if measure_again else _measured_in_this_process()
-    if kept is not None:
-        plan = _plan_from(
-            {key: min(value, kept.measured_ms.get(key, value)) for key, value in plan.measured_ms.items()}
-        )
+    kept = None if measure_again else _read_plan(path, machine)
+    if kept is not None and (kept.is_settled or path in _measured_here):
+        return _with_environment(kept.described)
+    found = _measure() if measure_again else _measured_in_this_process()
+    found = found if kept is None else kept.with_another(found)
     _measured_here.add(path)
-    _write_plan(path, machine, plan, count + 1)
-    return _with_environment(plan)
+    _write_plan(path, machine, found)
+    return _with_environment(found.described)
 
 
 _measured_here: set[Path] = set()  # files that this process has added its measurement to
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A plan, and how many processes have measured for it: undisturbed by others, and disturbed."""
+
+    plan: RuntimePlan
+    undisturbed: int
+    disturbed: int
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nobody measures any more."""
+        return self.undisturbed >= _NUM_MEASUREMENTS or self.undisturbed + self.disturbed >= _MOST_MEASUREMENTS
+
+    @property
+    def described(self) -> RuntimePlan:
+        """The plan; it says so when there is none but disturbed measurements."""
+        if self.undisturbed:
+            return self.plan
+        return replace(self.plan, reason=f"{self.plan.reason}; other processes had the cores meanwhile")
+
+    def with_another(self, other: _Measured) -> _Measured:
+        """The plan by the least times of both."""
+        before = self.plan.measured_ms
+        least = {key: min(value, before.get(key, value)) for key, value in other.plan.measured_ms.items()}
+        undisturbed, disturbed = self.undisturbed + other.undisturbed, self.disturbed + other.disturbed
+        return _Measured(_plan_from(least), undisturbed, disturbed)
+
+
 @cache
-def _measured_in_this_process() -> RuntimePlan:
-    return _measure_cpu()
+def _measured_in_this_process() -> _Measured:
+    return _measure()
+
+
+def _measure() -> _Measured:
+    started, waited = time.perf_counter(), _waited_for_cores_s()
+    plan = _measure_cpu()
+    waited, taken = _waited_for_cores_s() - waited, time.perf_counter() - started
+    is_disturbed = waited > _MAY_WAIT * taken
+    return _Measured(plan, int(not is_disturbed), int(is_disturbed))
+
+
+def _waited_for_cores_s() -> float:
+    """Seconds that this process's threads were ready and had no core, all together; 0 where the system does not say."""
+    waited_ns = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError, ValueError):  # a thread that has ended, another system
+            waited_ns += int(path.read_text().split()[1])
+    return waited_ns / 1e9
 
 
 def _with_environment(plan: RuntimePlan) -> RuntimePlan:
@@ -148,7 +194,7 @@ def _machine_key() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "torch": torch.__version__,
-        "version": 7,
+        "version": 8,
     }
 
 
@@ -233,20 +279,22 @@ def _plan_from(measured: dict[str, float]) -> RuntimePlan:
     )
 
 
-def _read_plan(path: Path, machine: dict[str, object]) -> tuple[RuntimePlan | None, int]:
-    """The plan that is kept for this machine, and how many processes have measured for it."""
+def _read_plan(path: Path, machine: dict[str, object]) -> _Measured | None:
+    """What is kept for this machine."""
     try:
         kept = json.loads(path.read_text())
-        return (RuntimePlan(**kept["plan"]), int(kept["measurements"])) if kept["machine"] == machine else (None, 0)
+        counts = int(kept["measurements"]), int(kept["disturbed"])
+        return _Measured(RuntimePlan(**kept["plan"]), *counts) if kept["machine"] == machine else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None, 0
+        return None
 
 
-def _write_plan(path: Path, machine: dict[str, object], plan: RuntimePlan, count: int) -> None:
+def _write_plan(path: Path, machine: dict[str, object], found: _Measured) -> None:
+    counts = {"measurements": found.undisturbed, "disturbed": found.disturbed}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"machine": machine, "measurements": count, "plan": asdict(plan)}, indent=1))
+        temporary.write_text(json.dumps({"machine": machine, **counts, "plan": asdict(found.plan)}, indent=1))
         temporary.replace(path)
     except OSError:
         return  # a read-only home: the measurement is made again next time

@@ -172,7 +172,8 @@ class Scheduler:
         """Share out the rows of drafts among the answers under way."""
         answering = [generation for generation in batch if generation.is_answering]
         chances = [generation.draft() for generation in answering]
-        counts = share_rows(chances, sum(generation.num_next for generation in batch)) if any(chances) else []
+        num_rows = sum(generation.num_next for generation in batch)
+        counts = share_rows(chances, num_rows, self.model.step_cost) if any(chances) else []
         for generation, count in zip(answering, counts, strict=False):
             generation.run_along(count)
 

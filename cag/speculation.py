@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from cag.ngrams import GrowingText, NgramIndex
+from cag.step_cost import SHARED_READING, StepCost
 
 MAX_DRAFT_TOKENS = 15  # of one answer in a step: with the token before them one tile
 ROW_COUNTS = (2, 3, 5, 10, 16, 24, 32, 48, 64)  # tokens of a step with drafts: few, as each number is recorded once
-ROW_COST = 0.03  # of one more token in a step, as a share of a step of one; measured 0.012 to 0.034
 LONGEST_CLASS = 8  # matches of so many tokens and more count as one kind
 
 
@@ -78,12 +78,13 @@ class Drafter:
         self._num_right[kind] += right
 
 
-def share_rows(chances: Sequence[Sequence[float]], num_rows: int) -> list[int]:
+def share_rows(chances: Sequence[Sequence[float]], num_rows: int, cost: StepCost = SHARED_READING) -> list[int]:
     """How many drafted tokens of each answer a step should run, so that it makes most tokens for its time.
 
     Args:
         chances: of each answer in the step, as `Drafter.chances` gives them.
         num_rows: tokens that the step runs without drafts.
+        cost: of steps, on what runs them.
 
     Of the few numbers of rows that steps with drafts have, the one with most expected tokens for its cost; rows go to
     the likeliest tokens. One answer and many at once follow the same rule: where many rows are there already, another
@@ -92,7 +93,7 @@ def share_rows(chances: Sequence[Sequence[float]], num_rows: int) -> list[int]:
     likely = sorted(((chance, owner) for owner, of_one in enumerate(chances) for chance in of_one), reverse=True)
     expected = list(accumulate((chance for chance, _ in likely), initial=float(len(chances))))
     sizes = [size - num_rows for size in (num_rows, *ROW_COUNTS) if 0 <= size - num_rows <= len(likely)]
-    best = max(sizes, key=lambda extra: expected[extra] / (1 + ROW_COST * (num_rows + extra - 1)), default=0)
+    best = max(sizes, key=lambda extra: expected[extra] / cost.of(num_rows + extra), default=0)
     counts = [0] * len(chances)
     for _, owner in likely[:best]:
         counts[owner] += 1

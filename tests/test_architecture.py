@@ -23,6 +23,7 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
 WALK = [
     "home", "errors", "versions", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt", "runtime",
+    "step_cost",
     "state", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices", "recorded", "decoder",
     "replays", "device_decoder",
     "layer_probe", "model_files", "model", "prefill", "uploads", "host_copies", "buffers", "angles", "basis_tensors",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Iterable
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ HEAD_DIM_MULTIPLE = 16  # one vector of the widest registers
 TILE_DEPTH = 32  # of the summed axis of one product of tiles
 MAX_HEAD_DIM = 512  # the scratch of a thread stays far below the smallest of usual stacks
 MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
+MIN_FEW_HEAD_DIM = 32  # two vectors of the widest registers, of which that code turns as many keys
 
 Result = tuple[Tensor, Tensor]  # outputs and their log-sum-exps
 
@@ -48,7 +49,7 @@ def has_numba() -> bool:
 
 
 def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
-    """Whether `cpu_attention` takes these tensors; what each query sees is not looked at."""
+    """Whether `cpu_attention` takes these tensors, with a window or without."""
     return (
         query.device.type == "cpu"
         and keys.dtype == torch.bfloat16
@@ -93,29 +94,41 @@ def cpu_attention(
     scale: float,
     offset: int,
     window: int | None = None,
+    positions: Tensor | None = None,
     softcap: float | None = None,
     into: Result | None = None,
 ) -> Result:
     """As `reference.segment_attention_reference`, for queries that stand behind the whole segment.
 
-    Takes what `cpu_attention_serves` accepts, with `offset >= num_keys - 1`, no window and no cap. A float32 query
-    meets widened keys; a bfloat16 query meets tiles, and weights are rounded to bfloat16 before they meet the values.
-    Accumulates in float32, and gives float32, in the tensors of `into` if given (contiguous). Safe to call from
-    several Python threads.
+    Takes what `cpu_attention_serves` accepts, without a cap. A float32 query meets widened keys; a bfloat16 query meets
+    tiles, and weights are rounded to bfloat16 before they meet the values. Accumulates in float32, and gives float32,
+    in the tensors of `into` if given (contiguous). Safe to call from several Python threads.
+
+    Args:
+        offset: place of query 0, counted from the segment's first key; `offset >= num_keys - 1`. With positions, what
+            is added to them.
+        window: query `i` sees keys `j` with `place - window < j`; None: all. A query that sees no key gets zeros and
+            `-inf`.
+        positions: contiguous int32 `[num_queries]`; query `i` stands at place `offset + positions[i]`, not before the
+            last key. None: at `offset + i`. Only looked at with a window; a recorded call reads them anew whenever it
+            is run.
     """
-    assert window is None and softcap is None and offset >= keys.shape[1] - 1, "every query sees every key"
+    assert softcap is None, "no compiled code caps scores"
+    assert positions is not None or offset >= keys.shape[1] - 1, "every query stands behind the keys"
     num_q_heads, num_queries, head_dim = query.shape
+    has_window = window is not None
     if query.dtype == torch.bfloat16:
-        kernel = tile_kernel(head_dim)
+        kernel = tile_kernel(head_dim, has_window)
     else:
         num_rows = num_q_heads // keys.shape[0] * num_queries
-        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None)
+        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None, has_window)
     values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
-    return _run(kernel, query, keys, values, scale, into=into)
+    return _run(kernel, query, keys, values, scale, _Window(offset, window, positions), into=into)
 
 
 def quantized_attention_serves(query: Tensor, prefix: QuantizedPrefix) -> bool:
-    """Whether `cpu_quantized_attention` takes these tensors; that they fit together is not looked at."""
+    """Whether `cpu_quantized_attention` takes these tensors, with a window or without; that they fit together is not
+    looked at."""
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)
@@ -136,26 +149,56 @@ def compiles_codes(head_dim: int, codes: Codes) -> bool:
 
 
 def cpu_quantized_attention(
-    query: Tensor, prefix: QuantizedPrefix, *, scale: float, into: Result | None = None
+    query: Tensor,
+    prefix: QuantizedPrefix,
+    *,
+    scale: float,
+    offset: int = 0,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    into: Result | None = None,
 ) -> Result:
-    """As `prefix_reference.prefix_attention_reference` without window and cap, for what `quantized_attention_serves`.
+    """As `prefix_reference.prefix_attention_reference` without a cap, for what `quantized_attention_serves`; `offset`,
+    `window` and `positions` as in `cpu_attention`.
 
     Codes become numbers a stretch at a time, on the stack, with the bits that the store's codecs decode to; then all is
     as in `cpu_attention`.
     """
     tiles = _tiles_serve(query)
     query = query if tiles else query.float()
-    kernel = code_kernel(query.shape[2], _codes(prefix), tiles)
+    kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window is not None)
     exact = [side.contiguous() for side in (prefix.exact_keys, prefix.exact_values)]
     scales = (prefix.key_scales, prefix.key_offsets, prefix.value_scales, prefix.value_offsets)
     pointers = [tensor.data_ptr() for tensor in (*scales, *exact)]
     codes_fields = (prefix.key_scales.shape[1], exact[0].shape[1], *pointers)
-    return _run(kernel, query, prefix.key_codes, prefix.value_codes, scale, codes_fields, (*scales, *exact), into)
+    sides, seen = (prefix.key_codes, prefix.value_codes), _Window(offset, window, positions)
+    return _run(kernel, query, *sides, scale, seen, codes_fields, (*scales, *exact), into)
 
 
 def _codes(prefix: QuantizedPrefix) -> Codes:
     key_bits, value_bits = (code_bits(side) for side in (prefix.key_codes, prefix.value_codes))
     return Codes(key_bits, value_bits, prefix.group_tokens, prefix.group_channels)
+
+
+class _Window(NamedTuple):
+    """Where queries stand, and how far back they see; see `cpu_attention`."""
+
+    offset: int
+    window: int | None
+    positions: Tensor | None
+
+    def positions_of(self, num_queries: int) -> Tensor:
+        """Int32 `[num_queries]`, of any content where there is no window."""
+        if self.window is None or self.positions is None:
+            return _first_positions(num_queries)
+        assert self.positions.dtype == torch.int32 and self.positions.shape == (num_queries,)
+        assert self.positions.is_contiguous()
+        return self.positions
+
+
+@lru_cache(maxsize=64)
+def _first_positions(num_queries: int) -> Tensor:
+    return torch.arange(num_queries, dtype=torch.int32)
 
 
 def _run(
@@ -164,6 +207,7 @@ def _run(
     keys: Tensor,
     values: Tensor,
     scale: float,
+    seen: _Window,
     codes_fields: tuple[int, ...] = (),
     codes_memory: tuple[Tensor, ...] = (),
     into: Result | None = None,
@@ -178,13 +222,15 @@ def _run(
         into = torch.empty_like(query, dtype=torch.float32), torch.empty(num_q_heads, num_queries, dtype=torch.float32)
     out, logsumexps = into
     num_tasks = num_kv_heads * num_ranges
-    counts = (num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim)  # of num_lanes float32 each
+    counts = (num_kv_heads * head_dim, num_tasks, num_tasks, num_tasks * head_dim, 1)  # of num_lanes numbers each
     scratch = scratch_memory(sum(counts) * num_lanes)
-    places = [scratch.data_ptr() + 4 * num_lanes * sum(counts[:index]) for index in range(4)]
+    *places, first_keys = (scratch.data_ptr() + 4 * num_lanes * sum(counts[:index]) for index in range(5))
+    positions = seen.positions_of(num_queries)
+    window_fields = (positions.data_ptr(), first_keys, num_queries, seen.offset, seen.window or 0, 0)
     sizes = (num_kv_heads, num_keys, num_rows, num_lanes, num_ranges, keys.stride(0), values.stride(0))
     pointers = (*(tensor.data_ptr() for tensor in (query, keys, values)), *places, out.data_ptr())
-    fields = (0, *pointers, logsumexps.data_ptr(), *sizes, float_bits(scale), *codes_fields)
-    kernel.run(fields, num_tasks, (query, keys, values, scratch, out, logsumexps, *codes_memory))
+    fields = (0, *pointers, logsumexps.data_ptr(), *sizes, float_bits(scale), *window_fields, *codes_fields)
+    kernel.run(fields, num_tasks, (query, keys, values, scratch, out, logsumexps, positions, *codes_memory))
     return out, logsumexps
 
 
@@ -232,52 +278,39 @@ class CompiledKernel:
         self._finish.alone(call)
 
 
-def compiled_kernel(head_dim: int, single_query_rows: int | None = None) -> CompiledKernel:
+def compiled_kernel(head_dim: int, single_query_rows: int | None = None, has_window: bool = False) -> CompiledKernel:
     """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number."""
-    few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS
+    few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS and head_dim >= MIN_FEW_HEAD_DIM
     with _lock:
-        return _compile(head_dim, single_query_rows if few else None)
+        return _compile(head_dim, single_query_rows if few else None, None, has_window)
+
+
+def tile_kernel(head_dim: int, has_window: bool = False) -> CompiledKernel:
+    """The kernel of a head dimension for bfloat16 queries, compiled once a process."""
+    with _lock:
+        return _compile_tiles(head_dim, None, has_window)
+
+
+def code_kernel(head_dim: int, codes: Codes, tiles: bool, has_window: bool = False) -> CompiledKernel:
+    """The kernel for a prefix in codes, for bfloat16 queries if `tiles`, else for float32 ones; compiled once."""
+    with _lock:
+        return _compile_tiles(head_dim, codes, has_window) if tiles else _compile(head_dim, None, codes, has_window)
 
 
 @cache
-def _compile(head_dim: int, few_rows: int | None) -> CompiledKernel:
+def _compile(head_dim: int, few_rows: int | None, codes: Codes | None, has_window: bool) -> CompiledKernel:
     from cag_kernels.cpu_loops import attention_module
     from cag_kernels.cpu_panel import host_blocking
 
     blocking = host_blocking()
-    return CompiledKernel(blocking, attention_module, head_dim, blocking, few_rows)
-
-
-def tile_kernel(head_dim: int) -> CompiledKernel:
-    """The kernel of a head dimension for bfloat16 queries, compiled once a process."""
-    with _lock:
-        return _compile_tiles(head_dim)
+    return CompiledKernel(blocking, attention_module, head_dim, blocking, few_rows, codes, has_window)
 
 
 @cache
-def _compile_tiles(head_dim: int) -> CompiledKernel:
-    from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
+def _compile_tiles(head_dim: int, codes: Codes | None, has_window: bool) -> CompiledKernel:
+    from cag_kernels.cpu_tile_attention import TILE_BLOCKING, WINDOW_BLOCKING, tile_attention_module
     from cag_kernels.cpu_tiles import require_tiles
 
     require_tiles()
-    return CompiledKernel(TILE_BLOCKING, tile_attention_module, head_dim)
-
-
-def code_kernel(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
-    """The kernel for a prefix in codes, for bfloat16 queries if `tiles`, else for float32 ones; compiled once."""
-    with _lock:
-        return _compile_codes(head_dim, codes, tiles)
-
-
-@cache
-def _compile_codes(head_dim: int, codes: Codes, tiles: bool) -> CompiledKernel:
-    from cag_kernels.cpu_loops import attention_module
-    from cag_kernels.cpu_panel import host_blocking
-    from cag_kernels.cpu_tile_attention import TILE_BLOCKING, tile_attention_module
-    from cag_kernels.cpu_tiles import require_tiles
-
-    if tiles:
-        require_tiles()
-        return CompiledKernel(TILE_BLOCKING, tile_attention_module, head_dim, codes)
-    blocking = host_blocking()
-    return CompiledKernel(blocking, attention_module, head_dim, blocking, None, codes)
+    blocking = WINDOW_BLOCKING if has_window else TILE_BLOCKING
+    return CompiledKernel(blocking, tile_attention_module, head_dim, codes, blocking, has_window)

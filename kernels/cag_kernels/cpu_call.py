@@ -31,28 +31,48 @@ class Field(IntEnum):
     KEYS_STRIDE = 15  # elements from one head to the next
     VALUES_STRIDE = 16
     SCALE = 17  # the bits of a float32
+    # of windows (`cpu_window_call`); zeros where there are none:
+    POSITIONS = 18  # address of int32 [num_queries]
+    FIRST_KEYS = 19  # address of int32 [num_lanes], which `prepare` writes
+    NUM_QUERIES = 20  # row r of a head is query r % NUM_QUERIES
+    OFFSET = 21  # added to positions
+    WINDOW = 22
+    BEGIN = 23  # written by `prepare`: key from which on any row sees one
     # of a prefix in codes (`cpu_dequantize`), where KEYS and VALUES are codes and their strides bytes:
-    NUM_GROUPS = 18  # groups of keys along the tokens
-    NUM_EXACT = 19  # first tokens that stand in EXACT_KEYS and EXACT_VALUES
-    KEY_SCALES = 20  # [num_kv_heads, num_groups, head_dim] bfloat16
-    KEY_OFFSETS = 21
-    VALUE_SCALES = 22  # [num_kv_heads, num_keys, num_channel_groups] bfloat16
-    VALUE_OFFSETS = 23
-    EXACT_KEYS = 24  # [num_kv_heads, num_exact, head_dim] bfloat16
-    EXACT_VALUES = 25
+    NUM_GROUPS = 24  # groups of keys along the tokens
+    NUM_EXACT = 25  # first tokens that stand in EXACT_KEYS and EXACT_VALUES
+    KEY_SCALES = 26  # [num_kv_heads, num_groups, head_dim] bfloat16
+    KEY_OFFSETS = 27
+    VALUE_SCALES = 28  # [num_kv_heads, num_keys, num_channel_groups] bfloat16
+    VALUE_OFFSETS = 29
+    EXACT_KEYS = 30  # [num_kv_heads, num_exact, head_dim] bfloat16
+    EXACT_VALUES = 31
+
+
+_ADDRESSES = {*range(Field.QUERY, Field.NUM_KV_HEADS), Field.POSITIONS, Field.FIRST_KEYS, *range(Field.KEY_SCALES, 32)}
 
 
 class Call:
-    """A function under construction and the fields of the call that it serves; of codes only when there are some."""
+    """A function under construction and the fields of the call that it serves; of windows and of codes only when
+    there are some."""
 
     def __init__(
-        self, module: ir.Module, name: str, head_dim: int, blocking: Blocking, *, has_codes: bool = False
+        self,
+        module: ir.Module,
+        name: str,
+        head_dim: int,
+        blocking: Blocking,
+        *,
+        has_window: bool = False,
+        has_codes: bool = False,
     ) -> None:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
         self.head_dim = head_dim
         self.blocking = blocking
+        self.has_window = has_window
         self.emit = self.make_emitter()
-        fields = [field for field in list(Field)[1:] if has_codes or field <= Field.SCALE]
+        last = Field.EXACT_VALUES if has_codes else Field.BEGIN
+        fields = [field for field in list(Field)[1:] if field <= last]
         self._fields: dict[Field, Value] = {field: self._read(field) for field in fields}
 
     def make_emitter(self) -> Emitter:
@@ -61,8 +81,7 @@ class Call:
 
     def _read(self, field: Field) -> Value:
         value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
-        is_address = Field.QUERY <= field <= Field.LOGSUMEXPS or field >= Field.KEY_SCALES
-        return self.emit.builder.inttoptr(value, POINTER) if is_address else value
+        return self.emit.builder.inttoptr(value, POINTER) if field in _ADDRESSES else value
 
     def place(self, field: Field) -> Value:
         """Address of a field."""

@@ -23,7 +23,7 @@ INT64 = ir.IntType(64)
 LINE_BYTES = 64  # of a processor's cache
 SECOND_CACHE = 2  # see `Emitter.prefetch`
 UNSEEN = -3.0e38  # below every score of finite inputs: the running maximum before the first key
-_LEAST_EXPONENT = -126.0
+_LEAST_EXPONENT, _NO_EXPONENT = -126.0, -127.0  # of a float32 above 0; the bits of the other are those of 0
 _TAYLOR_TERMS = 8  # of 2**f for |f| <= 1/2: the rest is below 2**-27, an eighth of float32's spacing
 
 
@@ -184,13 +184,27 @@ class Emitter:
             distance //= 2
         return value
 
-    def sums_of(self, vectors: Sequence[Value]) -> Value:
-        """Lane `i` is the sum over the lanes of vector `i`; as many vectors as lanes."""
-        even, odd = range(0, 2 * self.lanes, 2), range(1, 2 * self.lanes, 2)
-        while len(vectors) > 1:
-            pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [self.builder.fadd(self._shuffle(*pair, even), self._shuffle(*pair, odd)) for pair in pairs]
-        return vectors[0]
+    def transposed(self, vectors: Sequence[Value]) -> list[Value]:
+        """Lane `i` of vector `j` becomes lane `j` of vector `i`: as many vectors as lanes, of numbers of four bytes."""
+        found = list(vectors)
+        distance = self.lanes // 2
+        while distance:
+            for index in range(self.lanes):
+                if not index & distance:
+                    first, second = found[index], found[index + distance]
+                    # the lane of the pair (first, second) that belongs into each lane
+                    upper = [lane + self.lanes - distance if lane & distance else lane for lane in range(self.lanes)]
+                    lower = [lane + self.lanes if lane & distance else lane + distance for lane in range(self.lanes)]
+                    found[index] = self._shuffle(first, second, upper)
+                    found[index + distance] = self._shuffle(first, second, lower)
+            distance //= 2
+        return found
+
+    def widened_pair(self, pairs: Value) -> tuple[Value, Value]:
+        """The lower and the upper bfloat16 of each int32, as float32."""
+        low = self.builder.shl(pairs, self._integers(16))
+        high = self.builder.and_(pairs, self._integers(0xFFFF0000))
+        return self.builder.bitcast(low, self.vector), self.builder.bitcast(high, self.vector)
 
     def reordered(self, first: Value, second: Value, numbers: Sequence[int]) -> list[Value]:
         """Two vectors whose lanes, one behind the other, hold what `numbers` says: two with lane `i` holding `i`."""
@@ -215,14 +229,15 @@ class Emitter:
         return self.builder.shuffle_vector(left, right, ir.Constant(self.integers, list(lanes)))
 
     def exponential(self, value: Value) -> Value:
-        """`exp(value)` for values up to 0, to about 1e-7; below -87 a number of 1e-38 instead of 0. NaN stays NaN."""
+        """`exp(value)` for values up to 0, to about 1e-7; below -87.3 exactly 0. NaN stays NaN."""
         return self.power_of_two(self.builder.fmul(value, self.constant(1 / math.log(2))), _TAYLOR_TERMS)
 
     def power_of_two(self, exponent: Value, num_terms: int) -> Value:
-        """`2 ** exponent` for exponents up to 127, by a polynomial of `num_terms` terms: 5 give 4e-5, 8 give 1e-8."""
+        """`2 ** exponent` for exponents up to 127, by a polynomial of `num_terms` terms: 5 give 4e-5, 8 give 1e-8.
+        Exactly 0 for exponents below -126."""
         builder = self.builder
         low = builder.fcmp_ordered("<", exponent, self.constant(_LEAST_EXPONENT))
-        exponent = builder.select(low, self.constant(_LEAST_EXPONENT), exponent)
+        exponent = builder.select(low, self.constant(_NO_EXPONENT), exponent)
         whole = self._intrinsic("llvm.rint", exponent)
         fraction = builder.fsub(exponent, whole)
         coefficients = [math.log(2) ** power / math.factorial(power) for power in range(num_terms)]

@@ -3,7 +3,8 @@
 A panel of the packed weight holds 16 output features, for each input feature side by side. So the weight streams
 through once in the order in which it lies, each number of it meets every row of the block in registers, and nothing is
 added up across lanes. A bfloat16 weight is half as much to read and is widened on the way. Threads share panels out
-(`cpu_team`); no number depends on which thread computes it.
+(`cpu_team`); no number depends on which thread computes it, nor on how many rows there are: a row's sums take the same
+turns alone and in company.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from cag_kernels.cpu_team import Share
 from cag_kernels.packed import PANEL
 
 MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
-SUMS = 16  # sums under way at least, so that no addition waits for the one before
-TILE = 128  # input features of one sum, a multiple of 16
+TILE = 64  # input features of one sum, a multiple of 16
 AHEAD = 16  # input features ahead of which the weight is asked for
 
 _lock = threading.Lock()
@@ -116,37 +116,29 @@ class _Pass:
     def _emit_features(self) -> None:
         """Sum tile by tile: one long sum would round each addition against all before it."""
         emit, builder = self.emit, self.emit.builder
-        num_sums = len(self.rows) * len(self.vectors)
-        totals = [emit.scratch(emit.lanes) for _ in range(num_sums)]
+        totals = [emit.scratch(emit.lanes) for _ in self.rows for _ in self.vectors]
         for total in totals:
             emit.store(emit.constant(0.0), total)
         with emit.loop(emit.integer(0), self.stride, TILE) as tile:
             stop = emit.minimum(builder.add(tile.index, emit.integer(TILE)), self.stride)
-            for total, value in zip(totals, self._emit_tile(tile.index, stop, num_sums), strict=True):
+            for total, value in zip(totals, self._emit_tile(tile.index, stop), strict=True):
                 emit.store(builder.fadd(emit.load(total), value), total)
         self._emit_end([emit.load(total) for total in totals])
 
-    def _emit_tile(self, start: Value, stop: Value, num_sums: int) -> list[Value]:
-        """Sums stay in registers: `unroll` sets of them, so that enough additions are under way."""
+    def _emit_tile(self, start: Value, stop: Value) -> list[Value]:
+        """Sums stay in registers, one for each vector out. With few of them additions wait for each other, which
+        reading the weight hides."""
         emit, builder = self.emit, self.emit.builder
-        unroll = min(PANEL, 1 << max(0, (SUMS // num_sums).bit_length() - 1))
         places = [emit.at(self.block, builder.mul(self.stride, emit.integer(row))) for row in self.rows]
-        with emit.loop(start, stop, unroll, [emit.constant(0.0)] * (num_sums * unroll)) as feature:
-            sums: list[Value] = []
-            for step in range(unroll):
-                index = builder.add(feature.index, emit.integer(step))
-                weights = self._weights(index)
-                numbers = [emit.spread(emit.at(place, index)) for place in places]
-                products = [(number, weight) for number in numbers for weight in weights]
-                before = feature.values[step * num_sums : (step + 1) * num_sums]
-                sums += [emit.multiply_add(*product, total) for product, total in zip(products, before, strict=True)]
-            feature.following = sums
-        return [self._sum(list(feature.following[index::num_sums])) for index in range(num_sums)]
-
-    def _sum(self, values: list[Value]) -> Value:
-        while len(values) > 1:
-            values = [self.emit.builder.fadd(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
-        return values[0]
+        nothing = [emit.constant(0.0)] * (len(self.rows) * len(self.vectors))
+        with emit.loop(start, stop, 1, nothing) as feature:
+            weights = self._weights(feature.index)
+            numbers = [emit.spread(emit.at(place, feature.index)) for place in places]
+            products = [(number, weight) for number in numbers for weight in weights]
+            feature.following = [
+                emit.multiply_add(*product, total) for product, total in zip(products, feature.values, strict=True)
+            ]
+        return list(feature.following)
 
     def _weights(self, feature: Value) -> list[Value]:
         """A panel's numbers for one input feature; those some way ahead are asked for."""

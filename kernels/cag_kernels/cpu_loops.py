@@ -15,25 +15,35 @@ from cag_kernels.cpu_dequantize import Dequantizer
 from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, UNSEEN, Emitter, Value, function_blocks
 from cag_kernels.cpu_few import FewRows
 from cag_kernels.cpu_panel import MAX_WIDTH, Blocking, Panel
+from cag_kernels.cpu_window_call import emit_first_keys, emit_range_bounds, emit_seeing
 from cag_kernels.prefixes import Codes
 
 
 def attention_module(
-    head_dim: int, blocking: Blocking, few_rows: int | None = None, codes: Codes | None = None
+    head_dim: int,
+    blocking: Blocking,
+    few_rows: int | None = None,
+    codes: Codes | None = None,
+    has_window: bool = False,
 ) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
-    For any number of rows, or for exactly `few_rows`; over numbers, or over codes, of which a range is turned into
-    numbers where it is attended to.
+    For any number of rows, or for exactly `few_rows` of one query; over numbers, or over codes, of which a range is
+    turned into numbers where it is attended to; with a window or without.
     """
     module = ir.Module(name=f"attention_{head_dim}")
     if few_rows is None:
-        panels = [Panel(module, head_dim, width, blocking).function for width in range(1, MAX_WIDTH + 1)]
+        panels = [Panel(module, head_dim, width, blocking, has_window).function for width in range(1, MAX_WIDTH + 1)]
     else:
         panels = [FewRows(module, head_dim, few_rows, blocking).function]
-    _emit_prepare(Call(module, "prepare", head_dim, blocking))
-    _emit_attend(Call(module, "attend", head_dim, blocking, has_codes=codes is not None), panels, codes)
-    _emit_finish(Call(module, "finish", head_dim, blocking))
+    prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
+    _emit_prepare(prepare)
+    if has_window:
+        emit_first_keys(prepare, blocking.tile if few_rows is None else 1)  # one query: its first key is that of all
+    prepare.emit.builder.ret_void()
+    attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
+    _emit_attend(attend, panels, codes, masks=has_window and few_rows is None)
+    _emit_finish(Call(module, "finish", head_dim, blocking, has_window=has_window))
     return module
 
 
@@ -56,7 +66,6 @@ def _emit_prepare(call: Call) -> None:
         scaled = builder.select(is_padding, ir.Constant(FLOAT, 0.0), builder.fmul(number, scale))
         target = call.index(head.index, (call.head_dim, channel.index), (call[Field.NUM_LANES], row.index))
         builder.store(scaled, emit.at(call[Field.SCALED], target), align=4)
-    builder.ret_void()
 
 
 class _Numbers:
@@ -72,9 +81,9 @@ class _Numbers:
         return self._rows[side]
 
 
-def _emit_attend(call: Call, panels: list[ir.Function], codes: Codes | None) -> None:
+def _emit_attend(call: Call, panels: list[ir.Function], codes: Codes | None, *, masks: bool) -> None:
     numbers = None if codes is None else _Numbers(call, codes)
-    emit_tasks(call, lambda task: _emit_task(call, panels, task, numbers))
+    emit_tasks(call, lambda task: _emit_task(call, panels, task, numbers, masks))
     call.emit.builder.ret_void()
 
 
@@ -93,11 +102,11 @@ def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     builder.position_at_end(done)
 
 
-def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: _Numbers | None) -> None:
+def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: _Numbers | None, masks: bool) -> None:
     emit, builder = call.emit, call.emit.builder
     head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
-    first = builder.mul(part, emit.integer(call.blocking.range_tokens))
-    count = emit.minimum(builder.sub(call[Field.NUM_KEYS], first), emit.integer(call.blocking.range_tokens))
+    first, stop = emit_range_bounds(call, part)
+    count = builder.sub(stop, first)
     channels, lanes = emit.integer(call.head_dim), call[Field.NUM_LANES]
     skipped = builder.mul(first, channels)
     floats = [
@@ -116,11 +125,20 @@ def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: _Num
             emit.at(call[field], call.index(head, (call[stride], skipped)), INT16)
             for field, stride in ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))
         ]
-    _emit_panels(emit, panels, [floats[0], *tokens, *floats[1:]], count, lanes)
+    hidden = (call[Field.FIRST_KEYS], first) if masks else None
+    _emit_panels(emit, panels, [floats[0], *tokens, *floats[1:]], count, lanes, hidden)
 
 
-def _emit_panels(emit: Emitter, panels: list[ir.Function], pointers: list[Value], count: Value, rows: Value) -> None:
-    """Serve all rows with panels as wide as they come: three vectors, at four vectors two and two."""
+def _emit_panels(
+    emit: Emitter,
+    panels: list[ir.Function],
+    pointers: list[Value],
+    count: Value,
+    rows: Value,
+    hidden: tuple[Value, Value] | None,
+) -> None:
+    """Serve all rows with panels as wide as they come: three vectors, at four vectors two and two. `hidden`: the first
+    keys of rows, and which key the range begins with."""
     builder = emit.builder
     total = builder.sdiv(rows, emit.integer(emit.lanes))
     test, behind = function_blocks(emit.function, "panels", "served")
@@ -137,6 +155,7 @@ def _emit_panels(emit: Emitter, panels: list[ir.Function], pointers: list[Value]
     shift = builder.mul(column, emit.integer(emit.lanes))
     query, keys, values, *sums = pointers
     shifted = [emit.at(query, shift), keys, values, *(emit.at(pointer, shift) for pointer in sums)]
+    windows = [] if hidden is None else [emit.at(hidden[0], shift, INT32), hidden[1]]
     following = builder.add(column, width)
     joined = emit.function.append_basic_block("joined")
     switch = builder.switch(width, joined)
@@ -144,7 +163,7 @@ def _emit_panels(emit: Emitter, panels: list[ir.Function], pointers: list[Value]
         block = emit.function.append_basic_block(f"width_{index + 1}")
         switch.add_case(emit.integer(index + 1), block)
         builder.position_at_end(block)
-        builder.call(panel, [*shifted, count, rows])
+        builder.call(panel, [*shifted, count, rows, *windows])
         builder.branch(joined)
     builder.position_at_end(joined)
     column.add_incoming(following, joined)
@@ -225,7 +244,10 @@ def emit_factors(call: Call, base: Value, row: Value) -> tuple[Value, Value]:
         denominator = emit.load(_row_place(call, Field.DENOMINATOR, base, part.index, row))
         part.following = [emit.multiply_add(factor, denominator, part.values[0])]
     total = part.following[0]
-    inverse = builder.fdiv(emit.constant(1.0), total)
+    if call.has_window:
+        total, inverse = emit_seeing(call, row, total)
+    else:
+        inverse = builder.fdiv(emit.constant(1.0), total)
     with emit.loop(zero, num_ranges, 1) as part:
         place = _row_place(call, Field.MAXIMUM, base, part.index, row)
         emit.store(builder.fmul(emit.load(place), inverse), place)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 
-from cag_kernels.cpu_emit import INT16, INT64, POINTER, UNSEEN, Emitter, Value
+from cag_kernels.cpu_emit import INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value
+from cag_kernels.cpu_window import emit_hidden, emit_num_hidden, emit_reference
 
 MAX_WIDTH = 3  # vectors of rows that one pass over the keys serves
+SUM_CHANNELS = 64  # of a score that are summed at once: one long sum would round each product against all before it
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ def host_blocking() -> Blocking:
 
 
 class Panel:
-    """Attention of `width` vectors of rows over one range of keys."""
+    """Attention of `width` vectors of rows over one range of keys; with a window, the first keys of the rows and the
+    key that the range begins with are further arguments."""
 
-    def __init__(self, module: ir.Module, head_dim: int, width: int, blocking: Blocking) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 2)
+    def __init__(self, module: ir.Module, head_dim: int, width: int, blocking: Blocking, has_window: bool) -> None:
+        windows = [POINTER, INT64] if has_window else []
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 2 + windows)
         self.function = ir.Function(module, kind, name=f"panel_{width}")
         self.function.linkage = "internal"
         self.emit = Emitter(self.function, blocking.lanes)
@@ -51,7 +55,8 @@ class Panel:
         self.row_floats = width * blocking.lanes
         arguments = self.function.args
         self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
-        self.num_keys, self.num_rows = arguments[6:]
+        self.num_keys, self.num_rows = arguments[6:8]
+        self.windows = arguments[8:]
         self.scores = self.emit.scratch(blocking.tile * self.row_floats)
         self.wide_keys = self.emit.scratch(blocking.block * head_dim)
         self.wide_values = self.emit.scratch(blocking.tile * blocking.lanes)
@@ -77,6 +82,8 @@ class Panel:
             count = emit.minimum(emit.builder.sub(self.num_keys, tile.index), emit.integer(self.blocking.tile))
             first = emit.builder.mul(tile.index, emit.integer(self.head_dim))
             self._emit_scores(emit.at(self.keys, first, INT16), count)
+            if self.windows:
+                self._emit_hidden(tile.index, count)
             maxima, denominators = tile.values[: self.width], tile.values[self.width :]
             larger, corrections, sums = self._emit_softmax(count, maxima, denominators)
             self._emit_weighted(emit.at(self.values, first, INT16), count, corrections)
@@ -98,22 +105,34 @@ class Panel:
             with emit.loop(emit.integer(0), elements, self.blocking.lanes) as element:
                 wide = self._load_and_prefetch(emit.at(source, element.index, INT16))
                 emit.store(wide, emit.at(self.wide_keys, element.index))
-            sums = self._emit_products(block)
             target = emit.at(self.scores, emit.builder.mul(base.index, emit.integer(self.row_floats)))
-            for key in range(block):
-                self._store_rows(
-                    sums[key * self.width : (key + 1) * self.width], emit.at(target, key * self.row_floats)
-                )
+            for channel in range(0, self.head_dim, SUM_CHANNELS):
+                sums = self._emit_products(block, channel)
+                for key in range(block):
+                    found, place = (
+                        sums[key * self.width : (key + 1) * self.width],
+                        emit.at(target, key * self.row_floats),
+                    )
+                    if channel:
+                        found = [emit.builder.fadd(*pair) for pair in zip(self._rows(place), found, strict=True)]
+                    self._store_rows(found, place)
+
+    def _emit_hidden(self, tile: Value, count: Value) -> None:
+        first_keys, begin = self.windows
+        token = self.emit.builder.add(begin, tile)
+        places = [self.emit.at(first_keys, lane * self.blocking.lanes, INT32) for lane in range(self.width)]
+        emit_hidden(self.emit, self.scores, [emit_num_hidden(self.emit, place, token) for place in places], count)
 
     def _load_and_prefetch(self, place: Value) -> Value:
         self.emit.prefetch(self.emit.at(place, self.blocking.tile * self.head_dim, INT16))
         return self.emit.load_bfloat16(place)
 
-    def _emit_products(self, block: int) -> list[Value]:
-        """Scores of one block of widened keys, in registers."""
+    def _emit_products(self, block: int, first: int) -> list[Value]:
+        """Scores of one block of widened keys, in registers, by the channels from `first` on."""
         emit = self.emit
         zeros = [emit.constant(0.0)] * (block * self.width)
-        with emit.loop(emit.integer(0), emit.integer(self.head_dim), 1, zeros) as channel:
+        stop = min(first + SUM_CHANNELS, self.head_dim)
+        with emit.loop(emit.integer(first), emit.integer(stop), 1, zeros) as channel:
             rows = self._rows(emit.at(self.query, emit.builder.mul(channel.index, self.num_rows)))
             spreads = self.emit.at(self.wide_keys, channel.index)
             channel.following = [
@@ -136,9 +155,10 @@ class Panel:
         larger = list(key.following)
         corrections = [emit.exponential(emit.builder.fsub(old, new)) for old, new in zip(maxima, larger, strict=True)]
         sums = [emit.builder.fmul(*pair) for pair in zip(denominators, corrections, strict=True)]
+        references = [emit_reference(emit, maximum) for maximum in larger] if self.windows else larger
         with emit.loop(emit.integer(0), elements, self.row_floats, sums) as key:
             place = emit.at(self.scores, key.index)
-            shifted = [emit.builder.fsub(score, larger[lane]) for lane, score in enumerate(self._rows(place))]
+            shifted = [emit.builder.fsub(score, references[lane]) for lane, score in enumerate(self._rows(place))]
             weights = [emit.exponential(value) for value in shifted]
             self._store_rows(weights, place)
             key.following = [emit.builder.fadd(key.values[lane], weights[lane]) for lane in range(width)]

@@ -33,26 +33,32 @@ from cag_kernels.cpu_panel import Blocking
 from cag_kernels.cpu_tile_codes import operands_of
 from cag_kernels.cpu_tile_piece import NUM_ASKING, PIECE, Ahead, Coming, Going, Pipeline, Rows
 from cag_kernels.cpu_tiles import DEPTH, TILE, TileEmitter
+from cag_kernels.cpu_window import emit_num_hidden
+from cag_kernels.cpu_window_call import emit_first_keys, emit_range_bounds
 from cag_kernels.prefixes import Codes
 
 PIECES_AHEAD = 1, 0  # keys are read a piece before the values
 TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=1024)
+WINDOW_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=256)  # windows are short, and threads want some each
 
 
-def tile_attention_module(head_dim: int, codes: Codes | None = None) -> ir.Module:
+def tile_attention_module(
+    head_dim: int, codes: Codes | None = None, blocking: Blocking = TILE_BLOCKING, has_window: bool = False
+) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call (`cpu_loops.Field`).
 
     `SCALED` holds the query turned but not scaled, `[num_kv_heads, head_dim / 2, num_lanes]` pairs of bfloat16;
     `WEIGHTED` is `[num_kv_heads, num_ranges, num_lanes, head_dim]`.
     """
     module = ir.Module(name=f"tile_attention_{head_dim}")
-    _emit_prepare(_TileCall(module, "prepare", head_dim, TILE_BLOCKING))
-    attend = _TileCall(module, "attend", head_dim, TILE_BLOCKING, has_codes=codes is not None)
+    _emit_prepare(_TileCall(module, "prepare", head_dim, blocking, has_window=has_window))
+    attend = _TileCall(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
     with attend.emit.configured():
         task = _Task(attend, codes)
         emit_tasks(attend, task.emit_range)
     attend.emit.builder.ret_void()
-    _emit_finish(Call(module, "finish", head_dim, TILE_BLOCKING), task.operands.channel_order)
+    finish = Call(module, "finish", head_dim, blocking, has_window=has_window)
+    _emit_finish(finish, task.operands.channel_order)
     return module
 
 
@@ -83,6 +89,8 @@ def _emit_prepare(call: _TileCall) -> None:
         for step, vector in enumerate(emit.transposed(rows)):
             shift = builder.mul(call[Field.NUM_LANES], emit.integer(step))
             builder.store(vector, emit.at(call[Field.SCALED], builder.add(index, shift), INT32), align=4)
+    if call.has_window:
+        emit_first_keys(call, PIECE)
     builder.ret_void()
 
 
@@ -100,8 +108,7 @@ class _Task:
         call, emit, builder, zero = self.call, self.emit, self.emit.builder, self.emit.integer(0)
         num_ranges, lanes = call[Field.NUM_RANGES], call[Field.NUM_LANES]
         head, part = builder.sdiv(task, num_ranges), builder.srem(task, num_ranges)
-        first = builder.mul(part, emit.integer(call.blocking.range_tokens))
-        stop = emit.minimum(builder.add(first, emit.integer(call.blocking.range_tokens)), call[Field.NUM_KEYS])
+        first, stop = emit_range_bounds(call, part)
         query_index = builder.mul(builder.mul(head, emit.integer(self.head_dim // 2)), lanes)
         query = emit.at(call[Field.SCALED], query_index, INT32)
         sums = [
@@ -113,7 +120,7 @@ class _Task:
         self.pipeline.emit_begin(Coming(keys, query))
         nothing = [zero, self.pipeline.nowhere]  # sums of nobody before the first rows
         with emit.loop(first, stop, PIECE, [keys, *nothing]) as piece:
-            piece.following = self._emit_piece(piece, head, query, sums, stop)
+            piece.following = self._emit_piece(piece, head, query, sums, (first, stop))
         turn, weighted = piece.following[1:]
         self.pipeline.emit_end(turn, Going(self.operands.paired, weighted))
         scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
@@ -121,18 +128,21 @@ class _Task:
             place = emit.at(sums[0], lane.index)
             emit.store(builder.fmul(emit.load(place), scale), place)
 
-    def _emit_piece(self, piece: Loop, head: Value, query: Value, sums: list[Value], stop: Value) -> list[Value]:
-        """One piece for all rows. Carried on: where the keys of the piece lie, then the turn of the next step and the
-        sums of the rows whose weights wait for values.
+    def _emit_piece(
+        self, piece: Loop, head: Value, query: Value, sums: list[Value], bounds: tuple[Value, Value]
+    ) -> list[Value]:
+        """One piece of the keys within `bounds` for all rows. Carried on: where the keys of the piece lie, then the
+        turn of the next step and the sums of the rows whose weights wait for values.
 
         So the values of a piece are wanted from its second step to the first of the next one, and the keys of the next
         one in the last step: one place is enough for each. Rows take their turns forth in even pieces and back in odd
         ones: all operands together are more than the first cache holds, and what met the last rows is still there.
         """
         emit, builder, lanes = self.emit, self.emit.builder, self.call[Field.NUM_LANES]
+        begin, stop = bounds
         count, following = self._count(piece.index, stop), builder.add(piece.index, emit.integer(PIECE))
         ahead = self._emit_ahead(head, following, stop)
-        is_odd = builder.trunc(builder.udiv(piece.index, emit.integer(PIECE)), INT1)
+        is_odd = builder.trunc(builder.udiv(builder.sub(piece.index, begin), emit.integer(PIECE)), INT1)
         step = builder.select(is_odd, emit.integer(-TILE), emit.integer(TILE))
         first = builder.select(is_odd, builder.sub(lanes, emit.integer(TILE)), emit.integer(0))
         with emit.loop(emit.integer(0), lanes, TILE, [first, *piece.values]) as rows:
@@ -140,7 +150,11 @@ class _Task:
             is_last = builder.icmp_signed("==", rows.index, builder.sub(lanes, emit.integer(TILE)))
             coming = self._emit_coming_keys(is_last, head, following, stop, keys)
             next_lane = builder.select(is_last, lane, builder.add(lane, step))
-            present = Rows(emit.at(sums[0], lane), emit.at(sums[1], lane), count)
+            hidden = None
+            if self.call.has_window:
+                first_keys = emit.at(self.call[Field.FIRST_KEYS], lane, INT32)
+                hidden = emit_num_hidden(emit, first_keys, piece.index)
+            present = Rows(emit.at(sums[0], lane), emit.at(sums[1], lane), count, hidden)
             self.pipeline.emit_step(
                 turn,
                 Coming(coming, emit.at(query, next_lane, INT32)),
@@ -193,7 +207,7 @@ class _Task:
         found = []
         for side, pieces in enumerate(PIECES_AHEAD):
             wanted = builder.add(token, emit.integer(pieces * PIECE))
-            first = builder.mul(builder.srem(task, num_ranges), range_tokens)
+            first, _ = emit_range_bounds(call, builder.srem(task, num_ranges))
             behind = builder.urem(wanted, range_tokens)  # of the next range when this one is whole
             is_here = builder.icmp_signed("<", wanted, stop)
             place = self.operands.place(

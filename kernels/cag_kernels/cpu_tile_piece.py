@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cag_kernels.cpu_emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, SECOND_CACHE, UNSEEN, Value
 from cag_kernels.cpu_tiles import DEPTH, FEW_TERMS, ROW_BYTES, TILE, TileEmitter
+from cag_kernels.cpu_window import emit_hidden, emit_reference
 
 PIECE = 64  # keys of one softmax step
 TILE_BYTES = TILE * ROW_BYTES
@@ -40,11 +41,13 @@ class Coming(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows whose weights are under way: places of their maxima and denominators, and how many keys there are."""
+    """Rows whose weights are under way: places of their maxima and denominators, how many keys there are, and with a
+    window how many of the first ones each row does not see."""
 
     maximum: Value
     denominator: Value
     count: Value
+    num_hidden: Value | None = None
 
 
 class Going(NamedTuple):
@@ -99,7 +102,11 @@ class Pipeline:
         self._emit_held(coming)
         self._emit_corrected(other, going.weighted)
         self._emit_unseen(scores, rows.count)
+        if rows.num_hidden is not None:
+            emit_hidden(emit, scores, [rows.num_hidden], emit.integer(PIECE))
         larger, started = self._emit_maxima(turn, scores, rows)
+        if rows.num_hidden is not None:
+            larger = emit_reference(emit, larger)
         nothing = emit.constant(0.0)
         with emit.loop(emit.integer(0), emit.integer(_ROUNDS), 1, [started, nothing]) as part:
             beside = [

@@ -159,20 +159,6 @@ class TileEmitter(Emitter):
             result = self.multiply_add(result, fraction, self.constant(coefficient))
         return self._masked("scalef.ps.512", result, exponent)
 
-    def transposed(self, vectors: Sequence[Value]) -> list[Value]:
-        """Lane `i` of vector `j` becomes lane `j` of vector `i`: 16 vectors of 16 numbers of four bytes."""
-        found = list(vectors)
-        for distance in (8, 4, 2, 1):
-            for index in range(TILE):
-                if not index & distance:
-                    first, second = found[index], found[index + distance]
-                    # the lane of the pair (first, second) that belongs into each lane
-                    upper = [lane + TILE - distance if lane & distance else lane for lane in range(TILE)]
-                    lower = [lane + TILE if lane & distance else lane + distance for lane in range(TILE)]
-                    found[index] = self._shuffle(first, second, upper)
-                    found[index + distance] = self._shuffle(first, second, lower)
-        return found
-
     def load_integers(self, pointer: Value) -> Value:
         """A vector of 16 int32 from anywhere in memory."""
         return self.builder.load(pointer, typ=self.integers, align=4)

@@ -46,7 +46,8 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
 
 
 class PackedProduct:
-    """`packed_linear` with one weight. Contiguous float32 rows on the CPU; not for gradients."""
+    """`packed_linear` with one weight by compiled code, whatever the number of rows, so that a row has the same bits in
+    any company. Contiguous float32 rows on the CPU; not for gradients."""
 
     is_recordable = True
 
@@ -56,10 +57,13 @@ class PackedProduct:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[num_rows, in_features]` to `[num_rows, out_features]`."""
-        return packed_linear(rows, self._packed, self._bias)
+        out = rows.new_empty(len(rows), self.out_features)
+        if len(rows):
+            self.into(rows, out)
+        return out
 
     def into(self, rows: Tensor, out: Tensor) -> None:
-        """The same to `out`, of at most `FEW_ROWS` rows, by compiled code."""
+        """The same to `out`."""
         from cag_kernels.cpu_linear import compiled_linear
 
         compiled_linear(rows, self._packed.panels, self._bias, self.out_features, out)

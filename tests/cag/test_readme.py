@@ -1,6 +1,7 @@
 """The commands of the README are run as they stand there, on a tiny model in the place of the default one."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ def test_the_readme_commands_run(tmp_path, monkeypatch):
     runner = CliRunner()
     assert len(COMMANDS) >= 8
     for command in COMMANDS:
-        words = re.findall(r'"[^"]*"|\S+', command)[1:]
-        arguments = [word.strip('"').replace("qwen2.5-coder-1.5b-instruct", str(model)) for word in words]
+        words = shlex.split(command, comments=True)[1:]
+        arguments = [word.replace("qwen2.5-coder-1.5b-instruct", str(model)) for word in words]
         if arguments[0] in ("build", "update"):
             arguments += ["--model", str(model)]
         if arguments[0] == "ask":

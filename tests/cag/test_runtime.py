@@ -1,6 +1,11 @@
 """The runtime plan: measured once, kept, overridden by the environment; and what the model does with it."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,10 +63,10 @@ def other_process(monkeypatch):
     """Goes on as if in a process that has measured nothing, and finds such figures if it does."""
     monkeypatch.delenv("CAG_THREADS", raising=False)
 
-    def begin(figures=None):
+    def begin(figures=None, disturbed=0):
         def measure():
             assert figures is not None, "measured again"
-            return runtime._plan_from(figures)
+            return runtime._Measured(runtime._plan_from(figures), 1 - disturbed, disturbed)
 
         monkeypatch.setattr(runtime, "_measured_in_this_process", measure)
         runtime._measured_here.clear()
@@ -84,6 +89,57 @@ def test_the_first_processes_measure_and_the_least_times_count(cag_home, two_cor
     other_process()
     assert plan_runtime(CPU) == plan
     assert json.loads((cag_home / "runtime.json").read_text())["measurements"] == 3
+
+
+def test_who_waited_for_cores_does_not_settle_the_plan(cag_home, two_cores, other_process):
+    """Three processes on a busy machine once settled on one thread, which halved the speed of all later ones."""
+    quiet = measured(small=(9, 5), few=(6, 3), large=(100, 60), bf16_factor=2.5)
+    busy = measured(small=(9, 18), few=(6, 12), large=(100, 200), bf16_factor=2.5)
+    for _ in range(4):
+        other_process(busy, disturbed=1)
+        plan = plan_runtime(CPU)
+        assert plan.threads_small == 1
+        assert plan.reason.endswith("other processes had the cores meanwhile")
+    for _ in range(runtime._NUM_MEASUREMENTS):
+        other_process(quiet)
+        assert plan_runtime(CPU).threads_small == 2
+    other_process()
+    assert plan_runtime(CPU).threads_small == 2
+
+
+def test_a_machine_that_is_always_busy_is_measured_a_few_times_only(cag_home, two_cores, other_process):
+    busy = measured(small=(9, 18), few=(6, 12), large=(100, 200), bf16_factor=2.5)
+    for _ in range(runtime._MOST_MEASUREMENTS):
+        other_process(busy, disturbed=1)
+        plan_runtime(CPU)
+    other_process()
+    assert plan_runtime(CPU).threads_small == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say who waited for cores")
+def test_a_measurement_beside_other_processes_is_known_as_disturbed(monkeypatch):
+    """Two processes on the one core that this one may use."""
+    core = min(os.sched_getaffinity(0))
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
+    )
+    before = os.sched_getaffinity(0)
+
+    def compute():
+        begin = time.perf_counter()
+        while time.perf_counter() < begin + 0.5:
+            pass
+        return runtime._plan_from(measured(small=(9, 5), few=(6, 3), large=(100, 60), bf16_factor=2.5))
+
+    monkeypatch.setattr(runtime, "_measure_cpu", compute)
+    try:
+        os.sched_setaffinity(0, {core})
+        found = runtime._measure()
+    finally:
+        os.sched_setaffinity(0, before)
+        other.kill()
+        other.wait()
+    assert (found.undisturbed, found.disturbed) == (0, 1)
 
 
 def test_a_plan_is_measured_anew_on_another_machine(cag_home, other_process):

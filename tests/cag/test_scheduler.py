@@ -121,7 +121,7 @@ def test_answers_in_many_more_orders(seed, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_a_row_in_company(kind, tmp_path, monkeypatch):
-    """To the bit by tiles. In float32 sums come in another order, the more where a rounding of keys hangs on them."""
+    """To the bit by tiles and over packed weights. A library's products sum in another order."""
     engine = engine_of(kind, CONFIGS["llama"](), tmp_path, monkeypatch)
     model, prefix = engine.model, engine.open("beta-lossless").resident
     prefix.wait()
@@ -136,7 +136,7 @@ def test_logits_of_a_row_in_company(kind, tmp_path, monkeypatch):
 
     together = model.forward_together(list(zip(ids, states(), strict=True)))
     alone = torch.cat([model.forward(part, state) for part, state in zip(ids, states(), strict=True)])
-    bound = {"tiles": 0.0, "float32": 1e-5, "packed": 5e-3}[kind]
+    bound = {"tiles": 0.0, "float32": 1e-5, "packed": 0.0}[kind]
     assert (together - alone).abs().max() <= bound * alone.abs().max()
 
 

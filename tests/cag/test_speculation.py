@@ -16,6 +16,7 @@ from cag.home import cag_home as user_home
 from cag.ngrams import NgramIndex
 from cag.scheduler import Scheduler
 from cag.speculation import MAX_DRAFT_TOKENS, ROW_COUNTS, Drafter, share_rows
+from cag.step_cost import ARITHMETIC, SHARED_READING
 from cag_kernels import has_tiles
 
 USER_HOME = user_home()
@@ -313,21 +314,23 @@ def test_rows_go_to_the_likeliest_tokens():
     assert share_rows([[0.2] * 15] * 16, 16) == [0] * 16  # a row that costs the same brings too little there
     assert share_rows([[0.2] * 15], 1) != [0]
     assert share_rows([[0.9] * 15] * 2, 100) == [0, 0]
+    assert share_rows([[0.2] * 2], 1) == [2]
+    assert share_rows([[0.2] * 2], 1, ARITHMETIC) == [0]  # a second token costs more there than it brings
+    assert share_rows([[0.2] * 2] * 2, 2, ARITHMETIC) == [1, 2]  # where there are several anyway
 
 
-def test_rows_are_those_with_most_tokens_for_the_time():
-    from cag.speculation import ROW_COST
-
+@pytest.mark.parametrize("cost", [SHARED_READING, ARITHMETIC])
+def test_rows_are_those_with_most_tokens_for_the_time(cost):
     chance = random.Random(4)
     for _ in range(200):
         chances = [
             sorted((chance.random() for _ in range(chance.choice([0, 1, 5, 15]))), reverse=True)
             for _ in range(chance.choice([1, 2, 7]))
         ]
-        counts, num_rows = share_rows(chances, len(chances)), len(chances)
+        counts, num_rows = share_rows(chances, len(chances), cost), len(chances)
         likely = sorted((one for of_one in chances for one in of_one), reverse=True)
         sizes = [size for size in (num_rows, *ROW_COUNTS) if 0 <= size - num_rows <= len(likely)]
-        rates = {s: (num_rows + sum(likely[: s - num_rows])) / (1 + ROW_COST * (s - 1)) for s in sizes}
+        rates = {s: (num_rows + sum(likely[: s - num_rows])) / cost.of(s) for s in sizes}
         assert rates[num_rows + sum(counts)] == pytest.approx(max(rates.values()))
         assert all(count <= len(of_one) for count, of_one in zip(counts, chances, strict=True))
 

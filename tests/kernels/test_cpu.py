@@ -75,6 +75,18 @@ def test_every_group_of_a_single_query(group, head_dim):
     assert_close(cpu_attention(query, keys, values, scale=0.2, offset=85), query, keys, values, 0.2)
 
 
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(2, 2), (3, 1), (8, 2), (9, 3), (16, 2)])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 128, 256])
+def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_heads, head_dim):
+    """A single one of few rows has code of its own."""
+    query, keys, values = make((num_q_heads, num_kv_heads, head_dim, 7, 1077))
+    out, lse = cpu_attention(query, keys, values, scale=0.2, offset=1077)
+    for index in range(query.shape[1]):
+        own = cpu_attention(query[:, index : index + 1], keys, values, scale=0.2, offset=1077)
+        assert torch.equal(own[0], out[:, index : index + 1])
+        assert torch.equal(own[1], lse[:, index : index + 1])
+
+
 @pytest.mark.parametrize("num_queries", [1, 9])
 @pytest.mark.parametrize("blocking", [Blocking(8, 4), Blocking(8, 8), Blocking(16, 8, tile=32, range_tokens=96)])
 def test_other_processors_blocking(blocking, num_queries, monkeypatch):
@@ -82,7 +94,7 @@ def test_other_processors_blocking(blocking, num_queries, monkeypatch):
     query, keys, values = make((6, 2, 64, num_queries, 777))
     few_rows = 3 if num_queries == 1 else None
     kernel = CompiledKernel(blocking, attention_module, 64, blocking, few_rows)
-    monkeypatch.setattr(cpu, "compiled_kernel", lambda _head_dim, _rows: kernel)
+    monkeypatch.setattr(cpu, "compiled_kernel", lambda *_which: kernel)
     assert_close(cpu_attention(query, keys, values, scale=0.2, offset=777), query, keys, values, 0.2)
 
 

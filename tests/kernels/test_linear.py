@@ -173,6 +173,17 @@ def test_threads_do_not_show_in_the_bits():
 
 
 @compiled
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_row_has_the_same_bits_alone_and_in_company(dtype):
+    """Of every number of rows that a pass has registers for, and of several passes."""
+    block, weight, bias = operands(53, 67, 784, bias=True, dtype=dtype)
+    packed = pack_weight(weight)
+    alone = torch.cat([packed_linear(block[row : row + 1], packed, bias) for row in range(len(block))])
+    for rows in range(2, len(block) + 1):
+        assert torch.equal(packed_linear(block[:rows], packed, bias), alone[:rows])
+
+
+@compiled
 def test_python_threads_do_not_disturb_each_other():
     """Unpacking threads too: the memory that a weight is unpacked to belongs to one thread."""
     cases = [operands(rows, 131, 576, bias=rows % 2 == 0) for rows in (*range(2, 18), 130, 131, 132)]
