@@ -33,7 +33,8 @@ def segment_attention(
     _check_shapes(query, keys, values, offset)
     path = choose_path(query, keys, window=window, softcap=softcap, offset=offset)
     if path == "compiled":
-        return cpu_attention(query, keys, values, scale=scale, offset=offset)
+        window = _binding(window, offset + query.shape[1])
+        return cpu_attention(query, keys, values, scale=scale, offset=offset, window=window)
     if path == "fused":
         return fused_attention(query, keys, values, scale=scale, offset=offset)
     return tiled_attention(query, keys, values, scale=scale, offset=offset, window=window, softcap=softcap)
@@ -42,18 +43,23 @@ def segment_attention(
 def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: float | None, offset: int) -> str:
     """`"compiled"`, `"fused"` or `"tiled"` for a call with these tensors."""
     num_queries, num_keys = query.shape[1], keys.shape[1]
-    if window is not None and offset + num_queries <= window:
-        window = None  # the window reaches back to the segment's first key for every query
-    if window is not None or softcap is not None or query.dtype == torch.float64:
+    if softcap is not None or query.dtype == torch.float64:
+        return "tiled"
+    rows = query.shape[0] // keys.shape[0] * num_queries
+    if offset >= num_keys - 1 and rows <= COMPILED_MAX_ROWS and cpu_attention_serves(query, keys):
+        return "compiled"
+    if _binding(window, offset + num_queries) is not None:
         return "tiled"
     if query.is_cuda and query.dtype == torch.float32:  # fused kernels there take 16 bits only
         return "tiled"
     if offset < num_keys - 1 and offset + num_queries != num_keys:
         return "tiled"
-    rows = query.shape[0] // keys.shape[0] * num_queries
-    if offset >= num_keys - 1 and rows <= COMPILED_MAX_ROWS and cpu_attention_serves(query, keys):
-        return "compiled"
     return "fused" if query.dtype == keys.dtype or rows >= FUSED_MIN_ROWS else "tiled"
+
+
+def _binding(window: int | None, num_tokens: int) -> int | None:
+    """The window, or None where it reaches back to the first of so many tokens for every query."""
+    return None if window is not None and num_tokens <= window else window
 
 
 def available_paths(device: torch.device) -> dict[str, str]:
@@ -64,7 +70,7 @@ def available_paths(device: torch.device) -> dict[str, str]:
         fused = "torch CPU flash attention"
     paths = {"fused": fused, "tiled": "torch, tiles of keys with an online softmax"}
     if device.type == "cpu" and has_compiler():
-        paths["compiled"] = "LLVM code for this processor, few float32 rows over bfloat16 keys"
+        paths["compiled"] = "LLVM code for this processor, sliding windows too, few float32 rows over bfloat16 keys"
         if has_tiles():
             paths["compiled"] += ", and few bfloat16 rows by tiles (AMX)"
     return paths

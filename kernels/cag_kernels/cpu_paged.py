@@ -21,6 +21,7 @@ from cag_kernels.cpu_steps import compiled_step, memory, take_task
 from cag_kernels.cpu_tape import CompiledStep, float_bits, new_call
 from cag_kernels.prefixes import BLOCK_TOKENS
 
+_NO_WINDOW = 1 << 32  # tokens; no tail has as many
 THREADS_PAIRS = 1 << 12  # rows of query heads x keys from which a second thread is worth its start
 
 types = numba.types
@@ -54,13 +55,14 @@ class Field(IntEnum):
     FIRST_SESSION = 21  # the sessions of this call
     LAST_SESSION = 22  # behind the last of them
     SCALE = 23  # the bits of a float32
+    WINDOW = 24  # tokens of its tail that a row sees at most, its own included
 
 
 NUM_FIELDS = len(Field)
 (
     _NEXT_TASK, _QUERY, _KEYS, _VALUES, _PAGES, _LENGTHS, _STARTS, _SKIPPED, _PARTS, _PART_LOGSUMEXPS, _OUT,
     _LOGSUMEXPS, _NUM_Q_HEADS, _NUM_ROWS, _HEAD_DIM, _NUM_PAGES, _NUM_KV_HEADS, _PAGE_TOKENS, _NUM_SESSIONS,
-    _MAX_PAGES, _NUM_PARTS, _FIRST_SESSION, _LAST_SESSION, _SCALE,
+    _MAX_PAGES, _NUM_PARTS, _FIRST_SESSION, _LAST_SESSION, _SCALE, _WINDOW,
 ) = (int(field) for field in Field)  # fmt: skip
 
 
@@ -96,8 +98,11 @@ class Tails:
         out: Tensor,
         logsumexps: Tensor,
         sessions: tuple[int, int] | None = None,
+        window: int | None = None,
     ) -> None:
         """Causal attention of sessions' rows over their own tails, joined with what other segments gave these rows.
+
+        With a window, a row at place `t` of its tail sees places `t - window < place <= t`.
 
         query: `[num_q_heads, num_rows, head_dim]` float32; keys, values: `[num_pages, num_kv_heads, page_tokens,
         head_dim]` bfloat16; parts: `[num_parts, num_q_heads, rows of these sessions, head_dim]` float32 with their
@@ -112,7 +117,7 @@ class Tails:
             0, query.data_ptr(), keys.data_ptr(), values.data_ptr(), *self._addresses, parts.data_ptr(),
             part_logsumexps.data_ptr(), out.data_ptr(), logsumexps.data_ptr(), num_q_heads, num_rows, head_dim,
             num_pages, num_kv_heads, page_tokens, len(self), self._max_pages, len(parts), first, last,
-            float_bits(scale),
+            float_bits(scale), _NO_WINDOW if window is None else window,
         )  # fmt: skip
         one_thread = self.num_pairs(first, last) * num_q_heads < THREADS_PAIRS
         _step().shared(new_call(fields, kept), 1 if one_thread else (last - first) * num_kv_heads)
@@ -153,6 +158,7 @@ def _attend_head(fields: Any, session: Any, kv_head: Any) -> None:
     out = carray(memory(fields[_OUT]), (num_rows, num_q_heads, head_dim), np.float32)
     logsumexps = carray(memory(fields[_LOGSUMEXPS]), (num_q_heads, num_rows), np.float32)
     scale = carray(memory(fields[_SCALE:].ctypes.data), 1, np.float32)[0]
+    window = fields[_WINDOW]
     begin: Any = np.int64(starts[session])
     count: Any = np.int64(starts[session + 1]) - begin
     group = num_q_heads // fields[_NUM_KV_HEADS]
@@ -164,18 +170,22 @@ def _attend_head(fields: Any, session: Any, kv_head: Any) -> None:
         for head in range(group):
             for index in range(head_dim):
                 out[begin + row, kv_head * group + head, index] = np.float32(0)
-    for block in range(skipped // BLOCK_TOKENS * BLOCK_TOKENS, length, BLOCK_TOKENS):
+    least = max(skipped, length - count + 1 - window)  # token that the first row sees first
+    for block in range(least // BLOCK_TOKENS * BLOCK_TOKENS, length, BLOCK_TOKENS):
         page, slot = np.int64(pages[block // page_tokens]), block % page_tokens
-        first, stop = max(skipped - block, 0), min(BLOCK_TOKENS, length - block)
+        first, stop = max(least - block, 0), min(BLOCK_TOKENS, length - block)
         for key in range(first, stop):
             for index in range(head_dim):
                 wide[0, key, index] = widened(keys[page, kv_head, slot + key, index])
                 wide[1, key, index] = widened(values[page, kv_head, slot + key, index])
         for row in range(max(0, block + first - (length - count)), count):
-            last = min(stop, length - count + row + 1 - block)
+            behind = length - count + row + 1 - block  # the row itself
+            seen, last = max(first, behind - window), min(stop, behind)
+            if seen >= last:
+                continue
             for head in range(group):
                 _attend_block(
-                    query[kv_head * group + head, begin + row], wide, scores, first, last, scale,
+                    query[kv_head * group + head, begin + row], wide, scores, seen, last, scale,
                     maxima[head, row : row + 1], totals[head, row : row + 1],
                     out[begin + row, kv_head * group + head],
                 )  # fmt: skip

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from cag_kernels.attention import COMPILED_MAX_ROWS, segment_attention
-from cag_kernels.cpu import cpu_attention_serves, cpu_quantized_attention, has_numba, quantized_attention_serves
+from cag_kernels.cpu import (
+    cpu_attention,
+    cpu_attention_serves,
+    cpu_quantized_attention,
+    has_numba,
+    quantized_attention_serves,
+)
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
 from cag_kernels.merge import merge_segments
@@ -58,8 +64,7 @@ def prefix_attention(
         keys, values = prefix[:2]
         return segment_attention(query, keys, values, scale=scale, offset=prefix.num_tokens, softcap=softcap)
     if path == "compiled":
-        assert isinstance(prefix, QuantizedPrefix)
-        return cpu_quantized_attention(query, prefix, scale=scale)
+        return _compiled_prefix(query, prefix, scale, window, positions)
     if path == "torch":
         return prefix_attention_reference(query, prefix, **kwargs)
     from cag_kernels.triton_launch import attend
@@ -78,8 +83,8 @@ def paged_attention(
     check_tails(tails, query)
     kwargs: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if not triton_serves(query):
-        if window is None and softcap is None and _compiled_tails_serve(query, tails):
-            return _compiled_tails(query, tails, scale)
+        if softcap is None and _compiled_tails_serve(query, tails):
+            return _compiled_tails(query, tails, scale, window)
         return session_by_session(query, tails, segment_attention, **kwargs)
     from cag_kernels.triton_launch import attend
 
@@ -131,25 +136,43 @@ def choose_prefix_path(query: Tensor, prefix: Prefix, *, window: int | None, sof
     if triton_serves(query):
         flash = plain and softcap is None and has_flash_attn()
         return "segment" if flash and query.dtype == prefix[0].dtype and query.dtype in HALF_TYPES else "triton"
-    if isinstance(prefix, QuantizedPrefix) and window is None and softcap is None:
-        return "compiled" if quantized_attention_serves(query, prefix) else "torch"
-    return "segment" if plain else "torch"
+    if plain:
+        return "segment"
+    if softcap is not None:
+        return "torch"
+    if isinstance(prefix, QuantizedPrefix):
+        served = quantized_attention_serves(query, prefix)
+    else:
+        served = cpu_attention_serves(query, prefix.keys)
+    return "compiled" if served else "torch"
 
 
-def rows_stay_apart(query: Tensor, prefix: Prefix) -> bool:
-    """Whether `prefix_attention` without window and cap gives a query the same bits, however many others there are.
+def rows_stay_apart(query: Tensor, prefix: Prefix, *, window: int | None = None) -> bool:
+    """Whether `prefix_attention` without a cap gives a query the same bits, however many others there are and wherever
+    they stand.
 
     On a CPU compiled code does, but for float32 queries over a plain prefix, of which a single one has code of its
     own. Elsewhere it is not promised; on a GPU queries are taken together all the same.
     """
     if query.device.type != "cpu":
         return True
-    path = choose_prefix_path(query, prefix, window=None, softcap=None)
-    if path == "compiled":
-        return True
+    path = choose_prefix_path(query, prefix, window=window, softcap=None)
+    if isinstance(prefix, QuantizedPrefix):
+        return path == "compiled"
     rows = query.shape[0] // prefix[0].shape[0] * query.shape[1]
-    tiles = query.dtype == torch.bfloat16 and rows <= COMPILED_MAX_ROWS
-    return tiles and path == "segment" and cpu_attention_serves(query, prefix[0])
+    tiles = query.dtype == torch.bfloat16 and (rows <= COMPILED_MAX_ROWS or path == "compiled")
+    return tiles and path != "torch" and cpu_attention_serves(query, prefix[0])
+
+
+def _compiled_prefix(
+    query: Tensor, prefix: Prefix, scale: float, window: int | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    places: dict[str, Any] = {}
+    if window is not None and positions is not None:
+        places = {"window": window, "positions": positions.contiguous()}
+    if isinstance(prefix, QuantizedPrefix):
+        return cpu_quantized_attention(query, prefix, scale=scale, **places)
+    return cpu_attention(query, *prefix, scale=scale, offset=0, **places)
 
 
 def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
@@ -165,7 +188,7 @@ def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
     )
 
 
-def _compiled_tails(query: Tensor, tails: PagedTails, scale: float) -> tuple[Tensor, Tensor]:
+def _compiled_tails(query: Tensor, tails: PagedTails, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
     from cag_kernels import cpu_paged
 
     num_q_heads, num_queries, head_dim = query.shape
@@ -174,7 +197,7 @@ def _compiled_tails(query: Tensor, tails: PagedTails, scale: float) -> tuple[Ten
     pages, lengths, starts = (part.numpy() for part in (tails.pages, tails.lengths, tails.query_starts))
     sessions = cpu_paged.Tails(pages, lengths, starts, np.zeros_like(lengths))
     nothing = torch.empty(0, dtype=torch.float32)
-    sessions.attend(query.float().contiguous(), *tails[:2], scale, nothing, nothing, out, lse)
+    sessions.attend(query.float().contiguous(), *tails[:2], scale, nothing, nothing, out, lse, window=window)
     return out.transpose(0, 1), lse
 
 

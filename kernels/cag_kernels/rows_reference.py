@@ -34,9 +34,15 @@ def rotate_reference(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def attend_tails_reference(
-    query: Tensor, tails: PagedTails, skipped: list[int], scale: float, parts: list[tuple[Tensor, Tensor]]
+    query: Tensor,
+    tails: PagedTails,
+    skipped: list[int],
+    scale: float,
+    parts: list[tuple[Tensor, Tensor]],
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each session's rows over its tail behind the first `skipped` tokens, joined with `parts`.
+    With a window each row sees so many tokens of its tail at most, its own included.
 
     `query` is `[num_q_heads, num_rows, head_dim]`. Returns `[num_rows, num_q_heads * head_dim]` and the logsumexps
     `[num_q_heads, num_rows]` of all that a row saw.
@@ -46,7 +52,8 @@ def attend_tails_reference(
         rows = slice(*tails.query_starts[session : session + 2].tolist())
         first, count = skipped[session], rows.stop - rows.start
         keys, values = (side[:, first:].to(query.dtype) for side in tail_of(tails, session, length))
-        own = segment_attention_reference(query[:, rows], keys, values, scale=scale, offset=length - count - first)
+        place = {"offset": length - count - first, "window": window}
+        own = segment_attention_reference(query[:, rows], keys, values, scale=scale, **place)
         found = [own, *((out[:, rows], lse[:, rows]) for out, lse in parts)]
         outs.append(merge_segments(found))
         lses.append(torch.stack([lse for _, lse in found]).logsumexp(0))

@@ -96,7 +96,9 @@ def test_dispatch_depends_on_sizes_dtypes_and_masks_only():
     assert choose_path(query.float(), keys, **{**plain, "offset": 124}) == "tiled"  # 21 rows, some keys hidden
     assert choose_path(query.float().repeat(1, 7, 1), keys, **{**plain, "offset": 82}) == "fused"  # 147 rows
     assert choose_path(query, keys, **{**plain, "softcap": 3.0}) == "tiled"
-    assert choose_path(query, keys, **{**plain, "window": 5}) == "tiled"
+    windowed = "compiled" if cpu_attention_serves(query, keys) else "tiled"
+    assert choose_path(query, keys, **{**plain, "window": 5}) == windowed
+    assert choose_path(query, keys, **{**plain, "window": 5, "offset": 124}) == "tiled"
     assert choose_path(query, keys, **{**plain, "window": 138}) == few
 
 

@@ -94,7 +94,8 @@ def test_every_end_of_the_codes(num_tokens, dtype):
 def test_what_is_not_compiled_for_codes_is_left_to_torch():
     query, prefix = make((4, 2, 64, 5, 100))
     assert choose_prefix_path(query, prefix, window=None, softcap=5.0) == "torch"
-    assert choose_prefix_path(query, prefix, window=20, softcap=None) == "torch"
+    assert choose_prefix_path(query, prefix, window=20, softcap=None) == "compiled"
+    assert choose_prefix_path(query, prefix, window=20, softcap=5.0) == "torch"
     assert choose_prefix_path(query.double(), prefix, window=None, softcap=None) == "torch"
     odd, narrow = make((4, 2, 40, 5, 100))
     assert choose_prefix_path(odd, narrow, window=None, softcap=None) == "torch"

@@ -183,7 +183,8 @@ def test_dispatch(monkeypatch):
     assert choose_path(query, keys, **plain) == "compiled"
     assert choose_path(query, keys, **{**plain, "offset": 124}) == "tiled"
     assert choose_path(query, keys, **{**plain, "softcap": 3.0}) == "tiled"
-    assert choose_path(query, keys, **{**plain, "window": 9}) == "tiled"
+    assert choose_path(query, keys, **{**plain, "window": 9}) == "compiled"
+    assert choose_path(query, keys, **{**plain, "window": 9, "offset": 124}) == "tiled"
     assert "compiled" in available_paths(torch.device("cpu"))
     assert "compiled" not in available_paths(torch.device("cuda"))
     found = segment_attention(query, keys, values, scale=0.1, offset=131)

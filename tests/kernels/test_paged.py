@@ -8,6 +8,7 @@ import torch
 
 from cag_kernels import paged_attention, prefix_attention, rows_stay_apart
 from cag_kernels.cpu_paged import Tails
+from cag_kernels.cpu_tape import Tape
 from cag_kernels.linear import tile_linear, tile_linear_serves, tile_product
 from cag_kernels.prefix_reference import paged_attention_reference
 from cag_kernels.prefixes import BLOCK_TOKENS, DensePrefix, PagedTails
@@ -45,7 +46,7 @@ def paged(sessions, num_kv_heads, head_dim, page_tokens=BLOCK_TOKENS):
     return PagedTails(*pool, *arrays, int(counts.max())), skipped
 
 
-def attend(query, tails, skipped, parts=None, sessions=None, num_threads=1):
+def attend(query, tails, skipped, parts=None, sessions=None, num_threads=1, window=None):
     num_q_heads, num_rows, head_dim = query.shape
     before, lses = parts or (query.new_empty(0, num_q_heads, num_rows, head_dim), query.new_empty(0))
     out = torch.full((num_rows, num_q_heads * head_dim), math.nan)
@@ -54,7 +55,7 @@ def attend(query, tails, skipped, parts=None, sessions=None, num_threads=1):
     threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        arrays.attend(query, *tails[:2], SCALE, before, lses, out, logsumexps, sessions)
+        arrays.attend(query, *tails[:2], SCALE, before, lses, out, logsumexps, sessions, window)
     finally:
         torch.set_num_threads(threads)
     return out, logsumexps
@@ -69,7 +70,8 @@ def assert_close(found, expected, in_float32):
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (6, 1)])
 @pytest.mark.parametrize("head_dim", [16, 64, 96])
 @pytest.mark.parametrize("num_parts", [0, 1, 2])
-def test_numbers_are_those_of_the_reference(kind, heads, head_dim, num_parts):
+@pytest.mark.parametrize("window", [None, 1, 5, 32, 34, 1000])
+def test_numbers_are_those_of_the_reference(kind, heads, head_dim, num_parts, window):
     if num_parts == 0 and any(skipped for _, _, skipped in SESSIONS[kind]):
         pytest.skip("what was skipped is in a part")
     num_q_heads, num_kv_heads = heads
@@ -77,11 +79,11 @@ def test_numbers_are_those_of_the_reference(kind, heads, head_dim, num_parts):
     num_rows = int(tails.query_starts[-1])
     query = normal(num_q_heads, num_rows, head_dim)
     parts = normal(num_parts, num_q_heads, num_rows, head_dim), normal(num_parts, num_q_heads, num_rows) * 3
-    found = attend(query, tails, skipped, parts if num_parts else None)
+    found = attend(query, tails, skipped, parts if num_parts else None, window=window)
 
     def reference(dtype):
         others = [(out.to(dtype), lse.to(dtype)) for out, lse in zip(*parts, strict=True)]
-        return attend_tails_reference(query.to(dtype), tails, skipped.tolist(), SCALE, others)
+        return attend_tails_reference(query.to(dtype), tails, skipped.tolist(), SCALE, others, window)
 
     for mine, exact, plain in zip(found, reference(torch.float64), reference(torch.float32), strict=True):
         assert_close(mine, exact, plain)
@@ -101,12 +103,13 @@ def test_scores_far_apart_stay_finite():
 
 
 @pytest.mark.parametrize("page_tokens", [BLOCK_TOKENS, 4 * BLOCK_TOKENS])
-def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(page_tokens):
+@pytest.mark.parametrize("window", [None, 3, 50])
+def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(page_tokens, window):
     sessions = [(45, 1, 0), (150, 40, 0), (600, 1, 0), (64, 3, 0)]
     tails, skipped = paged(sessions, 2, 64, page_tokens)
     query = normal(6, int(tails.query_starts[-1]), 64)
-    together, lses = attend(query, tails, skipped, num_threads=1)
-    assert all(map(torch.equal, attend(query, tails, skipped, num_threads=3), (together, lses)))
+    together, lses = attend(query, tails, skipped, num_threads=1, window=window)
+    assert all(map(torch.equal, attend(query, tails, skipped, num_threads=3, window=window), (together, lses)))
     for index, (length, count, _) in enumerate(sessions):
         begin = int(tails.query_starts[index])
         for first, last in ((0, count), (count - 1, count), (0, count // 2)):  # other rows of its own are company too
@@ -120,7 +123,7 @@ def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(p
                 last - first,
             )
             rows = slice(begin + first, begin + last)
-            out, lse = attend(query[:, rows].contiguous(), alone, skipped[:1])
+            out, lse = attend(query[:, rows].contiguous(), alone, skipped[:1], window=window)
             assert torch.equal(out, together[rows])
             assert torch.equal(lse, lses[:, rows])
 
@@ -142,14 +145,45 @@ def test_only_the_sessions_of_a_call_are_written():
     assert out[rows.stop :].isnan().all()
 
 
+def test_a_window_as_long_as_the_tails_changes_no_bit():
+    tails, skipped = paged(SESSIONS["questions and answers"], 2, 32)
+    query = normal(4, int(tails.query_starts[-1]), 32)
+    assert all(map(torch.equal, attend(query, tails, skipped, window=70), attend(query, tails, skipped)))
+
+
+def test_pages_before_the_windows_are_not_read():
+    tails, skipped = paged([(100, 3, 0)], 2, 32)
+    query = normal(4, 3, 32)
+    expected = attend(query, tails, skipped, window=10)
+    tails.keys[tails.pages[0, :2]] = math.nan
+    tails.values[tails.pages[0, :2]] = math.nan
+    assert all(map(torch.equal, attend(query, tails, skipped, window=10), expected))
+
+
+def test_a_recorded_call_serves_a_tail_that_grows():
+    tails, skipped = paged([(140, 2, 0), (70, 1, 0)], 2, 32)
+    query, nothing = normal(4, 3, 32), torch.empty(0)
+    out, logsumexps = torch.empty(3, 4 * 32), torch.empty(4, 3)
+    pages, lengths, starts = (part.numpy() for part in tails[2:5])
+    recorded, tape = Tails(pages, lengths, starts, skipped), Tape()
+    with tape.recording():
+        recorded.attend(query, *tails[:2], SCALE, nothing, nothing, out, logsumexps, window=40)
+    for lengths[:] in ((60, 12), (61, 13), (140, 70)):
+        tape.run()
+        expected = attend(query, tails, skipped, window=40)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(logsumexps, expected[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_public_operation_takes_it(dtype, monkeypatch):
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_public_operation_takes_it(dtype, window, monkeypatch):
     tails, _ = paged(SESSIONS["questions and answers"], 2, 32)
     query = normal(4, int(tails.query_starts[-1]) + 2, 32).to(dtype)  # the last two belong to nobody
-    expected = paged_attention_reference(query.double(), tails, scale=SCALE)
-    plain = paged_attention_reference(query.float(), tails, scale=SCALE)
+    expected = paged_attention_reference(query.double(), tails, scale=SCALE, window=window)
+    plain = paged_attention_reference(query.float(), tails, scale=SCALE, window=window)
     monkeypatch.setattr("cag_kernels.prefix.session_by_session", None)  # the compiled path is the one
-    found = paged_attention(query, tails, scale=SCALE)
+    found = paged_attention(query, tails, scale=SCALE, window=window)
     for mine, exact, in_float32 in zip(found, expected, plain, strict=True):
         seen = exact.isfinite()
         assert torch.equal(mine.isfinite(), seen)

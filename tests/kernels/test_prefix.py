@@ -20,6 +20,7 @@ from cag_kernels import (
     quantize_prefix,
     segment_attention_reference,
 )
+from cag_kernels.cpu import cpu_attention_serves
 from cag_store import codec_from_config
 from cag_store.errors import UnknownCodec
 
@@ -54,7 +55,9 @@ def test_a_cascade_is_attention_over_everything(bits):
 def test_a_plain_prefix_is_a_segment():
     prefix, query = DensePrefix(*normal(2, 3, 70, 32, dtype=torch.bfloat16)), normal(9, 4, 32)
     assert choose_prefix_path(query, prefix, window=None, softcap=None) == "segment"
-    assert choose_prefix_path(query, prefix, window=9, softcap=None) == "torch"
+    windowed = "compiled" if cpu_attention_serves(query, prefix.keys) else "torch"
+    assert choose_prefix_path(query, prefix, window=9, softcap=None) == windowed
+    assert choose_prefix_path(query.double(), prefix, window=9, softcap=None) == "torch"
     found = prefix_attention(query, prefix, scale=0.2)
     expected = segment_attention_reference(query, *prefix, scale=0.2, offset=70)
     for got, want in zip(found, expected, strict=True):

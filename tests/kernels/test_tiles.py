@@ -178,10 +178,10 @@ def test_the_librarys_tiles_are_left_as_they_were(threads):
         assert torch.equal(left @ right, before)
 
 
-def test_windows_are_left_to_the_tiled_path():
+def test_score_caps_are_left_to_the_tiled_path():
     query, keys, values = make((4, 2, 64, 3, 200))
-    found = segment_attention(query, keys, values, scale=0.1, offset=200, window=50)
-    expected = tiled_attention(query, keys, values, scale=0.1, offset=200, window=50)
+    found = segment_attention(query, keys, values, scale=0.1, offset=200, window=50, softcap=2.0)
+    expected = tiled_attention(query, keys, values, scale=0.1, offset=200, window=50, softcap=2.0)
     assert all(map(torch.equal, found, expected))
 
 
