@@ -23,6 +23,7 @@ from cag_kernels import (
     dequantize_prefix,
     merge_segments,
     prefix_attention,
+    rows_stay_apart,
     segment_attention,
 )
 
@@ -255,26 +256,25 @@ def attend_end(
     found, behind = [], sum(segment.num_tokens for segment in segments)
     for segment in segments:
         counted = [range(part.start + behind, part.stop + behind) for part in places]  # from the segment's first key
-        if choose_prefix_path(query, segment, window=window, softcap=softcap) == "torch":
-            found.append(_attend_numbers(query, numbers_of(segment), counted, rule))
-        else:
-            positions = torch.cat([torch.arange(part.start, part.stop, dtype=torch.int32) for part in counted])
-            found.append(prefix_attention(query, segment, positions=positions.to(query.device), **rule))
+        found.append(_attend_segment(query, segment, counted, rule))
         behind -= segment.num_tokens
     return found
 
 
-def _attend_numbers(
-    query: Tensor, numbers: DensePrefix, places: Sequence[range], rule: dict[str, Any]
+def _attend_segment(
+    query: Tensor, segment: PrefixSegment, places: Sequence[range], rule: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Sequence by sequence, as whose rows are neighbours; `places` are counted from the first key."""
-    rows = torch.split_with_sizes(query, list(map(len, places)), dim=1)
-    parts = [
-        segment_attention(own, *numbers, offset=part.start, **rule) for own, part in zip(rows, places, strict=True)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+    """See `attend_end`; `places` are counted from the segment's first key. In one operation where a row's result does
+    not depend on how many there are, else sequence by sequence."""
+    path = choose_prefix_path(query, segment, window=rule["window"], softcap=rule["softcap"])
+    if len(places) > 1 and (path == "torch" or not rows_stay_apart(query, segment, window=rule["window"])):
+        rows = torch.split_with_sizes(query, list(map(len, places)), dim=1)
+        parts = [_attend_segment(own, segment, [part], rule) for own, part in zip(rows, places, strict=True)]
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+    if len(places) == 1 and (path == "torch" or isinstance(segment, DensePrefix)):
+        return segment_attention(query, *numbers_of(segment), offset=places[0].start, **rule)
+    positions = torch.cat([torch.arange(part.start, part.stop, dtype=torch.int32) for part in places])
+    return prefix_attention(query, segment, positions=positions.to(query.device), **rule)
 
 
 def numbers_of(segment: PrefixSegment) -> DensePrefix:
