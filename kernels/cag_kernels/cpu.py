@@ -10,6 +10,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -115,12 +116,11 @@ def cpu_attention(
     assert softcap is None, "no compiled code caps scores"
     assert positions is not None or offset >= keys.shape[1] - 1, "every query stands behind the keys"
     num_q_heads, num_queries, head_dim = query.shape
-    has_window = window is not None
     if query.dtype == torch.bfloat16:
-        kernel = tile_kernel(head_dim, has_window)
+        kernel = tile_kernel(head_dim, window)
     else:
         num_rows = num_q_heads // keys.shape[0] * num_queries
-        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None, has_window)
+        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None, window)
     values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
     return _run(kernel, query, keys, values, scale, _Window(offset, window, positions), into=into)
 
@@ -165,7 +165,7 @@ def cpu_quantized_attention(
     """
     tiles = _tiles_serve(query)
     query = query if tiles else query.float()
-    kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window is not None)
+    kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window)
     exact = [side.contiguous() for side in (prefix.exact_keys, prefix.exact_values)]
     scales = (prefix.key_scales, prefix.key_offsets, prefix.value_scales, prefix.value_offsets)
     pointers = [tensor.data_ptr() for tensor in (*scales, *exact)]
@@ -233,27 +233,30 @@ def _run(
     return out, logsumexps
 
 
-def warm_up(head_dims: Iterable[int], group_sizes: Iterable[int] = ()) -> None:
-    """Compile what calls with these head dimensions need; nothing without a compiler.
+def warm_up(head_dims: Iterable[int], group_sizes: Iterable[int] = (), windows: Iterable[int | None] = (None,)) -> None:
+    """Compile what calls with these head dimensions and windows need; nothing without a compiler.
 
     Each of `group_sizes` query heads a key/value head has code of its own for a single query.
     """
-    sizes = list(group_sizes)
+    kinds = list(product((None, *group_sizes), windows))
     for head_dim in head_dims:
         if has_compiler() and head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM:
-            for group_size in (None, *sizes):
-                compiled_kernel(head_dim, group_size)
+            for group_size, window in kinds:
+                compiled_kernel(head_dim, group_size, window)
 
 
-def warm_up_tiles(head_dims: Iterable[int]) -> None:
-    """Compile what bfloat16 queries and blocks with these head dimensions need; nothing where there are no tiles."""
+def warm_up_tiles(head_dims: Iterable[int], windows: Iterable[int | None] = (None,)) -> None:
+    """Compile what bfloat16 queries and blocks with these head dimensions and windows need; nothing where there are no
+    tiles."""
     if has_tiles():
         from cag_kernels.cpu_tile_linear import compiled_kernel as linear_kernel
 
         linear_kernel()
+        kinds = list(windows)
         for head_dim in head_dims:
             if head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM:
-                tile_kernel(head_dim)
+                for window in kinds:
+                    tile_kernel(head_dim, window)
 
 
 class CompiledKernel:
@@ -277,23 +280,26 @@ class CompiledKernel:
         self._finish.alone(call)
 
 
-def compiled_kernel(head_dim: int, single_query_rows: int | None = None, has_window: bool = False) -> CompiledKernel:
-    """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number."""
+def compiled_kernel(head_dim: int, single_query_rows: int | None = None, window: int | None = None) -> CompiledKernel:
+    """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number; with
+    a window of that size, or without."""
     few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS
     with _lock:
-        return _compile(head_dim, single_query_rows if few else None, None, has_window)
+        return _compile(head_dim, single_query_rows if few else None, None, window is not None)
 
 
-def tile_kernel(head_dim: int, has_window: bool = False) -> CompiledKernel:
+def tile_kernel(head_dim: int, window: int | None = None) -> CompiledKernel:
     """The kernel of a head dimension for bfloat16 queries, compiled once a process."""
     with _lock:
-        return _compile_tiles(head_dim, None, has_window)
+        return _tiles_for(head_dim, None, window)
 
 
-def code_kernel(head_dim: int, codes: Codes, tiles: bool, has_window: bool = False) -> CompiledKernel:
+def code_kernel(head_dim: int, codes: Codes, tiles: bool, window: int | None = None) -> CompiledKernel:
     """The kernel for a prefix in codes, for bfloat16 queries if `tiles`, else for float32 ones; compiled once."""
     with _lock:
-        return _compile_tiles(head_dim, codes, has_window) if tiles else _compile(head_dim, None, codes, has_window)
+        if tiles:
+            return _tiles_for(head_dim, codes, window)
+        return _compile(head_dim, None, codes, window is not None)
 
 
 @cache
@@ -305,11 +311,17 @@ def _compile(head_dim: int, few_rows: int | None, codes: Codes | None, has_windo
     return CompiledKernel(blocking, attention_module, head_dim, blocking, few_rows, codes, has_window)
 
 
+def _tiles_for(head_dim: int, codes: Codes | None, window: int | None) -> CompiledKernel:
+    from cag_kernels.cpu_tile_attention import SHORT_BLOCKING, SHORT_WINDOW, TILE_BLOCKING
+
+    is_short = window is not None and window <= SHORT_WINDOW
+    return _compile_tiles(head_dim, codes, SHORT_BLOCKING if is_short else TILE_BLOCKING, window is not None)
+
+
 @cache
-def _compile_tiles(head_dim: int, codes: Codes | None, has_window: bool) -> CompiledKernel:
-    from cag_kernels.cpu_tile_attention import TILE_BLOCKING, WINDOW_BLOCKING, tile_attention_module
+def _compile_tiles(head_dim: int, codes: Codes | None, blocking: Blocking, has_window: bool) -> CompiledKernel:
+    from cag_kernels.cpu_tile_attention import tile_attention_module
     from cag_kernels.cpu_tiles import require_tiles
 
     require_tiles()
-    blocking = WINDOW_BLOCKING if has_window else TILE_BLOCKING
     return CompiledKernel(blocking, tile_attention_module, head_dim, codes, blocking, has_window)

@@ -39,7 +39,8 @@ from cag_kernels.prefixes import Codes
 
 PIECES_AHEAD = 1, 0  # keys are read a piece before the values
 TILE_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=1024)
-WINDOW_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=256)  # windows are short, and threads want some each
+SHORT_BLOCKING = Blocking(TILE, TILE, tile=PIECE, range_tokens=256)
+SHORT_WINDOW = 1024  # up to which shorter ranges pay, as threads want some each; see docs/design/018
 
 
 def tile_attention_module(

@@ -29,6 +29,7 @@ TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(no
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
     (4, 1, 256, 20, 1023),
     (4, 1, 256, 1, 1700),
+    (4, 2, 64, 9, 2500),
     (9, 3, 64, 15, 1000),
     (4, 4, 96, 7, 513),
     (12, 3, 128, 40, 700),
@@ -36,7 +37,7 @@ SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
     (4, 4, 64, 1, 1),
     (40, 2, 64, 1, 600),
 ]
-WINDOWS = [1, 2, 17, 64, 65, 300, 512, 5000]
+WINDOWS = [1, 17, 64, 65, 300, 512, 1300, 5000]
 FORMS = ["numbers", (8, 8), (4, 4), (8, 4)]
 
 
@@ -171,7 +172,7 @@ def test_rows_that_see_nothing_are_zeros_beside_others_and_alone(num_queries, dt
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("window", [30, 200, 600])
+@pytest.mark.parametrize("window", [30, 200, 600, 1200])
 def test_a_rows_bits_do_not_depend_on_its_company_or_on_threads(form, dtype, window, threads):
     if dtype == torch.float32 and form == "numbers":
         pytest.skip("a single float32 query over numbers has code of its own")
@@ -295,3 +296,13 @@ def test_a_prefix_in_pieces_with_tails_behind_is_one_attention(form, window):
         query, [numbers_of(piece, torch.float32) for piece in (first, prefix)], tails, **kwargs
     )
     assert (found - expected).abs().max() <= 2 * (plain - expected).abs().max() + 4e-6
+
+
+def test_kernels_are_made_ahead():
+    cpu.warm_up([64, 40], group_sizes=[3], windows=[None, 20])
+    assert cpu.compiled_kernel(64, None, 20) is cpu.compiled_kernel(64, 100, 900)
+    assert cpu.compiled_kernel(64, None, 20) is not cpu.compiled_kernel(64)
+    cpu.warm_up_tiles([64, 40], windows=[None, 20])
+    if has_tiles():
+        assert cpu.tile_kernel(64, 20) is cpu.tile_kernel(64, 512)
+        assert len({cpu.tile_kernel(64, window) for window in (None, 20, 4096)}) == 3
