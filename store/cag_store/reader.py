@@ -111,8 +111,10 @@ class CacheReader:
 
     def coded_shapes(self, first_tokens: Sequence[int] | None = None) -> list[tuple[CodedShape, CodedShape]] | None:
         """How keys and values of each layer can be kept in codes, from its first token on; None if the codec cannot do
-        that for all."""
+        that for all, or if a chunk before the last one is not full, as groups of tokens would be cut."""
         header, codec, num_tokens = self.header, self._chunks[0].codec, self.num_tokens
+        if any(chunk.entry.num_tokens < header.context.chunk_tokens for chunk in self._chunks[:-1]):
+            return None
         sizes = zip(header.num_kv_heads, header.head_dim, self._checked(first_tokens), strict=True)
         shapes: list[CodedShape] = []
         for layer, (num_heads, head_dim, kept_from) in enumerate(sizes):

@@ -1,8 +1,11 @@
 """Codes kept as they are stored: what they stand for is, to the bit, what the codec decodes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from cag_store import ROOT, chunk_key
 from cag_store.codecs import CodedSide, EncodedSegment, codec_from_config, loops
 from cag_store.dtypes import narrow_into, widen
 from cag_store.errors import CorruptEntry, UnencodableArray, UnknownCodec
@@ -72,6 +75,27 @@ def test_only_codecs_of_codes_can_be_kept_in_codes(store, small):
             assert reader.coded_shapes() is None
     with pytest.raises(UnknownCodec, match="keeps no codes"):
         codec_from_config("lossless").keep_codes([], 8)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_chunks_that_cut_groups_are_not_kept_in_codes(store, small, config, either):
+    """No build makes a short chunk before the last one, but the format allows it."""
+    cache, entries, parent = small(config), [], ROOT
+    with store.build_lease():
+        for start, end in ((0, 8), (8, 11), (11, 19), (19, 20)):
+            ids, layers = cache.token_ids[start:end], [tuple(s[:, start:end] for s in pair) for pair in cache.layers]
+            header = replace(cache.header(ROOT, 0), key=chunk_key(parent, ids, cache.context), parent=parent)
+            entries.append(store.put_chunk(replace(header, start=start, num_tokens=end - start), layers, ids))
+            parent = header.key
+        with store.chunk_reader(entries, cache.context) as reader:
+            assert reader.coded_shapes() is None
+            buffers = cache.buffers(spare=0)
+            reader.load(buffers)
+            kept = cache.buffers(spare=0)
+            reader.load([(k[:, 11:], v[:, 11:]) for k, v in kept], first_tokens=[11, 11, 11])
+    for (keys, _), (expected, _), (exact, _) in zip(kept, buffers, cache.layers, strict=True):
+        assert np.array_equal(keys[:, 11:], expected[:, 11:])
+        assert np.abs(widen(expected, "bfloat16") - widen(exact, "bfloat16")).max() < 2
 
 
 def test_arrays_of_other_sizes_are_refused(store, small):

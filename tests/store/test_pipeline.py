@@ -46,6 +46,21 @@ def test_jobs_have_about_equal_bytes(first_layer_soon):
         assert abs(len(found) - max(sum(found) / job_bytes, 1)) <= 0.5 or job_bytes < 2 * max(sizes)
 
 
+def test_jobs_are_spans_of_chunks_but_for_what_no_layer_keeps(store, small):
+    manifest = small(num_tokens=30).build(store)
+    chunks = [open_chunk(store.backend, entry) for entry in manifest.chunks]
+
+    def jobs(firsts, job_bytes):
+        plan = load_jobs.plan_load(chunks, firsts, job_bytes, False)
+        assert sum(plan.jobs_left) == len(plan.jobs)
+        return [(chunks.index(job.chunk), job.first, job.last) for job in plan.jobs]
+
+    assert jobs([0, 0, 0], 1 << 20) == [(chunk, 0, 3) for chunk in range(4)]
+    assert jobs([0, 0, 0], 1) == [(chunk, layer, layer + 1) for layer in range(3) for chunk in range(4)]
+    assert jobs([8, 24, 0], 1 << 20) == [(0, 2, 3), (1, 0, 1), (1, 2, 3), (2, 0, 1), (2, 2, 3), (3, 0, 3)]
+    assert jobs([16, 16, 24], 1 << 20) == [(2, 0, 2), (3, 0, 3)]
+
+
 @pytest.mark.parametrize("first_layer_soon", [True, False])
 @pytest.mark.parametrize("job_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("workers", [1, 5])

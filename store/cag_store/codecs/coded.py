@@ -35,6 +35,8 @@ class CodedShape(NamedTuple):
 
     def kept_from(self, token: int) -> CodedShape:
         """Of a side without its first tokens: whole groups, and all that are exact besides codes, or none."""
+        if token == 0:
+            return self
         left = max(self.num_coded - token, 0)
         recent = min(self.num_recent, self.num_tokens - token)
         return self._replace(num_coded=left, num_first=max(self.num_first - token, 0), num_recent=recent)

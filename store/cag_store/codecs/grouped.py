@@ -201,12 +201,12 @@ class GroupedIntegers(Codec):
         num_heads, _, head_dim = numbers.shape
         mark, is_keys = self._mark(side, layer), side == "keys"
         group_size = self.group_tokens if is_keys else self._channels(head_dim)
-        before = (kept_from, *[self._parameter_at(side, kept_from)] * 2, kept_from, 0)  # rows of each array
-        places = [
-            number
-            for array, missing in zip(arrays, before, strict=False)
-            for number in (array.ctypes.data - missing * array.strides[1], array.strides[0])
-        ]
+        places = [number for array in arrays for number in (array.ctypes.data, array.strides[0])]
+        if kept_from:
+            group = self._parameter_at(side, kept_from)
+            missing = kept_from, group, group, kept_from, 0  # rows of each array
+            for at, array in enumerate(arrays):
+                places[2 * at] -= missing[at] * array.strides[1]
         return (num_heads, head_dim, self.widths[mark].bits, int(is_keys), group_size, mark, numbers.itemsize, *places)
 
     def _parameter_at(self, side: Side, token: int) -> int:
