@@ -164,6 +164,8 @@ def cpu_quantized_attention(
     Codes become numbers a stretch at a time, on the stack, with the bits that the store's codecs decode to; then all is
     as in `cpu_attention`.
     """
+    is_behind = window is None or positions is not None or offset >= prefix.num_tokens - 1
+    assert is_behind, "every query stands behind the prefix"
     tiles = _tiles_serve(query)
     query = query if tiles else query.float()
     kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window)

@@ -195,7 +195,7 @@ def test_hidden_keys_weigh_nothing_however_large(dtype, window):
     """Not even where they are all that a piece or a range holds for a row, while others see them."""
     query, prefix, _ = make((8, 2, 64, 17, 1500), dtype)
     behind = torch.arange(17, dtype=torch.int32) + 1
-    behind[5] = -1200 + window  # stands for a row of another session that sees far back; it is not looked at below
+    behind[5] = -1200 + window  # stands where none may, only to see far back; it is not looked at below
     rows = [row for row in range(17) if row != 5]
     expected = attend(query, prefix, behind, window)
     least = prefix.num_tokens - window + 1  # of key places that the first row sees
@@ -306,3 +306,14 @@ def test_kernels_are_made_ahead():
     if has_tiles():
         assert cpu.tile_kernel(64, 20) is cpu.tile_kernel(64, 512)
         assert len({cpu.tile_kernel(64, window) for window in (None, 20, 4096)}) == 3
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("left_out", [512, 1024, 777])
+def test_a_prefix_may_be_kept_from_a_later_token_on(dtype, left_out):
+    """With the same bits, even, where whole ranges are left out."""
+    query, prefix, behind = make((4, 1, 256, 12, 1900), dtype)
+    kept = DensePrefix(*(side[:, left_out:] for side in prefix))
+    found, expected = attend(query, kept, behind, 700), attend(query, prefix, behind, 700)
+    assert_close(found, query, prefix, behind, 700)
+    assert left_out == 777 or all(map(torch.equal, found, expected))
