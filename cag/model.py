@@ -393,8 +393,9 @@ class LanguageModel:
         num_q_heads = self.network.config.get_text_config().num_attention_heads
         groups = {num_q_heads // shape.num_kv_heads for shape in self.kv_shapes}
         head_dims = sorted({shape.head_dim for shape in self.kv_shapes})
-        warm_up(head_dims, sorted(groups))
+        windows = dict.fromkeys(rule.window for rule in self.rules)
+        warm_up(head_dims, sorted(groups), windows)
         if self.compute_dtype == torch.float32:
             warm_up_linear(torch.bfloat16)
         elif self.compute_dtype == torch.bfloat16:
-            warm_up_tiles(head_dims)
+            warm_up_tiles(head_dims, windows)
