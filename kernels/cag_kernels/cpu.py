@@ -287,6 +287,7 @@ def compiled_kernel(head_dim: int, single_query_rows: int | None = None, window:
     """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number; with
     a window of that size, or without."""
     few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS and head_dim >= MIN_FEW_HEAD_DIM
+    few = few and window is None  # a window would begin in the midst of a tile of keys, and a row's bits go by tiles
     with _lock:
         return _compile(head_dim, single_query_rows if few else None, None, window is not None)
 

@@ -28,8 +28,8 @@ def attention_module(
 ) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
-    For any number of rows, or for exactly `few_rows` of one query; over numbers, or over codes, of which a range is
-    turned into numbers where it is attended to; with a window or without.
+    For any number of rows; over numbers, or over codes, of which a range is turned into numbers where it is attended
+    to; with a window or without. Or for exactly `few_rows` of one query, over numbers and without a window.
     """
     module = ir.Module(name=f"attention_{head_dim}")
     if few_rows is None:
@@ -39,10 +39,10 @@ def attention_module(
     prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
     _emit_prepare(prepare)
     if has_window:
-        emit_first_keys(prepare, blocking.tile if few_rows is None else 1)  # one query: its first key is that of all
+        emit_first_keys(prepare, blocking.tile)
     prepare.emit.builder.ret_void()
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
-    _emit_attend(attend, panels, codes, masks=has_window and few_rows is None)
+    _emit_attend(attend, panels, codes, masks=has_window)
     _emit_finish(Call(module, "finish", head_dim, blocking, has_window=has_window))
     return module
 

@@ -138,8 +138,7 @@ def test_places_are_those_behind_the_offset_where_none_are_given(window, num_que
 @pytest.mark.parametrize("blocking", [Blocking(8, 4), Blocking(8, 8), Blocking(16, 8, tile=32, range_tokens=96)])
 @pytest.mark.parametrize("num_queries", [1, 13])
 def test_other_processors_blocking(blocking, window, num_queries, monkeypatch):
-    few_rows = 3 if num_queries == 1 else None
-    kernel = CompiledKernel(blocking, attention_module, 64, blocking, few_rows, None, True)
+    kernel = CompiledKernel(blocking, attention_module, 64, blocking, None, None, True)
     monkeypatch.setattr(cpu, "compiled_kernel", lambda *_which: kernel)
     query, prefix, behind = make((6, 2, 64, num_queries, 777), torch.float32)
     assert_close(attend(query, prefix, behind, window), query, prefix, behind, window)
@@ -174,8 +173,6 @@ def test_rows_that_see_nothing_are_zeros_beside_others_and_alone(num_queries, dt
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("window", [30, 200, 600, 1200])
 def test_a_rows_bits_do_not_depend_on_its_company_or_on_threads(form, dtype, window, threads):
-    if dtype == torch.float32 and form == "numbers":
-        pytest.skip("a single float32 query over numbers has code of its own")
     query, prefix, behind = make((9, 3, 64, 40, 1900), dtype, form)
     behind[-1] = 0  # sees furthest back
     query[:, ::7] *= 8  # their maxima grow later and further
@@ -260,7 +257,7 @@ def test_the_public_operations_take_it(form, dtype, window):
     positions = (behind + prefix.num_tokens - 1).repeat_interleave(2)[::2]
     found = prefix_attention(query, prefix, scale=0.125, window=window, positions=positions)
     assert all(map(torch.equal, found, attend(query, prefix, behind, window)))
-    assert rows_stay_apart(query, prefix, window=window) == (dtype == torch.bfloat16 or form != "numbers")
+    assert rows_stay_apart(query, prefix, window=window)
     assert choose_prefix_path(query, prefix, window=window, softcap=3.0) == "torch"
 
 
