@@ -70,11 +70,16 @@ def probed_layers(network: Any, device: torch.device) -> list[tuple[KvShape, Att
     return [probe.layers[index] for index in range(num_layers)]
 
 
+def probe_ids(network: Any) -> Tensor:
+    """The probe tokens `[NUM_PROBES]`, spread over the vocabulary."""
+    vocab_size = int(network.config.get_text_config().vocab_size)
+    return torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES)
+
+
 def gives_the_same(network: Any, own: Forward, other: Forward, *, exactly: bool) -> bool:
     """Whether another forward gives the logits of the network's own on probe tokens: closely behind two layers, and
     behind all as far as the dtype allows (`exactly`: the network computes in float32)."""
-    vocab_size = network.config.get_text_config().vocab_size
-    ids, positions = torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES), torch.arange(NUM_PROBES)
+    ids, positions = probe_ids(network), torch.arange(NUM_PROBES)
     for num_layers, tolerance in ((PROBED_LAYERS, CLOSE), (None, CLOSE if exactly else FAR)):
         with first_layers(network, num_layers):
             expected = own(ids, positions, num_layers)

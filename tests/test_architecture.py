@@ -25,11 +25,11 @@ WALK = [
     "home", "errors", "versions", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt", "runtime",
     "state", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices", "recorded", "decoder",
     "replays", "device_decoder",
-    "layer_probe", "model_files", "model", "prefill", "uploads", "host_copies", "buffers", "angles", "basis_tensors",
-    "segment_tensors", "stream_decoding", "stream_buffers", "ngrams", "resident", "answer", "citations",
-    "speculation", "generate", "scheduler", "session", "prefix", "fresh", "first_steps", "calibration", "probes",
-    "fidelity", "key_errors", "ladder", "rungs", "chunks", "memory", "trials", "building", "builder", "engine",
-    "describe", "server", "cli",
+    "layer_probe", "model_files", "starts", "model", "prefill", "uploads", "host_copies", "buffers", "angles",
+    "basis_tensors", "segment_tensors", "stream_decoding", "stream_buffers", "ngrams", "resident", "answer",
+    "citations", "speculation", "generate", "scheduler", "session", "prefix", "fresh", "first_steps", "calibration",
+    "probes", "fidelity", "key_errors", "ladder", "rungs", "chunks", "memory", "trials", "building", "builder",
+    "engine", "describe", "server", "cli",
 ]  # fmt: skip
 
 

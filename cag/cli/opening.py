@@ -48,13 +48,26 @@ def cache_in(store: Store, name: str) -> tuple[Ref, Manifest]:
 
 
 def load_engine(store: Store, choice: ModelChoice, *, verbose: bool) -> Engine:
-    """The engine of `choice` over `store`; a model that is not here yet is pulled, with its progress shown."""
+    """The engine of `choice` over `store`; a model that is not here yet is pulled, with its progress shown.
+
+    What an earlier start of the model left is read while torch is imported.
+    """
+    from cag.models import DEFAULT_MODEL
+    from cag.starts.begin import begin_model
+
+    beginning = begin_model(
+        choice.model or DEFAULT_MODEL,
+        adapter=choice.adapter,
+        device=choice.device or "auto",
+        dtype=choice.dtype or "auto",
+    )
     from cag.engine import Engine
 
     with shown_progress("bytes") as report:
         engine = Engine.load(
             store=store,
             progress=report,
+            beginning=beginning,
             **given(
                 model=portable_model(choice.model), adapter=choice.adapter, device=choice.device, dtype=choice.dtype
             ),
