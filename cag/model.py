@@ -120,7 +120,10 @@ class LanguageModel:
         device = choose_device(options.device)
         plan = plan_runtime(device)
         wanted = {"device": options.device, "dtype": options.compute_dtype}
-        begun = beginning or begin(directory, adapter=options.adapter, **wanted)
+        path = record_path(directory, **wanted)
+        begun = beginning
+        if begun is None or begun.path != path:  # of another model
+            begun = begin(directory, adapter=options.adapter, **wanted)
         started = take_start(begun, plan) if begun is not None else None
         if begun is not None and started is not None:
             model = cls._from_start(started, begun.start, model_id, plan)
@@ -128,7 +131,7 @@ class LanguageModel:
                 return model
         keeper = None
         if can_be_kept(options.adapter, **wanted):
-            keeper = StartKeeper.before_reading(directory, record_path(directory, **wanted))
+            keeper = StartKeeper.before_reading(directory, path)
         parts = read_parts(directory, plan, device, options.compute_dtype, options.adapter)
         model = cls(model_id=model_id, plan=plan, adapter=options.adapter, **vars(parts))
         if keeper is not None:

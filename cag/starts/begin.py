@@ -1,21 +1,16 @@
-"""Beginning a start while torch is imported: weights and tokenizer are read on threads, if a record says how.
+"""Beginning a start before torch is imported: weights are read on a thread meanwhile, if a record says which.
 
 In: the name of a model and what is wanted of it. Out: a `Beginning`, or None where nothing holds that was kept.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cag.models import CATALOGUE, model_directory
 from cag.starts.facts import start_facts
-from cag.starts.reading import WeightReading
+from cag.starts.reading import WeightMemory, WeightReading
 from cag.starts.record import Start, read_start, read_tokenizer_tables, record_path
 from cag.starts.tokenizer import read_tables
 
@@ -36,18 +31,16 @@ class Beginning:
 
     def __init__(self, directory: Path, path: Path, start: Start, tables: bytes) -> None:
         self.directory, self.path, self.start = directory, path, start
-        self._weights = WeightReading(directory, start.parameters)
-        self._tokenizer: Future[Tokenizer] = Future()
-        Thread(target=self._read_tables, args=(tables,), name="cag-tokenizer", daemon=True).start()
+        self._weights, self._tables = WeightReading(directory, start.parameters), tables
 
-    def weights(self) -> dict[str, NDArray[np.uint16]] | None:
+    def weights(self) -> WeightMemory | None:
         """See `WeightReading.result`."""
         return self._weights.result()
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer's tables; None if they are none."""
+        """The tokenizer's tables; None if they are none. Made here: it holds Python's lock, which imports want too."""
         try:
-            return self._tokenizer.result()
+            return read_tables(self._tables)
         except ValueError:
             return None
 
@@ -57,12 +50,6 @@ class Beginning:
             return start_facts(self.directory) == self.start.facts
         except OSError:
             return False
-
-    def _read_tables(self, tables: bytes) -> None:
-        try:
-            self._tokenizer.set_result(read_tables(tables))
-        except BaseException as error:
-            self._tokenizer.set_exception(error)
 
 
 def begin_model(model: str, *, adapter: Path | None, device: str, dtype: str) -> Beginning | None:

@@ -11,12 +11,10 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cag.models.digests import file_sha256
-from cag.versions import installed_versions
 
 SCHEMA = 1
 _SOURCES = ("cag", "cag_kernels", "cag_store")
@@ -31,8 +29,15 @@ _LIBRARIES = (
     "accelerate",
     "jinja2",
 )
-_VARIABLES = ("CAG_", "TRANSFORMERS_", "HF_", "USE_", "TORCH_", "ATEN_", "CUDA_", "ONEDNN_", "DNNL_", "MKL_", "NUMBA_")
-_ELSEWHERE = ("CAG_HOME", "CAG_API_KEY", "CAG_MAX_BYTES", "HF_TOKEN")  # say nothing of how a model is read
+_NOTES = (".dist-info", ".egg-info")
+_VARIABLES = ("CAG_", "TRANSFORMERS_", "USE_", "TORCH_", "ATEN_", "CUDA_", "ONEDNN_", "DNNL_", "MKL_", "NUMBA_")
+_ELSEWHERE = (
+    "CAG_HOME",
+    "CAG_API_KEY",
+    "CAG_MAX_BYTES",
+    "TRANSFORMERS_OFFLINE",
+    "TRANSFORMERS_VERBOSITY",
+)  # say nothing of how a model is read
 _PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "CPU part", "Features")
 
 
@@ -40,7 +45,7 @@ def start_facts(directory: Path) -> str:
     """Hex sha256 of all that decides what a process makes of the model in `directory`.
 
     Of the model's files every byte counts (`cag.models.digests` says when a file is the one that was read before); of
-    sources and libraries size, time of change and inode, beside the versions.
+    sources, and of libraries with their versions, size, time of change and inode.
 
     Raises: OSError: a file that cannot be read.
     """
@@ -49,8 +54,7 @@ def start_facts(directory: Path) -> str:
         "schema": SCHEMA,
         "files": [[str(path.relative_to(directory)), file_sha256(path)] for path in _files(directory)],
         "sources": [[name, *_identity(path)] for name in _SOURCES for path in _sources(name)],
-        "libraries": [[name, *(_identity(path) for path in _origin(name))] for name in _LIBRARIES],
-        "versions": installed_versions(_LIBRARIES),
+        "libraries": [[str(path), *_identity(path)] for path in _libraries()],
         "python": [sys.version, platform.machine(), platform.system()],
         "processor": _processor(),
         "environment": sorted(
@@ -80,10 +84,13 @@ def _folders(package: str) -> list[Path]:
     return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
 
 
-def _origin(library: str) -> Iterator[Path]:
-    spec = importlib.util.find_spec(library)
-    if spec is not None and spec.origin:
-        yield Path(spec.origin)
+def _libraries() -> list[Path]:
+    """Where the import of each begins, and the folders that say which versions are installed, by their names."""
+    specs = [importlib.util.find_spec(name) for name in _LIBRARIES]
+    origins = [Path(spec.origin) for spec in specs if spec is not None and spec.origin]
+    folders = {origin.parent.parent for origin in origins}
+    notes = [path for folder in sorted(folders) for path in folder.iterdir() if path.suffix in _NOTES]
+    return origins + sorted(path for path in notes if path.name.partition("-")[0] in _LIBRARIES)
 
 
 def _identity(path: Path) -> tuple[int, int, int, int]:

@@ -6,15 +6,15 @@ over the weights that were read here (`adopt_weights`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cag.starts.reading import WeightMemory
 from cag.starts.record import Start
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -83,9 +83,14 @@ class PlainNetwork(nn.Module):
             self.lm_head.weight = embedding.weight
 
 
-def bfloat16_tensors(weights: Mapping[str, NDArray[np.uint16]]) -> dict[str, Tensor]:
-    """Bits as tensors over the same memory."""
-    return {name: torch.from_numpy(bits).view(torch.bfloat16) for name, bits in weights.items()}
+def bfloat16_tensors(weights: WeightMemory) -> dict[str, Tensor]:
+    """Weights as tensors, all of them views of one memory."""
+    whole = torch.from_numpy(weights.memory).view(torch.bfloat16)
+    found = {}
+    for name, (first_byte, shape) in weights.places.items():
+        first = first_byte // whole.itemsize
+        found[name] = whole[first : first + math.prod(shape)].view(shape)
+    return found
 
 
 def adopt_weights(network: nn.Module, plain: PlainNetwork) -> None:

@@ -41,18 +41,26 @@ class _Source:
         return math.prod(self.shape) * _ITEM_BYTES
 
 
+@dataclass(frozen=True, eq=False)
+class WeightMemory:
+    """Weights that were read: one memory (uint8), and of each name the byte at which it begins there, and its shape."""
+
+    memory: NDArray[np.uint8]
+    places: dict[str, tuple[int, tuple[int, ...]]]
+
+
 class WeightReading:
     """Reads the bfloat16 tensors `names` of the safetensors files of `directory`; begins at once, and stops when the
     process ends."""
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        self._found: dict[str, NDArray[np.uint16]] | None = None
+        self._found: WeightMemory | None = None
         self._thread = threading.Thread(target=self._read, args=(directory, names), name="cag-weights", daemon=True)
         self._thread.start()
 
-    def result(self) -> dict[str, NDArray[np.uint16]] | None:
-        """All of them by name, as bits: views of one memory. None where files are not as they should be, or memory is
-        short: who reads them in the usual way says what is wrong."""
+    def result(self) -> WeightMemory | None:
+        """All of them. None where files are not as they should be, or memory is short: who reads them in the usual way
+        says what is wrong."""
         self._thread.join()
         return self._found
 
@@ -63,18 +71,17 @@ class WeightReading:
             self._found = None
 
 
-def _read_all(directory: Path, names: Sequence[str]) -> dict[str, NDArray[np.uint16]]:
+def _read_all(directory: Path, names: Sequence[str]) -> WeightMemory:
     sources = _sources(directory)
     order = sorted(names, key=_place)
     memory = _memory(sum(_padded(sources[name].num_bytes) for name in order))
-    found, begin = {}, 0
+    places, begin = {}, 0
     for name in order:
         source = sources[name]
-        bits = memory[begin : begin + source.num_bytes]
-        _fill(bits, source)
-        found[name] = bits.view(np.uint16).reshape(source.shape)
+        _fill(memory[begin : begin + source.num_bytes], source)
+        places[name] = begin, source.shape
         begin += _padded(source.num_bytes)
-    return found
+    return WeightMemory(memory, places)
 
 
 def _place(name: str) -> tuple[int, int, str]:
@@ -114,7 +121,7 @@ def _header(path: Path) -> dict[str, _Source]:
         header_bytes = int.from_bytes(stream.read(8), "little")
         if not 0 < header_bytes <= min(_MOST_HEADER_BYTES, file_bytes - 8):
             raise ValueError(f"{path} has a header of {header_bytes} bytes")
-        header: dict[str, Any] = json.loads(stream.read(header_bytes))
+        header: dict[str, Any] = dict(json.loads(stream.read(header_bytes)))
     found = {}
     for name, entry in header.items():
         if name == "__metadata__" or entry["dtype"] != "BF16":

@@ -42,7 +42,7 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
     start, directory = begun.start, begun.directory
     if plan_facts(plan) != start.plan:
         return None
-    weights, tables = begun.weights(), begun.tokenizer()
+    tables, weights = begun.tokenizer(), begun.weights()
     if weights is None or tables is None or not begun.holds():
         return None
     try:
