@@ -84,12 +84,12 @@ class PlainNetwork(nn.Module):
 
 
 def bfloat16_tensors(weights: WeightMemory) -> dict[str, Tensor]:
-    """Weights as tensors, all of them views of one memory."""
-    whole = torch.from_numpy(weights.memory).view(torch.bfloat16)
+    """Weights as tensors, views of the memories that they were read to."""
+    bits = [torch.from_numpy(memory[: memory.size // 2 * 2]).view(torch.bfloat16) for memory in weights.memories]
     found = {}
-    for name, (first_byte, shape) in weights.places.items():
-        first = first_byte // whole.itemsize
-        found[name] = whole[first : first + math.prod(shape)].view(shape)
+    for name, (memory, first_byte, shape) in weights.places.items():
+        first = first_byte // torch.bfloat16.itemsize
+        found[name] = bits[memory][first : first + math.prod(shape)].view(shape)
     return found
 
 

@@ -1,7 +1,8 @@
 """Weights from safetensors files to memory, on a thread, before torch is imported.
 
 Each tensor is copied once, to huge pages, in the order in which a forward reads them: what is multiplied together lies
-side by side. Knows the container and names of parameters; no torch, and no network.
+side by side. Where fresh memory comes slowly, as on a virtual machine whose host has to find it first, the rest stays
+in the pages of the file. Knows the container and names of parameters; no torch, and no network.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import math
 import re
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping
 
 _ALIGNED = 64  # bytes: a weight begins with a line of the processor's cache
 _ITEM_BYTES = 2  # of bfloat16
+_GRACE_S, _LEAST_RATE = (
+    1.0,
+    2e9,
+)  # seconds, as torch's import takes, and bytes a second behind them, that reading may take
 _MOST_HEADER_BYTES = 100_000_000  # what the container's own reader allows
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as a forward multiplies
@@ -43,10 +49,11 @@ class _Source:
 
 @dataclass(frozen=True, eq=False)
 class WeightMemory:
-    """Weights that were read: one memory (uint8), and of each name the byte at which it begins there, and its shape."""
+    """Weights that were read: memories (uint8), the first one filled, the others pages of files; and of each name in
+    which of them it lies, at which byte it begins there, and its shape."""
 
-    memory: NDArray[np.uint8]
-    places: dict[str, tuple[int, tuple[int, ...]]]
+    memories: list[NDArray[np.uint8]]
+    places: dict[str, tuple[int, int, tuple[int, ...]]]
 
 
 class WeightReading:
@@ -71,17 +78,30 @@ class WeightReading:
             self._found = None
 
 
-def _read_all(directory: Path, names: Sequence[str]) -> WeightMemory:
+def _read_all(directory: Path, names: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> WeightMemory:
     sources = _sources(directory)
     order = sorted(names, key=_place)
-    memory = _memory(sum(_padded(sources[name].num_bytes) for name in order))
-    places, begin = {}, 0
+    found = WeightMemory([_memory(sum(_padded(sources[name].num_bytes) for name in order))], {})
+    begun, begin, mapped = clock(), 0, dict[Path, int]()
     for name in order:
         source = sources[name]
-        _fill(memory[begin : begin + source.num_bytes], source)
-        places[name] = begin, source.shape
+        if mapped or clock() - begun > _GRACE_S + begin / _LEAST_RATE:
+            found.places[name] = _map(found, mapped, source), source.offset, source.shape
+            continue
+        _fill(found.memories[0][begin : begin + source.num_bytes], source)
+        found.places[name] = 0, begin, source.shape
         begin += _padded(source.num_bytes)
-    return WeightMemory(memory, places)
+    return found
+
+
+def _map(found: WeightMemory, mapped: dict[Path, int], source: _Source) -> int:
+    """Which memory holds the pages of a tensor's file; what is written there never gets to the file."""
+    if source.offset % _ITEM_BYTES:
+        raise ValueError(f"{source.path} has numbers at odd bytes")
+    if source.path not in mapped:
+        mapped[source.path] = len(found.memories)
+        found.memories.append(np.memmap(source.path, dtype=np.uint8, mode="c"))
+    return mapped[source.path]
 
 
 def _place(name: str) -> tuple[int, int, str]:

@@ -14,7 +14,7 @@ from cag import model as model_module
 from cag.errors import ModelError, UnsupportedModel
 from cag.model import LanguageModel, ModelOptions
 from cag.runtime import RuntimePlan
-from cag.starts import facts
+from cag.starts import facts, reading
 from cag.starts.begin import begin
 from cag.starts.network import PlainNetwork
 from cag.starts.reading import WeightReading
@@ -310,10 +310,23 @@ DAMAGED = {
 def test_damaged_weights_are_not_read(damage, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(container(GOOD, bytes(range(64))))
     read = WeightReading(tmp_path, ["a"]).result()
-    assert read.places == {"a": (0, (2, 3))}
-    assert read.memory[:12].tolist() == list(range(12))
+    assert read.places == {"a": (0, 0, (2, 3))}
+    assert read.memories[0][:12].tolist() == list(range(12))
     (tmp_path / "model.safetensors").write_bytes(DAMAGED[damage])
     assert WeightReading(tmp_path, ["a"]).result() is None
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 9])
+def test_what_slow_memory_leaves_in_the_file_gives_the_same(num_read, directory, monkeypatch):
+    expected = load(directory)
+    steps = iter([0.0] * (1 + num_read) + [1e9] * 99)
+    monkeypatch.setattr(reading._read_all, "__defaults__", (lambda: next(steps),))
+    started = load(directory)
+    assert is_started(started)
+    memories = {value.untyped_storage().data_ptr() for value in started._network.parameters()}
+    assert len(memories) > 1
+    assert torch.equal(logits_of(started, 7), logits_of(expected, 7))
+    assert torch.equal(logits_of(started, FEW_ROWS + 1), logits_of(expected, FEW_ROWS + 1))
 
 
 def test_one_name_in_two_files_is_not_read(tmp_path):
