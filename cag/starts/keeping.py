@@ -140,7 +140,7 @@ def _same_angles(network: Any, plain: Any, start: Start) -> bool:
     """At every position; whether they are changed by what was asked before does not matter then."""
     for first in range(0, start.window_tokens, _POSITIONS):
         positions = torch.arange(first, min(first + _POSITIONS, start.window_tokens))[None]
-        hidden = torch.zeros(1, positions.shape[1], 1)
+        hidden = torch.zeros(1, positions.shape[1], 1, dtype=torch.float32)
         expected, found = network.model.rotary_emb(hidden, positions), plain.model.rotary_emb(hidden, positions)
         if not all(map(torch.equal, expected, found)):
             return False
