@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cag import runtime
 from cag.runtime import RuntimePlan
+from cag_kernels import has_compiler
 from tiny import tiny_config, write_tiny_model
 
 CAG = [sys.executable, "-m", "cag.cli"]
@@ -108,6 +109,7 @@ LATER = HEAVY - {"torch", "numba", "llvmlite"} | {
 }  # fmt: skip
 
 
+@pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
 @pytest.mark.slow
 def test_the_second_question_of_a_model_waits_for_no_more_than_it_needs(tmp_path, monkeypatch):
     """Before the first token of the first question everything is imported, before that of the second one much less; a
