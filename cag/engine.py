@@ -25,6 +25,7 @@ from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.resident import ResidentPrefix
 from cag.runtime import choose_device, plan_runtime, usable_cores
+from cag.starts.begin import Beginning
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_kernels import warm_up_largest
 from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
@@ -70,6 +71,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[..., None] | None = None,
+        beginning: Beginning | None = None,
     ) -> Engine:
         """Load a model (pulling it when it is not here yet) and open a store.
 
@@ -80,6 +82,8 @@ class Engine:
             device: "auto", "cpu" or "cuda".
             dtype: what to compute in; "auto" takes what the machine computes best with.
             progress: passed to `cag.models.fetch_model`.
+            beginning: of this model with these options, by `cag.starts.begin.begin_model`: what was begun before torch
+                was imported. Without one it is begun here.
 
         Raises:
             ModelError: see `LanguageModel.load` and `fetch_model`.
@@ -88,7 +92,7 @@ class Engine:
         plan_runtime(choose_device(device))  # measures, perhaps: before any work of our own takes a core
         threading.Thread(target=_warm_up, name="cag-warm-up").start()  # the end of a process waits for compilers
         options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
-        loaded = LanguageModel.load(files.directory, model_id=model, options=options)
+        loaded = LanguageModel.load(files.directory, model_id=model, options=options, beginning=beginning)
         return cls(loaded, open_store(store))
 
     def build(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from cag.errors import RequestTooLong, UsageError
 from cag.model import LanguageModel
@@ -62,6 +61,8 @@ class Sampler:
         else:
             self.generator.seed()
         if not self.greedy:
+            from transformers import TemperatureLogitsWarper, TopPLogitsWarper  # no greedy answer waits for them
+
             self.warpers.append(TemperatureLogitsWarper(float(options.temperature)))
             if options.top_p < 1:
                 self.warpers.append(TopPLogitsWarper(float(options.top_p)))

@@ -145,14 +145,15 @@ def probed_layers(network: Any, device: torch.device) -> list[tuple[KvShape, See
     return found
 
 
-def _probe_ids(network: Any) -> Tensor:
+def probe_ids(network: Any) -> Tensor:
+    """The probe tokens `[NUM_PROBES]`, spread over the vocabulary."""
     vocab_size: int = network.config.get_text_config().vocab_size
     return torch.arange(NUM_PROBES) * (vocab_size // NUM_PROBES)
 
 
 def _loudest_probe(network: Any) -> int:
     """The probe token with the longest row: that of a padding token may be all zeros."""
-    ids, weight = _probe_ids(network), network.get_input_embeddings().weight
+    ids, weight = probe_ids(network), network.get_input_embeddings().weight
     return int(ids[weight[ids.to(weight.device)].float().norm(dim=1).argmax().cpu()])
 
 
@@ -179,7 +180,7 @@ def gives_the_same(network: Any, seen: Sequence[SeenLayer], own: Forward, other:
     """Whether another forward gives the logits of the network's own on probe tokens: closely behind the first layers
     and behind the first of each other kind, and behind all as far as the dtype allows (`exactly`: the network computes
     in float32)."""
-    ids, positions = _probe_ids(network), torch.arange(NUM_PROBES)
+    ids, positions = probe_ids(network), torch.arange(NUM_PROBES)
     closely = [list(range(min(PROBED_LAYERS, len(seen))))]
     closely += [[index] for kind in dict.fromkeys(seen) if (index := seen.index(kind)) >= PROBED_LAYERS]
     for chosen, tolerance in (*((one, CLOSE) for one in closely), (None, CLOSE if exactly else FAR)):

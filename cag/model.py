@@ -8,40 +8,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
-from cag.attention_hook import ATTENTION_NAME
 from cag.batch import TAIL_PAIRS, Batch, BatchState
 from cag.decoder import FewRowsDecoder, recognize
 from cag.device_decoder import DeviceDecoder, recognize_on_device
-from cag.layer_probe import NUM_PROBES, Forward, gives_the_same, probed_layers
-from cag.model_files import (
-    check_memory,
-    chosen_dtype,
-    read_network,
-    read_tokenizer,
-    refuse_unsupported,
-    stop_ids,
-    stored_dtype,
-    with_adapter,
-)
-from cag.models.fingerprint import ModelFingerprints, model_fingerprint
+from cag.kernels_ahead import compile_kernels
+from cag.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probed_layers
+from cag.model_files import prepared, read_parts, stop_ids, turns_alike
+from cag.models.fingerprint import ModelFingerprints
 from cag.pages import PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
+from cag.starts.begin import Beginning, begin, can_be_kept
+from cag.starts.keeping import StartKeeper, digest_of
+from cag.starts.record import Start, record_path
+from cag.starts.taking import StartedParts, take_start
 from cag.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
 from cag.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.step_tensors import StepState, StepTensors
-from cag.weights import Float32Products, SequencesApart, join_network, lay_out_weights, loses_in_bfloat16
-from cag_kernels import FEW_ROWS, has_compiler, warm_up, warm_up_linear, warm_up_tiles
+from cag.weights import Float32Products, SequencesApart, join_network
+from cag_kernels import FEW_ROWS, has_compiler
 from cag_kernels.device import triton_runs_on
 
 POOL_SHARE = 16  # of a GPU's memory, the part that pages may keep when nobody has any
@@ -60,7 +53,11 @@ class ModelOptions:
 
 
 class LanguageModel:
-    """A loaded model: forwards over a `SequenceState`, tokenizer, prompt template and fingerprints."""
+    """A loaded model: forwards over a `SequenceState`, tokenizer, prompt template and fingerprints.
+
+    After a start that was kept (`start`, and the parts that were `started` with it) transformers' network is read when
+    something needs more than the forward of few rows; it takes over the weights that are here.
+    """
 
     def __init__(
         self,
@@ -73,10 +70,12 @@ class LanguageModel:
         kv_dtype: torch.dtype,
         compute_dtype: torch.dtype,
         adapter: Path | None = None,
+        start: Start | None = None,
+        started: StartedParts | None = None,
     ) -> None:
-        refuse_unsupported(network.config)
-        self.network = network.eval().requires_grad_(False)
-        self.network.set_attn_implementation(ATTENTION_NAME)
+        self._network = network if started else prepared(network)
+        self._load_network = started.load_network if started else None
+        self._network_lock = threading.Lock()
         self.tokenizer = tokenizer
         self.model_id = model_id
         self.fingerprints = fingerprints
@@ -88,23 +87,33 @@ class LanguageModel:
         self._forward_lock = threading.Lock()
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
-        self.template: PromptTemplate = read_template(tokenizer)
-        probe = probed_layers(self.network, self.device)
+        self.template: PromptTemplate = start.prompt_template if start else read_template(tokenizer)
+        probe = started.layers if started else probed_layers(self.network, self.device)
         self.kv_shapes = [shape for shape, _ in probe]
-        self._seen = [seen for _, seen in probe]
+        self.seen = [seen for _, seen in probe]
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device)
-        self._compile_kernels()
-        self.decoder = self._checked_decoder()
-        self._apart = SequencesApart(self.network if self.device.type == "cpu" and self.decoder is None else None)
+        if self.device.type == "cpu" and self.kv_dtype == torch.bfloat16:
+            heads = self._network.config.get_text_config().num_attention_heads
+            compile_kernels(heads, self.kv_shapes, self.rules, self.compute_dtype)
+        self.decoder = self._decoder_of(start) if start else self._checked_decoder()
+        self._apart = SequencesApart(self._network if self.device.type == "cpu" and self.decoder is None else None)
         self.device_decoder: DeviceDecoder | None = None
         self.replays: StepReplays | None = None
         if self.device.type == "cuda":
             self.run_in_steps(capture=True)
-        self.stop_ids = stop_ids(network, tokenizer, self.template)
+        self.stop_ids = frozenset(start.stop_ids) if start else stop_ids(network, tokenizer, self.template)
 
     @classmethod
-    def load(cls, directory: Path, *, model_id: str, options: ModelOptions | None = None) -> LanguageModel:
-        """Load a directory of Hugging Face files.
+    def load(
+        cls,
+        directory: Path,
+        *,
+        model_id: str,
+        options: ModelOptions | None = None,
+        beginning: Beginning | None = None,
+    ) -> LanguageModel:
+        """Load a directory of Hugging Face files, by a start that was kept where one holds; its `beginning` may have
+        been made before.
 
         Raises:
             UnsupportedModel: an architecture whose attention or prompt the engine cannot serve.
@@ -114,37 +123,54 @@ class LanguageModel:
         options = options or ModelOptions()
         device = choose_device(options.device)
         plan = plan_runtime(device)
-        stored = stored_dtype(directory)
-        compute = chosen_dtype(options.compute_dtype, plan, stored)
-        packs = plan.product == "packed" and (stored, compute) == (torch.bfloat16, torch.float32)
-        packs = packs and options.adapter is None  # merged weights are no bfloat16 any more
-        check_memory(directory, stored, stored if packs else compute, device)
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        network = read_network(directory, stored if packs else compute)
-        if packs and loses_in_bfloat16(network):
-            packs, network = False, read_network(directory, compute)
-        if options.adapter is not None:
-            network = with_adapter(network, options.adapter)
-        with ThreadPoolExecutor(1, "cag-load") as beside:  # the network's modules are imported by now
-            tokenizer = beside.submit(read_tokenizer, directory)
-            fingerprints = beside.submit(model_fingerprint, directory, options.adapter)
-            lay_out_weights(network, plan, compute, packs=packs)
-            network = network.to(device)
+        wanted = {"device": options.device, "dtype": options.compute_dtype}
+        path = record_path(directory, **wanted)
+        begun = beginning
+        if begun is None or begun.path != path:  # of another model
+            begun = begin(directory, adapter=options.adapter, **wanted)
+        started = take_start(begun, plan) if begun is not None else None
+        if begun is not None and started is not None:
+            model = cls._from_start(started, begun.start, model_id, plan)
+            if model.decoder is not None:
+                return model
+        keeper = None
+        if can_be_kept(options.adapter, **wanted):
+            keeper = StartKeeper.before_reading(directory, path)
+        parts = read_parts(directory, plan, device, options.compute_dtype, options.adapter)
+        model = cls(model_id=model_id, plan=plan, adapter=options.adapter, **vars(parts))
+        if keeper is not None:
+            keeper.keep(model)
+        return model
+
+    @classmethod
+    def _from_start(cls, started: StartedParts, start: Start, model_id: str, plan: RuntimePlan) -> LanguageModel:
         return cls(
-            network,
-            tokenizer.result(),
+            started.network,
+            started.tokenizer,
             model_id=model_id,
-            fingerprints=fingerprints.result(),
+            fingerprints=started.fingerprints,
             plan=plan,
-            kv_dtype=stored,
-            compute_dtype=compute,
-            adapter=options.adapter,
+            kv_dtype=torch.bfloat16,
+            compute_dtype=torch.bfloat16,
+            start=start,
+            started=started,
         )
+
+    @property
+    def network(self) -> Any:
+        """transformers' own network, read when it is first needed. Safe with several threads.
+
+        Raises: ModelError: its files are not those any more that were loaded.
+        """
+        with self._network_lock:
+            if self._load_network is not None:
+                self._network, self._load_network = prepared(self._load_network()), None
+            return self._network
 
     @property
     def window_tokens(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return int(self.network.config.get_text_config().max_position_embeddings)
+        return int(self._network.config.get_text_config().max_position_embeddings)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -162,7 +188,7 @@ class LanguageModel:
     @property
     def rules(self) -> list[AttentionRule]:
         """How each layer attends."""
-        return [seen.rule for seen in self._seen]
+        return [seen.rule for seen in self.seen]
 
     @property
     def rows_stay_apart(self) -> bool:
@@ -186,7 +212,7 @@ class LanguageModel:
     @property
     def rope(self) -> dict[str, Any]:
         """What positions mean in this model's keys; part of a cache's identity."""
-        config = self.network.config.get_text_config()
+        config = self._network.config.get_text_config()
         return {"parameters": getattr(config, "rope_parameters", None), "positions": "contiguous from 0"}
 
     def new_state(self, prefix: Any = None, *, capacity: int = 0) -> WholeState:
@@ -332,31 +358,44 @@ class LanguageModel:
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device, has_scratch=True, kept_bytes=kept_bytes)
         join_network(self.network)
         self.device_decoder = self._checked_device_decoder()
-        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture and self._turns_alike)
+        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture and turns_alike(self.rope))
 
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:
         """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
         if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
             return None
-        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self._seen, self.plan.product)
+        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self.seen, self.plan.product)
         if decoder is None:
             return None
 
-        def in_two_parts(ids: Tensor, _positions: Tensor, chosen: Sequence[int] | None) -> Tensor:
-            state, found = self.new_state(capacity=NUM_PROBES), []
-            for part in (ids[:-1], ids[-1:]):
-                batch = Batch([state], [len(part)])
-                found.append(decoder.forward(part, batch, slice(None), chosen))
-                batch.finish()
-            return torch.cat(found)
+        def in_two_parts(_ids: Tensor, _positions: Tensor, chosen: Sequence[int] | None) -> Tensor:
+            return self.probe(decoder, chosen)
 
         return decoder if self._gives_the_same(in_two_parts) else None
+
+    def _decoder_of(self, start: Start) -> FewRowsDecoder | None:
+        """The quick forward for few rows, if it gives to the bit what it gave when it was last compared with that of
+        the network."""
+        decoder = recognize(self._network, self.kv_shapes[0].head_dim, self.seen, self.plan.product)
+        same = decoder is not None and digest_of(self.probe(decoder)) == start.probe_sha256
+        return decoder if same else None
+
+    @torch.inference_mode()
+    def probe(self, decoder: FewRowsDecoder, chosen: Sequence[int] | None = None) -> Tensor:
+        """Logits `[NUM_PROBES, vocab_size]` of the probe tokens by a forward of few rows, the last one by itself."""
+        state, found, ids = self.new_state(capacity=NUM_PROBES), [], probe_ids(self._network)
+        for part in (ids[:-1], ids[-1:]):
+            batch = Batch([state], [len(part)])
+            with self.plan.threads(len(part)):
+                found.append(decoder.forward(part, batch, slice(None), chosen).clone())
+            batch.finish()
+        return torch.cat(found)
 
     @torch.inference_mode()
     def _checked_device_decoder(self) -> DeviceDecoder | None:
         """The forward of few launches, if it gives the logits of the network's own on a probe."""
-        decoder = recognize_on_device(self.network, self._seen)
+        decoder = recognize_on_device(self.network, self.seen)
         if decoder is None:
             return None
 
@@ -369,33 +408,12 @@ class LanguageModel:
         return decoder if self._gives_the_same(in_pages) else None
 
     def _gives_the_same(self, other: Forward) -> bool:
-        return gives_the_same(self.network, self._seen, self._own, other, exactly=self._computes_exactly)
+        return gives_the_same(self.network, self.seen, self._own, other, exactly=self._computes_exactly)
 
     def _own(self, ids: Tensor, positions: Tensor, _chosen: Sequence[int] | None) -> Tensor:
         state = self.new_state(capacity=NUM_PROBES)
         return self._network_forward(ids.to(self.device), positions.to(self.device), state, 0)
 
     @property
-    def _turns_alike(self) -> bool:
-        """Whether rotary angles do not depend on how long a sequence is, which would have to be asked in each step."""
-        parameters = self.rope["parameters"] or {}
-        kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-        return not any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)
-
-    @property
     def _computes_exactly(self) -> bool:
         return self.compute_dtype == torch.float32
-
-    def _compile_kernels(self) -> None:
-        """Compile what a question needs, so that no question waits for it."""
-        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
-            return
-        num_q_heads = self.network.config.get_text_config().num_attention_heads
-        groups = {num_q_heads // shape.num_kv_heads for shape in self.kv_shapes}
-        head_dims = sorted({shape.head_dim for shape in self.kv_shapes})
-        windows = dict.fromkeys(rule.window for rule in self.rules)
-        warm_up(head_dims, sorted(groups), windows)
-        if self.compute_dtype == torch.float32:
-            warm_up_linear(torch.bfloat16)
-        elif self.compute_dtype == torch.bfloat16:
-            warm_up_tiles(head_dims, windows)

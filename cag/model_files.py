@@ -1,20 +1,24 @@
 """Reading a directory of Hugging Face files: the network, its tokenizer, and what is refused or checked before.
 
 Knows transformers and the memory of the machine; nothing of attention, states or prompts beyond their stop strings.
+transformers is imported where something is read: a start that was kept (`cag.starts`) does without.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel
+from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
 from cag.runtime import RuntimePlan
+from cag.weights import lay_out_weights, loses_in_bfloat16
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
@@ -38,6 +42,24 @@ def refuse_unsupported(config: Any) -> None:
             )
 
 
+def prepared(network: Any) -> Any:
+    """A network that is to be run and not trained, with our attention. Raises: UnsupportedModel."""
+    from cag.attention_hook import ATTENTION_NAME
+
+    refuse_unsupported(network.config)
+    network = network.eval().requires_grad_(False)
+    network.set_attn_implementation(ATTENTION_NAME)
+    return network
+
+
+def turns_alike(rope: dict[str, Any]) -> bool:
+    """Whether rotary angles do not depend on how long a sequence is, which would have to be asked in each step; `rope`
+    is that of `LanguageModel`."""
+    parameters = rope["parameters"] or {}
+    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return not any(part.get("rope_type") in UNSTABLE_ROPE for part in kinds)
+
+
 def stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
     """Tokens that end an answer: the model's, the tokenizer's, and the template's end of turn."""
     found: set[int] = set()
@@ -50,8 +72,43 @@ def stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozense
     return frozenset(found)
 
 
+@dataclass(frozen=True)
+class ReadParts:
+    """What was read of a model: its network laid out on a device, its tokenizer, and in which types it is kept."""
+
+    network: Any
+    tokenizer: Any
+    fingerprints: ModelFingerprints
+    kv_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+
+def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: str, adapter: Path | None) -> ReadParts:
+    """Read a directory of Hugging Face files. Raises: as `LanguageModel.load`."""
+    stored = stored_dtype(directory)
+    compute = chosen_dtype(dtype, plan, stored)
+    packs = plan.product == "packed" and (stored, compute) == (torch.bfloat16, torch.float32)
+    packs = packs and adapter is None  # merged weights are no bfloat16 any more
+    check_memory(directory, stored, stored if packs else compute, device)
+    network = read_network(directory, stored if packs else compute)
+    if packs and loses_in_bfloat16(network):
+        packs, network = False, read_network(directory, compute)
+    if adapter is not None:
+        network = with_adapter(network, adapter)
+    with ThreadPoolExecutor(1, "cag-load") as beside:  # the network's modules are imported by now
+        tokenizer = beside.submit(read_tokenizer, directory)
+        fingerprints = beside.submit(model_fingerprint, directory, adapter)
+        lay_out_weights(network, plan, compute, packs=packs)
+        network = network.to(device)
+    return ReadParts(network, tokenizer.result(), fingerprints.result(), stored, compute)
+
+
 def read_network(directory: Path, dtype: torch.dtype) -> Any:
     """The network in a directory of model files. Raises: ModelError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -60,6 +117,8 @@ def read_network(directory: Path, dtype: torch.dtype) -> Any:
 
 def read_tokenizer(directory: Path) -> Any:
     """Its tokenizer. Raises: ModelError."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -243,6 +243,11 @@ def lay_out_weights(network: nn.Module, plan: RuntimePlan, compute_dtype: torch.
         move_weights(network)  # in order: what is joined lies side by side then, where rows fill lines
         if compute_dtype == torch.bfloat16:
             join_network(network)
+    use_products(network, plan)
+
+
+def use_products(network: nn.Module, plan: RuntimePlan) -> None:
+    """Let the linear layers of a network multiply few rows as `plan` does, in place."""
     if plan.product in ("transposed", "tiles"):
         use_transposed_products(network)
 

@@ -5,6 +5,8 @@ Commands import what they need when they run: `cag --help` must not wait for tor
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -69,6 +71,7 @@ app.command()(doctor.doctor)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: run `arguments` (those of the process if None) and exit with the code of what happened."""
+    atexit.register(gc.freeze)  # the interpreter need not look for garbage in what is about to go
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,17 +50,12 @@ def cache_in(store: Store, name: str) -> tuple[Ref, Manifest]:
 
 
 def load_engine(store: Store, choice: ModelChoice, *, verbose: bool) -> Engine:
-    """The engine of `choice` over `store`; a model that is not here yet is pulled, with its progress shown."""
-    from cag.engine import Engine
+    """The engine of `choice` over `store`; a model that is not here yet is pulled, with its progress shown.
 
-    with shown_progress("bytes") as report:
-        engine = Engine.load(
-            store=store,
-            progress=report,
-            **given(
-                model=portable_model(choice.model), adapter=choice.adapter, device=choice.device, dtype=choice.dtype
-            ),
-        )
+    What an earlier start of the model left is read while torch is imported.
+    """
+    with nothing_collected():
+        engine = _loaded(store, choice)
     model = engine.model
     note_configuration(
         verbose,
@@ -74,6 +71,31 @@ def load_engine(store: Store, choice: ModelChoice, *, verbose: bool) -> Engine:
         store=store.backend.url,
     )
     return engine
+
+
+def _loaded(store: Store, choice: ModelChoice) -> Engine:
+    from cag.models import DEFAULT_MODEL
+    from cag.starts.begin import begin_model
+
+    options = given(adapter=choice.adapter, device=choice.device, dtype=choice.dtype)
+    name = portable_model(choice.model) or DEFAULT_MODEL
+    beginning = begin_model(name, **{"adapter": None, "device": "auto", "dtype": "auto"} | options)
+    from cag.engine import Engine  # imports torch
+
+    with shown_progress("bytes") as report:
+        return Engine.load(name, store=store, progress=report, beginning=beginning, **options)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Nothing is looked through for garbage inside, and what is there at the end never again: libraries leave half a
+    million objects behind, none of which is any. For a process that is a command's alone."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def load_engine_of(store: Store, name: str, choice: ModelChoice, *, verbose: bool) -> Engine:

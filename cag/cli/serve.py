@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import ipaddress
 import socket
+import threading
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cag.cli.opening import ModelChoice, cache_in, load_engine, load_engine_of, store_at
+from cag.cli.opening import ModelChoice, cache_in, load_engine, load_engine_of, nothing_collected, store_at
 from cag.cli.options import (
     AdapterOption,
     CacheBytesOption,
@@ -27,6 +28,7 @@ from cag.cli.quantities import size_bytes
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from cag.engine import Engine
     from cag_store import Store
 
 SHUTDOWN_S = 30  # running answers may go on for so long after the signal to stop
@@ -92,7 +94,9 @@ def serve(
         )
         note_configuration(verbose, **settings.model_dump(exclude={"api_keys"}), num_api_keys=len(settings.api_keys))
         facts = {"url": _url(listener), "model": engine.model.model_id, "preload": list(settings.preload)}
-        _run(create_app(engine, settings=settings), listener, facts, json_output=json_output, verbose=verbose)
+        rest = threading.Thread(target=_load_rest, args=(engine,), name="cag-rest")
+        app = create_app(engine, settings=settings)
+        _run(app, listener, facts, rest, json_output=json_output, verbose=verbose)
 
 
 def _load(store: Store, preload: tuple[str, ...], choice: ModelChoice, *, verbose: bool) -> Any:
@@ -104,8 +108,28 @@ def _load(store: Store, preload: tuple[str, ...], choice: ModelChoice, *, verbos
     return load_engine(store, choice, verbose=verbose)
 
 
-def _run(app: FastAPI, listener: socket.socket, facts: dict[str, Any], *, json_output: bool, verbose: bool) -> None:
-    """Serve until SIGINT or SIGTERM; running answers are finished first, for at most `SHUTDOWN_S`."""
+def _load_rest(engine: Engine) -> None:
+    """Read what short questions do without (`LanguageModel.network`), so that no long one waits for it."""
+    from cag.errors import ModelError
+
+    try:
+        with nothing_collected():
+            _ = engine.model.network
+    except ModelError as error:  # whoever needs it is told, too
+        note(f"warning: {error}")
+
+
+def _run(
+    app: FastAPI,
+    listener: socket.socket,
+    facts: dict[str, Any],
+    rest: threading.Thread,
+    *,
+    json_output: bool,
+    verbose: bool,
+) -> None:
+    """Serve until SIGINT or SIGTERM; running answers are finished first, for at most `SHUTDOWN_S`. The thread `rest` is
+    started once the server takes requests."""
     import uvicorn
 
     # a full collection would look at half a million objects of libraries: 0.2 s in the midst of somebody's answer
@@ -121,6 +145,7 @@ def _run(app: FastAPI, listener: socket.socket, facts: dict[str, Any], *, json_o
                 print_json(facts)
             else:
                 note(f"serving {facts['model']} at {facts['url']} (OpenAI API at {facts['url']}/v1)")
+            rest.start()
 
     level = "info" if verbose else "warning"
     config = uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=SHUTDOWN_S)

@@ -85,9 +85,9 @@ def each_product(request, monkeypatch):
     return request.param
 
 
-def bfloat16_model(directory, config):
+def bfloat16_model(directory, config, seed=0):
     """A random model saved in bfloat16, as the engine loads it."""
-    write_tiny_model(directory, config=config)
+    write_tiny_model(directory, config=config, seed=seed)
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     network.save_pretrained(directory)
     return LanguageModel.load(directory, model_id="tiny")

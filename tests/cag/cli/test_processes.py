@@ -5,9 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from cag import runtime
+from cag.runtime import RuntimePlan
+from cag_kernels import has_compiler
 from tiny import tiny_config, write_tiny_model
 
 CAG = [sys.executable, "-m", "cag.cli"]
@@ -62,3 +68,79 @@ def test_ctrl_c_during_a_build_leaves_the_store_as_it_was_and_the_next_build_goe
     assert list((store / "refs").iterdir()) == []
     resumed = subprocess.run(command, capture_output=True, text=True)
     assert json.loads(resumed.stdout)["reused_tokens"] >= 1024
+
+
+HEAVY = {
+    "torch", "transformers", "numba", "llvmlite", "triton", "sympy", "fastapi", "pydantic_settings", "huggingface_hub",
+    "jinja2", "scipy", "sklearn", "pandas", "bm25s", "PIL", "accelerate", "boto3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["ask", "--help"], ["ls"], ["show", "book"]])
+def test_looking_imports_nothing_heavy(command, book):
+    arguments = command if command[0].startswith("--") or "--help" in command else [*command, "--store", str(book)]
+    code = (
+        f"import sys, cag.cli; code = cag.cli.run({arguments!r}); left = {HEAVY!r} & set(sys.modules);"
+        "assert (code, left) == (0, set()), (code, left)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+ASKS = """
+import json, sys
+import cag.cli.ask
+
+class FirstToken:
+    def __init__(self, stdout): self.stdout, self.modules = stdout, None
+    def write(self, text):
+        if self.modules is None: self.modules = sorted(sys.modules)
+        return len(text)
+    def flush(self): pass
+    def isatty(self): return False
+
+sys.stdout = watching = FirstToken(sys.stdout)
+code = cag.cli.run(sys.argv[1:])
+print(json.dumps({"code": code, "modules": watching.modules}), file=watching.stdout)
+"""
+LATER = HEAVY - {"torch", "numba", "llvmlite"} | {
+    "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "cag.attention_hook",
+    "cag.retrieval", "cag.server", "cag_bench",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
+@pytest.mark.slow
+def test_the_second_question_of_a_model_waits_for_no_more_than_it_needs(tmp_path, monkeypatch):
+    """Before the first token of the first question everything is imported, before that of the second one much less; a
+    long question says the same either way."""
+    monkeypatch.setenv("CAG_HOME", str(tmp_path / "home"))
+    plan_for_tests(tmp_path / "home")
+    model, store = tmp_path / "model", str(tmp_path / "s")
+    write_tiny_model(model, config=tiny_config(torch_dtype="bfloat16"))
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    (tmp_path / "text.txt").write_text("Nobody has seen the omega key since Tuesday.\n")
+    built = [*CAG, "build", str(tmp_path / "text.txt"), "--name", "book", "--model", str(model), "--store", store]
+    subprocess.run(built, check=True, capture_output=True)
+    for record in (tmp_path / "home" / "starts").iterdir():
+        record.unlink()
+
+    def asked(question):
+        command = [sys.executable, "-c", ASKS, "ask", "book", question, "--store", store, "--max-tokens", "3"]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        assert found["code"] == 0
+        return set(found["modules"])
+
+    first, second, long = asked("Who?"), asked("Who?"), asked("Who? " * 60)
+    assert {"torch", "transformers.modeling_utils", "cag.attention_hook"} <= first
+    assert {"torch", "cag.engine", "cag.session"} <= second
+    assert second & LATER == set()
+    assert "transformers.modeling_utils" in long
+
+
+def plan_for_tests(home):
+    """As if this machine had been measured."""
+    plan = RuntimePlan("cpu", "bfloat16", 1, 1, "tiles", {}, "for tests")
+    kept = {"machine": runtime._machine_key(), "measurements": 3, "plan": asdict(plan)}
+    home.mkdir()
+    (home / "runtime.json").write_text(json.dumps(kept))

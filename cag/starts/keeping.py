@@ -1,0 +1,183 @@
+"""Keeping a start: what transformers made of a model is written down once everything that replaces it was compared.
+
+Nothing is kept unless the weights in the files are those of the network to the bit, the rotary angles the same at every
+position of the window, the tokenizer the same on samples, and the logits of the forward of few rows over the plain
+parts those of the one over transformers' network. Knows a loaded model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cag.decoder import recognize
+from cag.decoder_layers import SeenLayer, Turning
+from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT, document_marker
+from cag.runtime import RuntimePlan
+from cag.starts.facts import file_identities, start_facts
+from cag.starts.network import PlainNetwork, epsilons_of
+from cag.starts.record import Start, write_start
+from cag.starts.tokenizer import KeptTokenizer, read_tables
+
+if TYPE_CHECKING:
+    from cag.model import LanguageModel
+
+_POSITIONS = 4096  # compared at once
+_SAMPLES = (
+    SYSTEM_TEXT,
+    CLOSING_TEXT,
+    document_marker(7, "A title"),
+    " two  spaces\t\n\nlines\r\n",
+    "Größe 漢字 🙂 e\u0301",
+    "1234567.89",
+)
+
+
+@dataclass(frozen=True)
+class StartKeeper:
+    """Keeps the start of the model in `directory` in `path`; made before the model is read."""
+
+    directory: Path
+    path: Path
+    identities: list[Any]
+
+    @classmethod
+    def before_reading(cls, directory: Path, path: Path) -> StartKeeper:
+        """Notes which files the model is read from."""
+        return cls(directory, path, file_identities(directory))
+
+    @torch.inference_mode()
+    def keep(self, model: LanguageModel) -> bool:
+        """Write down the start of a model that was read in whole; returns whether it was found to be the same."""
+        if not _may_be_kept(model):
+            return False
+        with suppress(
+            OSError, ValueError, KeyError, AttributeError
+        ):  # parts that it has not, or that are named otherwise
+            tables = model.tokenizer.backend_tokenizer.to_str().encode()
+            start = _described(model, tables)
+            plain = PlainNetwork(start, dict(model.network.named_parameters(remove_duplicate=False)))
+            if not self._same_weights(model, start) or not _same_angles(model.network, plain, start):
+                return False
+            probed = _same_logits(model, plain)
+            if probed is None or not _same_tokens(model, tables):
+                return False
+            facts = start_facts(self.directory)
+            if file_identities(self.directory) != self.identities:
+                return False
+            write_start(self.path, replace(start, facts=facts, probe_sha256=digest_of(probed)), tables)
+            return True
+        return False
+
+    def _same_weights(self, model: LanguageModel, start: Start) -> bool:
+        from safetensors import safe_open
+
+        own, found = dict(model.network.named_parameters()), set()
+        for path in sorted(self.directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as stream:
+                for name in own.keys() & set(stream.keys()):
+                    tensor = stream.get_tensor(name)
+                    if tensor.dtype != torch.bfloat16 or own[name].dtype != torch.bfloat16:
+                        return False
+                    if not torch.equal(tensor.view(torch.int16), own[name].detach().view(torch.int16)):
+                        return False
+                    found.add(name)
+        return found == set(start.parameters)
+
+
+def plan_facts(plan: RuntimePlan) -> dict[str, Any]:
+    """What of a plan decides how a model is read and computes."""
+    return {key: value for key, value in asdict(plan).items() if key not in ("measured_ms", "reason")}
+
+
+def digest_of(logits: Tensor) -> str:
+    """Hex sha256 of their bits."""
+    return hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _may_be_kept(model: LanguageModel) -> bool:
+    dtypes = {model.kv_dtype, model.compute_dtype}
+    on_cpu = model.device.type == "cpu" and model.adapter is None
+    return on_cpu and dtypes == {torch.bfloat16} and model.decoder is not None and bool(model.tokenizer.is_fast)
+
+
+def _described(model: LanguageModel, tables: bytes) -> Start:
+    """Raises: ValueError: something that a record does not hold: what JSON would change, or other rotations than the
+    usual one of all layers."""
+    network = model.network
+    config, rotary = network.config.get_text_config(), network.model.rotary_emb
+    start = Start(
+        facts="",
+        plan=plan_facts(model.plan),
+        parameters=sorted(name for name, _ in network.named_parameters()),
+        is_tied=network.lm_head.weight is network.model.embed_tokens.weight,
+        epsilons=epsilons_of(network),
+        inverse_frequencies=rotary.inv_freq.float().tolist(),
+        attention_scaling=float(rotary.attention_scaling),
+        kv_shapes=[list(asdict(shape).values()) for shape in model.kv_shapes],
+        rules=[asdict(rule) for rule in model.rules],
+        num_q_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        window_tokens=config.max_position_embeddings,
+        rope_parameters=getattr(config, "rope_parameters", None),
+        template=asdict(model.template),
+        stop_ids=sorted(model.stop_ids),
+        tokenizer_sha256=hashlib.sha256(tables).hexdigest(),
+        probe_sha256="",
+    )
+    if any(seen != SeenLayer(seen.rule, Turning()) for seen in model.seen):
+        raise ValueError("its layers turn in several ways.")
+    if start.rope_parameters != json.loads(json.dumps(start.rope_parameters)):
+        raise ValueError("its positions cannot be written down.")
+    return start
+
+
+def _same_angles(network: Any, plain: Any, start: Start) -> bool:
+    """At every position; whether they are changed by what was asked before does not matter then."""
+    for first in range(0, start.window_tokens, _POSITIONS):
+        positions = torch.arange(first, min(first + _POSITIONS, start.window_tokens))[None]
+        hidden = torch.zeros(1, positions.shape[1], 1, dtype=torch.float32)
+        expected, found = network.model.rotary_emb(hidden, positions), plain.model.rotary_emb(hidden, positions)
+        if not all(map(torch.equal, expected, found)):
+            return False
+    return True
+
+
+def _same_logits(model: LanguageModel, plain: PlainNetwork) -> Tensor | None:
+    """Logits of the probe tokens, if both forwards have the same bits."""
+    other = recognize(plain, model.kv_shapes[0].head_dim, model.seen, model.plan.product)
+    if other is None or model.decoder is None:
+        return None
+    found = model.probe(other)
+    return found if torch.equal(model.probe(model.decoder), found) else None
+
+
+def _same_tokens(model: LanguageModel, tables: bytes) -> bool:
+    whole, kept = model.tokenizer, KeptTokenizer(read_tables(tables), lambda: None)
+    for text in _texts(model):
+        for splits in (False, True):
+            options = {"add_special_tokens": False, "split_special_tokens": splits, "verbose": False}
+            ids = whole(text, **options)["input_ids"]
+            if list(ids) != kept(text, **options)["input_ids"]:
+                return False
+            for skips in (False, True):
+                options = {"skip_special_tokens": skips, "clean_up_tokenization_spaces": False}
+                if whole.decode(ids, **options) != kept.decode(ids, **options):
+                    return False
+    return True
+
+
+def _texts(model: LanguageModel) -> Iterator[str]:
+    pieces = [text for text in asdict(model.template).values() if isinstance(text, str)]
+    specials = list(model.tokenizer.all_special_tokens)
+    yield from (text for text in (*_SAMPLES, *pieces, *specials, " ".join(specials)) if text)
+    vocabulary = range(0, len(model.tokenizer), max(1, len(model.tokenizer) // 4096))
+    yield model.tokenizer.backend_tokenizer.decode(list(vocabulary), skip_special_tokens=False)

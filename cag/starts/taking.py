@@ -1,0 +1,82 @@
+"""From a start that was kept to the parts of a model, or to nothing where it does not hold here and now.
+
+Knows transformers' readers, for when more than the parts is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cag.decoder_layers import SeenLayer, Turning
+from cag.errors import ModelError
+from cag.model_files import read_network, read_tokenizer
+from cag.models.fingerprint import ModelFingerprints, model_fingerprint
+from cag.runtime import RuntimePlan
+from cag.starts.begin import Beginning
+from cag.starts.keeping import plan_facts
+from cag.starts.network import PlainNetwork, adopt_weights, bfloat16_tensors
+from cag.starts.tokenizer import KeptTokenizer
+from cag.state import AttentionRule, KvShape
+from cag.weights import join_network, use_products
+
+
+@dataclass(frozen=True)
+class StartedParts:
+    """What `LanguageModel` is made of after a start that was kept. `load_network` reads transformers' own network, over
+    the weights of `network`."""
+
+    network: PlainNetwork
+    tokenizer: KeptTokenizer
+    fingerprints: ModelFingerprints
+    layers: list[tuple[KvShape, SeenLayer]]
+    load_network: Callable[[], Any]
+
+
+def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
+    """The parts of a model whose start was begun; None where the plan is another one by now, or anything of what was
+    read is not what the record says."""
+    start, directory = begun.start, begun.directory
+    if plan_facts(plan) != start.plan:
+        return None
+    tables, weights = begun.tokenizer(), begun.weights()
+    if weights is None or tables is None or not begun.holds():
+        return None
+    try:
+        network = PlainNetwork(start, bfloat16_tensors(weights))
+        layers = [
+            (KvShape(*shape), SeenLayer(AttentionRule(**rule), Turning()))
+            for shape, rule in zip(start.kv_shapes, start.rules, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError):
+        return None
+    join_network(network)
+    fingerprints = model_fingerprint(directory)
+    return StartedParts(
+        network=network,
+        tokenizer=KeptTokenizer(tables, lambda: _unchanged(read_tokenizer(directory), directory, fingerprints)),
+        fingerprints=fingerprints,
+        layers=layers,
+        load_network=lambda: _unchanged(_whole_network(network, directory, plan), directory, fingerprints),
+    )
+
+
+def _whole_network(plain: PlainNetwork, directory: Path, plan: RuntimePlan) -> Any:
+    network = read_network(directory, torch.bfloat16)
+    try:
+        adopt_weights(network, plain)
+    except (AttributeError, ValueError) as error:
+        raise ModelError(f"the model in {directory} is another one than was loaded: {error}") from error
+    use_products(network, plan)
+    return network
+
+
+def _unchanged(part: Any, directory: Path, fingerprints: ModelFingerprints) -> Any:
+    """`part`, which was read from `directory` just now. Raises: ModelError: from other files than the rest."""
+    if model_fingerprint(directory) != fingerprints:
+        raise ModelError(f"the model in {directory} changed since it was loaded.", hint="Load it again.")
+    return part
