@@ -2,12 +2,12 @@
 
 More threads can be slower than one on shared cores, and bfloat16 is slower than float32 on a processor without
 instructions for it, so neither is guessed. The first few processes measure, and the least time of each counts. A
-measurement beside which other work had the cores, which the operating system tells, is used, but another process
-measures again: one thread is quickest while somebody else has the second core, and would stay so for good. Products
-that bring a forward of few rows of our own with them are taken unless they are far behind: how long a product takes
-by itself does not show what that forward wins, and a busy moment should not change the bits of answers. What was
-measured is kept in `<cag home>/runtime.json`, until the processor, the number of usable cores or torch changes.
-`CAG_THREADS` overrides the number of threads.
+measurement beside which other work had the cores, which the operating system tells, says nothing of threads (one is
+quickest while somebody else has the second core), and another process measures again. Products that bring a forward
+of few rows of our own with them are taken unless they are far behind: how long a product takes by itself does not
+show what that forward wins, and a busy moment should not change the bits of answers. What was measured is kept in
+`<cag home>/runtime.json`, until the processor, the number of usable cores or torch changes. `CAG_THREADS` overrides
+the number of threads.
 """
 
 from __future__ import annotations
@@ -128,10 +128,12 @@ class _Measured:
 
     @property
     def described(self) -> RuntimePlan:
-        """The plan; it says so when there is none but disturbed measurements."""
-        if self.undisturbed:
+        """The plan. As long as there are none but disturbed measurements it has all cores, and says so: who had them
+        meanwhile may be gone at once, and a process keeps its plan."""
+        if self.undisturbed or self.is_settled:
             return self.plan
-        return replace(self.plan, reason=f"{self.plan.reason}; other processes had the cores meanwhile")
+        reason = f"{self.plan.reason}, while other processes had the cores; all cores until it is known better"
+        return replace(self.plan, threads_small=usable_cores(), threads_large=usable_cores(), reason=reason)
 
     def with_another(self, other: _Measured) -> _Measured:
         """The plan by the least times of both."""

@@ -98,8 +98,8 @@ def test_who_waited_for_cores_does_not_settle_the_plan(cag_home, two_cores, othe
     for _ in range(4):
         other_process(busy, disturbed=1)
         plan = plan_runtime(CPU)
-        assert plan.threads_small == 1
-        assert plan.reason.endswith("other processes had the cores meanwhile")
+        assert (plan.threads_small, plan.threads_large) == (2, 2)  # all cores, for as long as nothing better is known
+        assert "other processes had the cores" in plan.reason
     for _ in range(runtime._NUM_MEASUREMENTS):
         other_process(quiet)
         assert plan_runtime(CPU).threads_small == 2
@@ -109,9 +109,11 @@ def test_who_waited_for_cores_does_not_settle_the_plan(cag_home, two_cores, othe
 
 def test_a_machine_that_is_always_busy_is_measured_a_few_times_only(cag_home, two_cores, other_process):
     busy = measured(small=(9, 18), few=(6, 12), large=(100, 200), bf16_factor=2.5)
-    for _ in range(runtime._MOST_MEASUREMENTS):
+    for _ in range(runtime._MOST_MEASUREMENTS - 1):
         other_process(busy, disturbed=1)
-        plan_runtime(CPU)
+        assert plan_runtime(CPU).threads_small == 2
+    other_process(busy, disturbed=1)
+    plan_runtime(CPU)
     other_process()
     assert plan_runtime(CPU).threads_small == 1
 
