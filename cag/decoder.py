@@ -215,8 +215,7 @@ class FewRowsDecoder:
             return layer.mlp(read)
         projected = layer.gate_and_up(read)
         gated = projected.new_empty(projected.shape[0], projected.shape[1] // 2)
-        gate = self._steps.gate if layer.activation == "silu" else self._steps.gate_by_gelu
-        gate(projected.numpy(), gated.numpy())
+        self._steps.GATES[layer.activation](projected.numpy(), gated.numpy())
         return layer.down(gated)
 
 

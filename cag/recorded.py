@@ -255,8 +255,7 @@ class _Recording:
         projected = self._memory("gate_and_up", len(read), layer.gate_and_up.out_features)
         layer.gate_and_up.into(read, projected)
         gated = self._memory("gated", len(read), layer.gate_and_up.out_features // 2)
-        gate = self._steps.gate if layer.activation == "silu" else self._steps.gate_by_gelu
-        gate(projected, gated)
+        self._steps.gate(projected, gated, layer.activation)
         layer.down.into(gated, self._updates[1])
 
     def _rounds(self, query: Tensor, segments: list[PrefixSegment]) -> bool:

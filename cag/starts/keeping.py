@@ -59,9 +59,7 @@ class StartKeeper:
         """Write down the start of a model that was read in whole; returns whether it was found to be the same."""
         if not _may_be_kept(model):
             return False
-        with suppress(
-            OSError, ValueError, KeyError, AttributeError
-        ):  # parts that it has not, or that are named otherwise
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # parts that are not there or named otherwise
             tables = model.tokenizer.backend_tokenizer.to_str().encode()
             start = _described(model, tables)
             plain = PlainNetwork(start, dict(model.network.named_parameters(remove_duplicate=False)))

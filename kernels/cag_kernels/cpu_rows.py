@@ -64,9 +64,18 @@ def _narrowed(value: Any) -> Any:
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
+def _inverse_rms(values: Any, epsilon: Any) -> Any:
+    """`1 / sqrt(mean(values ** 2) + epsilon)`."""
+    squares = np.float32(0)
+    for index in range(values.shape[0]):
+        squares += values[index] * values[index]
+    return np.float32(1 / np.sqrt(squares / np.float32(values.shape[0]) + np.float32(epsilon)))
+
+
 exponential = numba.njit(inline="always", fastmath=RELAXED)(_exponential)
 widened = numba.njit(inline="always")(_widened)
 narrowed = numba.njit(inline="always")(_narrowed)
+inverse_rms = numba.njit(inline="always", fastmath=RELAXED, error_model="numpy")(_inverse_rms)
 
 
 @compiled
@@ -89,10 +98,7 @@ def add_normed(hidden: Array, update: Array, weight: Array, epsilon: float) -> N
     """`hidden += update / sqrt(mean(update ** 2) + epsilon) * weight`; both `[num_rows, size]`."""
     num_rows, size = hidden.shape
     for row in range(num_rows):
-        squares = np.float32(0)
-        for index in range(size):
-            squares += update[row, index] * update[row, index]
-        factor = np.float32(1 / np.sqrt(squares / np.float32(size) + np.float32(epsilon)))
+        factor = inverse_rms(update[row], epsilon)
         for index in range(size):
             hidden[row, index] += update[row, index] * factor * weight[index]
 
@@ -104,10 +110,7 @@ def add_normed_and_norm(
     """`add_normed` by weight `behind`, then the norm of the sum to `out` as in `add_and_norm`."""
     num_rows, size = hidden.shape
     for row in range(num_rows):
-        squares = np.float32(0)
-        for index in range(size):
-            squares += update[row, index] * update[row, index]
-        factor = np.float32(1 / np.sqrt(squares / np.float32(size) + np.float32(behind_epsilon)))
+        factor = inverse_rms(update[row], behind_epsilon)
         squares = np.float32(0)
         for index in range(size):
             value = hidden[row, index] + update[row, index] * factor * behind[index]
@@ -125,10 +128,7 @@ def head_norm(projected: Array, first: int, num_heads: int, weight: Array, epsil
     for row in range(projected.shape[0]):
         for head in range(num_heads):
             start = first + head * head_dim
-            squares = np.float32(0)
-            for index in range(head_dim):
-                squares += projected[row, start + index] * projected[row, start + index]
-            factor = np.float32(1 / np.sqrt(squares / np.float32(head_dim) + np.float32(epsilon)))
+            factor = inverse_rms(projected[row, start : start + head_dim], epsilon)
             for index in range(head_dim):
                 projected[row, start + index] *= factor * weight[index]
 
@@ -192,3 +192,7 @@ def gate_by_gelu(projected: Array, out: Array) -> None:
             value = projected[row, index]
             inner = value * (_GELU_LINEAR + _GELU_CUBIC * value * value)
             out[row, index] = value / (np.float32(1) + exponential(-inner)) * projected[row, size + index]
+
+
+GATES = {"silu": gate, "gelu_tanh": gate_by_gelu}
+"""By `rows_reference.ACTIVATIONS`."""

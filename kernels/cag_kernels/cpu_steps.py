@@ -89,14 +89,10 @@ def rotate_and_store(
     _shared(_rotate_and_store, tensors, [*query.shape, *pool[0].shape[:3]], 1)
 
 
-def gate(projected: Tensor, out: Tensor) -> None:
-    """See `cpu_rows.gate`."""
-    _shared(_gate, [projected, out], list(out.shape), len(out))
-
-
-def gate_by_gelu(projected: Tensor, out: Tensor) -> None:
-    """See `cpu_rows.gate_by_gelu`."""
-    _shared(_gate_by_gelu, [projected, out], list(out.shape), len(out))
+def gate(projected: Tensor, out: Tensor, activation: str = "silu") -> None:
+    """See `cpu_rows.GATES`."""
+    number = list(cpu_rows.GATES).index(activation)
+    _shared(_gate, [projected, out], [*out.shape, number], len(out))
 
 
 def _shared(function: Callable[[Any], None], tensors: Sequence[Tensor], sizes: Sequence[int], num_tasks: int) -> None:
@@ -193,22 +189,14 @@ def _rotate_and_store(call: Any) -> None:
 
 
 def _gate(call: Any) -> None:
-    fields = carray(call, 5, np.int64)
+    fields = carray(call, 6, np.int64)
     num_rows, size = fields[3], fields[4]
     projected = carray(memory(fields[1]), (num_rows, 2 * size), np.float32)
     out = carray(memory(fields[2]), (num_rows, size), np.float32)
     row = take_task(call)
     while row < num_rows:
-        cpu_rows.gate(projected[row : row + 1], out[row : row + 1])
-        row = take_task(call)
-
-
-def _gate_by_gelu(call: Any) -> None:
-    fields = carray(call, 5, np.int64)
-    num_rows, size = fields[3], fields[4]
-    projected = carray(memory(fields[1]), (num_rows, 2 * size), np.float32)
-    out = carray(memory(fields[2]), (num_rows, size), np.float32)
-    row = take_task(call)
-    while row < num_rows:
-        cpu_rows.gate_by_gelu(projected[row : row + 1], out[row : row + 1])
+        if fields[5] == 0:
+            cpu_rows.gate(projected[row : row + 1], out[row : row + 1])
+        else:
+            cpu_rows.gate_by_gelu(projected[row : row + 1], out[row : row + 1])
         row = take_task(call)

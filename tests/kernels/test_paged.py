@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cag_kernels import paged_attention, prefix_attention, rows_stay_apart
+from cag_kernels import has_compiler, paged_attention, prefix_attention, rows_stay_apart
 from cag_kernels.cpu_paged import Tails
 from cag_kernels.cpu_tape import Tape
 from cag_kernels.linear import tile_linear, tile_linear_serves, tile_product
@@ -209,7 +209,7 @@ def test_queries_that_stay_apart_have_the_same_bits_in_any_company(codec, num_to
             mine = prefix_attention(query[:, first:last], prefix, scale=SCALE)
             assert torch.equal(mine[0], out[:, first:last])
             assert torch.equal(mine[1], lse[:, first:last])
-    assert checked or codec == "plain"
+    assert checked or not has_compiler()
 
 
 def test_products_by_tiles_give_a_row_the_same_bits_in_any_company():
