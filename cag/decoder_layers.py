@@ -137,7 +137,7 @@ def activation_of(mlp: Any) -> str | None:
     function = next((getattr(mlp, name) for name in _ACTIVATIONS if hasattr(mlp, name)), None)
     if function is None:
         return None
-    sample = torch.linspace(-4, 4, 9)
+    sample = torch.linspace(-4, 4, 9, dtype=torch.float32)
     return next((name for name, known in ACTIVATIONS.items() if torch.allclose(function(sample), known(sample))), None)
 
 
@@ -167,8 +167,8 @@ class NormReader:
 def _added_to_weight(module: Any, epsilon: float) -> float:
     """0 or 1, whichever gives what the module makes of rows of numbers, large ones and such that epsilon counts."""
     weight = module.weight.detach()
-    rows = torch.arange(2.0 * len(weight)).sin().view(2, -1) * torch.tensor([[1.0], [1e-3]])
-    rows = rows.to(weight.dtype)
+    large = torch.arange(2 * len(weight), dtype=torch.float32).sin().view(2, -1)
+    rows = (large * torch.tensor([[1.0], [1e-3]], dtype=torch.float32)).to(weight.dtype)
     found = module(rows).float()
     misses = {
         added: relative_difference(found, head_norm_reference(rows.float(), weight.float() + added, epsilon))
