@@ -17,13 +17,13 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m "slow and not gpu"
 
 test-gpu: $(VENV)/installed
-	$(BIN)/pytest -m gpu $$($(BIN)/python -c "import xdist; print('-n 8')" 2>/dev/null)
+	$(BIN)/pytest -m gpu -n 8
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

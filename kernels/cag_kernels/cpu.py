@@ -168,7 +168,8 @@ def cpu_quantized_attention(
     assert is_behind, "every query stands behind the prefix"
     tiles = _tiles_serve(query)
     query = query if tiles else query.float()
-    kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window)
+    rows = query.shape[0] // prefix.key_codes.shape[0] if query.shape[1] == 1 else None
+    kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window, rows)
     exact = [side.contiguous() for side in (prefix.exact_keys, prefix.exact_values)]
     scales = (prefix.key_scales, prefix.key_offsets, prefix.value_scales, prefix.value_offsets)
     pointers = [tensor.data_ptr() for tensor in (*scales, *exact)]
@@ -286,10 +287,15 @@ class CompiledKernel:
 def compiled_kernel(head_dim: int, single_query_rows: int | None = None, window: int | None = None) -> CompiledKernel:
     """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number; with
     a window of that size, or without."""
-    few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS and head_dim >= MIN_FEW_HEAD_DIM
-    few = few and window is None  # a window would begin in the midst of a tile of keys, and a row's bits go by tiles
     with _lock:
-        return _compile(head_dim, single_query_rows if few else None, None, window is not None)
+        return _compile(head_dim, _few_rows(head_dim, single_query_rows, window), None, window is not None)
+
+
+def _few_rows(head_dim: int, single_query_rows: int | None, window: int | None) -> int | None:
+    """The rows of a single query, if code of their own serves them."""
+    few = single_query_rows is not None and single_query_rows <= MAX_FEW_ROWS and head_dim >= MIN_FEW_HEAD_DIM
+    # a window would begin in the midst of a tile of keys, and a row's bits go by tiles
+    return single_query_rows if few and window is None else None
 
 
 def tile_kernel(head_dim: int, window: int | None = None) -> CompiledKernel:
@@ -298,12 +304,15 @@ def tile_kernel(head_dim: int, window: int | None = None) -> CompiledKernel:
         return _tiles_for(head_dim, None, window)
 
 
-def code_kernel(head_dim: int, codes: Codes, tiles: bool, window: int | None = None) -> CompiledKernel:
-    """The kernel for a prefix in codes, for bfloat16 queries if `tiles`, else for float32 ones; compiled once."""
+def code_kernel(
+    head_dim: int, codes: Codes, tiles: bool, window: int | None = None, single_query_rows: int | None = None
+) -> CompiledKernel:
+    """The kernel for a prefix in codes, for bfloat16 queries if `tiles`, else for float32 ones, then for one query of
+    that many rows, or for any number; compiled once."""
     with _lock:
         if tiles:
             return _tiles_for(head_dim, codes, window)
-        return _compile(head_dim, None, codes, window is not None)
+        return _compile(head_dim, _few_rows(head_dim, single_query_rows, window), codes, window is not None)
 
 
 @cache

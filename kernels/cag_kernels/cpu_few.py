@@ -7,14 +7,16 @@ channel by channel and key by key, so a row has the same bits here as there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu_emit import FLOAT, INT16, INT64, POINTER, UNSEEN, Emitter, Value
+from cag_kernels.cpu_emit import FLOAT, INT16, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Value
 from cag_kernels.cpu_panel import SUM_CHANNELS, Blocking
 
 _SUMS_IN_REGISTERS = {16: 24, 8: 12}  # lanes of a register -> sums beside what they meet
+_LINE = LINE_BYTES // 2  # numbers in a line of the cache
 _TURNED_BYTES = 8192  # of turned keys at most: the first cache has more to hold
 
 
@@ -37,6 +39,7 @@ class FewRows:
         self.sums = self.emit.scratch(rows * head_dim)
         self.vectors = _vectors_of_keys(rows, head_dim, blocking)
         self.turned = self.emit.scratch(head_dim * self.vectors * blocking.lanes)
+        self.turn = _turning_function(module, head_dim, self.vectors, blocking)
         self.scores = self.emit.scratch(rows * blocking.tile)
         self._emit_range()
 
@@ -90,61 +93,41 @@ class FewRows:
         step, last = self.vectors * lanes, builder.sub(count, emit.integer(1))
         with emit.loop(emit.integer(0), count, step) as base:
             with emit.loop(emit.integer(0), emit.integer(step), lanes) as lane:
-                self._emit_turned(keys, builder.add(base.index, lane.index), last, emit.at(self.turned, lane.index))
-            sums = self._emit_products(0)
+                first, target = builder.add(base.index, lane.index), emit.at(self.turned, lane.index)
+                builder.call(self.turn, [keys, first, last, target])
+            ahead = builder.mul(builder.add(base.index, emit.integer(self.blocking.tile)), emit.integer(self.head_dim))
+            ahead = emit.at(keys, ahead, INT16)
+            sums = self._emit_products(0, ahead)
             for channel in range(SUM_CHANNELS, self.head_dim, SUM_CHANNELS):
-                sums = [builder.fadd(*pair) for pair in zip(sums, self._emit_products(channel), strict=True)]
+                sums = [builder.fadd(*pair) for pair in zip(sums, self._emit_products(channel, ahead), strict=True)]
             for row in self.rows:
                 place = emit.at(self.scores, builder.add(base.index, emit.integer(row * self.blocking.tile)))
                 for vector in range(self.vectors):
                     emit.store(sums[row * self.vectors + vector], emit.at(place, vector * lanes))
 
-    def _emit_turned(self, keys: Value, first: Value, last: Value, target: Value) -> None:
-        """A vector of keys from `first` on, channel by channel; the same places of the next tile are asked for.
+    def _emit_products(self, first: int, ahead: Value) -> list[Value]:
+        """Scores of the turned keys, row by row, by the channels from `first` on.
 
-        Turned are numbers of four bytes, pairs of channels; the last block may begin within the one before.
+        As many keys from `ahead` on are asked for, a part with each channel: memory brings a few lines at a time, and
+        whoever asks for more of them waits.
         """
-        emit, builder, lanes = self.emit, self.emit.builder, self.blocking.lanes
-        tokens = [emit.minimum(builder.add(first, emit.integer(key)), last) for key in range(lanes)]
-        rows = [emit.at(keys, builder.mul(token, emit.integer(self.head_dim)), INT16) for token in tokens]
-        with emit.loop(emit.integer(0), emit.integer(self.head_dim), 2 * lanes) as block:
-            channel = emit.minimum(block.index, emit.integer(self.head_dim - 2 * lanes))
-            places = [emit.at(row, channel, INT16) for row in rows]
-            for place in places:
-                emit.prefetch(emit.at(place, self.blocking.tile * self.head_dim, INT16))
-            pairs = emit.transposed([builder.load(place, typ=emit.integers, align=2) for place in places])
-            step = emit.integer(self.vectors * lanes)
-            for number, pair in enumerate(pairs):
-                for odd, wide in enumerate(emit.widened_pair(pair)):
-                    index = builder.mul(builder.add(channel, emit.integer(2 * number + odd)), step)
-                    emit.store(wide, emit.at(target, index))
-
-    def _emit_products(self, first: int) -> list[Value]:
-        """Scores of the turned keys, row by row, by the channels from `first` on."""
         emit, builder, vectors = self.emit, self.emit.builder, range(self.vectors)
         nothing = [emit.constant(0.0)] * (len(self.rows) * len(vectors))
         stop = min(first + SUM_CHANNELS, self.head_dim)
         with emit.loop(emit.integer(first), emit.integer(stop), 1, nothing) as channel:
             keys = emit.at(self.turned, builder.mul(channel.index, emit.integer(self.vectors * emit.lanes)))
-            wide = [emit.load(emit.at(keys, vector * emit.lanes)) for vector in vectors]
+            size = self.vectors * emit.lanes  # of the keys that are asked for
+            for part in range(0, size, _LINE):
+                index = builder.add(builder.mul(channel.index, emit.integer(size)), emit.integer(part))
+                emit.prefetch(emit.at(ahead, index, INT16))
             query = emit.at(self.row_query, channel.index)
-            numbers = [emit.spread(emit.at(query, row * self.head_dim)) for row in self.rows]
-            products = [(number, part) for number in numbers for part in wide]
-            channel.following = [
-                emit.multiply_add(*product, total) for product, total in zip(products, channel.values, strict=True)
-            ]
+            channel.following, _ = _emit_outer(
+                emit,
+                [partial(emit.spread, emit.at(query, row * self.head_dim)) for row in self.rows],
+                [partial(emit.load, emit.at(keys, vector * emit.lanes)) for vector in vectors],
+                channel.values,
+            )
         return list(channel.following)
-
-    def _load_chunks(self, source: Value, chunks: range) -> list[Value]:
-        """Widened vectors of one token's channels; the same place of the next tile is asked for."""
-        emit, lanes = self.emit, self.blocking.lanes
-        wide = []
-        for chunk in chunks:
-            place = emit.at(source, chunk * lanes, INT16)
-            if chunk % 2 == 0:
-                emit.prefetch(emit.at(place, self.blocking.tile * self.head_dim, INT16))
-            wide.append(emit.load_bfloat16(place))
-        return wide
 
     def _emit_softmax(self, row: int, count: Value, maximum: Value) -> tuple[Value, Value]:
         """Turn a row's scores into weights; the new maximum and the correction of older sums, alike in all lanes."""
@@ -163,36 +146,105 @@ class FewRows:
     ) -> list[Value]:
         """Add the tile's weighted values, as many channels at a time as registers hold for all rows, and its weights
         to the denominators, which are alike in all lanes."""
-        step = max(1, _SUMS_IN_REGISTERS[self.blocking.lanes] // len(self.rows))
         totals = [self.emit.builder.fmul(*pair) for pair in zip(denominators, corrections, strict=True)]
-        for first in range(0, len(self.chunks), step):
-            totals = self._emit_channels(values, count, corrections, self.chunks[first : first + step], totals)
-        return totals
+        passes, found = self._passes(), []
+        for number, chunks in enumerate(passes):
+            # each pass asks for its part of the next tile
+            lines = [line for line in range(0, self.head_dim, _LINE) if line * len(passes) // self.head_dim == number]
+            added = totals if number == len(passes) - 1 else []
+            found = self._emit_channels(values, count, corrections, chunks, added, lines)
+        return found
+
+    def _passes(self) -> list[range]:
+        """Vectors of channels by the pass that sums them, as many as registers hold sums of; denominators are summed
+        with the last ones, by themselves if there is no room."""
+        rows, most = len(self.rows), _SUMS_IN_REGISTERS[self.blocking.lanes]
+        num_passes = -(-len(self.chunks) // max(1, most // rows))
+        size = -(-len(self.chunks) // num_passes)
+        passes = [self.chunks[first : first + size] for first in range(0, len(self.chunks), size)]
+        return passes if (len(passes[-1]) + 1) * rows <= most else [*passes, self.chunks[:0]]
 
     def _emit_channels(
-        self, values: Value, count: Value, corrections: list[Value], chunks: range, totals: list[Value]
+        self,
+        values: Value,
+        count: Value,
+        corrections: list[Value],
+        chunks: range,
+        totals: list[Value],
+        lines: list[int],
     ) -> list[Value]:
-        """Of some channels; `totals` get the weights with the first ones."""
-        emit, builder, adds = self.emit, self.emit.builder, chunks.start == 0
+        """Of some channels, which may be none; `totals`, if any, get the weights. `lines`: channels at which the next
+        tile is asked for."""
+        emit, builder = self.emit, self.emit.builder
         places = [self._chunk(self.sums, row, chunk) for row in self.rows for chunk in chunks]
         factors = [corrections[row] for row in self.rows for _ in chunks]
         start = [builder.fmul(emit.load(place), factor) for place, factor in zip(places, factors, strict=True)]
-        with emit.loop(emit.integer(0), count, 1, [*start, *(totals if adds else [])]) as key:
+        with emit.loop(emit.integer(0), count, 1, [*start, *totals]) as key:
             source = emit.at(values, builder.mul(key.index, emit.integer(self.head_dim)), INT16)
-            wide = self._load_chunks(source, chunks)
-            weights = [emit.spread(emit.at(self.scores, self._score_index(row, key.index))) for row in self.rows]
-            products = [(weights[row], part) for row in self.rows for part in wide]
-            sums, before = key.values[: len(start)], key.values[len(start) :]
-            added = [builder.fadd(*pair) for pair in zip(before, weights, strict=True)] if adds else []
-            key.following = [
-                emit.multiply_add(*product, total) for product, total in zip(products, sums, strict=True)
-            ] + added
+            for line in lines:
+                emit.prefetch(emit.at(source, self.blocking.tile * self.head_dim + line, INT16))
+            sums, weights = _emit_outer(
+                emit,
+                [partial(emit.spread, emit.at(self.scores, self._score_index(row, key.index))) for row in self.rows],
+                [partial(emit.load_bfloat16, emit.at(source, chunk * emit.lanes, INT16)) for chunk in chunks],
+                key.values[: len(start)],
+            )
+            before = key.values[len(start) :]
+            key.following = sums + [builder.fadd(*pair) for pair in zip(before, weights, strict=False)]
         for place, total in zip(places, key.following, strict=False):
             emit.store(total, place)
-        return list(key.following[len(start) :]) if adds else totals
+        return list(key.following[len(start) :])
 
     def _score_index(self, row: int, key: Value) -> Value:
         return self.emit.builder.add(key, self.emit.integer(row * self.blocking.tile))
+
+
+def _turning_function(module: ir.Module, head_dim: int, vectors: int, blocking: Blocking) -> ir.Function:
+    """Function that lays a vector of keys out channel by channel.
+
+    Arguments: the tile's keys, the first one of the vector, the last one of the tile, and where its numbers go, lanes
+    from a channel's to the next `vectors` apart. Turned are numbers of four bytes, pairs of channels; the last block
+    may begin within the one before. It is a function of its own so that what it keeps in registers is not kept in
+    the loops beside it.
+    """
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, INT64, INT64, POINTER]), name="turn")
+    function.linkage = "internal"
+    emit, lanes = Emitter(function, blocking.lanes), blocking.lanes
+    builder, (keys, first, last, target) = emit.builder, function.args
+    tokens = [emit.minimum(builder.add(first, emit.integer(key)), last) for key in range(lanes)]
+    rows = [emit.at(keys, builder.mul(token, emit.integer(head_dim)), INT16) for token in tokens]
+    with emit.loop(emit.integer(0), emit.integer(head_dim), 2 * lanes) as block:
+        channel = emit.minimum(block.index, emit.integer(head_dim - 2 * lanes))
+        places = [emit.at(row, channel, INT16) for row in rows]
+        pairs = emit.transposed([builder.load(place, typ=emit.integers, align=2) for place in places])
+        step = emit.integer(vectors * lanes)
+        for number, pair in enumerate(pairs):
+            for odd, wide in enumerate(emit.widened_pair(pair)):
+                index = builder.mul(builder.add(channel, emit.integer(2 * number + odd)), step)
+                emit.store(wide, emit.at(target, index))
+    builder.ret_void()
+    return function
+
+
+def _emit_outer(
+    emit: Emitter, left: list[Callable[[], Value]], right: list[Callable[[], Value]], totals: Sequence[Value]
+) -> tuple[list[Value], list[Value]]:
+    """`totals [left, right]` and the products of what is loaded, and the left ones. The fewer ones are held; the others
+    come one at a time, as sums fill the registers."""
+    sums, width = list(totals), len(right)
+    if len(left) <= width:
+        lefts = [load() for load in left]
+        for column, load in enumerate(right):
+            number = load()
+            for row, held in enumerate(lefts):
+                sums[row * width + column] = emit.multiply_add(held, number, sums[row * width + column])
+        return sums, lefts
+    rights, lefts = [load() for load in right], []
+    for row, load in enumerate(left):
+        lefts.append(load())
+        for column, held in enumerate(rights):
+            sums[row * width + column] = emit.multiply_add(lefts[row], held, sums[row * width + column])
+    return sums, lefts
 
 
 def _vectors_of_keys(rows: int, head_dim: int, blocking: Blocking) -> int:

@@ -26,6 +26,7 @@ from cag_kernels.packed import PANEL
 
 MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
 TILE = 64  # input features of one sum, a multiple of 16
+FEATURES = 4  # input features of one turn of the loop
 AHEAD = 16  # input features ahead of which the weight is asked for
 
 _lock = threading.Lock()
@@ -131,14 +132,16 @@ class _Pass:
         emit, builder = self.emit, self.emit.builder
         places = [emit.at(self.block, builder.mul(self.stride, emit.integer(row))) for row in self.rows]
         nothing = [emit.constant(0.0)] * (len(self.rows) * len(self.vectors))
-        with emit.loop(start, stop, 1, nothing) as feature:
-            weights = self._weights(feature.index)
-            numbers = [emit.spread(emit.at(place, feature.index)) for place in places]
-            products = [(number, weight) for number in numbers for weight in weights]
-            feature.following = [
-                emit.multiply_add(*product, total) for product, total in zip(products, feature.values, strict=True)
-            ]
-        return list(feature.following)
+        with emit.loop(start, stop, FEATURES, nothing) as feature:
+            sums = feature.values
+            for step in range(FEATURES):
+                index = builder.add(feature.index, emit.integer(step))
+                weights = self._weights(index)
+                numbers = [emit.spread(emit.at(place, index)) for place in places]
+                products = [(number, weight) for number in numbers for weight in weights]
+                sums = [emit.multiply_add(*product, total) for product, total in zip(products, sums, strict=True)]
+            feature.following = sums
+        return list(sums)
 
     def _weights(self, feature: Value) -> list[Value]:
         """A panel's numbers for one input feature; those some way ahead are asked for."""

@@ -7,6 +7,7 @@ ranges have a fixed number of keys and are merged in order, so the threads do no
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
@@ -14,7 +15,7 @@ from cag_kernels.cpu_call import Call, Field
 from cag_kernels.cpu_dequantize import Dequantizer
 from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, UNSEEN, Emitter, Value, function_blocks
 from cag_kernels.cpu_few import FewRows
-from cag_kernels.cpu_panel import MAX_WIDTH, Blocking, Panel
+from cag_kernels.cpu_panel import MAX_WIDTH, Blocking, Panel, WideTile
 from cag_kernels.cpu_window_call import emit_first_keys, emit_range_bounds, emit_seeing
 from cag_kernels.prefixes import Codes
 
@@ -28,21 +29,22 @@ def attention_module(
 ) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
-    For any number of rows; over numbers, or over codes, of which a range is turned into numbers where it is attended
-    to; with a window or without. Or for exactly `few_rows` of one query, over numbers and without a window.
+    Over numbers, or over codes, of which a range is turned into numbers where it is attended to. For any number of
+    rows, with a window or without; or for exactly `few_rows` of one query, without a window.
     """
     module = ir.Module(name=f"attention_{head_dim}")
-    if few_rows is None:
-        panels = [Panel(module, head_dim, width, blocking, has_window).function for width in range(1, MAX_WIDTH + 1)]
-    else:
-        panels = [FewRows(module, head_dim, few_rows, blocking).function]
     prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
     _emit_prepare(prepare)
     if has_window:
         emit_first_keys(prepare, blocking.tile)
     prepare.emit.builder.ret_void()
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
-    _emit_attend(attend, panels, codes, masks=has_window)
+    if few_rows is None:
+        panels = [Panel(module, head_dim, width, blocking, has_window).function for width in range(1, MAX_WIDTH + 1)]
+        serve = _panels(attend, panels, masks=has_window)
+    else:
+        serve = _few_rows(attend, FewRows(module, head_dim, few_rows, blocking).function)
+    _emit_attend(attend, serve, codes)
     _emit_finish(Call(module, "finish", head_dim, blocking, has_window=has_window))
     return module
 
@@ -81,9 +83,9 @@ class _Numbers:
         return self._rows[side]
 
 
-def _emit_attend(call: Call, panels: list[ir.Function], codes: Codes | None, *, masks: bool) -> None:
+def _emit_attend(call: Call, serve: _Serve, codes: Codes | None) -> None:
     numbers = None if codes is None else _Numbers(call, codes)
-    emit_tasks(call, lambda task: _emit_task(call, panels, task, numbers, masks))
+    emit_tasks(call, lambda task: _emit_task(call, serve, task, numbers))
     call.emit.builder.ret_void()
 
 
@@ -102,14 +104,14 @@ def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     builder.position_at_end(done)
 
 
-def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: _Numbers | None, masks: bool) -> None:
+def _emit_task(call: Call, serve: _Serve, task: Value, numbers: _Numbers | None) -> None:
     emit, builder = call.emit, call.emit.builder
     head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
     first, stop = emit_range_bounds(call, part)
     count = builder.sub(stop, first)
     channels, lanes = emit.integer(call.head_dim), call[Field.NUM_LANES]
     skipped = builder.mul(first, channels)
-    floats = [
+    query, *sums = [
         emit.at(call[field], builder.mul(index, lanes))
         for field, index in (
             (Field.SCALED, builder.mul(head, channels)),
@@ -119,14 +121,68 @@ def _emit_task(call: Call, panels: list[ir.Function], task: Value, numbers: _Num
         )
     ]
     if numbers is not None:
-        tokens = [numbers.emit_side(side, head, first, count) for side in range(2)]
+        keys, values = [numbers.emit_side(side, head, first, count) for side in range(2)]
     else:
-        tokens = [
+        keys, values = [
             emit.at(call[field], call.index(head, (call[stride], skipped)), INT16)
             for field, stride in ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))
         ]
-    hidden = (call[Field.FIRST_KEYS], first) if masks else None
-    _emit_panels(emit, panels, [floats[0], *tokens, *floats[1:]], count, lanes, hidden)
+    serve(_Range(query, keys, values, sums, first, count))
+
+
+class _Range(NamedTuple):
+    """One range of keys of a head, and where what its rows find goes."""
+
+    query: Value
+    keys: Value
+    values: Value
+    sums: list[Value]  # maxima, denominators and weighted sums
+    first: Value  # the key that it begins with
+    count: Value
+
+
+_Serve = Callable[[_Range], None]
+
+
+def _few_rows(call: Call, few: ir.Function) -> _Serve:
+    """A range served by the function for that many rows."""
+
+    def serve(part: _Range) -> None:
+        arguments = [part.query, part.keys, part.values, *part.sums, part.count, call[Field.NUM_LANES]]
+        call.emit.builder.call(few, arguments)
+
+    return serve
+
+
+def _panels(call: Call, panels: list[ir.Function], *, masks: bool) -> _Serve:
+    """A range served tile by tile, with all panels of rows for each."""
+    emit, builder, tile = call.emit, call.emit.builder, call.blocking.tile
+    wide = WideTile(emit, call.head_dim, call.blocking)
+
+    def serve(part: _Range) -> None:
+        _emit_nothing(call, part.sums)
+        with emit.loop(emit.integer(0), part.count, tile) as begin:
+            count = emit.minimum(builder.sub(part.count, begin.index), emit.integer(tile))
+            skipped = builder.mul(begin.index, emit.integer(call.head_dim))
+            wide.emit_widened(emit.at(part.keys, skipped, INT16), emit.at(part.values, skipped, INT16), count)
+            hidden = (call[Field.FIRST_KEYS], builder.add(part.first, begin.index)) if masks else None
+            following = builder.add(skipped, emit.integer(tile * call.head_dim))
+            ahead = [emit.at(side, following, INT16) for side in (part.keys, part.values)]
+            pointers = [part.query, wide.keys, wide.values, *part.sums, *ahead]
+            _emit_panels(emit, panels, pointers, count, call[Field.NUM_LANES], hidden)
+
+    return serve
+
+
+def _emit_nothing(call: Call, sums: list[Value]) -> None:
+    """Begin with no key seen and nothing summed."""
+    emit, (maximum, denominator, weighted) = call.emit, sums
+    zero, lanes = emit.integer(0), call[Field.NUM_LANES]
+    with emit.loop(zero, lanes, emit.lanes) as row:
+        emit.store(emit.constant(UNSEEN), emit.at(maximum, row.index))
+        emit.store(emit.constant(0.0), emit.at(denominator, row.index))
+    with emit.loop(zero, emit.builder.mul(lanes, emit.integer(call.head_dim)), emit.lanes) as element:
+        emit.store(emit.constant(0.0), emit.at(weighted, element.index))
 
 
 def _emit_panels(
@@ -138,7 +194,7 @@ def _emit_panels(
     hidden: tuple[Value, Value] | None,
 ) -> None:
     """Serve all rows with panels as wide as they come: three vectors, at four vectors two and two. `hidden`: the first
-    keys of rows, and which key the range begins with."""
+    keys of rows, and which key the tile begins with."""
     builder = emit.builder
     total = builder.sdiv(rows, emit.integer(emit.lanes))
     test, behind = function_blocks(emit.function, "panels", "served")
@@ -153,8 +209,8 @@ def _emit_panels(
     )
     width = emit.minimum(left, widest)
     shift = builder.mul(column, emit.integer(emit.lanes))
-    query, keys, values, *sums = pointers
-    shifted = [emit.at(query, shift), keys, values, *(emit.at(pointer, shift) for pointer in sums)]
+    query, keys, values, *sums = pointers[:6]
+    shifted = [emit.at(query, shift), keys, values, *(emit.at(pointer, shift) for pointer in sums), *pointers[6:]]
     windows = [] if hidden is None else [emit.at(hidden[0], shift, INT32), hidden[1]]
     following = builder.add(column, width)
     joined = emit.function.append_basic_block("joined")

@@ -1,4 +1,4 @@
-"""The inner loops of compiled segment attention: vectors of rows over one range of keys, as LLVM code.
+"""The inner loops of compiled segment attention: vectors of rows over one tile of keys, as LLVM code.
 
 Scores stand transposed, `[key, row]`, and so do the weighted sums, `[head_dim, row]`: rows are the lanes of a vector,
 so maxima, exponentials and corrections need no sum across lanes, and both products are one broadcast against a few
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 
-from cag_kernels.cpu_emit import INT16, INT32, INT64, POINTER, UNSEEN, Emitter, Value
+from cag_kernels.cpu_emit import INT16, INT32, INT64, POINTER, Emitter, Value
 from cag_kernels.cpu_window import emit_hidden, emit_num_hidden, emit_reference
 
 MAX_WIDTH = 3  # vectors of rows that one pass over the keys serves
+CHANNELS = 4  # of a score in one turn of the loop
 SUM_CHANNELS = 64  # of a score that are summed at once: one long sum would round each product against all before it
 
 
@@ -39,28 +40,75 @@ def host_blocking() -> Blocking:
     return Blocking(16, 8) if llvm.get_host_cpu_features().get("avx512f", False) else Blocking(8, 4)
 
 
+def _block(width: int, blocking: Blocking) -> int:
+    """Keys scored at once, and channels summed at once, with so many vectors of rows: where sums are few, additions to
+    them would wait for each other."""
+    return blocking.block * (2 if width == 1 else 1)
+
+
+class WideTile:
+    """A tile of keys and values in float32, on the stack of the function that serves a call's tasks: all panels of rows
+    meet the same one.
+
+    Keys lie as in the prefix, `[tile, head_dim]`; values by vectors of channels, `[head_dim / lanes, tile, lanes]`, as
+    the keys of a tile are summed one behind the other.
+    """
+
+    def __init__(self, emit: Emitter, head_dim: int, blocking: Blocking) -> None:
+        self.emit, self.head_dim, self.blocking = emit, head_dim, blocking
+        self.keys, self.values = emit.scratch(blocking.tile * head_dim), emit.scratch(blocking.tile * head_dim)
+
+    def emit_widened(self, keys: Value, values: Value, count: Value) -> None:
+        """`count` keys and values from memory."""
+        emit, builder, lanes, block = self.emit, self.emit.builder, self.blocking.lanes, _block(1, self.blocking)
+        # leftovers on the stack that are denormal would slow down the last block, which may reach behind the last key
+        num_blocks = emit.rounded_up(count, emit.integer(block))
+        last = builder.mul(builder.sub(num_blocks, emit.integer(1)), emit.integer(block * self.head_dim))
+        with emit.loop(emit.integer(0), emit.integer(block * self.head_dim), lanes) as element:
+            emit.store(emit.constant(0.0), emit.at(self.keys, builder.add(last, element.index)))
+        with emit.loop(emit.integer(0), count, 1) as key:
+            row = builder.mul(key.index, emit.integer(self.head_dim))
+            for channel in range(0, self.head_dim, lanes):
+                place = builder.add(row, emit.integer(channel))
+                emit.store(self._load(keys, place), emit.at(self.keys, place))
+        for channel in range(0, self.head_dim, lanes):
+            target = emit.at(self.values, channel * self.blocking.tile)
+            with emit.loop(emit.integer(0), count, 1) as key:
+                place = builder.add(builder.mul(key.index, emit.integer(self.head_dim)), emit.integer(channel))
+                emit.store(self._load(values, place), emit.at(target, builder.mul(key.index, emit.integer(lanes))))
+
+    def _load(self, source: Value, index: Value) -> Value:
+        place = self.emit.at(source, index, INT16)
+        return self.emit.load_bfloat16(place)
+
+
 class Panel:
-    """Attention of `width` vectors of rows over one range of keys; with a window, the first keys of the rows and the
-    key that the range begins with are further arguments."""
+    """Attention of `width` vectors of rows over one tile of keys, on top of the tiles before.
+
+    Arguments: query `[head_dim, num_lanes]`, wide keys and values (`WideTile`), maxima and denominators `[num_lanes]`
+    and weighted sums `[head_dim, num_lanes]` of the tiles before, which the tile's join, all at the panel's first row;
+    where the next tile's keys and values lie, which are asked for; then the number of keys and num_lanes. With a
+    window, the first keys of the rows and the key that the tile begins with are further arguments.
+    """
 
     def __init__(self, module: ir.Module, head_dim: int, width: int, blocking: Blocking, has_window: bool) -> None:
         windows = [POINTER, INT64] if has_window else []
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 2 + windows)
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 8 + [INT64] * 2 + windows)
         self.function = ir.Function(module, kind, name=f"panel_{width}")
         self.function.linkage = "internal"
         self.emit = Emitter(self.function, blocking.lanes)
         self.head_dim = head_dim
         self.width = width
         self.blocking = blocking
+        self.block = _block(width, blocking)
         self.row_floats = width * blocking.lanes
         arguments = self.function.args
         self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
-        self.num_keys, self.num_rows = arguments[6:8]
-        self.windows = arguments[8:]
+        self.ahead = arguments[6:8]
+        self.num_keys, self.num_rows = arguments[8:10]
+        self.windows = arguments[10:]
         self.scores = self.emit.scratch(blocking.tile * self.row_floats)
-        self.wide_keys = self.emit.scratch(blocking.block * head_dim)
-        self.wide_values = self.emit.scratch(blocking.tile * blocking.lanes)
-        self._emit_range()
+        self._emit_tile()
 
     def _rows(self, pointer: Value) -> list[Value]:
         return [self.emit.load(self.emit.at(pointer, lane * self.blocking.lanes)) for lane in range(self.width)]
@@ -69,45 +117,28 @@ class Panel:
         for lane, value in enumerate(values):
             self.emit.store(value, self.emit.at(pointer, lane * self.blocking.lanes))
 
-    def _emit_range(self) -> None:
-        emit, zero = self.emit, self.emit.integer(0)
-        nothing = [emit.constant(0.0)] * self.width
-        with emit.loop(zero, emit.integer(self.head_dim), 1) as channel:
-            self._store_rows(nothing, self._weighted_at(channel.index))
-        # denormal leftovers on the stack would slow down the block behind the last key
-        with emit.loop(zero, emit.integer(self.blocking.block * self.head_dim), emit.lanes) as element:
-            emit.store(emit.constant(0.0), emit.at(self.wide_keys, element.index))
-        start = [emit.constant(UNSEEN)] * self.width + nothing
-        with emit.loop(zero, self.num_keys, self.blocking.tile, start) as tile:
-            count = emit.minimum(emit.builder.sub(self.num_keys, tile.index), emit.integer(self.blocking.tile))
-            first = emit.builder.mul(tile.index, emit.integer(self.head_dim))
-            self._emit_scores(emit.at(self.keys, first, INT16), count)
-            if self.windows:
-                self._emit_hidden(tile.index, count)
-            maxima, denominators = tile.values[: self.width], tile.values[self.width :]
-            larger, corrections, sums = self._emit_softmax(count, maxima, denominators)
-            self._emit_weighted(emit.at(self.values, first, INT16), count, corrections)
-            tile.following = larger + sums
-        self._store_rows(list(tile.following[: self.width]), self.maximum)
-        self._store_rows(list(tile.following[self.width :]), self.denominator)
-        emit.builder.ret_void()
+    def _emit_tile(self) -> None:
+        self._emit_scores()
+        if self.windows:
+            self._emit_hidden()
+        maxima, denominators = self._rows(self.maximum), self._rows(self.denominator)
+        larger, corrections, sums = self._emit_softmax(maxima, denominators)
+        self._store_rows(larger, self.maximum)
+        self._store_rows(sums, self.denominator)
+        self._emit_weighted(corrections)
+        self.emit.builder.ret_void()
 
     def _weighted_at(self, channel: Value) -> Value:
         return self.emit.at(self.weighted, self.emit.builder.mul(channel, self.num_rows))
 
-    def _emit_scores(self, keys: Value, count: Value) -> None:
-        """Scores of a tile; the last block may score rows of scratch behind the last key, which nobody reads."""
-        emit, block = self.emit, self.blocking.block
-        with emit.loop(emit.integer(0), count, block) as base:
-            present = emit.minimum(emit.builder.sub(count, base.index), emit.integer(block))
-            elements = emit.builder.mul(present, emit.integer(self.head_dim))
-            source = emit.at(keys, emit.builder.mul(base.index, emit.integer(self.head_dim)), INT16)
-            with emit.loop(emit.integer(0), elements, self.blocking.lanes) as element:
-                wide = self._load_and_prefetch(emit.at(source, element.index, INT16))
-                emit.store(wide, emit.at(self.wide_keys, element.index))
+    def _emit_scores(self) -> None:
+        """Scores of the tile; the last block may score rows of scratch behind the last key, which nobody reads."""
+        emit, block = self.emit, self.block
+        with emit.loop(emit.integer(0), self.num_keys, block) as base:
+            keys = emit.at(self.keys, emit.builder.mul(base.index, emit.integer(self.head_dim)))
             target = emit.at(self.scores, emit.builder.mul(base.index, emit.integer(self.row_floats)))
             for channel in range(0, self.head_dim, SUM_CHANNELS):
-                sums = self._emit_products(block, channel)
+                sums = self._emit_products(keys, base.index, channel)
                 for key in range(block):
                     found, place = (
                         sums[key * self.width : (key + 1) * self.width],
@@ -117,38 +148,43 @@ class Panel:
                         found = [emit.builder.fadd(*pair) for pair in zip(self._rows(place), found, strict=True)]
                     self._store_rows(found, place)
 
-    def _emit_hidden(self, tile: Value, count: Value) -> None:
-        first_keys, begin = self.windows
-        token = self.emit.builder.add(begin, tile)
+    def _emit_hidden(self) -> None:
+        first_keys, token = self.windows
         places = [self.emit.at(first_keys, lane * self.blocking.lanes, INT32) for lane in range(self.width)]
-        emit_hidden(self.emit, self.scores, [emit_num_hidden(self.emit, place, token) for place in places], count)
+        hidden = [emit_num_hidden(self.emit, place, token) for place in places]
+        emit_hidden(self.emit, self.scores, hidden, self.num_keys)
 
-    def _load_and_prefetch(self, place: Value) -> Value:
-        self.emit.prefetch(self.emit.at(place, self.blocking.tile * self.head_dim, INT16))
-        return self.emit.load_bfloat16(place)
-
-    def _emit_products(self, block: int, first: int) -> list[Value]:
-        """Scores of one block of widened keys, in registers, by the channels from `first` on."""
-        emit = self.emit
-        zeros = [emit.constant(0.0)] * (block * self.width)
+    def _emit_products(self, keys: Value, key: Value, first: int) -> list[Value]:
+        """Scores of one block of widened keys, the first of them `key`, in registers, by the channels from `first` on.
+        The same keys and values of the next tile are asked for meanwhile, a line at a time: memory brings a few, and
+        whoever asks for more of them waits."""
+        emit, builder = self.emit, self.emit.builder
+        sums = [emit.constant(0.0)] * (self.block * self.width)
         stop = min(first + SUM_CHANNELS, self.head_dim)
-        with emit.loop(emit.integer(first), emit.integer(stop), 1, zeros) as channel:
-            rows = self._rows(emit.at(self.query, emit.builder.mul(channel.index, self.num_rows)))
-            spreads = self.emit.at(self.wide_keys, channel.index)
-            channel.following = [
-                emit.multiply_add(rows[lane], number, channel.values[key * self.width + lane])
-                for key in range(block)
-                for number in [emit.spread(emit.at(spreads, key * self.head_dim))]
-                for lane in range(self.width)
-            ]
+        with emit.loop(emit.integer(first), emit.integer(stop), CHANNELS, sums) as channel:
+            sums = list(channel.values)
+            asked = builder.add(
+                builder.mul(key, emit.integer(self.head_dim)), builder.mul(channel.index, emit.integer(self.block))
+            )
+            for side in self.ahead:
+                emit.prefetch(emit.at(side, asked, INT16))
+            for step in range(CHANNELS):
+                place = builder.add(channel.index, emit.integer(step))
+                rows = self._rows(emit.at(self.query, builder.mul(place, self.num_rows)))
+                for key in range(self.block):
+                    number = emit.spread(emit.at(emit.at(keys, channel.index), key * self.head_dim + step))
+                    for lane, row in enumerate(rows):
+                        index = key * self.width + lane
+                        sums[index] = emit.multiply_add(row, number, sums[index])
+            channel.following = sums
         return list(channel.following)
 
     def _emit_softmax(
-        self, count: Value, maxima: list[Value], denominators: list[Value]
+        self, maxima: list[Value], denominators: list[Value]
     ) -> tuple[list[Value], list[Value], list[Value]]:
         """Turn the tile's scores into weights; new maxima, corrections of older sums and new denominators."""
         emit, width = self.emit, self.width
-        elements = emit.builder.mul(count, emit.integer(self.row_floats))
+        elements = emit.builder.mul(self.num_keys, emit.integer(self.row_floats))
         with emit.loop(emit.integer(0), elements, self.row_floats, maxima) as key:
             rows = self._rows(emit.at(self.scores, key.index))
             key.following = [emit.larger(old, new) for new, old in zip(key.values, rows, strict=True)]
@@ -164,33 +200,29 @@ class Panel:
             key.following = [emit.builder.fadd(key.values[lane], weights[lane]) for lane in range(width)]
         return larger, corrections, list(key.following)
 
-    def _emit_weighted(self, values: Value, count: Value, corrections: list[Value]) -> None:
+    def _emit_weighted(self, corrections: list[Value]) -> None:
         """Add the tile's weighted values, a block of channels in registers at a time."""
-        emit, lanes = self.emit, self.blocking.lanes
-        with emit.loop(emit.integer(0), emit.integer(self.head_dim), lanes) as channels:
-            source = emit.at(values, channels.index, INT16)
-            with emit.loop(emit.integer(0), count, 1) as key:
-                row = emit.at(source, emit.builder.mul(key.index, emit.integer(self.head_dim)), INT16)
-                place = emit.at(self.wide_values, emit.builder.mul(key.index, emit.integer(lanes)))
-                emit.store(self._load_and_prefetch(row), place)
-            for shift in range(0, lanes, self.blocking.block):
-                self._emit_channels(channels.index, shift, count, corrections)
+        tile, lanes, block = self.blocking.tile, self.blocking.lanes, self.block
+        with self.emit.loop(self.emit.integer(0), self.emit.integer(self.head_dim), lanes) as channels:
+            source = self.emit.at(self.values, self.emit.builder.mul(channels.index, self.emit.integer(tile)))
+            for shift in range(0, lanes, block):
+                self._emit_channels(self.emit.at(source, shift), channels.index, shift, corrections)
 
-    def _emit_channels(self, channel: Value, shift: int, count: Value, corrections: list[Value]) -> None:
-        emit, width, block = self.emit, self.width, self.blocking.block
+    def _emit_channels(self, source: Value, channel: Value, shift: int, corrections: list[Value]) -> None:
+        emit, width, block = self.emit, self.width, self.block
         places = [self._weighted_at(emit.builder.add(channel, emit.integer(shift + offset))) for offset in range(block)]
         sums = [
             emit.builder.fmul(value, corrections[lane])
             for place in places
             for lane, value in enumerate(self._rows(place))
         ]
-        with emit.loop(emit.integer(0), count, 1, sums) as key:
+        with emit.loop(emit.integer(0), self.num_keys, 1, sums) as key:
             weights = self._rows(emit.at(self.scores, emit.builder.mul(key.index, emit.integer(self.row_floats))))
-            spreads = emit.at(self.wide_values, emit.builder.mul(key.index, emit.integer(self.blocking.lanes)))
+            spreads = emit.at(source, emit.builder.mul(key.index, emit.integer(self.blocking.lanes)))
             key.following = [
                 emit.multiply_add(weights[lane], number, key.values[offset * width + lane])
                 for offset in range(block)
-                for number in [emit.spread(emit.at(spreads, shift + offset))]
+                for number in [emit.spread(emit.at(spreads, offset))]
                 for lane in range(width)
             ]
         for offset, place in enumerate(places):

@@ -102,7 +102,8 @@ def test_branches_in_one_forward_are_sequences_of_their_own(model):
     together = model.forward_branches(chosen, prefix, rows)
     apart = torch.cat([model.forward(ids, model.new_state(prefix), num_logits=0) for ids in chosen])
     assert torch.allclose(together, apart, atol=2e-4 * float(apart.abs().max()))
-    assert torch.equal(model.forward_branches(chosen, prefix, rows[-3:]), together[-3:])
+    few = model.forward_branches(chosen, prefix, rows[-3:])  # the library may multiply few rows in another order
+    assert torch.allclose(few, together[-3:], atol=1e-5 * float(apart.abs().max()))
 
 
 def test_a_network_in_16_bits_is_probed_in_float32(tmp_path):

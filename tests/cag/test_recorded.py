@@ -15,13 +15,17 @@ from cag.recorded import MAX_RECORDINGS
 from cag.resident import ResidentPrefix
 from cag.state import SequenceState
 from cag_kernels import DensePrefix, has_compiler, quantize_prefix
+from cag_kernels.cpu import has_tiles
 from cag_kernels.cpu_tape import Tape
 from cag_store.errors import CorruptEntry
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
 
 
-@pytest.fixture(params=["packed", "tiles", "transposed"])
+TILES = pytest.param("tiles", marks=pytest.mark.skipif(not has_tiles(), reason="no tiles"))
+
+
+@pytest.fixture(params=["packed", TILES, "transposed"])
 def product(request, monkeypatch):
     use_plan(monkeypatch, "float32" if request.param == "packed" else "bfloat16", request.param)
     return request.param

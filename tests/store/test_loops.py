@@ -89,7 +89,9 @@ def test_every_byte_in_every_plane(compiled, width):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize(
-    ("codec", "width"), [(Int8(group_tokens=16), BYTES), (Int4(group_tokens=16, group_channels=96), NIBBLES)], ids=repr
+    ("codec", "width"),
+    [(Int8(group_tokens=16), BYTES), (Int4(group_tokens=16, group_channels=96), NIBBLES)],
+    ids=["int8", "int4"],
 )
 def test_dequantizing_is_not_fused_and_rounds_alike(compiled, codec, width, side, dtype):
     """Scales and offsets of all magnitudes, zeros and subnormal numbers included, and all codes."""

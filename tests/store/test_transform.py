@@ -351,7 +351,7 @@ def test_shifts_are_those_that_cost_least():
     assert len(shifts.pack_shifts(by_token[:7])) == shifts.packed_size(7) == 4
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 65, 16), (70, 190, 40), (33, 128, 100)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 0, 16), (7, 65, 16), (70, 190, 40), (33, 128, 100)])
 @pytest.mark.parametrize("largest", [100, 30000])
 def test_every_product_gives_the_same_sums(shape, largest, monkeypatch):
     if transform_loops.compiled() is None:

@@ -35,9 +35,10 @@ def pack_rows(rows: NDArray[np.int16]) -> NDArray[np.int16]:
     """Rows as the compiled product reads them: `[panels of PANEL channels, pairs of components, PANEL, 2]`, padded
     by zeros."""
     num_components, num_channels = rows.shape
-    padded = np.zeros((-(-num_components // 2) * 2, -(-num_channels // PANEL) * PANEL), np.int16)
+    pairs, panels = -(-num_components // 2), -(-num_channels // PANEL)
+    padded = np.zeros((pairs * 2, panels * PANEL), np.int16)
     padded[:num_components, :num_channels] = rows
-    return np.ascontiguousarray(padded.reshape(len(padded) // 2, 2, -1, PANEL).transpose(2, 0, 3, 1))
+    return np.ascontiguousarray(padded.reshape(pairs, 2, panels, PANEL).transpose(2, 0, 3, 1))
 
 
 def pack_digits(rows: NDArray[np.int16]) -> NDArray[np.int8] | None:
