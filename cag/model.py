@@ -34,7 +34,7 @@ from cag.state import AttentionRule, BranchedState, SequenceState, Tail, WholeSt
 from cag.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.step_tensors import StepState, StepTensors
 from cag.weights import Float32Products, SequencesApart, join_network
-from cag_kernels import FEW_ROWS, has_compiler
+from cag_kernels import FEW_ROWS, has_compiler, vector_lanes
 from cag_kernels.device import triton_runs_on
 
 POOL_SHARE = 16  # of a GPU's memory, the part that pages may keep when nobody has any
@@ -199,7 +199,7 @@ class LanguageModel:
     def step_cost(self) -> StepCost:
         """What more tokens in a step cost here, for those that may be run along."""
         multiplies = self.device.type == "cpu" and self.compute_dtype == torch.float32
-        return ARITHMETIC if multiplies else SHARED_READING
+        return ARITHMETIC[vector_lanes()] if multiplies else SHARED_READING
 
     def most_rows(self, state: SequenceState, *, exactly: bool) -> int:
         """How many tokens of a sequence a forward may have that takes the place of single steps.

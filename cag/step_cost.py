@@ -19,6 +19,7 @@ class StepCost(NamedTuple):
 SHARED_READING = StepCost(0.0, 0.03)
 """Weights and prefix are read, whatever meets them: measured 0.012 to 0.034 a row by tiles."""
 
-ARITHMETIC = StepCost(0.35, 0.08)
-"""In float32 a single token has code of its own, and more of them multiply for as long as they read: measured 1.41 for
-two rows, 1.56 for five, 1.85 for ten and 2.42 for 16 (docs/design/013-speculation.md)."""
+ARITHMETIC = {16: StepCost(0.35, 0.08), 8: StepCost(0.2, 0.2)}
+"""In float32, by the numbers in a vector: a single token has code of its own, and more of them multiply for as long as
+they read, or longer. Measured with 16: 1.41 for two rows, 1.56 for five, 1.85 for ten and 2.42 for 16; with 8: 1.30,
+1.70, 3.0 and 3.7, and 7.5 for 32 (docs/design/013-speculation.md)."""

@@ -65,6 +65,15 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
     )
 
 
+def vector_lanes() -> int:
+    """How many float32 numbers a vector of compiled code has on this processor."""
+    if not has_compiler():
+        return 8
+    from cag_kernels.cpu_panel import host_blocking
+
+    return host_blocking().lanes
+
+
 def has_tiles() -> bool:
     """Whether compiled code may multiply tiles of bfloat16 (AMX) here."""
     if not has_compiler():

@@ -309,11 +309,13 @@ def test_rows_go_to_the_likeliest_tokens():
     assert share_rows([[0.2] * 15], 1) != [0]
     assert share_rows([[0.9] * 15] * 2, 100) == [0, 0]
     assert share_rows([[0.2] * 2], 1) == [2]
-    assert share_rows([[0.2] * 2], 1, ARITHMETIC) == [0]  # a second token costs more there than it brings
-    assert share_rows([[0.2] * 2] * 2, 2, ARITHMETIC) == [1, 2]  # where there are several anyway
+    assert share_rows([[0.2] * 2], 1, ARITHMETIC[16]) == [0]  # a second token costs more there than it brings
+    assert share_rows([[0.2] * 2] * 2, 2, ARITHMETIC[16]) == [1, 2]  # where there are several anyway
+    falling = [0.8**place for place in range(1, 16)]
+    assert [share_rows([falling], 1, ARITHMETIC[lanes]) for lanes in (8, 16)] == [[4], [9]]
 
 
-@pytest.mark.parametrize("cost", [SHARED_READING, ARITHMETIC])
+@pytest.mark.parametrize("cost", [SHARED_READING, *ARITHMETIC.values()])
 def test_rows_are_those_with_most_tokens_for_the_time(cost):
     chance = random.Random(4)
     for _ in range(200):
