@@ -21,7 +21,11 @@ _TURNED_BYTES = 8192  # of turned keys at most: the first cache has more to hold
 
 
 class FewRows:
-    """Attention of `rows` rows over one range of keys; arguments and results as those of `cpu_panel.Panel`."""
+    """Attention of `rows` rows over one range of keys.
+
+    Arguments: query `[head_dim, num_lanes]`, keys and values `[num_keys, head_dim]` bfloat16, and where the maxima and
+    denominators `[num_lanes]` and the weighted sums `[head_dim, num_lanes]` go; then the number of keys and num_lanes.
+    """
 
     def __init__(self, module: ir.Module, head_dim: int, rows: int, blocking: Blocking) -> None:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 2)

@@ -41,9 +41,9 @@ def attention_module(
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
     if few_rows is None:
         panels = [Panel(module, head_dim, width, blocking, has_window).function for width in range(1, MAX_WIDTH + 1)]
-        serve = _panels(attend, panels, masks=has_window)
+        serve = _served_by_panels(attend, panels, masks=has_window)
     else:
-        serve = _few_rows(attend, FewRows(module, head_dim, few_rows, blocking).function)
+        serve = _served_by_few(attend, FewRows(module, head_dim, few_rows, blocking).function)
     _emit_attend(attend, serve, codes)
     _emit_finish(Call(module, "finish", head_dim, blocking, has_window=has_window))
     return module
@@ -144,7 +144,7 @@ class _Range(NamedTuple):
 _Serve = Callable[[_Range], None]
 
 
-def _few_rows(call: Call, few: ir.Function) -> _Serve:
+def _served_by_few(call: Call, few: ir.Function) -> _Serve:
     """A range served by the function for that many rows."""
 
     def serve(part: _Range) -> None:
@@ -154,7 +154,7 @@ def _few_rows(call: Call, few: ir.Function) -> _Serve:
     return serve
 
 
-def _panels(call: Call, panels: list[ir.Function], *, masks: bool) -> _Serve:
+def _served_by_panels(call: Call, panels: list[ir.Function], *, masks: bool) -> _Serve:
     """A range served tile by tile, with all panels of rows for each."""
     emit, builder, tile = call.emit, call.emit.builder, call.blocking.tile
     wide = WideTile(emit, call.head_dim, call.blocking)

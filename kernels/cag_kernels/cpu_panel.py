@@ -43,7 +43,7 @@ def host_blocking() -> Blocking:
 def _block(width: int, blocking: Blocking) -> int:
     """Keys scored at once, and channels summed at once, with so many vectors of rows: where sums are few, additions to
     them would wait for each other."""
-    return blocking.block * (2 if width == 1 else 1)
+    return min(2 * blocking.block, blocking.lanes) if width == 1 else blocking.block
 
 
 class WideTile:
@@ -78,8 +78,7 @@ class WideTile:
                 emit.store(self._load(values, place), emit.at(target, builder.mul(key.index, emit.integer(lanes))))
 
     def _load(self, source: Value, index: Value) -> Value:
-        place = self.emit.at(source, index, INT16)
-        return self.emit.load_bfloat16(place)
+        return self.emit.load_bfloat16(self.emit.at(source, index, INT16))
 
 
 class Panel:
@@ -154,18 +153,19 @@ class Panel:
         hidden = [emit_num_hidden(self.emit, place, token) for place in places]
         emit_hidden(self.emit, self.scores, hidden, self.num_keys)
 
-    def _emit_products(self, keys: Value, key: Value, first: int) -> list[Value]:
-        """Scores of one block of widened keys, the first of them `key`, in registers, by the channels from `first` on.
+    def _emit_products(self, keys: Value, first_key: Value, first: int) -> list[Value]:
+        """Scores of one block of widened keys, in registers, by the channels from `first` on.
+
         The same keys and values of the next tile are asked for meanwhile, a line at a time: memory brings a few, and
-        whoever asks for more of them waits."""
+        whoever asks for more of them waits.
+        """
         emit, builder = self.emit, self.emit.builder
         sums = [emit.constant(0.0)] * (self.block * self.width)
         stop = min(first + SUM_CHANNELS, self.head_dim)
         with emit.loop(emit.integer(first), emit.integer(stop), CHANNELS, sums) as channel:
             sums = list(channel.values)
-            asked = builder.add(
-                builder.mul(key, emit.integer(self.head_dim)), builder.mul(channel.index, emit.integer(self.block))
-            )
+            row, part = emit.integer(self.head_dim), emit.integer(self.block)
+            asked = builder.add(builder.mul(first_key, row), builder.mul(channel.index, part))
             for side in self.ahead:
                 emit.prefetch(emit.at(side, asked, INT16))
             for step in range(CHANNELS):

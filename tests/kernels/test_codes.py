@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not ther
 
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
     (9, 3, 64, 15, 1000),
+    (9, 3, 64, 1, 1000),
+    (12, 2, 128, 1, 1025),
     (12, 2, 128, 15, 1025),
     (8, 1, 256, 7, 63),
     (4, 4, 96, 16, 512),
@@ -48,6 +50,18 @@ def test_attention_over_codes_is_attention_over_numbers(shape, bits, dtype):
     plain = query if dtype == torch.float32 or has_tiles() else query.float()
     expected = cpu_attention(plain, *numbers, scale=0.1, offset=numbers.num_tokens)
     assert all(map(torch.equal, prefix_attention(query, prefix, scale=0.1), expected))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(2, 2), (9, 3), (12, 2)])
+def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_heads, bits):
+    """A single one in float32 has code of its own."""
+    query, prefix = make((num_q_heads, num_kv_heads, 64, 7, 1077), bits)
+    out, lse = prefix_attention(query, prefix, scale=0.2)
+    for index in range(query.shape[1]):
+        own = prefix_attention(query[:, index : index + 1], prefix, scale=0.2)
+        assert torch.equal(own[0], out[:, index : index + 1])
+        assert torch.equal(own[1], lse[:, index : index + 1])
 
 
 @pytest.mark.parametrize("bits", BITS)

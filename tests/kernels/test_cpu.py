@@ -87,7 +87,7 @@ def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_head
         assert torch.equal(own[1], lse[:, index : index + 1])
 
 
-@pytest.mark.parametrize("num_queries", [1, 9])
+@pytest.mark.parametrize("num_queries", [1, 2, 9])
 @pytest.mark.parametrize("blocking", [Blocking(8, 4), Blocking(8, 8), Blocking(16, 8, tile=32, range_tokens=96)])
 def test_other_processors_blocking(blocking, num_queries, monkeypatch):
     """Vectors of eight, as on a processor without AVX-512, and other cuts of the work."""
