@@ -66,7 +66,7 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
 
 
 def vector_lanes() -> int:
-    """How many float32 numbers a vector of compiled code has on this processor."""
+    """How many float32 numbers a vector of compiled code has on this processor; 8 where nothing can be compiled."""
     if not has_compiler():
         return 8
     from cag_kernels.cpu_panel import host_blocking

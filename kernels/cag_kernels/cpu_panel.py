@@ -25,8 +25,9 @@ SUM_CHANNELS = 64  # of a score that are summed at once: one long sum would roun
 class Blocking:
     """How the work is cut, from the processor's registers and caches.
 
-    `lanes` float32 fill a vector; `block` keys are scored at once; `tile` keys share one softmax step and fit the first
-    cache; `range_tokens` keys are one piece of parallel work: results depend on it, not on the number of threads.
+    `lanes` float32 fill a vector; `block` keys are scored at once, more by a single vector of rows; `tile` keys share
+    one softmax step, and lie widened in the nearest caches; `range_tokens` keys are one piece of parallel work: results
+    depend on it, not on the number of threads.
     """
 
     lanes: int
@@ -139,10 +140,8 @@ class Panel:
             for channel in range(0, self.head_dim, SUM_CHANNELS):
                 sums = self._emit_products(keys, base.index, channel)
                 for key in range(block):
-                    found, place = (
-                        sums[key * self.width : (key + 1) * self.width],
-                        emit.at(target, key * self.row_floats),
-                    )
+                    found = sums[key * self.width : (key + 1) * self.width]
+                    place = emit.at(target, key * self.row_floats)
                     if channel:
                         found = [emit.builder.fadd(*pair) for pair in zip(self._rows(place), found, strict=True)]
                     self._store_rows(found, place)
@@ -164,8 +163,9 @@ class Panel:
         stop = min(first + SUM_CHANNELS, self.head_dim)
         with emit.loop(emit.integer(first), emit.integer(stop), CHANNELS, sums) as channel:
             sums = list(channel.values)
-            row, part = emit.integer(self.head_dim), emit.integer(self.block)
-            asked = builder.add(builder.mul(first_key, row), builder.mul(channel.index, part))
+            # each turn asks for its part of `block` keys: by the end of the loop all of them
+            begin = builder.mul(first_key, emit.integer(self.head_dim))
+            asked = builder.add(begin, builder.mul(channel.index, emit.integer(self.block)))
             for side in self.ahead:
                 emit.prefetch(emit.at(side, asked, INT16))
             for step in range(CHANNELS):

@@ -57,6 +57,7 @@ def test_attention_over_codes_is_attention_over_numbers(shape, bits, dtype):
 def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_heads, bits):
     """A single one in float32 has code of its own."""
     query, prefix = make((num_q_heads, num_kv_heads, 64, 7, 1077), bits)
+    assert choose_prefix_path(query[:, :1], prefix, window=None, softcap=None) == "compiled"
     out, lse = prefix_attention(query, prefix, scale=0.2)
     for index in range(query.shape[1]):
         own = prefix_attention(query[:, index : index + 1], prefix, scale=0.2)
