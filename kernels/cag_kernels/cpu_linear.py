@@ -152,15 +152,44 @@ class _Pass:
         return [load(emit.at(place, vector * emit.lanes, element)) for vector in self.vectors]
 
     def _emit_end(self, sums: list[Value]) -> None:
+        """Add the biases and write. A whole panel is written plainly: stores by a mask are slow on some processors."""
         emit, builder = self.emit, self.emit.builder
-        for vector in self.vectors:
-            first = emit.integer(vector * emit.lanes)
-            num_bias, num_out = (builder.sub(count, first) for count in (self.num_bias, self.num_out))
-            bias = _load_some(emit, emit.at(self.bias, first), num_bias)
-            for row in self.rows:
+        biases = self._biases()
+        results = [
+            (row, vector, builder.fadd(sums[row * len(self.vectors) + vector], biases[vector]))
+            for vector in self.vectors
+            for row in self.rows
+        ]
+        whole, part = function_blocks(self.function, "whole", "part")
+        builder.cbranch(builder.icmp_signed("==", self.num_out, emit.integer(PANEL)), whole, part)
+        for block in (whole, part):
+            builder.position_at_end(block)
+            for row, vector, result in results:
+                first = emit.integer(vector * emit.lanes)
                 place = emit.at(self.out, builder.add(builder.mul(self.out_stride, emit.integer(row)), first))
-                _store_some(emit, builder.fadd(sums[row * len(self.vectors) + vector], bias), place, num_out)
-        builder.ret_void()
+                if block is whole:
+                    emit.store(result, place)
+                else:
+                    _store_some(emit, result, place, builder.sub(self.num_out, first))
+            builder.ret_void()
+
+    def _biases(self) -> list[Value]:
+        """Of each vector of the panel. Where there are none nothing is asked for: a processor takes long to find out
+        that no lane of a load from nowhere was wanted."""
+        emit, builder = self.emit, self.emit.builder
+        before = builder.block
+        some, behind = function_blocks(self.function, "biases", "summed")
+        builder.cbranch(builder.icmp_signed(">", self.num_bias, emit.integer(0)), some, behind)
+        builder.position_at_end(some)
+        places = [emit.integer(vector * emit.lanes) for vector in self.vectors]
+        loads = [_load_some(emit, emit.at(self.bias, at), builder.sub(self.num_bias, at)) for at in places]
+        builder.branch(behind)
+        builder.position_at_end(behind)
+        found = [builder.phi(emit.vector) for _ in loads]
+        for phi, load in zip(found, loads, strict=True):
+            phi.add_incoming(load, some)
+            phi.add_incoming(emit.constant(0.0), before)
+        return found
 
 
 def _inside(emit: Emitter, count: Value) -> Value:
