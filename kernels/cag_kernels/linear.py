@@ -1,24 +1,29 @@
 """Linear layers over a question's rows.
 
 A matrix product library packs the larger operand before it multiplies; for a question's dozen of rows that packing can
-cost more than the product. A weight that was packed once serves few rows by compiled code, and many rows unpacked.
+cost more than the product. A weight that was packed once serves few rows by compiled code; many rows, too, where that
+is the quicker way, else unpacked.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import has_compiler
+from cag_kernels.cpu import has_compiler, vector_lanes
 from cag_kernels.packed import PackedWeight
 from cag_kernels.rows_reference import gate_reference
 
 if TYPE_CHECKING:
     from cag_kernels.cpu_tile_linear import TileProduct
 
-FEW_ROWS = 128  # up to which reading the packed weight is quicker than unpacking it; see docs/log.md
+FEW_ROWS = 128  # of a forward of few rows
+# lanes of a vector -> rows up to which compiled code over a packed weight is quicker than unpacking it for a library;
+# see docs/log.md
+MOST_COMPILED_ROWS = {16: FEW_ROWS, 8: sys.maxsize}
 
 
 def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -36,7 +41,7 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
     _check(rows, packed, bias)
     if _wants_gradient(rows, bias):  # compiled code knows none, and what is unpacked to is overwritten before they flow
         product = packed_linear_reference(rows, packed, bias)
-    elif 0 < rows.shape[0] <= FEW_ROWS and has_compiler():
+    elif len(rows) and has_compiler() and len(rows) <= MOST_COMPILED_ROWS[vector_lanes()]:
         from cag_kernels.cpu_linear import compiled_linear
 
         product = compiled_linear(rows.contiguous(), packed.panels, bias, packed.out_features)

@@ -10,6 +10,7 @@ from cag_kernels import (
     PackedWeight,
     can_pack,
     has_compiler,
+    linear,
     linear_without_packing,
     pack_weight,
     packed_linear,
@@ -69,6 +70,7 @@ def test_large_weights_are_unpacked_piece_by_piece(monkeypatch):
 
     block, weight, bias = operands(FEW_ROWS + 2, 100, 48, bias=True)
     packed = pack_weight(weight)
+    monkeypatch.setattr(linear, "MOST_COMPILED_ROWS", dict.fromkeys(linear.MOST_COMPILED_ROWS, 0))
     whole = packed_linear(block, packed, bias)
     monkeypatch.setattr(module, "MAX_UNPACKED", 2 * 16 * 48)
     assert [piece.out_features for piece in packed.pieces()] == [32, 32, 32, 4]
@@ -100,6 +102,15 @@ def test_weights_that_do_not_fit_together_are_refused():
 @pytest.mark.parametrize("rows", [*range(1, 51), FEW_ROWS - 1, FEW_ROWS, FEW_ROWS + 1])
 def test_every_number_of_rows(rows, dtype):
     assert_as_good_as_linear(*operands(rows, 67, 80, bias=rows % 2 == 0, dtype=dtype))
+
+
+@compiled
+def test_compiled_blocks_have_the_bits_of_few_rows(monkeypatch):
+    monkeypatch.setattr(linear, "MOST_COMPILED_ROWS", dict.fromkeys(linear.MOST_COMPILED_ROWS, 700))
+    block, weight, bias = operands(700, 67, 576, bias=True)
+    packed = pack_weight(weight)
+    few = [packed_linear(part, packed, bias) for part in torch.split(block, 9)]
+    assert torch.equal(packed_linear(block, packed, bias), torch.cat(few))
 
 
 @compiled
