@@ -50,24 +50,40 @@ def attention_module(
 
 
 def _emit_prepare(call: Call) -> None:
+    """Write the query transposed: so many rows by as many channels at a time, in registers."""
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
-    scale = builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT)
-    last = builder.sub(call[Field.NUM_ROWS], emit.integer(1))
+    scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
+    num_lanes = call[Field.NUM_LANES]
     with (
         emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
-        emit.loop(zero, call[Field.NUM_LANES], 1) as row,
-        emit.loop(zero, emit.integer(call.head_dim), 1) as channel,
+        emit.loop(zero, num_lanes, emit.lanes) as vector,
     ):
-        source = call.index(
-            head.index,
-            (call[Field.NUM_ROWS], emit.minimum(row.index, last)),
-            (call.head_dim, channel.index),
-        )
-        number = builder.load(emit.at(call[Field.QUERY], source), typ=FLOAT, align=4)
-        is_padding = builder.icmp_signed(">", row.index, last)
-        scaled = builder.select(is_padding, ir.Constant(FLOAT, 0.0), builder.fmul(number, scale))
-        target = call.index(head.index, (call.head_dim, channel.index), (call[Field.NUM_LANES], row.index))
-        builder.store(scaled, emit.at(call[Field.SCALED], target), align=4)
+        rows = [_Row(call, head.index, builder.add(vector.index, emit.integer(lane))) for lane in range(emit.lanes)]
+        with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
+            numbers = []
+            for row in rows:
+                number = emit.load(row.place(Field.QUERY, channel.index))
+                numbers.append(builder.select(row.exists, builder.fmul(number, scale), emit.constant(0.0)))
+            for offset, column in enumerate(emit.transposed(numbers)):
+                place = builder.add(channel.index, emit.integer(offset))
+                target = call.index(head.index, (call.head_dim, place), (num_lanes, vector.index))
+                emit.store(column, emit.at(call[Field.SCALED], target))
+
+
+class _Row:
+    """A row of a head's queries; behind the last one, which it stands for then, there is none."""
+
+    def __init__(self, call: Call, head: Value, row: Value) -> None:
+        self._call, self._head = call, head
+        emit, last = call.emit, call.emit.builder.sub(call[Field.NUM_ROWS], call.emit.integer(1))
+        self.exists = emit.builder.icmp_signed("<=", row, last)
+        self.row = emit.minimum(row, last)
+
+    def place(self, field: Field, channel: Value) -> Value:
+        """Of the query or of the output."""
+        call = self._call
+        index = call.index(self._head, (call[Field.NUM_ROWS], self.row), (call.head_dim, channel))
+        return call.emit.at(call[field], index)
 
 
 class _Numbers:
@@ -228,21 +244,39 @@ def _emit_panels(
 
 
 def _emit_finish(call: Call) -> None:
-    """Join the ranges of every head into its range 0 and write the result, row by row."""
-    emit, zero = call.emit, call.emit.integer(0)
-    with emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head:
-        with emit.loop(zero, call[Field.NUM_LANES], emit.lanes) as row:
-            _emit_merge(call, head.index, row.index)
-        with (
-            emit.loop(zero, call[Field.NUM_ROWS], 1) as row,
-            emit.loop(zero, emit.integer(call.head_dim), 1) as channel,
-        ):
-            merged = _weighted_at(call, emit.builder.mul(head.index, call[Field.NUM_RANGES]), channel.index, row.index)
-            number = emit.builder.load(merged, typ=FLOAT, align=4)
-            target = call.index(head.index, (call[Field.NUM_ROWS], row.index), (call.head_dim, channel.index))
-            emit.builder.store(number, emit.at(call[Field.OUT], target), align=4)
+    """Join the ranges of every head and write the result, so many rows by as many channels at a time; maxima and
+    denominators end in range 0."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    with (
+        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
+        emit.loop(zero, call[Field.NUM_LANES], emit.lanes) as vector,
+    ):
+        base = builder.mul(head.index, call[Field.NUM_RANGES])
+        largest, total = emit_factors(call, base, vector.index)
+        rows = [_Row(call, head.index, builder.add(vector.index, emit.integer(lane))) for lane in range(emit.lanes)]
+        with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
+            columns = _emit_joined(call, base, channel.index, vector.index)
+            for row, numbers in zip(rows, emit.transposed(columns), strict=True):
+                with emit.when(row.exists):
+                    emit.store(numbers, row.place(Field.OUT, channel.index))
+        emit.store(largest, _row_place(call, Field.MAXIMUM, base, zero, vector.index))
+        emit.store(total, _row_place(call, Field.DENOMINATOR, base, zero, vector.index))
     emit_logsumexps(call)
-    emit.builder.ret_void()
+    builder.ret_void()
+
+
+def _emit_joined(call: Call, base: Value, channel: Value, row: Value) -> list[Value]:
+    """As many channels of a vector of rows as it has lanes: weighted sums of all ranges, by the ranges' factors."""
+    emit, builder = call.emit, call.emit.builder
+    channels = [builder.add(channel, emit.integer(offset)) for offset in range(emit.lanes)]
+    with emit.loop(emit.integer(0), call[Field.NUM_RANGES], 1, [emit.constant(0.0)] * emit.lanes) as part:
+        factor = emit.load(_row_place(call, Field.MAXIMUM, base, part.index, row))
+        task = builder.add(base, part.index)
+        part.following = [
+            emit.multiply_add(factor, emit.load(_weighted_at(call, task, place, row)), value)
+            for place, value in zip(channels, part.values, strict=True)
+        ]
+    return list(part.following)
 
 
 def emit_logsumexps(call: Call) -> None:
@@ -266,22 +300,6 @@ def emit_logsumexps(call: Call) -> None:
 def _weighted_at(call: Call, task: Value, channel: Value, row: Value) -> Value:
     index = call.index(task, (call.head_dim, channel), (call[Field.NUM_LANES], row))
     return call.emit.at(call[Field.WEIGHTED], index)
-
-
-def _emit_merge(call: Call, head: Value, row: Value) -> None:
-    """One vector of rows: maximum, denominator, and the weighted sum divided by the denominator."""
-    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
-    num_ranges, nothing = call[Field.NUM_RANGES], [emit.constant(0.0)]
-    base = builder.mul(head, num_ranges)
-    largest, total = emit_factors(call, base, row)
-    with emit.loop(zero, emit.integer(call.head_dim), 1) as channel:
-        with emit.loop(zero, num_ranges, 1, nothing) as part:
-            factor = emit.load(_row_place(call, Field.MAXIMUM, base, part.index, row))
-            weighted = emit.load(_weighted_at(call, builder.add(base, part.index), channel.index, row))
-            part.following = [emit.multiply_add(factor, weighted, part.values[0])]
-        emit.store(part.following[0], _weighted_at(call, base, channel.index, row))
-    emit.store(largest, _row_place(call, Field.MAXIMUM, base, zero, row))
-    emit.store(total, _row_place(call, Field.DENOMINATOR, base, zero, row))
 
 
 def emit_factors(call: Call, base: Value, row: Value) -> tuple[Value, Value]:
