@@ -14,8 +14,8 @@ import psutil
 from torch import Tensor
 
 from cag.huge_pages import has_huge_pages, huge_tensor
-from cag.weights import Product, plain_tile_weight
-from cag_kernels import LargestOutput, largest_output, largest_output_serves, warm_up_largest
+from cag.weights import Product, plain_weight
+from cag_kernels import LargestOutput, PackedWeight, largest_output, largest_output_serves, warm_up_largest
 
 _MEMORY_SHARE = 8  # of the memory that is free, the part that a copy may take
 _RESTS = 7  # times as long as a piece of the copy took, so that one core is an eighth slower meanwhile
@@ -34,7 +34,7 @@ class GreedyChoice:
 
     def __init__(self, head: Product) -> None:
         self._head = head
-        weight = plain_tile_weight(head)
+        weight = plain_weight(head)
         self._weight = weight if weight is not None and largest_output_serves(weight) else None
         self._has_begun = self._weight is None
         self.quick: LargestOutput | None = None
@@ -52,10 +52,14 @@ class GreedyChoice:
 
     def prepare(self) -> None:
         """Make the copy, if it is served and memory allows; given up when the process ends."""
-        if self._weight is None or self._weight.nbytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
+        weight = self._weight
+        if weight is None:
+            return
+        num_bytes = weight.panels.nbytes if isinstance(weight, PackedWeight) else weight.nbytes
+        if num_bytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
             return
         allocate = huge_tensor if has_huge_pages() else None
-        self.quick = largest_output(self._weight, allocate, resting(threading.main_thread().is_alive))
+        self.quick = largest_output(weight, allocate, resting(threading.main_thread().is_alive))
 
     def _prepare_behind_others(self) -> None:
         warm_up_largest()

@@ -308,8 +308,11 @@ def is_tile_product(product: Product) -> bool:
     return isinstance(product, TileProduct)
 
 
-def plain_tile_weight(product: Product) -> Tensor | None:
-    """The weight of a product that multiplies by tiles and adds no bias; None for any other."""
+def plain_weight(product: Product) -> Tensor | PackedWeight | None:
+    """The weight of a product by compiled code that adds no bias: plain where tiles multiply, else packed; None for any
+    other product."""
+    if isinstance(product, PackedProduct):
+        return product.packed if product.bias is None else None
     tiles = cast("TileProduct", product) if is_tile_product(product) else None
     return None if tiles is None or tiles.bias is not None else tiles.weight
 

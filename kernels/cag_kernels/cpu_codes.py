@@ -5,7 +5,8 @@ Every loss is stated as a bound: for a row `x` and a feature `w` that became `sc
     |w . x - found| <= errors * norm(x) + norms * lost(x)
 
 where `found` is the product of the codes, `lost(x)` the norm of what splitting took from `x`, and `w . x` any float32
-sum of bfloat16 products, however rounded (`bound_of_sums`). Knows the layouts of `cpu_tile_bounds`; no tiles.
+sum of the products, however rounded (`bound_of_sums`). A row is rounded to bfloat16 first where the exact product does
+so. Knows the layouts of `cpu_tile_bounds` and `cpu_bounds`; no tiles.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ MOST_CODE = 127
 SHIFT = 7  # bits of the lower half
 _MOST_SPLIT = MOST_CODE << SHIFT
 _HALF = 1 << (SHIFT - 1)
+_MOST_PAIRED, _MOST_SUM = 2**15 - 2, 2**31 - 2**15  # of an int16 and of an int32, and room for what rounding adds
 _SLACK = np.float32(1.001)  # above all rounding of norms of up to 16,000 numbers in float32
 _LEAST = np.float32(2.0**-126)  # what a processor may take for zero
 _TINY, _HUGE = np.float32(2.0**-50), np.float32(2.0**50)  # between these norms nothing that is bounded overflows, and
@@ -111,6 +113,38 @@ def split(rows: Array, left: Array, facts: Array) -> bool:
     return bounded
 
 
+@compiled
+def split_pairs(rows: Array, pairs: Array, facts: Array) -> bool:
+    """Rows as `scale * number`, of as many bits as sums of all products with codes leave in int32; whether all rows can
+    be bounded.
+
+    rows: `[num_rows, size]` float32; pairs (out): `[num_rows, size / QUAD, 2, 2]` int16: numbers 0 and 2, then 1 and 3
+    of each quad; facts as in `split`.
+    """
+    num_rows, size = rows.shape
+    most_number = min(_MOST_PAIRED, _MOST_SUM // (MOST_CODE * size))
+    bounded = True
+    for row in range(num_rows):
+        most, squares = np.float32(0), np.float32(0)
+        for index in range(size):
+            most = max(most, abs(rows[row, index]))
+            squares += rows[row, index] * rows[row, index]
+        if not _TINY * _TINY < squares < _HUGE * _HUGE:  # also where one is no number
+            bounded = False
+        scale = most / np.float32(most_number)
+        inverse = np.float32(1) / scale if scale >= _LEAST else np.float32(0)
+        lost = np.float32(0)
+        for index in range(size):
+            whole = np.rint(rows[row, index] * inverse)
+            rest = rows[row, index] - whole * scale
+            lost += rest * rest
+            place = index % QUAD
+            pairs[row, index // QUAD, place % 2, place // 2] = np.int16(whole)
+        facts[row, 0], facts[row, 1] = scale, np.sqrt(squares) * _SLACK
+        facts[row, 2] = np.sqrt(lost) * _SLACK + np.float32(size) * _LEAST
+    return bounded
+
+
 def _reaching(uppers: Array, lowers: Array, num_features: int, found: Array) -> int:
     """Features that may be the largest of a row: those whose upper bound reaches the row's largest lower one.
 
@@ -153,6 +187,16 @@ def gather(weight: Array, found: Array, count: int, out: Array) -> None:
     for place in range(count):
         for index in range(weight.shape[1]):
             out[place, index] = weight[found[place], index]
+
+
+@compiled
+def gather_panels(panels: Array, found: Array, count: int, out: Array) -> None:
+    """Features `found[:count]` of a weight in panels `[num_panels, size, LANES]` to the first ones of `out`, alike."""
+    for place in range(count):
+        feature = found[place]
+        for index in range(panels.shape[1]):
+            number = panels[feature // LANES, index, feature % LANES]
+            out[place // LANES, index, place % LANES] = number
 
 
 @compiled

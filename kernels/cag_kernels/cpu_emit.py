@@ -138,6 +138,10 @@ class Emitter:
         """A vector to anywhere in memory."""
         self.builder.store(value, pointer, align=4)
 
+    def load_integers(self, pointer: Value) -> Value:
+        """A vector of int32 from anywhere in memory."""
+        return self.builder.load(pointer, typ=self.integers, align=4)
+
     def load_bfloat16(self, pointer: Value) -> Value:
         """A vector of bfloat16, widened: its bits are the upper half of a float32's."""
         halves = self.builder.load(pointer, typ=ir.VectorType(INT16, self.lanes), align=2)

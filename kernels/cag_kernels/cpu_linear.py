@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Value, function_blocks
 from cag_kernels.cpu_panel import host_blocking
+from cag_kernels.cpu_passes import emit_passes
 from cag_kernels.cpu_program import Program
 from cag_kernels.cpu_tape import CompiledStep, Reads, new_call
 from cag_kernels.cpu_team import Share
@@ -246,39 +247,15 @@ class _Linear:
         builder.ret_void()
 
     def _emit_panel(self, first: Value) -> None:
-        """All rows of the block by one panel, in passes of about equal numbers of rows."""
-        emit, builder, one = self.emit, self.emit.builder, self.emit.integer(1)
-        most = emit.integer(len(self.passes))
+        """All rows of the block by one panel."""
+        emit, builder = self.emit, self.emit.builder
         num_out = emit.minimum(builder.sub(self.out_features, first), emit.integer(PANEL))
         panel = emit.at(self.weight, builder.mul(first, self.in_features), self.element)
         bias, num_bias = emit.at(self.bias, first), builder.mul(self.has_bias, num_out)
-        num_passes = builder.sdiv(builder.add(self.num_rows, builder.sub(most, one)), most)
-        test, behind = function_blocks(self.function, "passes", "served")
-        before = builder.block
-        builder.branch(test)
-        builder.position_at_end(test)
-        row, left = builder.phi(INT64), builder.phi(INT64)
-        rows = builder.sdiv(builder.add(builder.sub(self.num_rows, row), builder.sub(left, one)), left)
-        block = emit.at(self.block, builder.mul(row, self.in_features))
-        out = emit.at(self.out, builder.add(builder.mul(row, self.out_features), first))
-        self._emit_switch(rows, [panel, block, bias, out, self.in_features, self.out_features, num_bias, num_out])
-        following, remaining = builder.add(row, rows), builder.sub(left, one)
-        row.add_incoming(emit.integer(0), before)
-        row.add_incoming(following, builder.block)
-        left.add_incoming(num_passes, before)
-        left.add_incoming(remaining, builder.block)
-        builder.cbranch(builder.icmp_signed(">", remaining, emit.integer(0)), test, behind)
-        builder.position_at_end(behind)
 
-    def _emit_switch(self, rows: Value, arguments: list[Value]) -> None:
-        """Call the pass made for that many rows."""
-        builder = self.emit.builder
-        joined = self.function.append_basic_block("joined")
-        switch = builder.switch(rows, joined)
-        for index, function in enumerate(self.passes):
-            (block,) = function_blocks(self.function, f"rows_{index + 1}")
-            switch.add_case(self.emit.integer(index + 1), block)
-            builder.position_at_end(block)
-            builder.call(function, arguments)
-            builder.branch(joined)
-        builder.position_at_end(joined)
+        def arguments(row: Value) -> list[Value]:
+            block = emit.at(self.block, builder.mul(row, self.in_features))
+            out = emit.at(self.out, builder.add(builder.mul(row, self.out_features), first))
+            return [panel, block, bias, out, self.in_features, self.out_features, num_bias, num_out]
+
+        emit_passes(emit, self.num_rows, self.passes, arguments)

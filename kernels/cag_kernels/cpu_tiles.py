@@ -159,10 +159,6 @@ class TileEmitter(Emitter):
             result = self.multiply_add(result, fraction, self.constant(coefficient))
         return self._masked("scalef.ps.512", result, exponent)
 
-    def load_integers(self, pointer: Value) -> Value:
-        """A vector of 16 int32 from anywhere in memory."""
-        return self.builder.load(pointer, typ=self.integers, align=4)
-
     def _narrowed_both(self, low: Value, high: Value) -> Value:
         """One behind the other, vector of 32 int16."""
         numbers = self.builder.shuffle_vector(low, high, self._both(range(2 * TILE)))

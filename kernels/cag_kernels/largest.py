@@ -1,7 +1,8 @@
 """Which output of a linear layer is the largest, from half of the bytes of its weight, and to the bit.
 
 A copy of the weight in 8 bits bounds every output from both sides. The few whose upper bound reaches the largest lower
-bound are computed exactly, with the bits of the whole product (`tile_linear`); nothing else can be the largest.
+bound are computed exactly, with the bits of the whole product (`tile_linear`, `packed_linear`); nothing else can be the
+largest.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import has_byte_tiles, has_numba
-from cag_kernels.linear import tile_linear, tile_linear_serves
+from cag_kernels.cpu import has_byte_tiles, has_compiler, has_numba
+from cag_kernels.linear import packed_linear, tile_linear, tile_linear_serves
+from cag_kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
     from cag_kernels.cpu_choice import Choice, CodedWeight
@@ -25,8 +27,11 @@ _LEAST_FEATURES = 4096  # a smaller weight is read in no time
 Allocate = Callable[[int], Tensor]
 
 
-def largest_output_serves(weight: Tensor) -> bool:
-    """Whether `LargestOutput` takes a weight `[num_features, size]` on this machine."""
+def largest_output_serves(weight: Tensor | PackedWeight) -> bool:
+    """Whether `LargestOutput` takes a weight `[num_features, size]`, plain or packed, on this machine."""
+    if isinstance(weight, PackedWeight):
+        fits = weight.out_features >= _LEAST_FEATURES and weight.panels.dtype == torch.bfloat16
+        return fits and has_numba() and _has_pairs()
     fits = weight.shape[0] >= _LEAST_FEATURES and weight.shape[1] % _SIZE_MULTIPLE == 0
     return fits and tile_linear_serves(weight) and has_numba() and has_byte_tiles()
 
@@ -35,10 +40,10 @@ class LargestOutput:
     """The largest output for each of a few rows, and the lowest of equal ones. Not for several threads at once;
     `largest_output` makes one."""
 
-    def __init__(self, coded: CodedWeight) -> None:
+    def __init__(self, weight: Tensor | PackedWeight, coded: CodedWeight) -> None:
         from cag_kernels.cpu_choice import Workspace
 
-        self._coded = coded
+        self._weight, self._coded = weight, coded
         with torch.inference_mode(False):  # it serves calls inside and outside of inference mode
             self._space = Workspace(coded, MAX_ROWS)
         self._choices: dict[int, Choice] = {}
@@ -50,7 +55,7 @@ class LargestOutput:
 
     def __call__(self, rows: Tensor) -> list[int]:
         """`rows [num_rows, size]`, float32 on the CPU and not empty, to the index of the largest of `tile_linear(rows,
-        weight)` for each; at most `MAX_ROWS` rows the quick way."""
+        weight)`, or of `packed_linear`, for each; at most `MAX_ROWS` rows the quick way."""
         num_rows = len(rows)
         if num_rows <= MAX_ROWS:
             choice = self._choices.get(num_rows) or self._prepared(num_rows)
@@ -59,7 +64,7 @@ class LargestOutput:
             chosen: list[int] = choice.chosen.tolist()
             if chosen[0] >= 0:
                 return chosen
-        return largest_output_reference(rows, self._coded.weight)
+        return largest_output_reference(rows, self._weight)
 
     def _prepared(self, num_rows: int) -> Choice:
         from cag_kernels.cpu_choice import Choice
@@ -70,10 +75,10 @@ class LargestOutput:
 
 
 def largest_output(
-    weight: Tensor, allocate: Allocate | None = None, goes_on: Callable[[], bool] = lambda: True
+    weight: Tensor | PackedWeight, allocate: Allocate | None = None, goes_on: Callable[[], bool] = lambda: True
 ) -> LargestOutput | None:
-    """For a weight `[num_features, size]` bfloat16, which is kept; the copy is made on the calling thread alone and
-    without the interpreter.
+    """For a weight `[num_features, size]` bfloat16, plain or packed, which is kept; the copy is made on the calling
+    thread alone and without the interpreter.
 
     Args:
         weight: one that `largest_output_serves`.
@@ -84,28 +89,39 @@ def largest_output(
         ValueError: a weight that is not served.
     """
     if not largest_output_serves(weight):
-        raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} is not served")
-    from cag_kernels.cpu_choice import CodedWeight, num_code_bytes
+        lies = weight.panels if isinstance(weight, PackedWeight) else weight
+        raise ValueError(f"a weight {tuple(lies.shape)} of {lies.dtype} is not served")
+    from cag_kernels.cpu_choice import CodedWeight, exact_weight, num_code_bytes
 
-    num_bytes = num_code_bytes(weight)
+    exact = exact_weight(weight)
+    num_bytes = num_code_bytes(exact)
     with torch.inference_mode(False):
         memory = (allocate or _plain_memory)(num_bytes)[:num_bytes]
-        coded = CodedWeight.encoded(weight, memory, goes_on)
-    return None if coded is None else LargestOutput(coded)
+        coded = CodedWeight.encoded(exact, memory, goes_on)
+    return None if coded is None else LargestOutput(weight, coded)
 
 
 def warm_up_largest() -> None:
-    """Compile what choices need, once a process; nothing where there are no tiles of bytes."""
-    if has_numba() and has_byte_tiles():
+    """Compile what choices need, once a process: by tiles of bytes where there are any, else by products of pairs."""
+    if has_numba() and (has_byte_tiles() or _has_pairs()):
         from cag_kernels.cpu_choice import warm_up
 
-        warm_up()
+        warm_up(tiles=has_byte_tiles())
 
 
-def largest_output_reference(rows: Tensor, weight: Tensor) -> list[int]:
+def largest_output_reference(rows: Tensor, weight: Tensor | PackedWeight) -> list[int]:
     """What `LargestOutput` means: the whole product, and the lowest of equal outputs."""
-    found: list[int] = tile_linear(rows, weight).argmax(-1).tolist()
+    multiply = packed_linear if isinstance(weight, PackedWeight) else tile_linear
+    found: list[int] = multiply(rows, weight).argmax(-1).tolist()  # type: ignore[arg-type]
     return found
+
+
+def _has_pairs() -> bool:
+    if not has_compiler():
+        return False
+    from cag_kernels.cpu_pairs import has_pairs
+
+    return has_pairs()
 
 
 def _plain_memory(num_bytes: int) -> Tensor:

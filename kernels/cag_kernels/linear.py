@@ -53,13 +53,17 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
 
 class PackedProduct:
     """`packed_linear` with one weight by compiled code, whatever the number of rows, so that a row has the same bits in
-    any company. Contiguous float32 rows on the CPU; not for gradients."""
+    any company. Contiguous float32 rows on the CPU; not for gradients.
+
+    Attributes:
+        packed, bias: what it multiplies by and adds.
+    """
 
     is_recordable = True
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
         self.out_features, self.in_features = packed.out_features, packed.in_features
-        self._packed, self._bias = packed, bias
+        self.packed, self.bias = packed, bias
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[num_rows, in_features]` to `[num_rows, out_features]`."""
@@ -72,7 +76,7 @@ class PackedProduct:
         """The same to `out`."""
         from cag_kernels.cpu_linear import compiled_linear
 
-        compiled_linear(rows, self._packed.panels, self._bias, self.out_features, out)
+        compiled_linear(rows, self.packed.panels, self.bias, self.out_features, out)
 
 
 def packed_linear_reference(block: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -10,14 +10,18 @@ from test_weights import CONFIGS, bfloat16_model, random_ids, use_plan
 from cag import choices as choices_module
 from cag.choices import GreedyChoice, resting
 from cag.generate import Generation, SamplingOptions, choices
-from cag.weights import plain_tile_weight
-from cag_kernels import has_compiler
+from cag.weights import plain_weight
+from cag_kernels import PackedWeight, has_compiler, has_numba
 from cag_kernels import largest as largest_module
 from cag_kernels.cpu import has_byte_tiles
 
-pytestmark = pytest.mark.skipif(
-    not has_compiler() or not has_byte_tiles(), reason="this processor has no tiles of bytes (AMX)"
-)
+pytestmark = pytest.mark.skipif(not has_compiler() or not has_numba(), reason="llvmlite or numba is not there")
+by_tiles = pytest.mark.skipif(not has_byte_tiles(), reason="this processor has no tiles of bytes (AMX)")
+by_pairs = pytest.mark.skipif(not largest_module._has_pairs(), reason="this processor does not multiply pairs")
+PLANS = [
+    pytest.param(("bfloat16", "tiles"), marks=by_tiles, id="tiles"),
+    pytest.param(("float32", "packed"), marks=by_pairs, id="packed"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +30,15 @@ def small_matrices_too(monkeypatch):
     monkeypatch.setattr(GreedyChoice, "_prepare_behind_others", lambda _: None)  # where a test does not want it
 
 
+@pytest.fixture(params=PLANS)
+def plan(request):
+    """What products compute in, and how."""
+    return request.param
+
+
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
-def model(request, tmp_path, monkeypatch):
-    use_plan(monkeypatch, "bfloat16", "tiles")
+def model(request, plan, tmp_path, monkeypatch):
+    use_plan(monkeypatch, *plan)
     return bfloat16_model(tmp_path, CONFIGS[request.param]())
 
 
@@ -98,7 +108,8 @@ def test_no_logits_are_computed_for_greedy_answers(model, monkeypatch):
 
 
 def test_there_is_no_copy_where_memory_is_short(model, monkeypatch):
-    choice, num_bytes = model.decoder.choice, model.decoder._head.weight.nbytes // 2
+    choice, weight = model.decoder.choice, plain_weight(model.decoder._head)
+    num_bytes = (weight.panels if isinstance(weight, PackedWeight) else weight).nbytes // 2
 
     class Memory:
         available = 8 * num_bytes - 8
@@ -124,9 +135,9 @@ def test_the_first_choice_begins_the_copy(model, monkeypatch):
 
 
 def test_other_products_have_no_copy(tmp_path, monkeypatch):
-    use_plan(monkeypatch, "float32", "packed")
+    use_plan(monkeypatch, "bfloat16", "plain")
     model = bfloat16_model(tmp_path, CONFIGS["llama"]())
-    assert plain_tile_weight(model.decoder._head) is None
+    assert plain_weight(model.decoder._head) is None
     model.decoder.choice.prepare()
     assert model.decoder.choice.quick is None
     assert generation(model, prefix_of(model, 90), 0).run().token_ids

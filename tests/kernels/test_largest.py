@@ -3,21 +3,42 @@
 import pytest
 import torch
 
-from cag_kernels import has_compiler, has_numba, largest_output, largest_output_serves, tile_linear
+from cag_kernels import (
+    PackedWeight,
+    has_compiler,
+    has_numba,
+    largest_output,
+    largest_output_serves,
+    pack_weight,
+    packed_linear,
+    tile_linear,
+)
 from cag_kernels import largest as largest_module
 from cag_kernels.cpu import has_byte_tiles
 from cag_kernels.largest import MAX_ROWS, largest_output_reference
 
 if has_numba():
-    from cag_kernels.cpu_choice import MOST_FOUND, CodedWeight, num_code_bytes
+    from cag_kernels.cpu_choice import MOST_FOUND, CodedWeight, exact_weight, num_code_bytes
     from cag_kernels.cpu_codes import bound_of_sums
 
-pytestmark = pytest.mark.skipif(
-    not has_compiler() or not has_numba() or not has_byte_tiles(), reason="this processor has no tiles of bytes (AMX)"
-)
+pytestmark = pytest.mark.skipif(not has_compiler() or not has_numba(), reason="llvmlite or numba is not there")
+by_tiles = pytest.mark.skipif(not has_byte_tiles(), reason="this processor has no tiles of bytes (AMX)")
+by_pairs = pytest.mark.skipif(not largest_module._has_pairs(), reason="this processor does not multiply pairs")
 
 SHAPES = [(64, 64), (77, 128), (1000, 64), (1003, 576), (4096, 192), (333, 1536)]  # num_features, size
 NUM_ROWS = [1, 2, 7, 8, 9, 16, 31, MAX_ROWS, MAX_ROWS + 1]
+
+
+@pytest.fixture(
+    params=[pytest.param(False, marks=by_tiles, id="tiles"), pytest.param(True, marks=by_pairs, id="panels")]
+)
+def lay(request):
+    """A weight as it lies where it is multiplied: plain for tiles, or packed."""
+    return pack_weight if request.param else lambda weight: weight
+
+
+def product(rows, weight):
+    return packed_linear(rows, weight) if isinstance(weight, PackedWeight) else tile_linear(rows, weight)
 
 
 @pytest.fixture(autouse=True)
@@ -44,28 +65,28 @@ def num_found(choice, rows):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_any_number_of_rows(shape):
+def test_any_number_of_rows(lay, shape):
     weight = random_weight(shape)
-    choice = largest_output(weight)
+    choice = largest_output(lay(weight))
     for num_rows in NUM_ROWS:
         for seed in range(4):
             rows = random_rows(num_rows, shape[1], seed)
-            assert choice(rows) == largest_output_reference(rows, weight)
+            assert choice(rows) == largest_output_reference(rows, lay(weight))
 
 
-def test_few_outputs_are_computed_exactly():
+def test_few_outputs_are_computed_exactly(lay):
     weight = random_weight((4096, 576))
-    choice = largest_output(weight)
+    choice = largest_output(lay(weight))
     found = [num_found(choice, random_rows(1, 576, seed, outliers=False)) for seed in range(50)]
     assert min(found) >= 1
     assert sum(found) / len(found) < 16
 
 
 @pytest.mark.parametrize("shape", [(77, 128), (1003, 576)])
-def test_every_output_lies_within_its_bounds(shape):
+def test_every_output_lies_within_its_bounds(lay, shape):
     """Rows that meet one feature's loss head on, too: there the bound is what is lost, and nothing is to spare."""
     weight = random_weight(shape, scale=3.0)
-    choice = largest_output(weight)
+    choice = largest_output(lay(weight))
     coded = choice._coded
     codes = coded.codes.view(torch.int8).view(len(coded.codes), shape[1] // 4, 16, 4).permute(0, 2, 1, 3)
     codes = codes.reshape(-1, shape[1])[: shape[0]]
@@ -73,98 +94,101 @@ def test_every_output_lies_within_its_bounds(shape):
     assert lost.abs().max() <= coded.scales.max().double() / 2 * (1 + 1e-5)
     rows = torch.cat([random_rows(5, shape[1]), lost[[3, 50, shape[0] - 1]].float() * 1e4])
     choice(rows)
-    exact = tile_linear(rows, weight).double()
+    exact = product(rows, lay(weight)).double()
     uppers = choice._space.uppers[: coded.scales.numel() * len(rows)].view(-1, len(rows), 16)
     uppers = uppers.permute(1, 0, 2).reshape(len(rows), -1)[:, : shape[0]].double()
     lowers = choice._space.lowers[: 64 * len(rows) * 16].view(64, len(rows), 16).double()
     assert (exact <= uppers).all()
     assert (lowers.amax((0, 2)) <= exact.amax(1)).all()
-    from_codes = rows.bfloat16().double() @ (codes.double() * coded.scales[: shape[0], None].double()).t()
+    read = rows if isinstance(lay(weight), PackedWeight) else rows.bfloat16()  # what the exact product multiplies
+    from_codes = read.double() @ (codes.double() * coded.scales[: shape[0], None].double()).t()
     share = (exact - from_codes) / (uppers - from_codes)
     assert share.abs().max() <= 1
     assert (share[[5, 6, 7], [3, 50, shape[0] - 1]] > 0.9).all()
 
 
-def test_the_bound_of_sums_covers_tiles():
+def test_the_bound_of_sums_covers_products(lay):
     for size in (64, 576, 1536, 8960):
-        weight, rows = random_weight((64, size)), random_rows(8, size).bfloat16().float()
-        error = (tile_linear(rows, weight).double() - rows.double() @ weight.double().t()).abs()
+        weight, rows = random_weight((64, size)), random_rows(8, size)
+        rows = rows if isinstance(lay(weight), PackedWeight) else rows.bfloat16().float()
+        error = (product(rows, lay(weight)).double() - rows.double() @ weight.double().t()).abs()
         norms = rows.double().norm(dim=1)[:, None] * weight.double().norm(dim=1)
         assert (error <= bound_of_sums(size) * norms).all()
 
 
-def test_equal_outputs_give_the_lowest():
+def test_equal_outputs_give_the_lowest(lay):
     weight = random_weight((1000, 128))
     rows = random_rows(3, 128)
-    best = largest_output_reference(rows, weight)
+    best = largest_output_reference(rows, lay(weight))
     for row, place in enumerate(best):
         weight[[990 + row, 500 + row]] = weight[place].clone()
-    expected = largest_output_reference(rows, weight)
-    assert largest_output(weight)(rows) == expected == [min(place, 500 + row) for row, place in enumerate(best)]
+    expected = largest_output_reference(rows, lay(weight))
+    assert largest_output(lay(weight))(rows) == expected == [min(place, 500 + row) for row, place in enumerate(best)]
 
 
-def test_outputs_that_differ_by_the_last_bit_of_a_weight():
+def test_outputs_that_differ_by_the_last_bit_of_a_weight(lay):
     weight = random_weight((256, 64))
     rows = random_rows(1, 64)
-    best = largest_output_reference(rows, weight)[0]
+    best = largest_output_reference(rows, lay(weight))[0]
     for place in range(0, 40, 2):
         weight[place] = weight[best]
         weight[place].view(torch.int16)[place] += 1 if rows[0, place] * weight[place, place] > 0 else -1
-    assert largest_output(weight)(rows) == largest_output_reference(rows, weight)
+    assert largest_output(lay(weight))(rows) == largest_output_reference(rows, lay(weight))
 
 
-def test_what_cannot_be_bounded_takes_the_whole_product():
+def test_what_cannot_be_bounded_takes_the_whole_product(lay):
     weight = random_weight((300, 64))
-    choice = largest_output(weight)
+    choice = largest_output(lay(weight))
     for value in (torch.nan, torch.inf, 1e30, 0.0):
         rows = random_rows(2, 64)
         rows[1] = value if value == 0 else rows[1]
         rows[1, 5] = value
-        assert choice(rows) == largest_output_reference(rows, weight)
+        assert choice(rows) == largest_output_reference(rows, lay(weight))
         assert num_found(choice, rows) == 0
     same = weight[:1].expand(300, 64).contiguous()  # all are equal: more than are computed exactly
     assert MOST_FOUND < 300
-    assert largest_output(same)(random_rows(1, 64)) == [0]
+    assert largest_output(lay(same))(random_rows(1, 64)) == [0]
 
 
 @pytest.mark.parametrize("value", [torch.inf, 3e38, 1e-38, 0.0])
-def test_weights_beyond_bounds(value):
+def test_weights_beyond_bounds(lay, value):
     weight = random_weight((300, 64))
     weight[7], weight[299] = value, 0
     rows = random_rows(3, 64).abs()  # so that nothing infinite is subtracted from itself
-    assert largest_output(weight)(rows) == largest_output_reference(rows, weight)
+    assert largest_output(lay(weight))(rows) == largest_output_reference(rows, lay(weight))
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
-def test_rows_of_any_size(scale):
+def test_rows_of_any_size(lay, scale):
     weight = random_weight((1000, 64), scale=1 / scale)
-    choice = largest_output(weight)
+    choice = largest_output(lay(weight))
     for seed in range(5):
         rows = random_rows(2, 64, seed) * scale
-        assert choice(rows) == largest_output_reference(rows, weight)
+        assert choice(rows) == largest_output_reference(rows, lay(weight))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_any_number_of_threads(threads):
+def test_any_number_of_threads(lay, threads):
     weight, rows = random_weight((3001, 192)), random_rows(5, 192)
-    expected, before = largest_output_reference(rows, weight), torch.get_num_threads()
+    expected, before = largest_output_reference(rows, lay(weight)), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert largest_output(weight)(rows) == expected
+        assert largest_output(lay(weight))(rows) == expected
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_copy_is_half_of_the_weight_and_can_be_given_up():
-    weight = random_weight((1000, 64))
-    assert largest_output(weight).num_bytes == num_code_bytes(weight) == 1008 * 64
+def test_a_copy_is_half_of_the_weight_and_can_be_given_up(lay):
+    weight = lay(random_weight((1000, 64)))
+    exact = exact_weight(weight)
+    assert largest_output(weight).num_bytes == num_code_bytes(exact) == 1008 * 64
     assert largest_output(weight, goes_on=lambda: False) is None
-    memory = torch.empty(num_code_bytes(weight), dtype=torch.uint8)
-    assert CodedWeight.encoded(weight, memory, lambda: True).codes.data_ptr() == memory.data_ptr()
+    memory = torch.empty(num_code_bytes(exact), dtype=torch.uint8)
+    assert CodedWeight.encoded(exact, memory, lambda: True).codes.data_ptr() == memory.data_ptr()
 
 
-def test_weights_that_are_not_served():
+def test_weights_that_are_not_served(lay):
     assert not largest_output_serves(random_weight((1000, 96)))  # no whole tiles of bytes
-    assert not largest_output_serves(random_weight((31, 64)))
+    assert not largest_output_serves(lay(random_weight((31, 64))))
     with pytest.raises(ValueError, match="not served"):
-        largest_output(random_weight((1000, 64)).float())
+        largest_output(lay(random_weight((1000, 64)).float()))
