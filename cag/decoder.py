@@ -27,7 +27,15 @@ from cag.decoder_layers import (
     layers_of,
     parts_of,
 )
-from cag.recorded import RecordedForwards, attends_apart, attends_rounded, before_tails, seen_from, tail_places
+from cag.recorded import (
+    RecordedForwards,
+    as_slice,
+    attends_apart,
+    attends_rounded,
+    before_tails,
+    seen_from,
+    tail_places,
+)
 from cag.state import AttentionRule, PrefixSegment, attend_prefix
 from cag.weights import Product, joined_product
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba, prefix_attention
@@ -86,19 +94,21 @@ class FewRowsDecoder:
         The keys and values of the tokens go to the pages of their sequences; `token_ids` is `[num_rows]`. Only a check
         runs less than all layers.
         """
-        return self._head(self._hidden(token_ids, batch, chosen)[_as_slice(wanted)])
+        return self._head(self._hidden(token_ids, batch, chosen, wanted))
 
     def choose(self, token_ids: Tensor, batch: Batch, wanted: list[int]) -> list[int]:
         """Of the `wanted` rows of a batch the token with the largest logit, the lowest of equal ones. As `forward`."""
-        return self.choice(self._hidden(token_ids, batch, None)[_as_slice(wanted)])
+        return self.choice(self._hidden(token_ids, batch, None, wanted))
 
-    def _hidden(self, token_ids: Tensor, batch: Batch, chosen: Sequence[int] | None) -> Tensor:
-        """Normalized rows behind the layers, until the next forward."""
+    def _hidden(
+        self, token_ids: Tensor, batch: Batch, chosen: Sequence[int] | None, wanted: list[int] | slice
+    ) -> Tensor:
+        """The `wanted` rows behind the layers, normalized, until the next forward."""
         hidden = self._network.model.embed_tokens(token_ids).float()
         rotations = self._rotations(hidden, batch.positions(hidden.device))
-        normed = self._recorded.forward(hidden, rotations, batch, chosen)
+        normed = self._recorded.forward(hidden, rotations, batch, chosen, wanted)
         if normed is None:
-            normed = self._step_by_step(hidden, rotations, batch, chosen)
+            normed = self._step_by_step(hidden, rotations, batch, chosen)[as_slice(wanted)]
         return normed
 
     def _rotations(self, hidden: Tensor, positions: Tensor) -> Rotations:
@@ -114,7 +124,7 @@ class FewRowsDecoder:
         return found
 
     def _step_by_step(self, hidden: Tensor, rotations: Rotations, batch: Batch, chosen: Sequence[int] | None) -> Tensor:
-        """As `RecordedForwards.forward`, for any batch."""
+        """All rows as `RecordedForwards.forward` gives them, for any batch."""
         tails = self._tails(batch.pages, batch.lengths, batch.starts, batch.skipped)
         places = torch.from_numpy(tail_places(batch))
         update, behind, normed = torch.zeros_like(hidden), None, torch.empty_like(hidden)
@@ -229,13 +239,6 @@ def _over_segment(
     if rule.window is None:
         return attend_prefix(query, [segment], rule.scale)[0]
     return prefix_attention(query, segment, scale=rule.scale, positions=places + offset, window=rule.window)
-
-
-def _as_slice(rows: list[int] | slice) -> list[int] | slice:
-    """Rows that are neighbours as a slice: a list would become a tensor first."""
-    if isinstance(rows, slice) or rows != list(range(rows[0], rows[0] + len(rows))):
-        return rows
-    return slice(rows[0], rows[-1] + 1)
 
 
 def recognize(

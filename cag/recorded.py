@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cag.batch import Batch
     from cag.decoder_layers import Layer, Norm, Rotations
     from cag.state import AttentionRule, PrefixLayers, PrefixSegment
+    from cag_kernels.cpu_paged import Tails
 
 MAX_RECORDINGS = 16  # each holds activations of its rows and a few hundred bytes a step
 _PAGES_STEP = 8  # a table of pages grows by so many, or every page would be another recording
@@ -50,6 +51,7 @@ class RecordedForwards:
         self._layers, self._norm = layers, norm
         self._head_dim, self._attends_in = head_dim, attends_in
         self._recordable = all(product.is_recordable for layer in layers for product in layer.products)
+        self._rows_stay_apart = self._recordable and attends_apart(head_dim, attends_in)
         self._found: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
         self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # where tails lay when recorded
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()  # owners whose end is heeded
@@ -60,26 +62,32 @@ class RecordedForwards:
         rotations: Rotations,
         batch: Batch,
         chosen: Sequence[int] | None,
+        wanted: list[int] | slice,
     ) -> Tensor | None:
-        """Normalized rows behind the layers, `[num_rows, size]` float32 until the next forward; None if this batch
-        cannot be recorded.
+        """The `wanted` rows behind the layers, normalized, `[num_wanted, size]` float32 until the next forward; None if
+        this batch cannot be recorded.
 
         hidden: embedded rows, float32; chosen: indices of the layers that run, all if None.
+
+        Where the last row of each sequence is wanted and no other, the last layer computes for these alone.
         """
         if not self._recordable or len(batch.groups) != 1 or batch.groups[0].earlier:
             return None
         prefix = batch.groups[0].prefix
         tails = self._owner_of_tails(batch)
         max_pages = -(-batch.pages.shape[1] // _PAGES_STEP) * _PAGES_STEP
-        key = (id(tails), id(prefix), batch.num_rows, batch.num_sequences, max_pages, chosen and tuple(chosen))
+        last_alone = self._rows_stay_apart and batch.num_rows > batch.num_sequences and wanted == batch.last_rows(None)
+        sizes = batch.num_rows, batch.num_sequences, max_pages
+        key = (id(tails), id(prefix), *sizes, chosen and tuple(chosen), last_alone)
         recording = self._found.get(key)
         if recording is None:
-            recording = self._record(batch, max_pages, hidden.shape[1], chosen)
+            recording = self._record(batch, max_pages, hidden.shape[1], chosen, last_alone)
             if recording is None:
                 return None
             self._keep(key, recording, (tails, prefix))
         self._found.move_to_end(key)
-        return recording.run(hidden, rotations, batch)
+        normed = recording.run(hidden, rotations, batch)
+        return normed if last_alone else normed[as_slice(wanted)]
 
     def _owner_of_tails(self, batch: Batch) -> Any:
         """Whose memory the tails are in: a pool of pages, or a tail of its own. Recordings are forgotten when the
@@ -91,12 +99,15 @@ class RecordedForwards:
             _forget(self._found, id(owner))
         return owner
 
-    def _record(self, batch: Batch, max_pages: int, size: int, chosen: Sequence[int] | None) -> _Recording | None:
+    def _record(
+        self, batch: Batch, max_pages: int, size: int, chosen: Sequence[int] | None, last_alone: bool
+    ) -> _Recording | None:
         indices = range(len(self._layers)) if chosen is None else chosen
         segments = {index: self._segments(batch, index) for index in indices}
         if any(found is None for found in segments.values()):
             return None
-        return _Recording(self, batch, max_pages, size, {index: found or [] for index, found in segments.items()})
+        found = {index: of_layer or [] for index, of_layer in segments.items()}
+        return _Recording(self, batch, max_pages, size, found, last_alone)
 
     def _segments(self, batch: Batch, layer: int) -> list[PrefixSegment] | None:
         """What a layer's rows attend to before their tails; None where compiled code does not serve that."""
@@ -134,6 +145,18 @@ def _forget(found: OrderedDict[tuple[Any, ...], _Recording], owner: int) -> None
             found.pop(key, None)
 
 
+class _Rows:
+    """Some rows between the layers: `hidden`, what blocks read of them and give, and where they stand in their tails
+    and what these are."""
+
+    def __init__(self, num_rows: int, size: int, tails: Tails) -> None:
+        self.hidden = torch.zeros(num_rows, size, dtype=torch.float32)
+        self.normed = torch.empty_like(self.hidden)
+        self.updates = [torch.empty_like(self.hidden) for _ in range(2)]
+        self.places = torch.zeros(num_rows, dtype=torch.int32)
+        self.tails = tails
+
+
 class _Recording:
     """One forward: the memory of its rows, and the tape over it."""
 
@@ -144,53 +167,60 @@ class _Recording:
         max_pages: int,
         size: int,
         segments: dict[int, list[PrefixSegment]],
+        last_alone: bool,
     ) -> None:
         from cag_kernels import cpu_paged, cpu_steps
 
         num_rows, num_sequences = batch.num_rows, batch.num_sequences
         self._steps = cpu_steps
         self._head_dim, self._attends_in = owner._head_dim, owner._attends_in
-        self.hidden = torch.zeros(num_rows, size, dtype=torch.float32)
-        self.normed = torch.empty_like(self.hidden)
         self._rotations = {
             layer.turning: torch.empty(2, num_rows, self._head_dim, dtype=torch.float32) for layer in owner._layers
         }
         self.pages = np.zeros((num_sequences, max_pages), dtype=np.int32)
         self.lengths, self.starts, self.skipped = batch.lengths.copy(), batch.starts.copy(), batch.skipped.copy()
         self._targets = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
-        self._places = torch.zeros(num_rows, dtype=torch.int32)
-        self._tails = cpu_paged.Tails(self.pages, self.lengths, self.starts, self.skipped)
-        self._nothing = torch.zeros_like(self.hidden)
-        self._updates = [torch.empty_like(self.hidden) for _ in range(2)]
+        self._all = _Rows(num_rows, size, cpu_paged.Tails(self.pages, self.lengths, self.starts, self.skipped))
+        self._last = self._all
+        self._last_rows = torch.zeros(num_sequences, dtype=torch.int64)
+        if last_alone:
+            starts = np.arange(num_sequences + 1, dtype=np.int32)
+            self._last = _Rows(num_sequences, size, cpu_paged.Tails(self.pages, self.lengths, starts, self.skipped))
+        self._nothing = torch.zeros_like(self._all.hidden)
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._tape = Tape()
         self._needs: list[int] = []  # the step of each layer that is the first to need its prefix
         with self._tape.recording():
-            update, behind = self._nothing, None
+            rows, update, behind = self._all, self._nothing, None
+            last = next(reversed(segments))
             for index, found in segments.items():
                 layer = owner._layers[index]
-                read = self._pass_on(update, behind, layer.before_attention)
+                read = self._pass_on(rows, update, behind, layer.before_attention)
                 self._needs.append(len(self._tape))
-                self._attend(layer, read, batch.sides(index), found)
-                read = self._pass_on(self._updates[0], layer.behind_attention, layer.before_mlp)
-                self._mlp(layer, read)
-                update, behind = self._updates[1], layer.behind_mlp
-            self._pass_on(update, behind, owner._norm)
+                rows = self._last if index == last else self._all
+                self._attend(layer, read, batch.sides(index), found, rows)
+                read = self._pass_on(rows, rows.updates[0], layer.behind_attention, layer.before_mlp)
+                self._mlp(layer, read, rows)
+                update, behind = rows.updates[1], layer.behind_mlp
+            self._pass_on(rows, update, behind, owner._norm)
 
     def run(self, hidden: Tensor, rotations: Rotations, batch: Batch) -> Tensor:
-        """See `RecordedForwards.forward`."""
-        self.hidden.copy_(hidden)
+        """Normalized rows, all or the last of each sequence; see `RecordedForwards.forward`."""
+        self._all.hidden.copy_(hidden)
         for turning, memory in self._rotations.items():
             for target, source in zip(memory, rotations[turning], strict=True):
                 target.copy_(source)
         self.pages[:, : batch.pages.shape[1]] = batch.pages
         self.lengths[:], self.starts[:], self.skipped[:] = batch.lengths, batch.starts, batch.skipped
-        self._places.numpy()[:] = tail_places(batch)
+        self._all.places.numpy()[:] = places = tail_places(batch)
+        if self._last is not self._all:
+            self._last_rows.numpy()[:] = last_rows = batch.starts[1:] - 1
+            self._last.places.numpy()[:] = places[last_rows]
         for rows, found in zip(self._targets, (batch.row_pages, batch.row_places), strict=True):
             rows.numpy()[:] = found
         begin = self._run_arriving(batch.groups[0].prefix)
         self._tape.run(begin)
-        return self.normed
+        return self._last.normed
 
     def _run_arriving(self, prefix: PrefixLayers | None) -> int:
         """Run what can be run while the prefix is loading, and return the first step that is left then.
@@ -210,53 +240,70 @@ class _Recording:
         prefix.wait_for(0)  # says what went wrong
         return first
 
-    def _pass_on(self, update: Tensor, behind: Norm | None, before: Norm | None) -> Tensor:
+    def _pass_on(self, rows: _Rows, update: Tensor, behind: Norm | None, before: Norm | None) -> Tensor:
         """As `FewRowsDecoder._pass_on`."""
         if before is None:
             if behind is not None:
-                self._steps.add_normed(self.hidden, update, torch.from_numpy(behind.weight), behind.epsilon)
+                self._steps.add_normed(rows.hidden, update, torch.from_numpy(behind.weight), behind.epsilon)
             else:
                 assert update is self._nothing, "each block has a norm on one of its sides"
-            return self.hidden
+            return rows.hidden
         norm = torch.from_numpy(before.weight), before.epsilon
         if behind is None:
-            self._steps.add_and_norm(self.hidden, update, *norm, self.normed)
+            self._steps.add_and_norm(rows.hidden, update, *norm, rows.normed)
         else:
             own = torch.from_numpy(behind.weight), behind.epsilon
-            self._steps.add_normed_and_norm(self.hidden, update, *own, *norm, self.normed)
-        return self.normed
+            self._steps.add_normed_and_norm(rows.hidden, update, *own, *norm, rows.normed)
+        return rows.normed
 
-    def _attend(self, layer: Layer, read: Tensor, pool: tuple[Tensor, Tensor], segments: list[PrefixSegment]) -> None:
-        num_rows, head_dim, num_kv_heads = len(read), self._head_dim, pool[0].shape[1]
+    def _attend(
+        self,
+        layer: Layer,
+        read: Tensor,
+        pool: tuple[Tensor, Tensor],
+        segments: list[PrefixSegment],
+        rows: _Rows,
+    ) -> None:
+        """Keys and values are of all rows, queries of `rows`."""
+        head_dim, num_kv_heads = self._head_dim, pool[0].shape[1]
         num_q_heads = layer.num_q_heads(head_dim)
-        projected = self._memory("projected", num_rows, layer.projections.out_features)
+        projected = self._memory("projected", len(read), layer.projections.out_features)
         layer.projections.into(read, projected)
         for norm, first, count in layer.head_norms(num_kv_heads * head_dim):
             self._steps.head_norm(projected, first, count, torch.from_numpy(norm.weight), norm.epsilon)
-        shape = num_q_heads, num_rows, head_dim
-        query, rounded = self._memory("query", *shape), self._memory("rounded", *shape, dtype=torch.bfloat16)
+        query, rounded = self._queries(num_q_heads, len(read))
         cosines, sines = self._rotations[layer.turning]
         self._steps.rotate_and_store(projected, cosines, sines, query, rounded, pool, self._targets)
+        if rows is not self._all:
+            whole, (query, rounded) = query, self._queries(num_q_heads, len(rows.hidden))
+            self._steps.take_rows(whole, self._last_rows, query, rounded)
+            self._steps.take_rows(self._all.hidden[None], self._last_rows, rows.hidden[None])
+        shape = query.shape
         parts = self._memory("parts", len(segments), *shape)
         logsumexps = self._memory("part_logsumexps", len(segments), *shape[:2])
         attending = rounded if self._rounds(query, segments) else query
         for index, (segment, offset) in enumerate(before_tails(segments)):
             into = parts[index], logsumexps[index]
-            _attend_segment(attending, segment, offset, self._places, layer.rule, into)
-        out, own = self._memory("attended", num_rows, num_q_heads * head_dim), self._memory("logsumexps", *shape[:2])
+            _attend_segment(attending, segment, offset, rows.places, layer.rule, into)
+        out, own = self._memory("attended", shape[1], num_q_heads * head_dim), self._memory("logsumexps", *shape[:2])
         rule = layer.rule
-        self._tails.attend(query, *pool, rule.scale, parts, logsumexps, out, own, window=rule.window)
-        layer.output.into(out, self._updates[0])
+        rows.tails.attend(query, *pool, rule.scale, parts, logsumexps, out, own, window=rule.window)
+        layer.output.into(out, rows.updates[0])
 
-    def _mlp(self, layer: Layer, read: Tensor) -> None:
+    def _queries(self, num_heads: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Memory for queries, and for them in bfloat16."""
+        shape = num_heads, num_rows, self._head_dim
+        return self._memory("query", *shape), self._memory("rounded", *shape, dtype=torch.bfloat16)
+
+    def _mlp(self, layer: Layer, read: Tensor, rows: _Rows) -> None:
         if layer.mlp is not None:
-            layer.mlp.into(read, self._updates[1])
+            layer.mlp.into(read, rows.updates[1])
             return
         projected = self._memory("gate_and_up", len(read), layer.gate_and_up.out_features)
         layer.gate_and_up.into(read, projected)
         gated = self._memory("gated", len(read), layer.gate_and_up.out_features // 2)
         self._steps.gate(projected, gated, layer.activation)
-        layer.down.into(gated, self._updates[1])
+        layer.down.into(gated, rows.updates[1])
 
     def _rounds(self, query: Tensor, segments: list[PrefixSegment]) -> bool:
         return bool(segments) and attends_rounded(query, segments[0], self._attends_in)
@@ -288,6 +335,13 @@ def attends_rounded(query: Tensor, segment: PrefixSegment, attends_in: torch.dty
         return attends_in != query.dtype
     few = query.shape[0] // segment.keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS
     return attends_by_tiles(query.shape[2], attends_in) or not (few and cpu_attention_serves(query, segment.keys))
+
+
+def as_slice(rows: list[int] | slice) -> list[int] | slice:
+    """Rows that are neighbours as a slice: a list would become a tensor first."""
+    if isinstance(rows, slice) or rows != list(range(rows[0], rows[0] + len(rows))):
+        return rows
+    return slice(rows[0], rows[-1] + 1)
 
 
 def before_tails(segments: Sequence[PrefixSegment]) -> list[tuple[PrefixSegment, int]]:

@@ -89,6 +89,13 @@ def rotate_and_store(
     _shared(_rotate_and_store, tensors, [*query.shape, *pool[0].shape[:3]], 1)
 
 
+def take_rows(source: Tensor, rows: Tensor, out: Tensor, rounded: Tensor | None = None) -> None:
+    """Rows of `source [count, num_rows, size]` float32 to `out [count, len(rows), size]`, and to `rounded` besides in
+    bfloat16; rows: int64."""
+    tensors = [source, rows, out, out if rounded is None else rounded]
+    _shared(_take_rows, tensors, [*source.shape, len(rows), int(rounded is not None)], 1)
+
+
 def gate(projected: Tensor, out: Tensor, activation: str = "silu") -> None:
     """See `cpu_rows.GATES`."""
     number = list(cpu_rows.GATES).index(activation)
@@ -186,6 +193,25 @@ def _rotate_and_store(call: Any) -> None:
     rounded = carray(memory(fields[5]), count, np.uint16)
     for index in range(count):
         rounded[index] = narrowed(numbers[index])
+
+
+def _take_rows(call: Any) -> None:
+    if take_task(call) > 0:
+        return
+    fields = carray(call, 10, np.int64)
+    count, num_rows, size, num_taken = fields[5], fields[6], fields[7], fields[8]
+    source = carray(memory(fields[1]), (count, num_rows, size), np.float32)
+    rows = carray(memory(fields[2]), num_taken, np.int64)
+    out = carray(memory(fields[3]), (count, num_taken, size), np.float32)
+    for part in range(count):
+        for place in range(num_taken):
+            for index in range(size):
+                out[part, place, index] = source[part, rows[place], index]
+    if fields[9] != 0:
+        numbers = carray(memory(fields[3]), count * num_taken * size, np.float32)
+        rounded = carray(memory(fields[4]), count * num_taken * size, np.uint16)
+        for index in range(count * num_taken * size):
+            rounded[index] = narrowed(numbers[index])
 
 
 def _gate(call: Any) -> None:

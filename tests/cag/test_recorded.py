@@ -122,6 +122,26 @@ def test_many_sessions_that_change_places(model, monkeypatch):
     assert_equal(*both(model, chunks_of, monkeypatch))
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_last_layer_for_wanted_rows_alone(model, product, bits):
+    """The last row of each sequence has the bits that it has among all rows; what later tokens see, too."""
+    prefix, counts = prefix_of(model, 150, bits=bits), [5, 1, 9]
+
+    def forwards(num_logits):
+        states = [model.new_session_state(prefix) for _ in counts]
+        chunks = [(random_ids(count, count), state) for count, state in zip(counts, states, strict=True)]
+        first = model.forward_together(chunks, num_logits=num_logits).clone()
+        again = [(random_ids(1, seed), state) for seed, state in enumerate(states)]
+        return first, model.forward_together(again).clone()
+
+    (last, behind_last), (every, behind_every) = forwards([1, 1, 1]), forwards(counts)
+    taken = [recording._last is not recording._all for recording in model.decoder._recorded._found.values()]
+    assert sorted(taken) == ([False, False, True] if product != "transposed" else [])
+    if product != "transposed":
+        assert torch.equal(last, every[[4, 5, 14]])
+        assert torch.equal(behind_last, behind_every)
+
+
 def test_two_prefixes_in_turn_and_none(model, monkeypatch):
     prefixes = [prefix_of(model, 150), prefix_of(model, 90, seed=1), None]
 
