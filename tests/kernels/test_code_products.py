@@ -1,5 +1,5 @@
-"""Attention over a prefix in codes by 16-bit integers, as on a processor with AVX2: the oracle's numbers, to a fraction of
-what bfloat16 loses, and a row's bits whatever shares the call."""
+"""Attention over a prefix in codes by 16-bit integers, as on a processor with AVX2: the oracle's numbers, to a fraction
+of what bfloat16 loses, and a row's bits whatever shares the call."""
 
 import pytest
 import torch

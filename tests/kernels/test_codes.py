@@ -1,4 +1,4 @@
-"""Compiled attention over a prefix in codes that become numbers: what attention over the decoded ones gives, to the bit.
+"""Compiled attention over a prefix in codes that become numbers: what attention over decoded ones gives, to the bit.
 
 Where a processor multiplies codes as integers, that is the path of what it does not take (`test_code_products`).
 """
