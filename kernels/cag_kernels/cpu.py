@@ -27,6 +27,7 @@ TILE_DEPTH = 32  # of the summed axis of one product of tiles
 MAX_HEAD_DIM = 512  # the scratch of a thread stays far below the smallest of usual stacks
 MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
 MIN_FEW_HEAD_DIM = 32  # two vectors of the widest registers, of which that code turns as many keys
+_USUAL_CODES = Codes(8, 8, 64, 64)
 
 Result = tuple[Tensor, Tensor]  # outputs and their log-sum-exps
 
@@ -170,8 +171,10 @@ def cpu_quantized_attention(
     """As `prefix_reference.prefix_attention_reference` without a cap, for what `quantized_attention_serves`; `offset`,
     `window` and `positions` as in `cpu_attention`.
 
-    Codes become numbers a stretch at a time, on the stack, with the bits that the store's codecs decode to; then all is
-    as in `cpu_attention`.
+    A float32 query meets codes by 16-bit integers where `multiplies_codes`: its numbers, times the scales of keys, and
+    weights, times those of values, are rounded to 16 bits of the largest of a row, for 64 keys and a group of channels
+    at a time; only tokens around exact ones are numbers. Elsewhere codes become numbers a stretch at a time, on the
+    stack, with the bits that the store's codecs decode to; then all is as in `cpu_attention`.
     """
     is_behind = window is None or positions is not None or offset >= prefix.num_tokens - 1
     assert is_behind, "every query stands behind the prefix"
@@ -321,16 +324,35 @@ def code_kernel(
     with _lock:
         if tiles:
             return _tiles_for(head_dim, codes, window)
-        return _compile(head_dim, _few_rows(head_dim, single_query_rows, window), codes, window is not None)
+        by_integers = multiplies_codes(codes)
+        few_rows = None if by_integers else _few_rows(head_dim, single_query_rows, window)
+        return _compile(head_dim, few_rows, codes, window is not None, by_integers)
+
+
+def multiplies_codes(codes: Codes) -> bool:
+    """Whether a float32 query meets such codes by 16-bit integers: where the processor has such products and no tiles
+    of bfloat16, and groups of keys are whole tiles of them."""
+    from cag_kernels.cpu_pairs import pairs_win
+    from cag_kernels.cpu_panel import host_blocking
+
+    return codes.group_tokens % host_blocking().tile == 0 and pairs_win(host_blocking().lanes) and not has_tiles()
+
+
+def codes_arithmetic() -> str:
+    """How compiled code attends to codes here, for reports; needs a compiler."""
+    by_integers = multiplies_codes(_USUAL_CODES)
+    return "by 16-bit integers" if by_integers else "dequantized a stretch at a time"
 
 
 @cache
-def _compile(head_dim: int, few_rows: int | None, codes: Codes | None, has_window: bool) -> CompiledKernel:
+def _compile(
+    head_dim: int, few_rows: int | None, codes: Codes | None, has_window: bool, by_integers: bool = False
+) -> CompiledKernel:
     from cag_kernels.cpu_loops import attention_module
     from cag_kernels.cpu_panel import host_blocking
 
     blocking = host_blocking()
-    return CompiledKernel(blocking, attention_module, head_dim, blocking, few_rows, codes, has_window)
+    return CompiledKernel(blocking, attention_module, head_dim, blocking, few_rows, codes, has_window, by_integers)
 
 
 def _tiles_for(head_dim: int, codes: Codes | None, window: int | None) -> CompiledKernel:

@@ -24,6 +24,9 @@ LINE_BYTES = 64  # of a processor's cache
 SECOND_CACHE = 2  # see `Emitter.prefetch`
 UNSEEN = -3.0e38  # below every score of finite inputs: the running maximum before the first key
 _LEAST_EXPONENT, _NO_EXPONENT = -126.0, -127.0  # of a float32 above 0; the bits of the other are those of 0
+ROUNDING = 1.5 * 2.0**23  # a number of up to 22 bits plus this: the lowest bits of the sum are the nearest integer
+# of 2**f for |f| <= 1/2, exactly 1 at 0, elsewhere to 3e-6: five terms with the least largest error (Lawson's weights)
+_SHORT_TERMS = (1.0, 0.693124193, 0.240240986, 0.055906426, 0.009582853)
 _TAYLOR_TERMS = 8  # of 2**f for |f| <= 1/2: the rest is below 2**-27, an eighth of float32's spacing
 
 
@@ -180,6 +183,10 @@ class Emitter:
         """Lane by lane; `right` where one is no number."""
         return self.builder.select(self.builder.fcmp_ordered(">", left, right), left, right)
 
+    def larger_integer(self, left: Value, right: Value) -> Value:
+        """Lane by lane, of int32."""
+        return self.builder.select(self.builder.icmp_signed(">", left, right), left, right)
+
     def across(self, value: Value, join: Callable[[Value, Value], Value]) -> Value:
         """The lanes joined by `join`, the result in every lane."""
         distance = self.lanes // 2
@@ -249,6 +256,19 @@ class Emitter:
         for coefficient in reversed(coefficients[:-1]):
             result = self.multiply_add(result, fraction, self.constant(coefficient))
         power = builder.shl(builder.fptosi(whole, self.integers), self._integers(23))
+        return builder.bitcast(builder.add(builder.bitcast(result, self.integers), power), self.vector)
+
+    def short_exponential(self, value: Value) -> Value:
+        """`exp(value)` for values up to 0, to 4e-6. Below -88 exactly 0; from there to -87.3 less than a normal number.
+        NaN stays NaN."""
+        builder, rounding = self.builder, self.constant(ROUNDING)
+        exponent = self.larger(self.constant(_NO_EXPONENT), builder.fmul(value, self.constant(1 / math.log(2))))
+        whole = builder.fadd(exponent, rounding)
+        fraction = builder.fsub(exponent, builder.fsub(whole, rounding))
+        result = self.constant(_SHORT_TERMS[-1])
+        for coefficient in reversed(_SHORT_TERMS[:-1]):
+            result = self.multiply_add(result, fraction, self.constant(coefficient))
+        power = builder.shl(builder.bitcast(whole, self.integers), self._integers(23))
         return builder.bitcast(builder.add(builder.bitcast(result, self.integers), power), self.vector)
 
     def _integers(self, value: int) -> Value:

@@ -7,15 +7,14 @@ ranges have a fixed number of keys and are merged in order, so the threads do no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu_call import Call, Field
-from cag_kernels.cpu_dequantize import Dequantizer
-from cag_kernels.cpu_emit import FLOAT, INT16, INT32, INT64, UNSEEN, Emitter, Value, function_blocks
-from cag_kernels.cpu_few import FewRows
-from cag_kernels.cpu_panel import MAX_WIDTH, Blocking, Panel, WideTile
+from cag_kernels.cpu_code_ranges import serve_by_code_panels
+from cag_kernels.cpu_emit import FLOAT, INT32, UNSEEN, Value, function_blocks
+from cag_kernels.cpu_panel import Blocking
+from cag_kernels.cpu_ranges import Range, Serve, serve_by_few, serve_by_panels
 from cag_kernels.cpu_window_call import emit_first_keys, emit_range_bounds, emit_seeing
 from cag_kernels.prefixes import Codes
 
@@ -26,11 +25,13 @@ def attention_module(
     few_rows: int | None = None,
     codes: Codes | None = None,
     has_window: bool = False,
+    by_integers: bool = False,
 ) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
-    Over numbers, or over codes, of which a range is turned into numbers where it is attended to. For any number of
-    rows, with a window or without; or for exactly `few_rows` of one query, without a window.
+    Over numbers, or over codes: these meet 16-bit integers if `by_integers`, else a range of them is turned into
+    numbers where it is attended to. For any number of rows, with a window or without; or, without integers, for exactly
+    `few_rows` of one query, without a window.
     """
     module = ir.Module(name=f"attention_{head_dim}")
     prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
@@ -39,12 +40,15 @@ def attention_module(
         emit_first_keys(prepare, blocking.tile)
     prepare.emit.builder.ret_void()
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
-    if few_rows is None:
-        panels = [Panel(module, head_dim, width, blocking, has_window).function for width in range(1, MAX_WIDTH + 1)]
-        serve = _served_by_panels(attend, panels, masks=has_window)
+    if by_integers:
+        assert few_rows is None and codes is not None
+        serve = serve_by_code_panels(attend, codes)
+    elif few_rows is None:
+        serve = serve_by_panels(attend, codes)
     else:
-        serve = _served_by_few(attend, FewRows(module, head_dim, few_rows, blocking).function)
-    _emit_attend(attend, serve, codes)
+        serve = serve_by_few(attend, few_rows, codes)
+    emit_tasks(attend, lambda task: _emit_task(attend, serve, task))
+    attend.emit.builder.ret_void()
     _emit_finish(Call(module, "finish", head_dim, blocking, has_window=has_window))
     return module
 
@@ -86,25 +90,6 @@ class _Row:
         return call.emit.at(call[field], index)
 
 
-class _Numbers:
-    """The numbers of a range of codes, on the stack."""
-
-    def __init__(self, call: Call, codes: Codes) -> None:
-        self._dequantizer, self._num_tokens = Dequantizer(call, codes), call.blocking.range_tokens
-        self._rows = [self._dequantizer.rows_on_stack(self._num_tokens) for _ in range(2)]
-
-    def emit_side(self, side: int, head: Value, first: Value, count: Value) -> Value:
-        """Where keys (0) or values (1) of tokens `[first, first + count)` lie, `[range_tokens, head_dim]`."""
-        self._dequantizer.emit_side(side, head, first, count, self._rows[side], self._num_tokens)
-        return self._rows[side]
-
-
-def _emit_attend(call: Call, serve: _Serve, codes: Codes | None) -> None:
-    numbers = None if codes is None else _Numbers(call, codes)
-    emit_tasks(call, lambda task: _emit_task(call, serve, task, numbers))
-    call.emit.builder.ret_void()
-
-
 def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     """Take tasks, numbered head by head and range by range, from the call's counter until none is left."""
     emit, builder = call.emit, call.emit.builder
@@ -120,13 +105,11 @@ def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     builder.position_at_end(done)
 
 
-def _emit_task(call: Call, serve: _Serve, task: Value, numbers: _Numbers | None) -> None:
+def _emit_task(call: Call, serve: Serve, task: Value) -> None:
     emit, builder = call.emit, call.emit.builder
     head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
     first, stop = emit_range_bounds(call, part)
-    count = builder.sub(stop, first)
     channels, lanes = emit.integer(call.head_dim), call[Field.NUM_LANES]
-    skipped = builder.mul(first, channels)
     query, *sums = [
         emit.at(call[field], builder.mul(index, lanes))
         for field, index in (
@@ -136,111 +119,7 @@ def _emit_task(call: Call, serve: _Serve, task: Value, numbers: _Numbers | None)
             (Field.WEIGHTED, builder.mul(task, channels)),
         )
     ]
-    if numbers is not None:
-        keys, values = [numbers.emit_side(side, head, first, count) for side in range(2)]
-    else:
-        keys, values = [
-            emit.at(call[field], call.index(head, (call[stride], skipped)), INT16)
-            for field, stride in ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))
-        ]
-    serve(_Range(query, keys, values, sums, first, count))
-
-
-class _Range(NamedTuple):
-    """One range of keys of a head, and where what its rows find goes."""
-
-    query: Value
-    keys: Value
-    values: Value
-    sums: list[Value]  # maxima, denominators and weighted sums
-    first: Value  # the key that it begins with
-    count: Value
-
-
-_Serve = Callable[[_Range], None]
-
-
-def _served_by_few(call: Call, few: ir.Function) -> _Serve:
-    """A range served by the function for that many rows."""
-
-    def serve(part: _Range) -> None:
-        arguments = [part.query, part.keys, part.values, *part.sums, part.count, call[Field.NUM_LANES]]
-        call.emit.builder.call(few, arguments)
-
-    return serve
-
-
-def _served_by_panels(call: Call, panels: list[ir.Function], *, masks: bool) -> _Serve:
-    """A range served tile by tile, with all panels of rows for each."""
-    emit, builder, tile = call.emit, call.emit.builder, call.blocking.tile
-    wide = WideTile(emit, call.head_dim, call.blocking)
-
-    def serve(part: _Range) -> None:
-        _emit_nothing(call, part.sums)
-        with emit.loop(emit.integer(0), part.count, tile) as begin:
-            count = emit.minimum(builder.sub(part.count, begin.index), emit.integer(tile))
-            skipped = builder.mul(begin.index, emit.integer(call.head_dim))
-            wide.emit_widened(emit.at(part.keys, skipped, INT16), emit.at(part.values, skipped, INT16), count)
-            hidden = (call[Field.FIRST_KEYS], builder.add(part.first, begin.index)) if masks else None
-            following = builder.add(skipped, emit.integer(tile * call.head_dim))
-            ahead = [emit.at(side, following, INT16) for side in (part.keys, part.values)]
-            pointers = [part.query, wide.keys, wide.values, *part.sums, *ahead]
-            _emit_panels(emit, panels, pointers, count, call[Field.NUM_LANES], hidden)
-
-    return serve
-
-
-def _emit_nothing(call: Call, sums: list[Value]) -> None:
-    """Begin with no key seen and nothing summed."""
-    emit, (maximum, denominator, weighted) = call.emit, sums
-    zero, lanes = emit.integer(0), call[Field.NUM_LANES]
-    with emit.loop(zero, lanes, emit.lanes) as row:
-        emit.store(emit.constant(UNSEEN), emit.at(maximum, row.index))
-        emit.store(emit.constant(0.0), emit.at(denominator, row.index))
-    with emit.loop(zero, emit.builder.mul(lanes, emit.integer(call.head_dim)), emit.lanes) as element:
-        emit.store(emit.constant(0.0), emit.at(weighted, element.index))
-
-
-def _emit_panels(
-    emit: Emitter,
-    panels: list[ir.Function],
-    pointers: list[Value],
-    count: Value,
-    rows: Value,
-    hidden: tuple[Value, Value] | None,
-) -> None:
-    """Serve all rows with panels as wide as they come: three vectors, at four vectors two and two. `hidden`: the first
-    keys of rows, and which key the tile begins with."""
-    builder = emit.builder
-    total = builder.sdiv(rows, emit.integer(emit.lanes))
-    test, behind = function_blocks(emit.function, "panels", "served")
-    before = builder.block
-    builder.branch(test)
-    builder.position_at_end(test)
-    column = builder.phi(INT64)
-    column.add_incoming(emit.integer(0), before)
-    left = builder.sub(total, column)
-    widest = builder.select(
-        builder.icmp_signed("==", left, emit.integer(4)), emit.integer(2), emit.integer(len(panels))
-    )
-    width = emit.minimum(left, widest)
-    shift = builder.mul(column, emit.integer(emit.lanes))
-    query, keys, values, *sums = pointers[:6]
-    shifted = [emit.at(query, shift), keys, values, *(emit.at(pointer, shift) for pointer in sums), *pointers[6:]]
-    windows = [] if hidden is None else [emit.at(hidden[0], shift, INT32), hidden[1]]
-    following = builder.add(column, width)
-    joined = emit.function.append_basic_block("joined")
-    switch = builder.switch(width, joined)
-    for index, panel in enumerate(panels):
-        block = emit.function.append_basic_block(f"width_{index + 1}")
-        switch.add_case(emit.integer(index + 1), block)
-        builder.position_at_end(block)
-        builder.call(panel, [*shifted, count, rows, *windows])
-        builder.branch(joined)
-    builder.position_at_end(joined)
-    column.add_incoming(following, joined)
-    builder.cbranch(builder.icmp_signed("<", following, total), test, behind)
-    builder.position_at_end(behind)
+    serve(Range(head, first, builder.sub(stop, first), query, sums))
 
 
 def _emit_finish(call: Call) -> None:

@@ -5,9 +5,6 @@ In: vectors of int32, each lane two int16. Out: in each lane the sum of both pro
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 
@@ -16,15 +13,21 @@ from cag_kernels.cpu_emit import INT16, INT32, Emitter, Value
 _HALF = 8  # lanes of a vector of AVX2
 
 
-@cache
 def has_pairs() -> bool:
     """Whether this processor multiplies pairs."""
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    return is_x86 and bool(llvm.get_host_cpu_features().get("avx2", False))
+    return bool(llvm.get_host_cpu_features().get("avx2", False))
+
+
+def pairs_win(lanes: int) -> bool:
+    """Whether it multiplies pairs in vectors of so many lanes, twice as many numbers as fused multiply-adds do."""
+    features = llvm.get_host_cpu_features()
+    if lanes == 2 * _HALF:
+        return bool(features.get("avx512bw", False) and features.get("avx512vnni", False))
+    return has_pairs()
 
 
 def emit_pairs(emit: Emitter, left: Value, right: Value) -> Value:
-    """The products of a vector of 8 or 16 lanes."""
+    """The products of a vector of 8 or 16 lanes; in halves where vectors are wider than the processor's."""
     if emit.lanes == _HALF or llvm.get_host_cpu_features().get("avx512bw", False):
         return _multiply(emit, left, right, emit.lanes)
     builder = emit.builder

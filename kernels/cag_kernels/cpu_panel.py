@@ -91,10 +91,13 @@ class Panel:
     window, the first keys of the rows and the key that the tile begins with are further arguments.
     """
 
+    name = "panel"
+    num_pointers = 8
+
     def __init__(self, module: ir.Module, head_dim: int, width: int, blocking: Blocking, has_window: bool) -> None:
         windows = [POINTER, INT64] if has_window else []
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 8 + [INT64] * 2 + windows)
-        self.function = ir.Function(module, kind, name=f"panel_{width}")
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * self.num_pointers + [INT64] * 2 + windows)
+        self.function = ir.Function(module, kind, name=f"{self.name}_{width}")
         self.function.linkage = "internal"
         self.emit = Emitter(self.function, blocking.lanes)
         self.head_dim = head_dim
@@ -102,11 +105,11 @@ class Panel:
         self.blocking = blocking
         self.block = _block(width, blocking)
         self.row_floats = width * blocking.lanes
-        arguments = self.function.args
-        self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
-        self.ahead = arguments[6:8]
-        self.num_keys, self.num_rows = arguments[8:10]
-        self.windows = arguments[10:]
+        pointers, numbers = self.function.args[: self.num_pointers], self.function.args[self.num_pointers :]
+        self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = pointers[:6]
+        self.ahead, self.others = pointers[6:8], pointers[8:]
+        self.num_keys, self.num_rows = numbers[:2]
+        self.windows = numbers[2:]
         self.scores = self.emit.scratch(blocking.tile * self.row_floats)
         self._emit_tile()
 
@@ -189,16 +192,19 @@ class Panel:
             rows = self._rows(emit.at(self.scores, key.index))
             key.following = [emit.larger(old, new) for new, old in zip(key.values, rows, strict=True)]
         larger = list(key.following)
-        corrections = [emit.exponential(emit.builder.fsub(old, new)) for old, new in zip(maxima, larger, strict=True)]
+        corrections = [self._exponential(emit.builder.fsub(old, new)) for old, new in zip(maxima, larger, strict=True)]
         sums = [emit.builder.fmul(*pair) for pair in zip(denominators, corrections, strict=True)]
         references = [emit_reference(emit, maximum) for maximum in larger] if self.windows else larger
         with emit.loop(emit.integer(0), elements, self.row_floats, sums) as key:
             place = emit.at(self.scores, key.index)
             shifted = [emit.builder.fsub(score, references[lane]) for lane, score in enumerate(self._rows(place))]
-            weights = [emit.exponential(value) for value in shifted]
+            weights = [self._exponential(value) for value in shifted]
             self._store_rows(weights, place)
             key.following = [emit.builder.fadd(key.values[lane], weights[lane]) for lane in range(width)]
         return larger, corrections, list(key.following)
+
+    def _exponential(self, value: Value) -> Value:
+        return self.emit.exponential(value)
 
     def _emit_weighted(self, corrections: list[Value]) -> None:
         """Add the tile's weighted values, a block of channels in registers at a time."""

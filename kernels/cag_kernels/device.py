@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import compiles_codes, has_byte_tiles, has_numba
+from cag_kernels.cpu import codes_arithmetic, compiles_codes, has_byte_tiles, has_numba
 from cag_kernels.prefixes import Codes
 
 MAX_HEAD_DIM = 256
@@ -63,7 +63,7 @@ def prefix_paths(device: torch.device) -> dict[str, str]:
     tails = "compiled, all sessions at once" if compiled else "torch, session by session"
     layers = "compiled, recorded once" if compiled else "the network's own"
     layers = "Triton between products, steps recorded in CUDA graphs" if on_device else layers
-    codes = "compiled, dequantized a stretch at a time" if compiled else "torch, dequantized as a whole"
+    codes = "compiled, " + codes_arithmetic() if compiled else "torch, dequantized as a whole"
     return {
         "layers of a Llama, few rows": layers,
         "greedy choice": choice if compiled and has_byte_tiles() else "from all logits",

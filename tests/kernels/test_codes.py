@@ -1,4 +1,7 @@
-"""Compiled attention over a prefix in codes: what attention over the decoded numbers gives, to the bit."""
+"""Compiled attention over a prefix in codes that become numbers: what attention over decoded ones gives, to the bit.
+
+Where a processor multiplies codes as integers, that is the path of what it does not take (`test_code_products`).
+"""
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch
 from cag_kernels import (
     DensePrefix,
     choose_prefix_path,
+    cpu,
     dequantize_prefix,
     has_compiler,
     prefix_attention,
@@ -28,6 +32,12 @@ SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
 ]
 BITS = [(8, 8), (4, 4), (8, 4), (4, 8)]
 TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not has_tiles(), reason="no tiles"))]
+
+
+@pytest.fixture(autouse=True)
+def numbers(monkeypatch):
+    """Codes become numbers on all processors."""
+    monkeypatch.setattr(cpu, "multiplies_codes", lambda _codes: False)
 
 
 def make(shape, bits=(8, 8), **options):

@@ -41,6 +41,12 @@ WINDOWS = [1, 17, 64, 65, 300, 512, 1300, 5000]
 FORMS = ["numbers", (8, 8), (4, 4), (8, 4)]
 
 
+@pytest.fixture(autouse=True)
+def numbers(monkeypatch):
+    """Codes become numbers on all processors; see `test_code_products` for where they are multiplied as integers."""
+    monkeypatch.setattr(cpu, "multiplies_codes", lambda _codes: False)
+
+
 def make(shape, dtype, form="numbers", seed=0):
     """A query; a prefix that is a slice of larger buffers full of NaN, or codes; places of queries, counted from the
     segment's last key: neighbours, and one each that sees all, one key and nothing of short windows."""
