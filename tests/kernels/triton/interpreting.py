@@ -16,6 +16,7 @@ def quicken() -> None:
     except (ImportError, AttributeError):
         return
     replaced: set[str] = set()
+    languages: dict[str, set[str]] = {}
     numpy_types: dict[str, object] = {}
 
     class LaunchScope(scope):
@@ -26,11 +27,14 @@ def quicken() -> None:
             replaced.clear()
 
     def patch_once(function):
-        names = {language.__name__ for language in (tl, tl.core) if language in function.__globals__.values()}
-        if names <= replaced:
+        module = function.__module__
+        if module not in languages:
+            there = function.__globals__.values()
+            languages[module] = {language.__name__ for language in (tl, tl.core) if language in there}
+        if languages[module] <= replaced:
             return scope()
         launch = patch(function)
-        replaced.update(names)
+        replaced.update(languages[module])
         return launch
 
     def known_type(of):
