@@ -16,9 +16,13 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import interpreting
 from object_server import BUCKET, ENVIRONMENT, Proxy, s3_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreting.quicken()
 
 
 @pytest.fixture(scope="session")

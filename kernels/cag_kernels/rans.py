@@ -161,8 +161,9 @@ class _Reader:
         self._states[: len(table)] = states
         escaped = symbols == 0
         found = (symbols - MIDDLE << low_bits) + rest
-        found[escaped] = _taken(self._escapes, self._num_escapes, int(escaped.sum()))
-        self._num_escapes += int(escaped.sum())
+        if count := int(escaped.sum()):
+            found[escaped] = _taken(self._escapes, self._num_escapes, count)
+            self._num_escapes += count
         return found.to(torch.int16)
 
     def is_whole(self) -> bool:
@@ -172,15 +173,16 @@ class _Reader:
 
     def _filled(self, states: Tensor) -> Tensor:
         low = states < LOWEST_STATE
-        states[low] = states[low] << 16 | _taken(self._words, self._num_words, int(low.sum()))
-        self._num_words += int(low.sum())
+        if count := int(low.sum()):
+            states[low] = states[low] << 16 | _taken(self._words, self._num_words, count)
+            self._num_words += count
         return states
 
 
 def _taken(numbers: Tensor, first: int, count: int) -> Tensor:
     """The next numbers, 0 behind the end."""
     found = numbers[first : first + count]
-    return torch.nn.functional.pad(found, (0, count - len(found)))
+    return found if len(found) == count else torch.nn.functional.pad(found, (0, count - len(found)))
 
 
 def _check(side: RansSide, device: torch.device) -> None:

@@ -21,6 +21,16 @@ def cag_home(tmp_path_factory, monkeypatch):
     return home
 
 
+@pytest.fixture(scope="module")
+def home_of_models(tmp_path_factory):
+    """The same for models that several tests share: they are loaded before a test has a home."""
+    home = tmp_path_factory.mktemp("home-of-models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAG_HOME", str(home))
+        patch.setenv("CAG_THREADS", "1")
+        yield home
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     """A Hugging Face directory with a random Llama and a ChatML template."""

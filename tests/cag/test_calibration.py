@@ -56,7 +56,7 @@ OPTIONS = CalibrationOptions(
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name.replace(" ", "-"))
-def model(request, tmp_path_factory) -> LanguageModel:
+def model(request, tmp_path_factory, home_of_models) -> LanguageModel:
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     return LanguageModel.load(write_tiny_model(folder, config=CONFIGS[request.param]), model_id="tiny")
 
@@ -186,12 +186,15 @@ class TestTheModelsOwnBasis:
         expected = calibrate(model, Store.in_memory(), options=OPTIONS).codec
         assert fine == expected
 
+    @pytest.mark.parametrize("model", ["llama"], indirect=True)
     def test_other_options_make_another_one(self, model, counted):
         store = Store.in_memory()
         found = {model_codec(model, store, -1280, replace(OPTIONS, seed=seed))["basis"] for seed in (0, 1)}
         assert len(counted) == len(found) == 2
 
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+    @pytest.mark.parametrize(
+        "model, damage", [*zip(CONFIGS, ["cut", "flipped", "empty", "foreign"], strict=True)], indirect=["model"]
+    )
     def test_a_damaged_file_is_made_again(self, model, counted, damage):
         store = Store.in_memory()
         codec = model_codec(model, store, -1280, OPTIONS)

@@ -24,7 +24,7 @@ WINDOWS = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_atte
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
-def model(request, tmp_path_factory):
+def model(request, tmp_path_factory, home_of_models):
     config = tiny_config() if request.param == "llama" else Gemma3TextConfig(**SIZES, **WINDOWS)
     return LanguageModel.load(write_tiny_model(tmp_path_factory.mktemp(request.param), config=config), model_id="tiny")
 

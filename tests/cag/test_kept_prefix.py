@@ -60,7 +60,7 @@ def loaded_model(folder, config):
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def model(request, tmp_path_factory):
+def model(request, tmp_path_factory, home_of_models):
     return loaded_model(tmp_path_factory.mktemp(request.param), CONFIGS[request.param]())
 
 

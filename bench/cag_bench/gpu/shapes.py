@@ -49,7 +49,7 @@ class GpuOptions:
 
 SMALL = GpuOptions(
     network=NetworkShape(2, 64, 96, 4, 2, 32, 300),
-    prefix_tokens=300,
+    prefix_tokens=200,
     question_tokens=5,
     rag_tokens=40,
     sessions=3,

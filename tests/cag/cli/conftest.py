@@ -3,10 +3,12 @@
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from cag.cli import main
 
@@ -45,6 +47,14 @@ def cag_home(shared_home, monkeypatch):
     monkeypatch.setenv("CAG_HOME", str(shared_home))
     monkeypatch.setenv("CAG_THREADS", "1")
     return shared_home
+
+
+@pytest.fixture(autouse=True, scope="session")
+def parsers_made_once():
+    """Typer makes the parser of all commands anew for each command line, which takes longer than most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture
