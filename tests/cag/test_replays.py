@@ -110,8 +110,8 @@ def pages_of(model, states):
     ]
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+def assert_same(found, expected, within=2e-5):
+    torch.testing.assert_close(found, expected, rtol=0, atol=within * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -174,7 +174,8 @@ def test_codes_stay_codes(kind, device, tmp_path, monkeypatch):
     assert prefix.num_bytes < prefix_of(model, "numbers").num_bytes / (2 if kind == 8 else 3)
     chunks = chunks_of(model, prefix, [1, 4, 1])
     expected = plain(model, chunks)
-    assert_same(model.forward_together(chunks), expected)
+    # compiled code without tiles meets codes by 16-bit integers, Triton's kernels by numbers
+    assert_same(model.forward_together(chunks), expected, within=2e-4)
 
 
 def test_all_logits_of_a_question(device, tmp_path, monkeypatch):
