@@ -5,6 +5,8 @@ In: vectors of int32, each lane two int16. Out: in each lane the sum of both pro
 
 from __future__ import annotations
 
+from functools import cache
+
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 
@@ -18,8 +20,10 @@ def has_pairs() -> bool:
     return bool(llvm.get_host_cpu_features().get("avx2", False))
 
 
+@cache
 def pairs_win(lanes: int) -> bool:
-    """Whether it multiplies pairs in vectors of so many lanes, twice as many numbers as fused multiply-adds do."""
+    """Whether it multiplies pairs in vectors of so many lanes, twice as many numbers as fused multiply-adds do. Asked
+    for each call, and LLVM takes a third of a millisecond to tell what a processor has."""
     features = llvm.get_host_cpu_features()
     if lanes == 2 * _HALF:
         return bool(features.get("avx512bw", False) and features.get("avx512vnni", False))

@@ -9,6 +9,7 @@ float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
@@ -36,6 +37,7 @@ class Blocking:
     range_tokens: int = 512
 
 
+@cache
 def host_blocking() -> Blocking:
     """What suits this processor: 32 registers of 16 numbers with AVX-512, else 16 of 8 (or twice as many of 4)."""
     return Blocking(16, 8) if llvm.get_host_cpu_features().get("avx512f", False) else Blocking(8, 4)

@@ -324,8 +324,11 @@ def test_dispatch(monkeypatch):
     found = cpu_quantized_attention(query, prefix, scale=0.2)
     assert_near(query, prefix, 0.2, found)
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: {"avx2": False})
+    pairs_win.cache_clear()
     assert not pairs_win(8)
     assert not pairs_win(16)
     assert "dequantized" in prefix_paths(torch.device("cpu"))["prefix, 8 and 4 bits"]
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: {"avx512f": True, "avx512bw": True, "avx512vnni": True})
+    pairs_win.cache_clear()
     assert pairs_win(16)
+    pairs_win.cache_clear()
