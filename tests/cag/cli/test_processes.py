@@ -141,6 +141,6 @@ def test_the_second_question_of_a_model_waits_for_no_more_than_it_needs(tmp_path
 def plan_for_tests(home):
     """As if this machine had been measured."""
     plan = RuntimePlan("cpu", "bfloat16", 1, 1, "tiles", {}, "for tests")
-    kept = {"machine": runtime._machine_key(), "measurements": 3, "plan": asdict(plan)}
+    kept = {"machine": runtime._machine_key(), "measurements": 3, "disturbed": 0, "plan": asdict(plan)}
     home.mkdir()
     (home / "runtime.json").write_text(json.dumps(kept))
