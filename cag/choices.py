@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cag.huge_pages import has_huge_pages, huge_tensor
 from cag.weights import Product, plain_weight
-from cag_kernels import LargestOutput, PackedWeight, largest_output, largest_output_serves, warm_up_largest
+from cag_kernels import LargestOutput, largest_output, largest_output_serves, warm_up_largest
 
 _MEMORY_SHARE = 8  # of the memory that is free, the part that a copy may take
 _RESTS = 7  # times as long as a piece of the copy took, so that one core is an eighth slower meanwhile
@@ -53,10 +53,7 @@ class GreedyChoice:
     def prepare(self) -> None:
         """Make the copy, if it is served and memory allows; given up when the process ends."""
         weight = self._weight
-        if weight is None:
-            return
-        num_bytes = weight.panels.nbytes if isinstance(weight, PackedWeight) else weight.nbytes
-        if num_bytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
+        if weight is None or weight.nbytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
             return
         allocate = huge_tensor if has_huge_pages() else None
         self.quick = largest_output(weight, allocate, resting(threading.main_thread().is_alive))

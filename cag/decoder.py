@@ -30,7 +30,6 @@ from cag.decoder_layers import (
 from cag.recorded import (
     RecordedForwards,
     as_slice,
-    attends_apart,
     attends_rounded,
     before_tails,
     seen_from,
@@ -79,8 +78,7 @@ class FewRowsDecoder:
         self.choice = GreedyChoice(head)
         self._turnings = list(dict.fromkeys(layer.turning for layer in layers))
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
-        products = [head, *(product for layer in layers for product in layer.products)]
-        self.rows_stay_apart = attends_apart(head_dim, attends_in) and all(p.is_recordable for p in products)
+        self.rows_stay_apart = self._recorded.rows_stay_apart and head.is_recordable
 
     def serves(self, batch: Batch) -> bool:
         """Whether `forward` takes a batch."""

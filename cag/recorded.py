@@ -45,13 +45,17 @@ _PAGES_STEP = 8  # a table of pages grows by so many, or every page would be ano
 
 
 class RecordedForwards:
-    """Recordings of a network's layers, the least recently used forgotten first. One forward at a time."""
+    """Recordings of a network's layers, the least recently used forgotten first. One forward at a time.
+
+    Attributes:
+        rows_stay_apart: whether the layers give a row the same bits whatever other rows there are.
+    """
 
     def __init__(self, layers: Sequence[Layer], norm: Norm, head_dim: int, attends_in: torch.dtype) -> None:
         self._layers, self._norm = layers, norm
         self._head_dim, self._attends_in = head_dim, attends_in
         self._recordable = all(product.is_recordable for layer in layers for product in layer.products)
-        self._rows_stay_apart = self._recordable and attends_apart(head_dim, attends_in)
+        self.rows_stay_apart = self._recordable and attends_apart(head_dim, attends_in)
         self._found: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
         self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # where tails lay when recorded
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()  # owners whose end is heeded
@@ -76,7 +80,7 @@ class RecordedForwards:
         prefix = batch.groups[0].prefix
         tails = self._owner_of_tails(batch)
         max_pages = -(-batch.pages.shape[1] // _PAGES_STEP) * _PAGES_STEP
-        last_alone = self._rows_stay_apart and batch.num_rows > batch.num_sequences and wanted == batch.last_rows(None)
+        last_alone = self.rows_stay_apart and batch.num_rows > batch.num_sequences and wanted == batch.last_rows(None)
         sizes = batch.num_rows, batch.num_sequences, max_pages
         key = (id(tails), id(prefix), *sizes, chosen and tuple(chosen), last_alone)
         recording = self._found.get(key)

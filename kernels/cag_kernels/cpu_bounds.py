@@ -33,27 +33,37 @@ _lock = threading.Lock()
 
 
 class Field(IntEnum):
-    """Places in the array of int64 that describes a call to the compiled code; all but counts are addresses."""
+    """Places in the array of int64 that describes a call to the compiled code, by pairs or by tiles
+    (`cpu_tile_bounds`); all but counts are addresses."""
 
     NEXT_TASK = 0
-    PAIRS = 1  # [num_rows, num_quads, 2, 2] int16: numbers 0 and 2, then 1 and 3 of each quad
+    ROWS = 1  # what `cpu_codes.split_pairs`, or `split` for tiles, made of rows
     ROW_FACTS = 2  # [num_rows, 3] float32
-    CODES = 3  # [num_groups, num_quads, LANES, QUAD] int8
+    CODES = 3  # [num_groups, num_steps, bytes of a step] int8, as `cpu_codes.encode` lays them
     SCALES = 4  # [num_groups * LANES] float32, as the next two
     ERRORS = 5
     NORMS = 6
     UPPERS = 7  # [num_groups, num_rows, LANES] float32
     LOWERS = 8  # [MAX_UNITS, num_rows, LANES] float32, -infinity before the call
-    NUM_ROWS = 9  # at most `MOST_ROWS`
-    NUM_QUADS = 10
+    NUM_ROWS = 9
+    NUM_STEPS = 10  # along the summed axis: quads, or products of tiles
     NUM_GROUPS = 11
 
 
 def compiled_bounds(memory: tuple[Tensor, ...], num_rows: int, num_quads: int, num_groups: int) -> None:
-    """Serve one call; `memory` are the tensors of `Field` in order."""
+    """Serve one call for at most `MOST_ROWS` rows; `memory` are the tensors of `Field` in order."""
+    share_bounds(compiled_kernel(), memory, (num_rows, num_quads, num_groups), QUAD_BYTES)
+
+
+def share_bounds(
+    step: CompiledStep, memory: tuple[Tensor, ...], counts: tuple[int, int, int], step_bytes: int, groups: int = 1
+) -> None:
+    """Let threads share out the groups of a call, so many at once; `counts` are those of `Field`, `step_bytes` those of
+    the codes of a group in one step along the summed axis."""
     pointers = [tensor.data_ptr() for tensor in memory]
-    call = new_call((0, *pointers, num_rows, num_quads, num_groups), memory)
-    compiled_kernel().shared(call, num_groups, Reads(pointers[Field.CODES - 1], num_groups, num_quads * QUAD_BYTES, 1))
+    _, num_steps, num_groups = counts
+    reads = Reads(pointers[Field.CODES - 1], num_groups, num_steps * step_bytes, groups)
+    step.shared(new_call((0, *pointers, *counts), memory), -(-num_groups // groups), reads)
 
 
 def compiled_kernel() -> CompiledStep:
@@ -149,12 +159,12 @@ class _Bounds:
 
     def _emit_sums(self, group: Value) -> None:
         """All rows by a group of features, to `sums`."""
-        emit, builder, num_quads = self.emit, self.emit.builder, self.fields[Field.NUM_QUADS]
+        emit, builder, num_quads = self.emit, self.emit.builder, self.fields[Field.NUM_STEPS]
         index = builder.mul(builder.mul(group, num_quads), emit.integer(LANES))
         codes = emit.at(self.fields[Field.CODES], index, INT32)
 
         def arguments(row: Value) -> list[Value]:
-            pairs = emit.at(self.fields[Field.PAIRS], builder.mul(builder.mul(row, num_quads), emit.integer(2)), INT32)
+            pairs = emit.at(self.fields[Field.ROWS], builder.mul(builder.mul(row, num_quads), emit.integer(2)), INT32)
             return [codes, pairs, emit.at(self.sums, builder.mul(row, emit.integer(LANES))), num_quads]
 
         emit_passes(emit, self.fields[Field.NUM_ROWS], self.passes, arguments)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cag_kernels import cpu_codes, cpu_exact
+from cag_kernels import cpu_codes
 from cag_kernels.cpu_codes import DEPTH, LANES, QUAD, ROWS
 from cag_kernels.cpu_exact import ExactWeight, PanelWeight, TileWeight
 from cag_kernels.cpu_rows import compiled, numba
@@ -131,7 +131,7 @@ def warm_up(*, tiles: bool) -> None:
     """Compile all steps for weights that lie for tiles, or for packed ones, and the loop that makes codes."""
     rows = torch.zeros(2 * LANES, DEPTH, dtype=torch.bfloat16)
     weight = exact_weight(rows if tiles else pack_weight(rows))
-    cpu_exact.warm_up(weight)
+    weight.compile()
     for function in (*_STEPS[type(weight)], _pick):
         _step(function)
     CodedWeight.encoded(weight, torch.empty(num_code_bytes(weight), dtype=torch.uint8), lambda: True)

@@ -30,6 +30,9 @@ class ExactWeight(Protocol):
     size: int
     memory: Tensor
 
+    def compile(self) -> None:
+        """The code of bounds of such weights, once a process."""
+
     def patterns(self, features: slice) -> NDArray[np.uint16]:
         """`[num_features, size]` of whole groups of features."""
 
@@ -52,6 +55,10 @@ class TileWeight:
     def __init__(self, weight: Tensor) -> None:
         self.memory = weight
         self.num_features, self.size = weight.shape
+
+    def compile(self) -> None:
+        """See `ExactWeight`."""
+        cpu_tile_bounds.compiled_kernel()
 
     def patterns(self, features: slice) -> NDArray[np.uint16]:
         """See `ExactWeight`."""
@@ -82,6 +89,10 @@ class PanelWeight:
         self.memory = weight.panels
         self.num_features, self.size = weight.out_features, weight.in_features
 
+    def compile(self) -> None:
+        """See `ExactWeight`."""
+        cpu_bounds.compiled_kernel()
+
     def patterns(self, features: slice) -> NDArray[np.uint16]:
         """See `ExactWeight`."""
         stop = min(features.stop, self.num_features)
@@ -105,11 +116,3 @@ class PanelWeight:
     def record_product(self, rows: Tensor, gathered: Tensor, out: Tensor) -> None:
         """See `ExactWeight`."""
         cpu_linear.compiled_linear(rows, gathered, None, out.shape[1], out)
-
-
-def warm_up(weight: ExactWeight) -> None:
-    """Compile the kernels that a weight of this kind needs."""
-    if isinstance(weight, TileWeight):
-        cpu_tile_bounds.compiled_kernel()
-    else:
-        cpu_bounds.compiled_kernel()

@@ -8,16 +8,16 @@ is the weight's. Sums are exact int32. From each come an upper and a lower bound
 from __future__ import annotations
 
 import threading
-from enum import IntEnum
 from functools import cache
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
+from cag_kernels.cpu_bounds import Field, share_bounds
 from cag_kernels.cpu_codes import DEPTH, LANES, ROWS, SHIFT
 from cag_kernels.cpu_emit import INT8, INT32, INT64, LINE_BYTES, POINTER, SECOND_CACHE, Value
 from cag_kernels.cpu_program import Program
-from cag_kernels.cpu_tape import CompiledStep, Reads, new_call
+from cag_kernels.cpu_tape import CompiledStep
 from cag_kernels.cpu_team import Share
 from cag_kernels.cpu_tiles import TileEmitter, require_tiles
 
@@ -29,29 +29,9 @@ _OF_ROWS, _OF_CODES = 2, 3  # tiles 0 and 1 hold sums
 _lock = threading.Lock()
 
 
-class Field(IntEnum):
-    """Places in the array of int64 that describes a call to the compiled code; all but counts are addresses."""
-
-    NEXT_TASK = 0
-    LEFT = 1  # [row tiles, num_steps, LANES, DEPTH] int8
-    ROW_FACTS = 2  # [num_rows, 3] float32
-    CODES = 3  # [num_groups, num_steps, LANES, DEPTH] int8
-    SCALES = 4  # [num_groups * LANES] float32, as the next two
-    ERRORS = 5
-    NORMS = 6
-    UPPERS = 7  # [num_groups, num_rows, LANES] float32
-    LOWERS = 8  # [MAX_UNITS, num_rows, LANES] float32, -infinity before the call
-    NUM_ROWS = 9
-    NUM_STEPS = 10  # products of tiles along the summed axis
-    NUM_GROUPS = 11  # at least `GROUPS`
-
-
 def compiled_bounds(memory: tuple[Tensor, ...], num_rows: int, num_steps: int, num_groups: int) -> None:
-    """Serve one call; `memory` are the tensors of `Field` in order."""
-    pointers = [tensor.data_ptr() for tensor in memory]
-    call = new_call((0, *pointers, num_rows, num_steps, num_groups), memory)
-    reads = Reads(pointers[Field.CODES - 1], num_groups, num_steps * TILE_BYTES, GROUPS)
-    compiled_kernel().shared(call, -(-num_groups // GROUPS), reads)
+    """Serve one call for at least `GROUPS` groups; `memory` are the tensors of `Field` in order."""
+    share_bounds(compiled_kernel(), memory, (num_rows, num_steps, num_groups), TILE_BYTES, GROUPS)
 
 
 def compiled_kernel() -> CompiledStep:
@@ -113,7 +93,7 @@ class _Bounds:
     def _emit_sums(self, group: Value, row_tile: Value) -> None:
         """All rows of a tile by two groups of features, to `sums`."""
         emit, builder = self.emit, self.emit.builder
-        left = self._tiles(Field.LEFT, row_tile)
+        left = self._tiles(Field.ROWS, row_tile)
         codes = [self._tiles(Field.CODES, builder.add(group, emit.integer(index))) for index in range(GROUPS)]
         for index in range(GROUPS):
             emit.zero(index)

@@ -48,6 +48,11 @@ class PackedWeight:
         """Input features."""
         return self.panels.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels."""
+        return self.panels.nbytes
+
     def unpacked(self) -> Tensor:
         """The weight again, `[out_features, in_features]` in the dtype of the panels, as new memory."""
         rows = self.panels.transpose(1, 2).reshape(-1, self.in_features)

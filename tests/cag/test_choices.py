@@ -11,7 +11,7 @@ from cag import choices as choices_module
 from cag.choices import GreedyChoice, resting
 from cag.generate import Generation, SamplingOptions, choices
 from cag.weights import plain_weight
-from cag_kernels import PackedWeight, has_compiler, has_numba
+from cag_kernels import has_compiler, has_numba
 from cag_kernels import largest as largest_module
 from cag_kernels.cpu import has_byte_tiles
 
@@ -108,8 +108,7 @@ def test_no_logits_are_computed_for_greedy_answers(model, monkeypatch):
 
 
 def test_there_is_no_copy_where_memory_is_short(model, monkeypatch):
-    choice, weight = model.decoder.choice, plain_weight(model.decoder._head)
-    num_bytes = (weight.panels if isinstance(weight, PackedWeight) else weight).nbytes // 2
+    choice, num_bytes = model.decoder.choice, plain_weight(model.decoder._head).nbytes // 2
 
     class Memory:
         available = 8 * num_bytes - 8
