@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig
+from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig
 
 from cag.batch import BatchState
 from cag.buffers import CodedBuffers, HostBuffers, storage_view
@@ -54,8 +54,7 @@ CONFIGS = {
 
 def loaded_model(folder, config):
     """Random weights in bfloat16, so that there are codes to attend to."""
-    directory = write_tiny_model(folder, config=config)
-    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(directory)
+    directory = write_tiny_model(folder, config=config, dtype=torch.bfloat16)
     return LanguageModel.load(directory, model_id="tiny")
 
 

@@ -88,9 +88,7 @@ def each_product(request, monkeypatch):
 
 def bfloat16_model(directory, config, seed=0):
     """A random model saved in bfloat16, as the engine loads it."""
-    write_tiny_model(directory, config=config, seed=seed)
-    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    network.save_pretrained(directory)
+    write_tiny_model(directory, config=config, seed=seed, dtype=torch.bfloat16)
     return LanguageModel.load(directory, model_id="tiny")
 
 
