@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from cag import model as model_module
 from cag.engine import Engine
@@ -45,10 +45,7 @@ def engine_of(kind, config, root, monkeypatch):
         pytest.skip("llvmlite is not there")
     plan = RuntimePlan("cpu", computes, 1, 1, product, {}, "for tests")
     monkeypatch.setattr(model_module, "plan_runtime", lambda _device: plan)
-    write_tiny_model(root / "model", config=config)
-    if stored == "bfloat16":
-        network = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16)
-        network.save_pretrained(root / "model")
+    write_tiny_model(root / "model", config=config, dtype=getattr(torch, stored))
     engine = Engine.load(str(root / "model"), store=root / "store", device="cpu")
     for name, text in TEXTS.items():
         (root / f"{name}.txt").write_text(text)
