@@ -151,7 +151,7 @@ class LanguageModel:
             fingerprints=started.fingerprints,
             plan=plan,
             kv_dtype=torch.bfloat16,
-            compute_dtype=torch.bfloat16,
+            compute_dtype=getattr(torch, start.compute_dtype),
             start=start,
             started=started,
         )

@@ -17,7 +17,7 @@ from cag.starts.tokenizer import read_tables
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_DEVICES, _DTYPES = ("auto", "cpu"), ("auto", "bfloat16")  # that a start can be kept for
+_DEVICES, _DTYPES = ("auto", "cpu"), ("auto", "bfloat16", "float32")  # that a start can be kept for
 
 
 class Beginning:
@@ -31,7 +31,8 @@ class Beginning:
 
     def __init__(self, directory: Path, path: Path, start: Start, tables: bytes) -> None:
         self.directory, self.path, self.start = directory, path, start
-        self._weights, self._tables = WeightReading(directory, start.parameters), tables
+        self._weights = WeightReading(directory, start.parameters, start.packed_sources, start.panel_rows)
+        self._tables = tables
 
     def weights(self) -> WeightMemory | None:
         """See `WeightReading.result`."""
@@ -75,5 +76,5 @@ def begin(directory: Path, *, adapter: Path | None, device: str, dtype: str) -> 
 
 
 def can_be_kept(adapter: Path | None, device: str, dtype: str) -> bool:
-    """Whether there are starts for what is wanted of a model: on a CPU, as it was stored, without an adapter."""
+    """Whether there are starts for what is wanted of a model: on a CPU, without an adapter."""
     return adapter is None and device in _DEVICES and dtype in _DTYPES

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ from cag.starts.facts import file_identities, start_facts
 from cag.starts.network import PlainNetwork, epsilons_of
 from cag.starts.record import Start, write_start
 from cag.starts.tokenizer import KeptTokenizer, read_tables
+from cag.weights import PackedLinear
+from cag_kernels import PackedWeight
+from cag_kernels.packed import PANEL
 
 if TYPE_CHECKING:
     from cag.model import LanguageModel
@@ -59,11 +63,11 @@ class StartKeeper:
         """Write down the start of a model that was read in whole; returns whether it was found to be the same."""
         if not _may_be_kept(model):
             return False
-        with suppress(OSError, ValueError, KeyError, AttributeError):  # parts that are not there or named otherwise
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # parts that are not there, or others
             tables = model.tokenizer.backend_tokenizer.to_str().encode()
-            start = _described(model, tables)
-            plain = PlainNetwork(start, dict(model.network.named_parameters(remove_duplicate=False)))
-            if not self._same_weights(model, start) or not _same_angles(model.network, plain, start):
+            start, packed = _described(model, tables), _packed_weights(model.network)
+            plain = PlainNetwork(start, dict(model.network.named_parameters(remove_duplicate=False)) | packed)
+            if not self._same_weights(model.network, start) or not _same_angles(model.network, plain, start):
                 return False
             probed = _same_logits(model, plain)
             if probed is None or not _same_tokens(model, tables):
@@ -75,20 +79,21 @@ class StartKeeper:
             return True
         return False
 
-    def _same_weights(self, model: LanguageModel, start: Start) -> bool:
+    def _same_weights(self, network: Any, start: Start) -> bool:
         from safetensors import safe_open
 
-        own, found = dict(model.network.named_parameters()), set()
+        names = [(name, name) for name in start.parameters] + list(start.packed_sources.items())
+        found = set()
         for path in sorted(self.directory.glob("*.safetensors")):
             with safe_open(path, framework="pt") as stream:
-                for name in own.keys() & set(stream.keys()):
-                    tensor = stream.get_tensor(name)
-                    if tensor.dtype != torch.bfloat16 or own[name].dtype != torch.bfloat16:
-                        return False
-                    if not torch.equal(tensor.view(torch.int16), own[name].detach().view(torch.int16)):
+                stored = set(stream.keys())
+                for name, source in names:
+                    if source not in stored:
+                        continue
+                    if not _has_bits(attrgetter(name)(network), stream.get_tensor(source)):
                         return False
                     found.add(name)
-        return found == set(start.parameters)
+        return found == {name for name, _ in names}
 
 
 def plan_facts(plan: RuntimePlan) -> dict[str, Any]:
@@ -102,9 +107,21 @@ def digest_of(logits: Tensor) -> str:
 
 
 def _may_be_kept(model: LanguageModel) -> bool:
-    dtypes = {model.kv_dtype, model.compute_dtype}
-    on_cpu = model.device.type == "cpu" and model.adapter is None
-    return on_cpu and dtypes == {torch.bfloat16} and model.decoder is not None and bool(model.tokenizer.is_fast)
+    on_cpu = model.device.type == "cpu" and model.adapter is None and model.kv_dtype == torch.bfloat16
+    return on_cpu and model.decoder is not None and bool(model.tokenizer.is_fast)
+
+
+def _packed_weights(network: Any) -> dict[str, PackedWeight]:
+    layers = ((name, module) for name, module in network.named_modules() if isinstance(module, PackedLinear))
+    return {f"{name}.weight": layer.packed for name, layer in layers}
+
+
+def _has_bits(weight: Tensor, stored: Tensor) -> bool:
+    """Whether a network's weight is that of a file, to the bit, or widened from it."""
+    if stored.dtype != torch.bfloat16 or weight.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    bits = torch.int16 if weight.dtype == torch.bfloat16 else torch.int32
+    return torch.equal(weight.detach().view(bits), stored.to(weight.dtype).view(bits))
 
 
 def _described(model: LanguageModel, tables: bytes) -> Start:
@@ -115,8 +132,11 @@ def _described(model: LanguageModel, tables: bytes) -> Start:
     start = Start(
         facts="",
         plan=plan_facts(model.plan),
+        compute_dtype=str(model.compute_dtype).removeprefix("torch."),
         parameters=sorted(name for name, _ in network.named_parameters()),
-        is_tied=network.lm_head.weight is network.model.embed_tokens.weight,
+        packed=sorted(_packed_weights(network)),
+        panel_rows=PANEL,
+        is_tied=torch.equal(network.lm_head.weight, network.model.embed_tokens.weight),
         epsilons=epsilons_of(network),
         inverse_frequencies=rotary.inv_freq.float().tolist(),
         attention_scaling=float(rotary.attention_scaling),
@@ -133,6 +153,8 @@ def _described(model: LanguageModel, tables: bytes) -> Start:
     )
     if any(seen != SeenLayer(seen.rule, Turning()) for seen in model.seen):
         raise ValueError("its layers turn in several ways.")
+    if getattr(network.model.embed_tokens, "scale", 1) != 1:
+        raise ValueError("its embedding is scaled.")
     if start.rope_parameters != json.loads(json.dumps(start.rope_parameters)):
         raise ValueError("its positions cannot be written down.")
     return start

@@ -1,8 +1,10 @@
 """Weights from safetensors files to memory, on a thread, before torch is imported.
 
 Each tensor is copied once, to huge pages, in the order in which a forward reads them: what is multiplied together lies
-side by side. Where fresh memory comes slowly, as on a virtual machine whose host has to find it first, the rest stays
-in the pages of the file. Knows the container and names of parameters; no torch, and no network.
+side by side. Some are packed on the way, in panels of a few rows, input feature by input feature
+(`cag_kernels.packed`). Where fresh memory comes slowly, as on a virtual machine whose host has to find it first, the
+rest stays in the pages of the file, unless it is packed. Knows the container and names of parameters; no torch, and no
+network.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ _GRACE_S, _LEAST_RATE = (
     1.0,
     2e9,
 )  # seconds, as torch's import takes, and bytes a second behind them, that reading may take
+_PIECE_BYTES = 1 << 21  # read at once of what is packed: it stays in the nearer caches
 _MOST_HEADER_BYTES = 100_000_000  # what the container's own reader allows
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as a forward multiplies
@@ -47,22 +50,44 @@ class _Source:
         return math.prod(self.shape) * _ITEM_BYTES
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What of a source is wanted under which name: as it lies, or packed in panels of so many rows."""
+
+    name: str
+    source: _Source
+    panel_rows: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        rows = self.panel_rows
+        if not rows:
+            return self.source.num_bytes
+        out_features, in_features = self.source.shape
+        return -(-out_features // rows) * rows * in_features * _ITEM_BYTES
+
+
 @dataclass(frozen=True, eq=False)
 class WeightMemory:
     """Weights that were read: memories (uint8), the first one filled, the others pages of files; and of each name in
-    which of them it lies, at which byte it begins there, and its shape."""
+    which of them it lies, at which byte it begins there, and its shape `[out_features, in_features]`, which is also
+    that of a weight whose panels lie there, its last rows filled up with zeros."""
 
     memories: list[NDArray[np.uint8]]
     places: dict[str, tuple[int, int, tuple[int, ...]]]
 
 
 class WeightReading:
-    """Reads the bfloat16 tensors `names` of the safetensors files of `directory`; begins at once, and stops when the
-    process ends."""
+    """Reads the bfloat16 tensors `names` of the safetensors files of `directory`, and packs others in panels of
+    `panel_rows` rows, of which `packed` gives the names in the files; begins at once, and stops when the process
+    ends."""
 
-    def __init__(self, directory: Path, names: Sequence[str]) -> None:
+    def __init__(
+        self, directory: Path, names: Sequence[str], packed: Mapping[str, str] | None = None, panel_rows: int = 1
+    ) -> None:
         self._found: WeightMemory | None = None
-        self._thread = threading.Thread(target=self._read, args=(directory, names), name="cag-weights", daemon=True)
+        arguments = directory, names, packed or {}, panel_rows
+        self._thread = threading.Thread(target=self._read, args=arguments, name="cag-weights", daemon=True)
         self._thread.start()
 
     def result(self) -> WeightMemory | None:
@@ -71,26 +96,31 @@ class WeightReading:
         self._thread.join()
         return self._found
 
-    def _read(self, directory: Path, names: Sequence[str]) -> None:
+    def _read(self, directory: Path, names: Sequence[str], packed: Mapping[str, str], panel_rows: int) -> None:
         try:
-            self._found = _read_all(directory, names)
+            sources = _sources(directory)
+            parts = [_Part(name, sources[name]) for name in names]
+            parts += [_Part(name, sources[source], panel_rows) for name, source in packed.items()]
+            self._found = _read_all(sorted(parts, key=_place))
         except (OSError, ValueError, KeyError, TypeError):
             self._found = None
 
 
-def _read_all(directory: Path, names: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> WeightMemory:
-    sources = _sources(directory)
-    order = sorted(names, key=_place)
-    found = WeightMemory([_memory(sum(_padded(sources[name].num_bytes) for name in order))], {})
+def _read_all(parts: Sequence[_Part], clock: Callable[[], float] = time.perf_counter) -> WeightMemory:
+    found = WeightMemory([_memory(sum(_padded(part.num_bytes) for part in parts))], {})
     begun, begin, mapped = clock(), 0, dict[Path, int]()
-    for name in order:
-        source = sources[name]
-        if mapped or clock() - begun > _GRACE_S + begin / _LEAST_RATE:
-            found.places[name] = _map(found, mapped, source), source.offset, source.shape
+    for part in parts:
+        source, is_slow = part.source, clock() - begun > _GRACE_S + begin / _LEAST_RATE
+        if (mapped or is_slow) and not part.panel_rows:
+            found.places[part.name] = _map(found, mapped, source), source.offset, source.shape
             continue
-        _fill(found.memories[0][begin : begin + source.num_bytes], source)
-        found.places[name] = 0, begin, source.shape
-        begin += _padded(source.num_bytes)
+        memory = found.memories[0][begin : begin + part.num_bytes]
+        if part.panel_rows:
+            _pack(memory, source, part.panel_rows)
+        else:
+            _fill(memory, source, 0)
+        found.places[part.name] = 0, begin, source.shape
+        begin += _padded(part.num_bytes)
     return found
 
 
@@ -104,8 +134,9 @@ def _map(found: WeightMemory, mapped: dict[Path, int], source: _Source) -> int:
     return mapped[source.path]
 
 
-def _place(name: str) -> tuple[int, int, str]:
+def _place(part: _Part) -> tuple[int, int, str]:
     """The embedding, the layers one by one, what stands behind them; in a layer first what multiplies."""
+    name = part.name
     layer = _LAYER.search(name)
     ranks = [rank for rank, ending in enumerate(_ORDER) if name.endswith(f"{ending}.weight")]
     first = -1 if "embed_tokens" in name else int(layer[1]) if layer else 1 << 30
@@ -155,12 +186,29 @@ def _header(path: Path) -> dict[str, _Source]:
     return found
 
 
-def _fill(bits: NDArray[np.uint8], source: _Source) -> None:
-    target, done = bits.data, 0
+def _fill(memory: NDArray[np.uint8], source: _Source, begin: int) -> None:
+    """The bytes of a source from `begin` on, as many as there is memory."""
+    target, done = memory.data, 0
     with source.path.open("rb", buffering=0) as stream:
-        stream.seek(source.offset)
+        stream.seek(source.offset + begin)
         while done < len(target):
             count = stream.readinto(target[done:])
             if not count:
                 raise ValueError(f"{source.path} ends early")
             done += count
+
+
+def _pack(memory: NDArray[np.uint8], source: _Source, panel_rows: int) -> None:
+    """A weight as panels: `[num_panels, in_features, panel_rows]` of it and rows of zeros behind its last one."""
+    out_features, in_features = source.shape
+    panels = memory.view(np.uint16).reshape(-1, in_features, panel_rows)
+    step = max(1, _PIECE_BYTES // (_ITEM_BYTES * in_features * panel_rows))
+    piece = np.zeros((step, panel_rows, in_features), dtype=np.uint16)
+    for first in range(0, len(panels), step):
+        wanted = panels[first : first + step]
+        begin = first * panel_rows
+        num_rows = min(len(wanted) * panel_rows, out_features - begin)
+        rows = piece.reshape(-1, in_features)
+        rows[num_rows:] = 0
+        _fill(rows[:num_rows].reshape(-1).view(np.uint8), source, begin * in_features * _ITEM_BYTES)
+        wanted[:] = piece[: len(wanted)].transpose(0, 2, 1)

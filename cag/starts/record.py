@@ -16,6 +16,8 @@ from typing import Any
 from cag.home import cag_home
 from cag.prompt import PromptTemplate
 
+EMBEDDING, OUTPUT_MATRIX = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -24,8 +26,11 @@ class Start:
     Attributes:
         facts: digest of what all of this follows from (`cag.starts.facts`).
         plan: what of the `RuntimePlan` it was found with.
-        parameters: names of the network's weights, as its files have them; all are bfloat16.
-        is_tied: whether the output matrix is the embedding.
+        compute_dtype: what forwards compute in.
+        parameters: names of the network's weights that lie as its files have them; all are bfloat16 there.
+        packed: names of those that are packed in panels (`cag_kernels.packed`).
+        panel_rows: rows of a weight in a panel.
+        is_tied: whether the output matrix is the embedding, or packed from it.
         epsilons: of each norm, by the name of its module.
         inverse_frequencies, attention_scaling: of the rotary embedding.
         kv_shapes: of each layer `num_kv_heads` and `head_dim`.
@@ -38,7 +43,10 @@ class Start:
 
     facts: str
     plan: dict[str, Any]
+    compute_dtype: str
     parameters: list[str]
+    packed: list[str]
+    panel_rows: int
     is_tied: bool
     epsilons: dict[str, float]
     inverse_frequencies: list[float]
@@ -53,6 +61,11 @@ class Start:
     stop_ids: list[int]
     tokenizer_sha256: str
     probe_sha256: str
+
+    @property
+    def packed_sources(self) -> dict[str, str]:
+        """Names of packed weights, each with its name in the files."""
+        return {name: EMBEDDING if self.is_tied and name == OUTPUT_MATRIX else name for name in self.packed}
 
     @property
     def prompt_template(self) -> PromptTemplate:

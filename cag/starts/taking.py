@@ -19,10 +19,10 @@ from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.runtime import RuntimePlan
 from cag.starts.begin import Beginning
 from cag.starts.keeping import plan_facts
-from cag.starts.network import PlainNetwork, adopt_weights, bfloat16_tensors
+from cag.starts.network import PlainNetwork, adopt_weights, weights_of
 from cag.starts.tokenizer import KeptTokenizer
 from cag.state import AttentionRule, KvShape
-from cag.weights import join_network, use_products
+from cag.weights import PackedLinear, join_network, loses_in_bfloat16, use_products
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
     if weights is None or tables is None or not begun.holds():
         return None
     try:
-        network = PlainNetwork(start, bfloat16_tensors(weights))
+        network = PlainNetwork(start, weights_of(weights, start))
         layers = [
             (KvShape(*shape), SeenLayer(AttentionRule(**rule), Turning()))
             for shape, rule in zip(start.kv_shapes, start.rules, strict=True)
@@ -68,6 +68,8 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
 def _whole_network(plain: PlainNetwork, directory: Path, plan: RuntimePlan) -> Any:
     network = read_network(directory, torch.bfloat16)
     try:
+        if isinstance(plain.lm_head, PackedLinear) and loses_in_bfloat16(network):
+            raise ValueError("it has numbers that bfloat16 rounds.")
         adopt_weights(network, plain)
     except (AttributeError, ValueError) as error:
         raise ModelError(f"the model in {directory} is another one than was loaded: {error}") from error
