@@ -1,7 +1,7 @@
 """Weights from safetensors files to memory, on a thread, before torch is imported.
 
-Each tensor is copied once, to huge pages, in the order in which a forward reads them: what is multiplied together lies
-side by side. Some are packed on the way, in panels of a few rows, input feature by input feature
+Each tensor is copied once, in the order in which a forward reads them: what is multiplied together lies side by side.
+Weights lie in huge pages, or are packed on the way, in panels of a few rows, input feature by input feature
 (`cag_kernels.packed`). Where fresh memory comes slowly, as on a virtual machine whose host has to find it first, the
 rest stays in the pages of the file, unless it is packed. Knows the container and names of parameters; no torch, and no
 network.
@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping
+from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping, mapped_array
 
 _ALIGNED = 64  # bytes: a weight begins with a line of the processor's cache
 _ITEM_BYTES = 2  # of bfloat16
@@ -31,7 +31,7 @@ _GRACE_S, _LEAST_RATE = (
     1.0,
     2e9,
 )  # seconds, as torch's import takes, and bytes a second behind them, that reading may take
-_PIECE_BYTES = 1 << 21  # read at once of what is packed: it stays in the nearer caches
+_MOST_THREADS = 2  # that pack: one beside torch's import, and another one behind it
 _MOST_HEADER_BYTES = 100_000_000  # what the container's own reader allows
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as a forward multiplies
@@ -107,8 +107,10 @@ class WeightReading:
 
 
 def _read_all(parts: Sequence[_Part], clock: Callable[[], float] = time.perf_counter) -> WeightMemory:
-    found = WeightMemory([_memory(sum(_padded(part.num_bytes) for part in parts))], {})
+    num_bytes, is_packed = sum(_padded(part.num_bytes) for part in parts), any(part.panel_rows for part in parts)
+    found = WeightMemory([_memory(num_bytes, huge=not is_packed)], {})
     begun, begin, mapped = clock(), 0, dict[Path, int]()
+    packed: list[tuple[_Part, NDArray[np.uint8]]] = []
     for part in parts:
         source, is_slow = part.source, clock() - begun > _GRACE_S + begin / _LEAST_RATE
         if (mapped or is_slow) and not part.panel_rows:
@@ -116,12 +118,39 @@ def _read_all(parts: Sequence[_Part], clock: Callable[[], float] = time.perf_cou
             continue
         memory = found.memories[0][begin : begin + part.num_bytes]
         if part.panel_rows:
-            _pack(memory, source, part.panel_rows)
+            packed.append((part, memory))
         else:
-            _fill(memory, source, 0)
+            _fill(memory, source)
         found.places[part.name] = 0, begin, source.shape
         begin += _padded(part.num_bytes)
+    _share_out(_pack, packed)
     return found
+
+
+def _share_out(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """`work(item)` for all, on this thread and on others that end with the process. Raises what one of them raised."""
+    left, errors = iter(items), list[Exception]()
+    lock = threading.Lock()
+
+    def take() -> None:
+        while not errors:
+            with lock:
+                item = next(left, None)
+            if item is None:
+                return
+            try:
+                work(item)
+            except Exception as error:  # raised again below
+                errors.append(error)
+
+    threads = [threading.Thread(target=take, name="cag-pack", daemon=True) for _ in range(_MOST_THREADS - 1)]
+    for thread in threads if len(items) > 1 else []:
+        thread.start()
+    take()
+    for thread in threads if len(items) > 1 else []:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _map(found: WeightMemory, mapped: dict[Path, int], source: _Source) -> int:
@@ -143,9 +172,12 @@ def _place(part: _Part) -> tuple[int, int, str]:
     return first, ranks[0] if ranks else len(_ORDER), name
 
 
-def _memory(num_bytes: int) -> NDArray[np.uint8]:
+def _memory(num_bytes: int, *, huge: bool) -> NDArray[np.uint8]:
+    """Packed weights are multiplied as quickly behind small pages, which a virtual machine has much sooner."""
     if psutil.virtual_memory().available < num_bytes:
         raise OSError("too little memory")
+    if not huge:
+        return mapped_array((num_bytes,), np.uint8, huge=False)
     memory = np.frombuffer(huge_mapping(num_bytes + HUGE_PAGE_BYTES), dtype=np.uint8)
     first = -memory.ctypes.data % HUGE_PAGE_BYTES
     return memory[first : first + num_bytes]
@@ -186,11 +218,10 @@ def _header(path: Path) -> dict[str, _Source]:
     return found
 
 
-def _fill(memory: NDArray[np.uint8], source: _Source, begin: int) -> None:
-    """The bytes of a source from `begin` on, as many as there is memory."""
+def _fill(memory: NDArray[np.uint8], source: _Source) -> None:
     target, done = memory.data, 0
     with source.path.open("rb", buffering=0) as stream:
-        stream.seek(source.offset + begin)
+        stream.seek(source.offset)
         while done < len(target):
             count = stream.readinto(target[done:])
             if not count:
@@ -198,17 +229,15 @@ def _fill(memory: NDArray[np.uint8], source: _Source, begin: int) -> None:
             done += count
 
 
-def _pack(memory: NDArray[np.uint8], source: _Source, panel_rows: int) -> None:
-    """A weight as panels: `[num_panels, in_features, panel_rows]` of it and rows of zeros behind its last one."""
+def _pack(part_and_memory: tuple[_Part, NDArray[np.uint8]]) -> None:
+    """A weight from the pages of its file to panels `[num_panels, in_features, panel_rows]`, rows of zeros behind its
+    last one."""
+    part, memory = part_and_memory
+    source, rows = part.source, part.panel_rows
     out_features, in_features = source.shape
-    panels = memory.view(np.uint16).reshape(-1, in_features, panel_rows)
-    step = max(1, _PIECE_BYTES // (_ITEM_BYTES * in_features * panel_rows))
-    piece = np.zeros((step, panel_rows, in_features), dtype=np.uint16)
-    for first in range(0, len(panels), step):
-        wanted = panels[first : first + step]
-        begin = first * panel_rows
-        num_rows = min(len(wanted) * panel_rows, out_features - begin)
-        rows = piece.reshape(-1, in_features)
-        rows[num_rows:] = 0
-        _fill(rows[:num_rows].reshape(-1).view(np.uint8), source, begin * in_features * _ITEM_BYTES)
-        wanted[:] = piece[: len(wanted)].transpose(0, 2, 1)
+    weight = np.memmap(source.path, dtype=np.uint16, mode="r", offset=source.offset, shape=source.shape)
+    panels, whole = memory.view(np.uint16).reshape(-1, in_features, rows), out_features // rows
+    panels[:whole] = weight[: whole * rows].reshape(whole, rows, in_features).transpose(0, 2, 1)
+    if whole < len(panels):
+        panels[whole, :, : out_features - whole * rows] = weight[whole * rows :].T
+        panels[whole, :, out_features - whole * rows :] = 0

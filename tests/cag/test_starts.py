@@ -5,9 +5,11 @@ import os
 import shutil
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_weights import CONFIGS, OTHERS, bfloat16_model, random_ids, use_plan
 
 from cag import model as model_module
@@ -16,11 +18,12 @@ from cag.model import LanguageModel, ModelOptions
 from cag.runtime import RuntimePlan
 from cag.starts import facts, reading
 from cag.starts.begin import begin
-from cag.starts.network import PlainNetwork
+from cag.starts.network import PlainNetwork, weights_of
 from cag.starts.reading import WeightReading
 from cag.starts.record import read_start, record_path, write_start
 from cag.weights import PackedLinear
 from cag_kernels import FEW_ROWS, has_compiler
+from cag_kernels.packed import PANEL
 from cag_store.scratch import HUGE_PAGE_BYTES
 from tiny import write_tiny_model
 
@@ -93,7 +96,8 @@ def test_the_network_takes_over_the_weights(directory):
     in_16_bits = [value for value in whole.values() if value.dtype == torch.bfloat16]
     memories = {value.untyped_storage().data_ptr() for value in in_16_bits}
     assert len(memories) == 1  # nothing was copied to lie beside something else
-    assert min(value.data_ptr() for value in in_16_bits) % HUGE_PAGE_BYTES == 0
+    if len(in_16_bits) == len(whole):  # packed weights lie in small pages
+        assert min(weights.values()) % HUGE_PAGE_BYTES == 0
 
 
 @pytest.mark.parametrize("kind", [*OTHERS, *UNLIKE_LLAMA])
@@ -328,6 +332,20 @@ def test_damaged_weights_are_not_read(damage, tmp_path):
     assert read.memories[0][:12].tolist() == list(range(12))
     (tmp_path / "model.safetensors").write_bytes(DAMAGED[damage])
     assert WeightReading(tmp_path, ["a"]).result() is None
+    assert WeightReading(tmp_path, [], {"a": "a"}, 16).result() is None
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (35, 48), (1, 16), (64, 3)])
+def test_weights_are_packed_as_the_kernels_want_them(shape, tmp_path):
+    weight = torch.randn(shape, dtype=torch.float32).bfloat16()
+    save_file({"odd": torch.zeros(3, dtype=torch.bfloat16), "weight": weight}, tmp_path / "model.safetensors")
+    read = WeightReading(tmp_path, ["odd"], {"first": "weight", "second": "weight"}, PANEL).result()
+    found = weights_of(read, SimpleNamespace(packed=["first", "second"], panel_rows=PANEL))
+    assert torch.equal(found["odd"], torch.zeros(3, dtype=torch.bfloat16))
+    for name in ("first", "second"):
+        assert found[name].panels.shape == (-(-shape[0] // PANEL), shape[1], PANEL)
+        assert torch.equal(found[name].unpacked(), weight)
+        assert found[name].panels.transpose(1, 2).reshape(-1, shape[1])[shape[0] :].abs().sum() == 0
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 9])
