@@ -10,7 +10,7 @@ from pathlib import Path
 from cag.errors import CacheNotFound
 from cag.home import cag_home
 from cag_store import DEFAULT_CACHE_BYTES, CopyReport, Manifest, PieceCache, Ref, Store, copy_cache, is_url, only_name
-from cag_store.errors import EntryNotFound
+from cag_store.errors import CorruptEntry, EntryNotFound
 
 
 def open_store(store: Store | str | Path | None = None, *, cache_bytes: int | None = None) -> Store:
@@ -64,9 +64,14 @@ def import_cache(
 
 @contextmanager
 def translated_lookup() -> Iterator[None]:
-    """The store's missing entry as the engine's missing cache. Raises: CacheNotFound."""
+    """The store's missing name as the engine's missing cache; a missing file of a cache that has a name is damage.
+    Raises: CacheNotFound, CorruptEntry."""
     try:
         yield
     except EntryNotFound as error:
+        if "path" in error.facts:
+            raise CorruptEntry(
+                f"{error}: the cache is incomplete; build it again", where=error.facts["path"]
+            ) from error
         hint = "`cag ls` lists caches, `cag build` makes one."
         raise CacheNotFound(f"{error}.", hint=hint, **error.facts) from error

@@ -182,7 +182,9 @@ def store_command(
         list[str] | None, typer.Option(help="ID, ID@STEP or a JSON object; may be repeated.  [default: a ladder]")
     ] = None,
     tokens: Annotated[int, typer.Option(help="The corpus is cut to so many tokens.")] = 6144,
-    cores: Annotated[str, typer.Option(help="On how many codecs are timed; comma-separated.")] = "1,2",
+    cores: Annotated[
+        str | None, typer.Option(help="On how many codecs are timed; comma-separated.  [default: 1,2, as there are]")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Timings of each figure.")] = 7,
     out: OutOption = None,
     model: ModelOption = None,
@@ -196,7 +198,7 @@ def store_command(
     from cag_bench.store_bench import CODECS, StoreOptions, run_store
     from cag_bench.store_table import markdown
 
-    options = StoreOptions(parse_codecs(codec or CODECS), tokens, _counts("cores", cores), samples, seed)
+    options = StoreOptions(parse_codecs(codec or CODECS), tokens, _cores(cores), samples, seed)
     documents = read_corpus(corpus)
     folder = _folder(out, "store")
     with _loaded(model, store, folder, "cpu", "auto") as (engine, progress):
@@ -317,9 +319,30 @@ def _wait_for_enter() -> None:
     input()
 
 
+def _cores(given: str | None) -> tuple[int, ...]:
+    """Numbers of cores that this process has. Raises: UsageError."""
+    from cag.errors import UsageError
+    from cag.runtime import usable_cores
+
+    usable = usable_cores()
+    wanted = tuple(range(1, min(2, usable) + 1)) if given is None else tuple(_counts("cores", given))
+    if max(wanted, default=0) > usable:
+        raise UsageError(f"--cores has {max(wanted)}, and there are {usable} to run on.")
+    return wanted
+
+
 def _folder(out: Path | None, command: str) -> Path:
-    """Where results go."""
-    return out or Path("results") / f"{command}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    """Where results go; made, so that nothing is measured for a folder that cannot be. Raises: UsageError."""
+    from cag.errors import UsageError
+
+    folder = out or Path("results") / f"{command}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"no folder for the results at {folder}: {error.strerror}.", hint="Choose another --out."
+        ) from error
+    return folder
 
 
 @contextmanager

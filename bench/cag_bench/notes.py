@@ -37,6 +37,7 @@ def run_notes(
         )
     if any(name.startswith("rag-") for name in groups):
         notes.append("RAG: retrieval and query embedding are inside the clock, building the index is not.")
+        notes += _few_passages(groups)
     if FULL_PREFILL in groups and plan.full_n is not None and plan.full_n < len(questions):
         notes.append(f"{FULL_PREFILL}: only the first {plan.full_n} of {len(questions)} questions.")
     unanswerable = sum(not question.answers for question in questions)
@@ -55,6 +56,16 @@ def _build(cache: BenchCache) -> str:
     if cache.build_s is None:
         return f"Cache {cache.name}: {cache.reused_tokens} of {cache.num_tokens} tokens reused; no build time."
     return f"Cache {cache.name}: built in {cache.build_s:.2f} s."
+
+
+def _few_passages(groups: Mapping[str, Sequence[Sample]]) -> list[str]:
+    """Of arms that are called after more passages than they read."""
+    found = []
+    for name, samples in groups.items():
+        most = max((len(sample.retrieved_passage_ids or ()) for sample in samples), default=0)
+        if name.startswith("rag-") and samples and most < int(name.rpartition("@")[2]):
+            found.append(f"{name} ({most})")
+    return [f"Fewer passages were found than the arm is called after: {', '.join(found)}."] if found else []
 
 
 def _page_cache(groups: Mapping[str, Sequence[Sample]]) -> list[str]:

@@ -7,6 +7,7 @@ with the files in the page cache and with them dropped from it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,7 @@ class TimedCodec:
         raw_bytes = sum(array.nbytes for pair in self._arrays for array in pair)
         segments = self._segments(encoded)
         self._decode(codec, segments, 1)
+        relative_error = self._relative_error()
         encode, decode = {}, {}
         for cores in options.cores:
             with on_cores(cores):
@@ -126,11 +128,23 @@ class TimedCodec:
             "label": codec_label(self._config),
             "raw_bytes": raw_bytes,
             "encoded_bytes": sum(len(data) for data in encoded.values()),
+            "relative_error": relative_error,
             "encode": {str(cores): _figures(samples, raw_bytes) for cores, samples in encode.items()},
             "decode": {str(cores): _figures(samples, raw_bytes) for cores, samples in decode.items()},
             "load_average": load_average(),
             **loads,
         }
+
+    def _relative_error(self) -> float:
+        """Length of what decoding gets wrong over the length of the keys and values, all layers."""
+        dtype = self._chunks.state.tail.keys[0].dtype
+        wrong = whole = 0.0
+        for pairs in zip(self._arrays, self._buffers, strict=True):
+            for exact, decoded in zip(*pairs, strict=True):
+                numbers = torch.from_numpy(exact).view(dtype).float()
+                wrong += float((torch.from_numpy(decoded).view(dtype).float() - numbers).square().sum())
+                whole += float(numbers.square().sum())
+        return math.sqrt(wrong / whole) if whole else 0.0
 
     def _timed(self, work: Callable[[], object], most: int | None = None) -> list[float]:
         return [_seconds(work) for _ in range(min(self._options.num_samples, most or self._options.num_samples))]

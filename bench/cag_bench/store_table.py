@@ -13,7 +13,7 @@ def header(summary: Mapping[str, Any]) -> list[str]:
     reads = ["read cold, in pieces", "read cold, whole files"]
     loads = [*reads, "load cold", "load warm", "first load", "cold load / longer of reading and decoding", "by files"]
     codes = ["load cold, in codes", "the same / longer of reading and keeping", "by files"]
-    return ["codec", "MB", "raw / stored", *speeds, "encode / prefill", *loads, *codes]
+    return ["codec", "MB", "raw / stored", "relative error", *speeds, "encode / prefill", *loads, *codes]
 
 
 def table_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -28,6 +28,7 @@ def table_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
             row["label"],
             f"{size / 1e6:.1f}",
             f"{row['raw_bytes'] / size:.2f}",
+            f"{row['relative_error']:.2g}",
             *speeds,
             f"{row['encode_over_prefill']:.2f}",
             *times,
@@ -51,6 +52,8 @@ def notes(rows: Sequence[Mapping[str, Any]], bound: bool) -> list[str]:
         "Speeds are GB of uncompressed keys and values a second, from memory to memory, medians; encoding is of all "
         "layers and chunks, without what a codec prepares once. On the most cores it is set over the prefill of the "
         "same tokens, which ran once for all codecs.",
+        "Relative error: the length of what decoding gets wrong over that of all keys and values; what it does to "
+        "answers is measured by `cag bench quality`.",
         "Milliseconds are medians. A load opens, verifies and decodes into buffers that were touched before; the first "
         "load is warm, and has what a codec prepares from its basis in it.",
         "In codes: as the engine loads them on a CPU that attends to codes; the codec's bytes are moved to where they "

@@ -72,19 +72,24 @@ def serve(
     verbose: VerboseOption = False,
 ) -> None:
     """Serve caches over HTTP: OpenAI's API, and the engine's own."""
+    from pydantic import ValidationError
+
+    from cag.errors import UsageError
     from cag.server import ServerSettings, create_app
 
-    settings = ServerSettings(
-        **given(
-            preload=tuple(preload or ()),
-            api_keys=tuple(api_key or ()),
-            max_resident_bytes=max_resident_bytes,
-            num_slots=slots,
-            max_waiting=queue,
-            default_max_tokens=max_tokens,
-            speculate=speculate,
-        )
+    chosen = given(
+        preload=tuple(preload or ()),
+        api_keys=tuple(api_key or ()),
+        max_resident_bytes=max_resident_bytes,
+        num_slots=slots,
+        max_waiting=queue,
+        default_max_tokens=max_tokens,
+        speculate=speculate,
     )
+    try:
+        settings = ServerSettings(**chosen)
+    except ValidationError as error:
+        raise UsageError(f"{error.errors(include_input=False)[0]['msg']}.") from error
     listener = _listen(host, port)
     with listener:
         if not settings.api_keys and not _is_loopback(host):

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cag.describe import describe_cache, summarize_cache
-from cag.errors import CacheNotFound
 from cag.server.chat_schema import SamplingFields
 from cag.server.errors import error_facts
 from cag.server.listing import readable_caches
@@ -19,8 +18,7 @@ from cag.server.messages import Text
 from cag.server.running import AnswerRun, Question
 from cag.server.service import AnswerService
 from cag.server.streaming import EventStream, event, while_connected
-from cag_store import Ref
-from cag_store.errors import EntryNotFound
+from cag.stores import translated_lookup
 
 MAX_TTL_S = 100 * 365 * 86_400
 
@@ -71,7 +69,9 @@ def cache_router(service: AnswerService) -> APIRouter:
     @router.patch("/{name}")
     def patch_cache(name: str, patch: CachePatch) -> dict[str, Any]:
         """Pin, unpin, let expire. An expired cache that `gc` has not removed yet comes back with a later expiry."""
-        ref = _ref(service, name)
+        with translated_lookup():
+            ref = store.ref(name)
+            store.manifest(ref.manifest)  # nothing is changed about a damaged cache
         if "ttl_s" in patch.model_fields_set:
             ref = store.set_ttl(name, patch.ttl_s)
         if "pinned" in patch.model_fields_set:
@@ -81,8 +81,8 @@ def cache_router(service: AnswerService) -> APIRouter:
     @router.delete("/{name}")
     def delete_cache(name: str) -> dict[str, Any]:
         """Forget a cache; answers that are running go on, `gc` frees the disk."""
-        _ref(service, name)
-        store.remove(name)
+        with translated_lookup():
+            store.remove(name)
         service.caches.drop(name)
         return {"name": name, "deleted": True}
 
@@ -111,10 +111,3 @@ async def _events(run: AnswerRun) -> AsyncIterator[str]:
         yield event(error_facts(error).body(), "error")
         return
     yield event(run.answer.to_json(), "answer")
-
-
-def _ref(service: AnswerService, name: str) -> Ref:
-    try:
-        return service.engine.store.ref(name)
-    except EntryNotFound as error:
-        raise CacheNotFound(f"{error}.", name=name) from error

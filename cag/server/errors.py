@@ -18,6 +18,7 @@ from cag.errors import CacheNotFound, CagError, QueueFull, UsageError, error_row
 from cag_store.errors import EntryNotFound, StoreError
 
 CLIENT_GONE = 499  # nobody reads this response; it tells the access log
+SHOWN_MISTAKES = 8  # of one body
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 # A path or URL up to the folders of a store (docs/format.md section 1).
@@ -49,7 +50,7 @@ class ErrorFacts(NamedTuple):
 
 
 def error_facts(error: Exception) -> ErrorFacts:
-    """How `error` is shown. What nobody foresaw is logged, and its message stays in the log."""
+    """How `error` is shown. Whatever is the server's fault is logged; of what nobody foresaw nothing else is told."""
     if isinstance(error, RequestValidationError):
         return _validation_facts(error)
     if isinstance(error, HTTPException):
@@ -57,6 +58,8 @@ def error_facts(error: Exception) -> ErrorFacts:
         return ErrorFacts(error.status_code, code, str(error.detail), None, error.headers)
     if isinstance(error, CagError | StoreError):
         row = error_row(error)
+        if row.http_status >= 500:
+            logger.error("%s: %s", row.code, error)
         param = error.facts.get("param")
         wait = {"Retry-After": str(error.facts["retry_after_s"])} if isinstance(error, QueueFull) else None
         return ErrorFacts(
@@ -92,9 +95,21 @@ async def _client_gone(_: Request, __: Exception) -> Response:
 
 def _validation_facts(error: RequestValidationError) -> ErrorFacts:
     row = error_row(UsageError(""))
-    found = [(_param(entry), str(entry["msg"])) for entry in error.errors()]
+    entries = error.errors()
+    found = [(_param(entry), _mistake(entry)) for entry in entries[:SHOWN_MISTAKES]]
     message = "; ".join(f"{param}: {text}" if param else text for param, text in found)
+    if len(entries) > len(found):
+        message += f"; and {len(entries) - len(found)} more"
     return ErrorFacts(row.http_status, row.code, message, found[0][0])
+
+
+def _mistake(entry: Mapping[str, Any]) -> str:
+    """What is wrong; pydantic's words, but for a body as a whole."""
+    if entry["type"] == "json_invalid":
+        return f"the body is no JSON: {(entry.get('ctx') or {}).get('error', entry['msg'])} at {entry['loc'][-1]}"
+    if tuple(entry["loc"]) == ("body",) and entry["type"] in ("missing", "model_attributes_type", "dict_type"):
+        return "the body must be a JSON object, sent with the header `Content-Type: application/json`"
+    return str(entry["msg"])
 
 
 def _param(entry: Mapping[str, Any]) -> str | None:

@@ -71,5 +71,5 @@ def _part_text(part: Any) -> str:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise PydanticCustomError(
-        "unsupported_part", "content parts of type {kind!r} are not supported, only 'text'", {"kind": str(kind)}
+        "unsupported_part", "content parts of type '{kind}' are not supported, only 'text'", {"kind": str(kind)}
     )

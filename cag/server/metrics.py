@@ -41,13 +41,11 @@ class Counter:
             yield f"{self.name}{{{pairs}}} {total:.17g}" if pairs else f"{self.name} {total:.17g}"
 
 
-class Gauge:
-    """A value that is read when somebody asks."""
+class Reading:
+    """A value that is read when somebody asks; of kind `counter` if it only grows."""
 
-    kind = "gauge"
-
-    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
-        self.name, self.text, self._read = name, text, read
+    def __init__(self, kind: str, name: str, text: str, read: Callable[[], float]) -> None:
+        self.kind, self.name, self.text, self._read = kind, name, text, read
 
     def samples(self) -> Iterator[str]:
         """The line of the exposition."""
@@ -95,7 +93,7 @@ class ServerMetrics:
         self.waited = Histogram("cag_queue_wait_seconds", "From a request to its slot.")
         self.first_token = Histogram("cag_time_to_first_token_seconds", "From the slot to the first token.")
         self.batch_size = Histogram("cag_step_answers", "Answers that shared a step of the model.", ANSWERS)
-        self._all: list[Counter | Gauge | Histogram] = [
+        self._all: list[Counter | Reading | Histogram] = [
             self.requests,
             self.answers,
             self.prompt_tokens,
@@ -108,7 +106,11 @@ class ServerMetrics:
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Show `read()` under `name`."""
-        self._all.append(Gauge(name, text, read))
+        self._all.append(Reading("gauge", name, text, read))
+
+    def total(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Show `read()`, which only grows, under `name`."""
+        self._all.append(Reading("counter", name, text, read))
 
     def count_request(self, method: str, route: str, status: int) -> None:
         """Count one response."""

@@ -1,4 +1,5 @@
-"""Routes for those who watch over a server: `/healthz`, `/readyz`, `/metrics`. They need no API key."""
+"""Routes for those who watch over a server: `/healthz`, `/readyz`, `/metrics`. They need no API key, and answer HEAD
+too, as load balancers ask."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ def probe_router(service: AnswerService) -> APIRouter:
     """The routes over `service`."""
     router = APIRouter(tags=["probes"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The event loop answers."""
         return {"status": "ok"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz")
     async def readyz() -> JSONResponse:
         """200 when model and preloaded caches are there; 503 with what is missing before."""
@@ -27,6 +30,7 @@ def probe_router(service: AnswerService) -> APIRouter:
             return JSONResponse({"status": "loading", "caches": service.preloading}, 503)
         return JSONResponse({"status": "ready", "model": service.engine.model.model_id})
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics")
     def metrics() -> Response:
         """The Prometheus exposition."""

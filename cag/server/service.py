@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from cag.engine import Engine
-from cag.errors import CagError
 from cag.server.caches import ResidentCaches
-from cag.server.errors import public_message
+from cag.server.errors import error_facts
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.running import AnswerRun, Question, Workplace
 from cag.server.settings import ServerSettings
 from cag.server.slots import Slots
-from cag_store.errors import StoreError
+
+RETRY_PRELOAD_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class AnswerService:
         threads = ThreadPoolExecutor(settings.num_slots, "cag-answer")
         self.loop = SchedulerLoop(engine.model, self.metrics)
         self._workplace = Workplace(self.caches, self.loop, self.slots, threads, self.metrics, self.runs)
-        self._closing = False
-        self._add_gauges()
+        self._closing = asyncio.Event()
+        self._add_readings()
 
     def start(self) -> None:
         """Begin to answer; what is asked before waits."""
@@ -54,31 +55,42 @@ class AnswerService:
         return AnswerRun(replace(question, options=options), self._workplace)
 
     async def preload(self) -> None:
-        """Load the caches of the settings one after the other. Failures are kept in `preload_errors`."""
-        while self.preloading and not self._closing:
-            name = self.preloading[0]
-            try:
-                await asyncio.to_thread(self.caches.load, name)
-            except (CagError, StoreError) as error:
-                logger.error("cannot preload %s: %s", name, error)
-                self.preload_errors[name] = public_message(error)
-            self.preloading.remove(name)
+        """Load the caches of the settings one after the other. Failures are kept in `preload_errors`, and
+        tried again every `RETRY_PRELOAD_S` until they load: nobody sends questions to a server that is not ready."""
+        while self.preloading and not self._closing.is_set():
+            await self._preload_one(self.preloading[0])
+            del self.preloading[0]
+        while self.preload_errors and not self._closing.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), RETRY_PRELOAD_S)
+            for name in () if self._closing.is_set() else list(self.preload_errors):
+                await self._preload_one(name)
+
+    async def _preload_one(self, name: str) -> None:
+        try:
+            await asyncio.to_thread(self.caches.load, name)
+        except Exception as error:  # whatever it is, `/readyz` must not say "loading" for ever
+            logger.error("cannot preload %s: %s", name, error)
+            self.preload_errors[name] = error_facts(error).message
+        else:
+            self.preload_errors.pop(name, None)
 
     async def close(self) -> None:
         """Let running answers leave at the next step, wait for them, close the caches."""
-        self._closing = True
+        self._closing.set()
         for run in list(self.runs):
             run.cancel()
         await asyncio.to_thread(self._workplace.threads.shutdown)
         await asyncio.to_thread(self.loop.stop)
         self.caches.close()
 
-    def _add_gauges(self) -> None:
+    def _add_readings(self) -> None:
         gauge = self.metrics.gauge
         gauge("cag_answers_running", "Answers being computed.", lambda: self.slots.running)
-        gauge("cag_step_rows", "Tokens that were computed in all steps.", lambda: self.loop.scheduler.num_rows)
         gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_resident_caches", "Open caches.", lambda: self.caches.num_resident)
-        gauge("cag_evicted_caches", "Caches that were closed for room.", lambda: self.caches.num_evicted)
         gauge("cag_resident_bytes", "Bytes of their keys and values.", lambda: self.caches.num_bytes)
+        total = self.metrics.total
+        total("cag_step_rows_total", "Tokens that were computed in all steps.", lambda: self.loop.scheduler.num_rows)
+        total("cag_evicted_caches_total", "Caches that were closed for room.", lambda: self.caches.num_evicted)

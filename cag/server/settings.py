@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+import re
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class ServerSettings(BaseModel):
     """Settings of one server; unknown keys are refused.
 
     Attributes:
-        api_keys: any of them opens `/v1`; none: `/v1` is open to all.
+        api_keys: any of them opens `/v1`; none: `/v1` is open to all. Each is one word of visible ASCII characters:
+            no other arrives in a header as it was meant.
         preload: names of caches to load before `/readyz` says ready.
         max_resident_bytes: of keys and values of open caches; None: no limit. See `ResidentCaches`.
         num_slots: answers that are computed at the same time; they share forwards.
@@ -29,3 +33,12 @@ class ServerSettings(BaseModel):
     default_max_tokens: int = Field(default=512, ge=1)
     speculate: bool | None = None
     max_body_bytes: int = Field(default=8 << 20, ge=1)
+
+    @field_validator("api_keys")
+    @classmethod
+    def _can_be_sent(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for number, key in enumerate(keys, start=1):
+            if not re.fullmatch(r"[!-~]+", key.get_secret_value()):
+                text = "API key {number} is empty, or has other characters than visible ASCII ones"
+                raise PydanticCustomError("unusable_key", text, {"number": number})
+        return keys

@@ -57,6 +57,13 @@ def test_bad_options_are_usage_errors(bench, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_results_that_cannot_be_made_is_a_usage_error(bench, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    result = bench("--arms", "cag-hot", "--n", "1")
+    assert isinstance(result.exception, UsageError)
+    assert str(tmp_path / "out") in str(result.exception)
+
+
 def test_the_command_line_loads_no_torch():
     code = "import sys, cag_bench.cli; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

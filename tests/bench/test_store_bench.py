@@ -59,6 +59,9 @@ def test_every_figure_has_its_samples_and_its_bytes(summary, tiny_engine):
             times = {name: row["seconds"][name]["samples"] for name in ("load_cold_codes", "read_cold", "keep")}
             ratios = [cold / max(read, keep) for cold, read, keep in zip(*times.values(), strict=True)]
             assert row["codes_over_longer"]["p50"] == pytest.approx(np.median(ratios))
+    errors = {label: row["relative_error"] for label, row in rows.items()}
+    assert errors["lossless"] == 0
+    assert 0 < errors["int8"] < errors["int4"] < 0.5
     sizes = {label: row["encoded_bytes"] for label, row in rows.items()}  # heads of 16 channels: int8 gains little
     assert sizes["int4"] < min(sizes["int8"], sizes["lossless"])
 
@@ -118,3 +121,6 @@ def test_the_command(tiny_model_dir, bench_home, corpus_dir, tmp_path):
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
     wrong = CliRunner().invoke(app, [str(part) for part in [*arguments, "--samples", "0"]])
     assert isinstance(wrong.exception, UsageError)
+    wrong = CliRunner().invoke(app, [str(part) for part in [*arguments, "--cores", "1,9999"]])
+    assert isinstance(wrong.exception, UsageError)
+    assert "--cores has 9999" in str(wrong.exception)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from cag_bench.notes import _few_passages
 from cag_bench.plot import plot_ttft
 from cag_bench.rows import ResultRows
 from cag_bench.summary import arm_details, arm_figures, break_even, by_arm, loading_ratio, ratios
@@ -121,6 +122,17 @@ def test_table_has_a_row_an_arm_and_a_cell_a_column(summary):
     assert rows[0][:5] == ["cag-hot", "4", "250", "370", "397"]
     assert rows[0][-2:] == ["-", "0.50 [0.50, 0.50] (4)"]
     assert rows[2][-2:] == ["80.00 (2)", "40.00 (2)"]
+
+
+def test_arms_that_are_called_after_more_passages_than_there_are_say_so(make_sample):
+    found = {"retrieved_passage_ids": ("a#0", "b#0")}
+    groups = {
+        name: [make_sample(name, 0, 1.0, **(found if name.startswith("rag-") else {}))]
+        for name in ("cag-hot", "rag-bm25@2", "rag-bm25@3", "rag-dense@10")
+    }
+    note = "Fewer passages were found than the arm is called after: rag-bm25@3 (2), rag-dense@10 (2)."
+    assert _few_passages(groups) == [note]
+    assert _few_passages({"rag-bm25@2": groups["rag-bm25@2"]}) == []
 
 
 def test_markdown_says_origin_and_notes(summary):

@@ -45,6 +45,36 @@ async def test_a_preload_that_fails_is_not_ready_and_says_why(serving):
         assert "nobody" in ready.json()["errors"]["nobody"]
 
 
+async def test_a_preload_that_failed_is_tried_again_until_it_loads(serving, engine, copy_of, monkeypatch):
+    monkeypatch.setattr("cag.server.service.RETRY_PRELOAD_S", 0.001)
+    open_cache, broken = engine.open, True
+
+    def fails_first(name):
+        if broken:
+            raise RuntimeError("secret path")
+        return open_cache(name)
+
+    monkeypatch.setattr(engine, "open", fails_first)
+    async with serving(preload=("manual", "later")) as served:
+        while set(served.service.preload_errors) != {"manual", "later"}:
+            await asyncio.sleep(0)
+        failed = await served.client.get("/readyz")
+        assert (failed.status_code, failed.json()["status"]) == (503, "failed")
+        assert "secret" not in failed.text
+        broken = False
+        copy_of("manual", "later")
+        while served.service.preload_errors:
+            await asyncio.sleep(0)
+        assert (await served.client.get("/readyz")).json()["status"] == "ready"
+        assert served.service.caches.num_resident == 2
+
+
+async def test_probes_answer_those_who_want_no_body(serving):
+    async with serving() as served:
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert (await served.client.head(path)).status_code == 200
+
+
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic one", "Bearer öne"])
 async def test_without_a_key_nothing_under_v1_is_told(serving, header):
     headers = {"Authorization": header.encode()} if header else {}
@@ -85,6 +115,33 @@ async def test_errors_of_routing_and_parsing_have_the_same_shape(serving):
         assert set(response.json()["error"]) == {"message", "type", "code", "param"}
 
 
+@pytest.mark.parametrize(
+    ("content", "content_type", "said"),
+    [
+        (b'{"model": ', "application/json", "no JSON: Expecting value at "),
+        (b"", "application/json", "the body must be a JSON object"),
+        (b"[]", "application/json", "the body must be a JSON object"),
+        (b"{}", "text/plain", "`Content-Type: application/json`"),
+    ],
+)
+async def test_a_body_that_is_no_object_is_told_what_it_should_be(serving, content, content_type, said):
+    async with serving() as served:
+        response = await served.client.post(
+            "/v1/chat/completions", content=content, headers={"content-type": content_type}
+        )
+    assert response.status_code == 400
+    assert said in response.json()["error"]["message"]
+
+
+async def test_of_many_mistakes_a_few_are_told(serving):
+    async with serving() as served:
+        body = {"model": "manual", "messages": [{"role": "nobody"}] * 1000}
+        response = await served.client.post("/v1/chat/completions", json=body)
+    message = response.json()["error"]["message"]
+    assert message.startswith("messages[0].role: ")
+    assert message.endswith("; and 1992 more")
+
+
 async def test_an_unexpected_error_tells_nothing_of_itself(serving, engine, monkeypatch):
     def broken():
         raise RuntimeError("secret path")
@@ -116,6 +173,9 @@ async def test_metrics_count_what_happened(serving):
     assert "cag_time_to_first_token_seconds_count 1" in lines
     assert 'cag_time_to_first_token_seconds_bucket{le="+Inf"} 1' in lines
     assert "cag_resident_caches 1" in lines
+    grown = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
+    assert all((kind == "counter") is name.endswith("_total") for name, kind in grown.items())
+    assert {"cag_step_rows_total", "cag_evicted_caches_total"} <= set(grown)
 
 
 def test_settings_refuse_what_they_do_not_know():

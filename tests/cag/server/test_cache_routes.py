@@ -150,6 +150,43 @@ async def test_a_cache_that_was_removed_elsewhere_is_closed_by_the_next_request(
         assert (response.status_code, served.service.caches.num_resident) == (404, 0)
 
 
+async def test_a_cache_without_one_of_its_files_is_damaged_not_unknown(serving, engine, tmp_path, caplog):
+    (tmp_path / "delta.txt").write_text("The delta valve opens at 3 bar.\n")
+    engine.build([tmp_path / "delta.txt"], name="holed")
+    root, request = engine.store.backend.root, {"question": "When?", "max_tokens": 1}
+    try:
+        chunk = root / "chunks" / (key := engine.find("holed")[1].chunks[0].key)[:2] / key
+        content = chunk.read_bytes()
+        chunk.unlink()
+        async with serving() as served:
+            asked = await served.client.post("/v1/caches/holed/ask", json=request)
+            chunk.write_bytes(content)
+            healed = await served.client.post("/v1/caches/holed/ask", json=request)
+    finally:
+        engine.store.remove("holed")
+    assert (asked.status_code, asked.json()["error"]["code"]) == (500, "corrupt_entry")
+    assert str(root) not in asked.text
+    assert key in caplog.text
+    assert healed.status_code == 200
+
+
+async def test_a_damaged_cache_is_not_changed_and_can_be_deleted(serving, engine, copy_of):
+    digest = copy_of("manual", "torn")
+    root = engine.store.backend.root
+    manifest = root / "manifests" / digest[:2] / f"{digest}.json"
+    content = manifest.read_bytes()
+    manifest.rename(root / "aside")
+    async with serving() as served:
+        patched = await served.client.patch("/v1/caches/torn", json={"pinned": True})
+        (root / "aside").rename(manifest)
+        pinned = engine.store.ref("torn").pinned
+        (root / "refs" / "torn.json").write_bytes(b"{")
+        deleted = await served.client.delete("/v1/caches/torn")
+    assert manifest.read_bytes() == content
+    assert (patched.status_code, patched.json()["error"]["code"], pinned) == (500, "corrupt_entry", False)
+    assert deleted.json() == {"name": "torn", "deleted": True}
+
+
 async def test_errors_do_not_tell_where_the_store_lies(serving, engine, copy_of):
     copy_of("handbook", "broken")
     root = engine.store.backend.root

@@ -159,6 +159,7 @@ async def test_what_is_not_supported_is_refused_by_name(serving, change, param):
     assert (response.status_code, error["param"], error["code"]) == (400, param, "invalid_request")
     assert error["type"] == "invalid_request_error"
     assert param in error["message"] or param == "messages"
+    assert "{" not in error["message"]
 
 
 async def test_fields_that_ask_for_nothing_and_unknown_ones_are_ignored(serving):

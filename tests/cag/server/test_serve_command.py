@@ -31,6 +31,14 @@ def test_an_open_address_without_a_key_is_warned_of(tmp_path, capsys):
         assert ("warning" in capsys.readouterr().err) is warned
 
 
+@pytest.mark.parametrize("key", ["", " ", "two words", " padded", "schlüssel", "line\n"])
+def test_a_key_that_opens_to_all_or_to_nobody_is_refused_and_not_told(tmp_path, key):
+    with pytest.raises(UsageError, match="API key 2 is empty, or has other characters") as refused:
+        serve(port=0, store=tmp_path, preload=["nobody"], api_key=["sk-one", key])
+    assert "sk-one" not in str(refused.value)
+    assert len(key) < 2 or key not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)]
 )
