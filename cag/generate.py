@@ -22,7 +22,8 @@ from cag.speculation import MAX_DRAFT_TOKENS, Drafter, share_rows
 from cag.state import SequenceState
 
 DEFAULT_MAX_TOKENS = 128
-QUESTION_BLOCK_TOKENS = 256  # of what is read before an answer in one forward; others wait for it at most
+SHARED_BLOCK_TOKENS = 64  # of a question, read in a step with others' tokens
+WHOLE_BLOCK_TOKENS = 256  # the same in a step of its own
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Generation:
         options: SamplingOptions,
         *,
         started_at: float | None = None,
-        block_tokens: int = QUESTION_BLOCK_TOKENS,
+        block_tokens: int | None = None,
         drafter: Drafter | None = None,
     ) -> None:
         room = model.window_tokens - state.num_tokens - len(suffix_ids)
@@ -117,7 +118,7 @@ class Generation:
         self.model = model
         self.state = state
         self.suffix_ids = suffix_ids
-        self.block_tokens = block_tokens
+        self.block_tokens = question_block_tokens(model) if block_tokens is None else block_tokens
         self.max_tokens = min(options.max_tokens, room)
         self.sampler = Sampler(options, model.device)
         self.drafter = drafter
@@ -280,6 +281,12 @@ class Generation:
                     longest = max(longest, length)
                     break
         return longest
+
+
+def question_block_tokens(model: LanguageModel) -> int:
+    """Tokens of what is asked behind a cache that one forward reads: others wait for it at most. Where few rows have a
+    forward of their own, short blocks are read as quickly as long ones, and answers go on in the same steps."""
+    return SHARED_BLOCK_TOKENS if model.decoder is not None else WHOLE_BLOCK_TOKENS
 
 
 def choices(generations: Sequence[Generation]) -> list[Iterable[int]]:

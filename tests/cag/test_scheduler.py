@@ -11,7 +11,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Conf
 from cag import model as model_module
 from cag.engine import Engine
 from cag.errors import UsageError
-from cag.generate import QUESTION_BLOCK_TOKENS, SamplingOptions
+from cag.generate import SHARED_BLOCK_TOKENS, WHOLE_BLOCK_TOKENS, SamplingOptions
 from cag.runtime import RuntimePlan
 from cag.scheduler import MAX_STEP_ROWS, Scheduler
 from cag_kernels import has_compiler, has_tiles
@@ -33,7 +33,7 @@ KINDS = {  # name -> (what is stored, what computes, how products are made)
 }
 TEXTS = {"alpha": "The alpha gate opens at seven. Its code is 4711.\n", "beta": "The beta pump moves 30 litres.\n" * 9}
 WORDS = ["gate", "pump", "who", "<|im_end|>", "ä€", "seven litres", "why not", "4711"]
-LONG = "and " * (QUESTION_BLOCK_TOKENS // 4 + 20)
+LONG = "and " * (WHOLE_BLOCK_TOKENS // 4 + 20)
 
 
 def engine_of(kind, config, root, monkeypatch):
@@ -217,8 +217,8 @@ def test_who_is_cancelled_leaves_at_the_next_step(engine):
         assert scheduler.step() == 0
 
 
-def test_nobody_waits_for_more_than_a_block_of_a_long_prompt(engine):
-    """Steps with a long block alternate with steps of everybody else."""
+def step_sizes(engine):
+    """Tokens of each who took part, step by step, of an answer beside a long prompt."""
     engine.model.stop_ids = frozenset()
     with engine.open("alpha-lossless") as prefix:
         scheduler, sizes = Scheduler(engine.model), []
@@ -234,7 +234,21 @@ def test_nobody_waits_for_more_than_a_block_of_a_long_prompt(engine):
         requests = [stream.submit(scheduler, lambda _piece: None) for stream in (short, long)]
         scheduler.run()
         assert all(request.error is None for request in requests)
-    blocks = [index for index, size in enumerate(sizes) if max(size) == QUESTION_BLOCK_TOKENS]
+    return sizes
+
+
+def test_blocks_of_a_long_prompt_share_the_steps_of_answers(tmp_path, monkeypatch):
+    """Where few rows have a forward of their own."""
+    sizes = step_sizes(engine_of("packed", CONFIGS["llama"](), tmp_path, monkeypatch))
+    blocks = [size for size in sizes if SHARED_BLOCK_TOKENS in size]
+    assert len(blocks) >= 10
+    assert all(len(size) == 2 for size in blocks)
+
+
+def test_nobody_waits_for_more_than_a_block_of_a_long_prompt(tmp_path, monkeypatch):
+    """Elsewhere steps with a long block alternate with steps of everybody else."""
+    sizes = step_sizes(engine_of("float32", CONFIGS["llama"](), tmp_path, monkeypatch))
+    blocks = [index for index, size in enumerate(sizes) if max(size) == WHOLE_BLOCK_TOKENS]
     assert len(blocks) >= 3
     assert all(len(sizes[index]) == 1 for index in blocks)
     assert all(later - earlier == 2 for earlier, later in pairwise(blocks))
