@@ -1,6 +1,7 @@
 """Attention of transformers' own networks through a sequence's state: registered with their attention interface.
 
-The state comes as a keyword of the forward. Knows no model and no kernels.
+The state comes as a keyword of the forward, and so do the turns in which forwards run: one that runs in the background
+gives way between layers. Knows no model and no kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from transformers import AttentionInterface
 
 from cag.errors import UnsupportedModel
 from cag.state import SequenceState
+from cag.turns import ForwardTurns
 
 ATTENTION_NAME = "cag_segments"
 
@@ -25,6 +27,7 @@ def _segment_attention_forward(
     *,
     scaling: float | None = None,
     cag_state: SequenceState,
+    cag_turns: ForwardTurns | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -33,6 +36,8 @@ def _segment_attention_forward(
     """transformers' attention interface: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads, head_dim]` out."""
     if s_aux is not None:
         raise UnsupportedModel("the model uses attention sinks, which prefix attention does not support yet.")
+    if cag_turns is not None:
+        cag_turns.give_way()
     out = cag_state.attend(
         module.layer_idx,
         query[0],

@@ -95,6 +95,12 @@ class Engine:
         loaded = LanguageModel.load(files.directory, model_id=model, options=options, beginning=beginning)
         return cls(loaded, open_store(store))
 
+    def beside(self, store: Store) -> Engine:
+        """An engine over another store with the same model. They share the copies of caches in the host's memory."""
+        other = Engine(self.model, store)
+        other.host_copies = self.host_copies
+        return other
+
     def build(
         self,
         paths: Sequence[str | Path] | CorpusReport,

@@ -18,7 +18,8 @@ CagError
 │   └── FidelityMissed (ValueError)         a codec that loses more than the bound allows; nothing is committed
 ├── RequestError
 │   ├── RequestTooLong (ValueError)         prompt and answer do not fit into the model's window
-│   └── QueueFull (RuntimeError)            the server has no free slot
+│   ├── QueueFull (RuntimeError)            the server has no free slot
+│   └── JobNotFound (KeyError)              no job of that id, or not the caller's
 └── BuildInterrupted (RuntimeError)         stopped by the user; whole chunks are kept for the next build
 
 Errors of `cag_store` have a tree of their own (`cag_store.errors`); both trees stand in `ERROR_TABLE`.
@@ -113,6 +114,10 @@ class QueueFull(RequestError, RuntimeError):
     """The server has no free slot. Fact: `retry_after_s`."""
 
 
+class JobNotFound(RequestError, KeyError):
+    """No job of that id, or not the caller's."""
+
+
 class BuildInterrupted(CagError, RuntimeError):
     """Stopped by the user. Whole chunks are kept, and the next build resumes from them."""
 
@@ -145,6 +150,7 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     RequestError: ErrorRow(40, 400, "request_error"),
     RequestTooLong: ErrorRow(41, 413, "request_too_long"),
     QueueFull: ErrorRow(42, 429, "queue_full"),
+    JobNotFound: ErrorRow(45, 404, "job_not_found"),
     BuildInterrupted: ErrorRow(130, 499, "interrupted"),
     store_errors.StoreError: ErrorRow(50, 500, "store_error"),
     store_errors.EntryNotFound: ErrorRow(51, 404, "entry_not_found"),

@@ -33,6 +33,7 @@ from cag.starts.taking import StartedParts, take_start
 from cag.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
 from cag.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.step_tensors import StepState, StepTensors
+from cag.turns import ForwardTurns
 from cag.weights import Float32Products, SequencesApart, join_network
 from cag_kernels import FEW_ROWS, has_compiler, vector_lanes
 from cag_kernels.device import triton_runs_on
@@ -84,7 +85,7 @@ class LanguageModel:
         self.device = next(network.parameters()).device
         self.adapter = adapter
         self.compute_dtype = compute_dtype
-        self._forward_lock = threading.Lock()
+        self.turns = ForwardTurns()
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
         self.template: PromptTemplate = start.prompt_template if start else read_template(tokenizer)
@@ -202,10 +203,8 @@ class LanguageModel:
         return ARITHMETIC[vector_lanes()] if multiplies else SHARED_READING
 
     def most_rows(self, state: SequenceState, *, exactly: bool) -> int:
-        """How many tokens of a sequence a forward may have that takes the place of single steps.
-
-        exactly: whether each must have the bits of a single step, not only its numbers but for rounding.
-        """
+        """How many tokens of a sequence a forward may have that takes the place of single steps; `exactly`: whether
+        each must have the bits of a single step, not only its numbers but for rounding."""
         most = min(FEW_ROWS, TAIL_PAIRS // max(1, state.num_tail))
         return 1 if exactly and not self.rows_stay_apart else max(1, most)
 
@@ -226,7 +225,7 @@ class LanguageModel:
 
     def settle_pages(self) -> None:
         """Give back the memory of pages that nobody has, if nobody has any; for a moment without work."""
-        with self._forward_lock:
+        with self.turns:
             self.pages.settle()
 
     def forward(self, token_ids: list[int] | Tensor, state: SequenceState, *, num_logits: int = 1) -> Tensor:
@@ -274,7 +273,7 @@ class LanguageModel:
         pieces = [torch.as_tensor(token_ids, dtype=torch.long, device="cpu") for token_ids, _ in chunks]
         states, counts = [state for _, state in chunks], [len(piece) for piece in pieces]
         ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        with self._forward_lock, self.plan.threads(len(ids)):
+        with self.turns, self.plan.threads(len(ids)):
             for state, count in zip(states, counts, strict=True):
                 state.begin(count)
             batch = BatchState(states, counts)
@@ -296,8 +295,8 @@ class LanguageModel:
             return self.decoder.forward(ids, batch, wanted)
         long = len(ids) > FEW_ROWS and self.device.type == "cpu"
         if batch.num_sequences == 1 and (long or isinstance(batch.states[0].tail, Tail)):
-            positions = batch.positions(self.device)
-            return self._network_forward(ids.to(self.device), positions, batch.states[0], len(wanted))
+            placed = ids.to(self.device), batch.positions(self.device)
+            return self._network_forward(*placed, batch.states[0], len(wanted))
         tensors = batch.upload(ids, wanted, self.device)
         with self._apart(batch.counts):
             return self.run_step(tensors, batch)
@@ -328,7 +327,7 @@ class LanguageModel:
         """
         ids = torch.tensor([token for branch in branches for token in branch], dtype=torch.long, device=self.device)
         state = make_state(prefix, [len(branch) for branch in branches])
-        with self._forward_lock, self.plan.threads(len(ids)), Float32Products():
+        with self.turns, self.plan.threads(len(ids)), Float32Products():
             positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device)
             return self._network_forward(ids, positions, state, wanted)
 
@@ -345,6 +344,7 @@ class LanguageModel:
             use_cache=False,
             logits_to_keep=num_logits,
             cag_state=state,
+            cag_turns=self.turns if self.device.type == "cpu" else None,  # a GPU has one stream
         )
         logits: Tensor = output.logits[0].float()
         return logits

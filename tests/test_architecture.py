@@ -24,8 +24,8 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 WALK = [
     "home", "errors", "versions", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt", "runtime",
     "step_cost",
-    "state", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices", "decoder_layers", "recorded",
-    "decoder", "replays", "device_decoder",
+    "state", "turns", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices", "decoder_layers",
+    "recorded", "decoder", "replays", "device_decoder",
     "layer_probe", "model_files", "starts", "kernels_ahead", "model", "prefill", "uploads", "host_copies", "buffers",
     "angles", "basis_tensors", "segment_tensors", "stream_decoding", "stream_buffers", "ngrams", "resident", "answer",
     "citations",

@@ -6,6 +6,7 @@ import gc
 import ipaddress
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,6 +53,18 @@ def serve(
         list[str] | None,
         typer.Option("--api-key", envvar="CAG_API_KEY", help="Key that clients must send; may be repeated."),
     ] = None,
+    tenant_keys: Annotated[
+        Path | None,
+        typer.Option("--tenant-keys", envvar="CAG_TENANT_KEYS", help="TOML file of lines: tenant = KEY or [KEY, ...]."),
+    ] = None,
+    tenant_stores: Annotated[
+        str | None,
+        typer.Option(
+            "--tenant-stores",
+            help="Directory or URL under which each tenant's store lies.",
+            show_default="$CAG_HOME/tenants",
+        ),
+    ] = None,
     max_resident_bytes: Annotated[
         int | None,
         typer.Option(
@@ -75,11 +88,15 @@ def serve(
     from pydantic import ValidationError
 
     from cag.errors import UsageError
+    from cag.home import cag_home
     from cag.server import ServerSettings, create_app
+    from cag.server.tenants import read_tenant_keys
 
     chosen = given(
         preload=tuple(preload or ()),
         api_keys=tuple(api_key or ()),
+        tenant_keys=read_tenant_keys(tenant_keys) if tenant_keys is not None else None,
+        tenant_stores=tenant_stores or (str(cag_home() / "tenants") if tenant_keys is not None else None),
         max_resident_bytes=max_resident_bytes,
         num_slots=slots,
         max_waiting=queue,
@@ -92,12 +109,16 @@ def serve(
         raise UsageError(f"{error.errors(include_input=False)[0]['msg']}.") from error
     listener = _listen(host, port)
     with listener:
-        if not settings.api_keys and not _is_loopback(host):
+        if settings.is_open and not _is_loopback(host):
             note(f"warning: {host} can be reached from other machines, and there is no API key; set CAG_API_KEY.")
         engine = _load(
-            store_at(store, cache_bytes), settings.preload, ModelChoice(model, adapter, device, dtype), verbose=verbose
+            store_at(store, cache_bytes),
+            tuple(name for name in settings.preload if "/" not in name),
+            ModelChoice(model, adapter, device, dtype),
+            verbose=verbose,
         )
-        note_configuration(verbose, **settings.model_dump(exclude={"api_keys"}), num_api_keys=len(settings.api_keys))
+        counts = {"num_api_keys": len(settings.api_keys), "tenants": sorted(settings.tenant_keys)}
+        note_configuration(verbose, **settings.model_dump(exclude={"api_keys", "tenant_keys"}), **counts)
         facts = {"url": _url(listener), "model": engine.model.model_id, "preload": list(settings.preload)}
         rest = threading.Thread(target=_load_rest, args=(engine,), name="cag-rest")
         app = create_app(engine, settings=settings)

@@ -12,10 +12,12 @@ from cag.engine import Engine
 from cag.server.cache_routes import cache_router
 from cag.server.chat_routes import chat_router
 from cag.server.errors import install_error_handlers
+from cag.server.job_routes import job_router
 from cag.server.middleware import ApiKeys, BodyLimit, RequestCount
 from cag.server.probe_routes import probe_router
 from cag.server.service import AnswerService
 from cag.server.settings import ServerSettings
+from cag.server.tenants import owners_of
 
 
 def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> FastAPI:
@@ -41,9 +43,9 @@ def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> Fas
     app = FastAPI(title="cag", summary="Cache-augmented generation", lifespan=lifespan)
     app.state.service = service
     install_error_handlers(app)
-    for router in (probe_router(service), chat_router(service), cache_router(service)):
+    for router in (probe_router(service), chat_router(service), cache_router(service), job_router(service)):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(ApiKeys, owners=owners_of(settings.api_keys, settings.tenant_keys))
     app.add_middleware(RequestCount, count=service.metrics.count_request)
     return app

@@ -18,6 +18,7 @@ from cag.server.messages import Text
 from cag.server.running import AnswerRun, Question
 from cag.server.service import AnswerService
 from cag.server.streaming import EventStream, event, while_connected
+from cag.server.tenants import CacheKey, Tenant
 from cag.stores import translated_lookup
 
 MAX_TTL_S = 100 * 365 * 86_400
@@ -49,26 +50,28 @@ class CachePatch(BaseModel):
 def cache_router(service: AnswerService) -> APIRouter:
     """The routes over `service`."""
     router = APIRouter(prefix="/v1/caches", tags=["caches"])
-    store = service.engine.store
+    engine_of, caches = service.tenants.engine, service.caches
 
     @router.get("")
-    def list_caches() -> dict[str, Any]:
-        """All caches, expired ones too; `damaged` names those that cannot be read."""
-        caches, damaged = readable_caches(store)
+    def list_caches(tenant: Tenant) -> dict[str, Any]:
+        """All caches of the caller, expired ones too; `damaged` names those that cannot be read."""
+        readable, damaged = readable_caches(engine_of(tenant).store)
         rows = [
-            summarize_cache(ref, manifest) | {"resident": service.caches.is_resident(ref.name, manifest.digest)}
-            for ref, manifest in caches
+            summarize_cache(ref, manifest)
+            | {"resident": caches.is_resident(CacheKey(tenant, ref.name), manifest.digest)}
+            for ref, manifest in readable
         ]
         return {"object": "list", "data": rows, "damaged": damaged}
 
     @router.get("/{name}")
-    def get_cache(name: str) -> dict[str, Any]:
+    def get_cache(name: str, tenant: Tenant) -> dict[str, Any]:
         """What `cag show --json` prints."""
-        return describe_cache(*service.engine.find(name))
+        return describe_cache(*engine_of(tenant).find(name))
 
     @router.patch("/{name}")
-    def patch_cache(name: str, patch: CachePatch) -> dict[str, Any]:
+    def patch_cache(name: str, patch: CachePatch, tenant: Tenant) -> dict[str, Any]:
         """Pin, unpin, let expire. An expired cache that `gc` has not removed yet comes back with a later expiry."""
+        store = engine_of(tenant).store
         with translated_lookup():
             ref = store.ref(name)
             store.manifest(ref.manifest)  # nothing is changed about a damaged cache
@@ -79,18 +82,18 @@ def cache_router(service: AnswerService) -> APIRouter:
         return describe_cache(ref, store.manifest(ref.manifest))
 
     @router.delete("/{name}")
-    def delete_cache(name: str) -> dict[str, Any]:
+    def delete_cache(name: str, tenant: Tenant) -> dict[str, Any]:
         """Forget a cache; answers that are running go on, `gc` frees the disk."""
         with translated_lookup():
-            store.remove(name)
-        service.caches.drop(name)
+            engine_of(tenant).store.remove(name)
+        caches.drop(CacheKey(tenant, name))
         return {"name": name, "deleted": True}
 
     @router.post("/{name}/ask")
-    async def ask(name: str, body: AskRequest, request: Request) -> Response:
+    async def ask(name: str, body: AskRequest, request: Request, tenant: Tenant) -> Response:
         """Answer one question: the object of `cag ask --json`, or events `token` and a final `answer`."""
         options = body.options(body.max_tokens or service.settings.default_max_tokens)
-        run = service.run(Question(name, body.question, options))
+        run = service.run(Question(CacheKey(tenant, name), body.question, options))
         if not body.stream:
             return JSONResponse((await while_connected(request, run.complete())).to_json())
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from cag.engine import Engine
 from cag.errors import InsufficientResources, QueueFull
 from cag.first_steps import record_first_steps
 from cag.prefix import Prefix
+from cag.server.tenants import CacheKey
 from cag_store import utc_now
 from cag_store.errors import EntryNotFound, StoreError
 
@@ -53,25 +54,27 @@ class CacheUse:
 
 
 class ResidentCaches:
-    """The open caches of an engine, by name; `max_bytes` of them, keys and values counted, None for no limit.
+    """The open caches of a server; `max_bytes` of them, keys and values counted, None for no limit.
+
+    `find` says of a cache's key which engine opens it, and by what name.
 
     What a cache is worth is GreedyDual's: its cost a byte, above the worth of the last one that had to go.
     Source: Cao and Irani, Cost-aware WWW proxy caching algorithms, USITS 1997.
     """
 
-    def __init__(self, engine: Engine, max_bytes: int | None = None) -> None:
-        self._engine = engine
+    def __init__(self, find: Callable[[CacheKey], tuple[Engine, str]], max_bytes: int | None = None) -> None:
+        self._find = find
         self._max_bytes = max_bytes
         self._level = 0.0  # worth of the last cache that was closed for room
         self.num_evicted = 0
-        self._held: dict[str, _Held] = {}
+        self._held: dict[CacheKey, _Held] = {}
         self._leaving: list[_Held] = []  # retired, and still in use
         self._lock = threading.Lock()
         self._room = threading.Lock()
 
     @contextmanager
-    def use(self, name: str) -> Iterator[CacheUse]:
-        """What `name` means now, open at least until the block ends.
+    def use(self, key: CacheKey) -> Iterator[CacheUse]:
+        """What `key` means now, open at least until the block ends.
 
         Raises:
             CacheNotFound, CacheMismatch, StoreError: as `Engine.open`. A cache that fails while it is used is retired,
@@ -79,25 +82,25 @@ class ResidentCaches:
             InsufficientResources: the cache is larger than all that may be resident.
             QueueFull: those in use leave no room for it now.
         """
-        held, opened_at = self._take(name)
+        held, opened_at = self._take(key)
         try:
             yield CacheUse(held.prefix, opened_at)
         except StoreError:
-            self._retire(name, held)
+            self._retire(key, held)
             raise
         finally:
             self._give_back(held)
 
-    def load(self, name: str) -> None:
+    def load(self, key: CacheKey) -> None:
         """Make a cache resident; returns when all of it is there and a first question would find its steps recorded.
         Raises as `use`."""
-        with self.use(name) as use:
-            record_first_steps(self._engine.model, use.prefix.resident)
+        with self.use(key) as use:
+            record_first_steps(use.prefix.model, use.prefix.resident)
 
-    def is_resident(self, name: str, digest: str) -> bool:
+    def is_resident(self, key: CacheKey, digest: str) -> bool:
         """Whether this version of the cache is open and whole."""
         with self._lock:
-            held = self._held.get(name)
+            held = self._held.get(key)
         return held is not None and held.prefix.digest == digest and held.prefix.resident.is_loaded
 
     @property
@@ -111,73 +114,75 @@ class ResidentCaches:
         with self._lock:
             return self._bytes_held()
 
-    def drop(self, name: str) -> None:
-        """Close `name` as soon as nobody uses it. The next request opens it again, if it exists."""
+    def drop(self, key: CacheKey) -> None:
+        """Close `key` as soon as nobody uses it. The next request opens it again, if it exists."""
         with self._lock:
-            held = self._held.get(name)
+            held = self._held.get(key)
         if held is not None:
-            self._retire(name, held)
+            self._retire(key, held)
 
     def close(self) -> None:
         """Drop all."""
-        for name in list(self._held):
-            self.drop(name)
+        for key in list(self._held):
+            self.drop(key)
 
-    def _take(self, name: str) -> tuple[_Held, float | None]:
+    def _take(self, key: CacheKey) -> tuple[_Held, float | None]:
         begin = time.perf_counter()
-        digest = self._digest(name)
+        engine, name = self._find(key)
+        digest = _digest(engine, name)
         with self._lock:
-            held = self._held.get(name)
+            held = self._held.get(key)
             if held is not None and held.prefix.digest == digest:
                 held.users += 1
                 return held, None
         if digest is None:
-            self.drop(name)
-        opened = _Held(self._engine.open(name))
+            self.drop(key)
+        opened = _Held(engine.open(name))
         with self._room:  # one at a time: what is free must not be given to two
             try:
-                self._make_room(name, opened)
+                self._make_room(key, opened)
             except BaseException:
                 opened.prefix.resident.wait_quietly()  # its memory is being written to
                 opened.prefix.close()
                 raise
-            return self._install(name, opened), begin
+            return self._install(key, opened), begin
 
     def _bytes_held(self) -> int:
         """Of all that is open, what only waits for its last request included. The lock is held by the caller."""
         every = {id(held.prefix.resident): held.num_bytes for held in (*self._held.values(), *self._leaving)}
         return sum(every.values())
 
-    def _make_room(self, name: str, opened: _Held) -> None:
+    def _make_room(self, key: CacheKey, opened: _Held) -> None:
         """Close caches that nobody uses until `opened` fits. Raises: InsufficientResources, QueueFull."""
         if self._max_bytes is None:
             return
         needed = opened.num_bytes
         if needed > self._max_bytes:
             raise InsufficientResources(
-                f"cache {name!r} takes {needed:,} bytes, more than the {self._max_bytes:,} that may be resident.",
+                f"cache {opened.prefix.name!r} takes {needed:,} bytes, more than the {self._max_bytes:,} that may be "
+                "resident.",
                 hint="Raise --max-resident-bytes, or build it with a smaller codec.",
             )
-        while (victim := self._victim(name, opened)) is not None:
+        while (victim := self._victim(key, opened)) is not None:
             self.num_evicted += 1
             self.drop(victim)
 
-    def _victim(self, name: str, opened: _Held) -> str | None:
+    def _victim(self, key: CacheKey, opened: _Held) -> CacheKey | None:
         """Whom to close next so that `opened` fits; None if it does."""
         assert self._max_bytes is not None
         with self._lock:
-            held = self._held.get(name)
+            held = self._held.get(key)
             if held is not None and held.prefix.digest == opened.prefix.digest:
                 return None  # another thread has opened it meanwhile: it is the same memory
             if held is not None and held.users == 0:  # the older version goes anyway
-                return name
+                return key
             missing = self._bytes_held() + opened.num_bytes - self._max_bytes
             unused = {other: one for other, one in self._held.items() if one.users == 0}
             if missing <= 0:
                 return None
             if sum(one.num_bytes for one in unused.values()) < missing:
                 raise QueueFull(
-                    f"the caches in use leave no room for {name!r} within {self._max_bytes:,} bytes.",
+                    f"the caches in use leave no room for {opened.prefix.name!r} within {self._max_bytes:,} bytes.",
                     hint=f"Try again in {RETRY_S} s.",
                     retry_after_s=RETRY_S,
                 )
@@ -185,30 +190,22 @@ class ResidentCaches:
             self._level = max(self._level, unused[victim].worth)
             return victim
 
-    def _digest(self, name: str) -> str | None:
-        """Digest of what `name` means now; None when it means nothing."""
-        try:
-            ref = self._engine.store.ref(name)
-        except EntryNotFound:
-            return None
-        return None if ref.expired(utc_now()) else ref.manifest
-
-    def _install(self, name: str, opened: _Held) -> _Held:
+    def _install(self, key: CacheKey, opened: _Held) -> _Held:
         """Hold `opened`, unless another thread has opened the same version meanwhile; returns the one to use."""
         with self._lock:
-            chosen, surplus = opened, self._held.get(name)
+            chosen, surplus = opened, self._held.get(key)
             if surplus is not None and surplus.prefix.digest == opened.prefix.digest:
                 chosen, surplus = surplus, opened
-            self._held[name] = chosen
+            self._held[key] = chosen
             chosen.users += 1
         if surplus is not None:
-            self._retire(name, surplus)
+            self._retire(key, surplus)
         return chosen
 
-    def _retire(self, name: str, held: _Held) -> None:
+    def _retire(self, key: CacheKey, held: _Held) -> None:
         with self._lock:
-            if self._held.get(name) is held:
-                del self._held[name]
+            if self._held.get(key) is held:
+                del self._held[key]
             unused = held.users == 0 and not held.retired
             if held.users and not held.retired:
                 self._leaving.append(held)
@@ -225,3 +222,12 @@ class ResidentCaches:
                 self._leaving.remove(held)
         if unused:
             held.prefix.close()
+
+
+def _digest(engine: Engine, name: str) -> str | None:
+    """Digest of what `name` means now; None when it means nothing."""
+    try:
+        ref = engine.store.ref(name)
+    except EntryNotFound:
+        return None
+    return None if ref.expired(utc_now()) else ref.manifest

@@ -17,6 +17,7 @@ from cag.server.listing import readable_caches
 from cag.server.running import AnswerRun
 from cag.server.service import AnswerService
 from cag.server.streaming import EventStream, event, while_connected
+from cag.server.tenants import Tenant
 from cag_store import Manifest, Ref, utc_now
 
 DONE = "[DONE]"
@@ -27,24 +28,24 @@ def chat_router(service: AnswerService) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["openai"])
 
     @router.get("/models")
-    def list_models() -> dict[str, Any]:
+    def list_models(tenant: Tenant) -> dict[str, Any]:
         """Caches that the loaded model can answer from."""
-        caches, _ = readable_caches(service.engine.store)
+        caches, _ = readable_caches(service.tenants.engine(tenant).store)
         now = utc_now()
         usable = [_model(ref, found) for ref, found in caches if not ref.expired(now) and _fits(service, ref, found)]
         return {"object": "list", "data": usable}
 
     @router.get("/models/{name}")
-    def get_model(name: str) -> dict[str, Any]:
+    def get_model(name: str, tenant: Tenant) -> dict[str, Any]:
         """One of them."""
-        ref, manifest = service.engine.find(name)
+        ref, manifest = service.tenants.engine(tenant).find(name)
         check_fingerprints(name, manifest, service.engine.model)
         return _model(ref, manifest)
 
     @router.post("/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    async def chat_completions(body: ChatRequest, request: Request, tenant: Tenant) -> Response:
         """Answer a conversation behind a cache."""
-        run = service.run(body.question(service.settings.default_max_tokens))
+        run = service.run(body.question(tenant, service.settings.default_max_tokens))
         head = CompletionHead(body.model)
         if not body.stream:
             return JSONResponse(head.completion(await while_connected(request, run.complete())))

@@ -14,6 +14,7 @@ from cag.answer import Answer, Usage
 from cag.generate import SamplingOptions
 from cag.server.messages import Message, Text, conversation_of
 from cag.server.running import Question
+from cag.server.tenants import CacheKey
 
 MAX_STOP_STRINGS = 16
 
@@ -91,11 +92,11 @@ class ChatRequest(SamplingFields):
                 raise PydanticCustomError("unsupported", "this server does not support it", {"field": name})
         return body
 
-    def question(self, default_max_tokens: int) -> Question:
-        """What is asked. Raises: UsageError."""
+    def question(self, tenant: str, default_max_tokens: int) -> Question:
+        """What a tenant asks. Raises: UsageError."""
         conversation = conversation_of(self.messages)
         options = self.options(self.max_completion_tokens or self.max_tokens or default_max_tokens)
-        return Question(self.model, conversation.question, options, conversation.history)
+        return Question(CacheKey(tenant, self.model), conversation.question, options, conversation.history)
 
 
 @dataclass(frozen=True)

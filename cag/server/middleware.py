@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastapi import HTTPException
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cag.server.errors import ErrorFacts, error_facts
+from cag.server.tenants import OPERATOR, SCOPE
 
 PROTECTED = "/v1"
 
 
 class ApiKeys:
-    """Refuses requests under `/v1` that carry none of the keys as a bearer token, before their body is read."""
+    """Refuses requests under `/v1` that carry none of the keys as a bearer token, before their body is read; of the
+    others the scope says whose they are.
 
-    def __init__(self, app: ASGIApp, keys: tuple[SecretStr, ...]) -> None:
+    owners: each key with its tenant; none: everything is open, and the operator's.
+    """
+
+    def __init__(self, app: ASGIApp, owners: Sequence[tuple[bytes, str]]) -> None:
         self.app = app
-        self._keys = [key.get_secret_value().encode() for key in keys]
+        self._owners = owners
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         protected = scope["type"] == "http" and (scope["path"] + "/").startswith(PROTECTED + "/")
-        if protected and self._keys and not self._allowed(Headers(scope=scope).get("authorization", "")):
+        tenant = self._owner(Headers(scope=scope).get("authorization", "")) if protected and self._owners else OPERATOR
+        if tenant is None:
             message = "a valid API key is needed: send the header `Authorization: Bearer KEY`."
             facts = ErrorFacts(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
             await facts.response()(scope, receive, send)
         else:
-            await self.app(scope, receive, send)
+            await self.app({**scope, SCOPE: tenant}, receive, send)
 
-    def _allowed(self, header: str) -> bool:
+    def _owner(self, header: str) -> str | None:
+        """Whose key it is; None if it is nobody's. All keys are compared, whichever it is."""
         kind, _, given = header.partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
-        return kind.lower() == "bearer" and any(matches)
+        matches = [tenant for key, tenant in self._owners if hmac.compare_digest(given.strip().encode(), key)]
+        return matches[0] if kind.lower() == "bearer" and matches else None
 
 
 class BodyLimit:

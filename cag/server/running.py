@@ -23,15 +23,16 @@ from cag.server.caches import ResidentCaches
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.slots import Slots
+from cag.server.tenants import CacheKey
 
 Event = str | Answer | Exception
 
 
 @dataclass(frozen=True)
 class Question:
-    """What one request asks: the cache's name, earlier (question, answer) turns, the question, sampling."""
+    """What one request asks: the cache, earlier (question, answer) turns, the question, sampling."""
 
-    cache: str
+    cache: CacheKey
     text: str
     options: SamplingOptions
     history: tuple[tuple[str, str], ...] = ()

@@ -1,4 +1,4 @@
-"""What the routes share: the engine, its open caches, slots and threads, from start to shutdown."""
+"""What the routes share: the engines, their open caches, slots and threads, from start to shutdown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from dataclasses import replace
 from cag.engine import Engine
 from cag.server.caches import ResidentCaches
 from cag.server.errors import error_facts
+from cag.server.jobs import BuildJobs
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.running import AnswerRun, Question, Workplace
 from cag.server.settings import ServerSettings
 from cag.server.slots import Slots
+from cag.server.tenants import CacheKey, Tenants
 
 RETRY_PRELOAD_S = 10.0
 
@@ -23,9 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerService:
-    """One engine behind HTTP.
+    """One model behind HTTP, over the stores of all tenants.
 
     Attributes:
+        engine: the operator's.
+        tenants: everybody's.
+        builds: caches that are being built.
         preloading: names that are not resident yet.
         preload_errors: names that could not be loaded, with the reason.
     """
@@ -33,7 +38,9 @@ class AnswerService:
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.caches = ResidentCaches(engine, settings.max_resident_bytes)
+        self.tenants = Tenants(engine, frozenset(settings.tenant_keys), settings.tenant_stores)
+        self.caches = ResidentCaches(self.tenants.find, settings.max_resident_bytes)
+        self.builds = BuildJobs(self.tenants, settings.max_waiting_builds)
         self.slots = Slots(settings.num_slots, settings.max_waiting)
         self.metrics = ServerMetrics()
         self.runs: set[AnswerRun] = set()
@@ -48,6 +55,7 @@ class AnswerService:
     def start(self) -> None:
         """Begin to answer; what is asked before waits."""
         self.loop.start()
+        self.builds.start()
 
     def run(self, question: Question) -> AnswerRun:
         """An answer to begin."""
@@ -68,7 +76,8 @@ class AnswerService:
 
     async def _preload_one(self, name: str) -> None:
         try:
-            await asyncio.to_thread(self.caches.load, name)
+            tenant, _, own_name = name.rpartition("/")
+            await asyncio.to_thread(self.caches.load, CacheKey(tenant, own_name))
         except Exception as error:  # whatever it is, `/readyz` must not say "loading" for ever
             logger.error("cannot preload %s: %s", name, error)
             self.preload_errors[name] = error_facts(error).message
@@ -78,10 +87,12 @@ class AnswerService:
     async def close(self) -> None:
         """Let running answers leave at the next step, wait for them, close the caches."""
         self._closing.set()
+        self.builds.close()
         for run in list(self.runs):
             run.cancel()
         await asyncio.to_thread(self._workplace.threads.shutdown)
         await asyncio.to_thread(self.loop.stop)
+        await asyncio.to_thread(self.builds.join)
         self.caches.close()
 
     def _add_readings(self) -> None:
@@ -89,6 +100,7 @@ class AnswerService:
         gauge("cag_answers_running", "Answers being computed.", lambda: self.slots.running)
         gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
+        gauge("cag_builds_waiting", "Caches waiting to be built.", lambda: self.builds.num_waiting)
         gauge("cag_resident_caches", "Open caches.", lambda: self.caches.num_resident)
         gauge("cag_resident_bytes", "Bytes of their keys and values.", lambda: self.caches.num_bytes)
         total = self.metrics.total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -14,18 +14,23 @@ class ServerSettings(BaseModel):
     Attributes:
         api_keys: any of them opens `/v1`; none: `/v1` is open to all. Each is one word of visible ASCII characters:
             no other arrives in a header as it was meant.
-        preload: names of caches to load before `/readyz` says ready.
+        tenant_keys: keys of each tenant, which has a store of its own and sees no other caches.
+        tenant_stores: directory or URL under which the tenants' stores lie, each by its tenant's name.
+        preload: names of caches to load before `/readyz` says ready; `tenant/name` for a tenant's.
         max_resident_bytes: of keys and values of open caches; None: no limit. See `ResidentCaches`.
         num_slots: answers that are computed at the same time; they share forwards.
         max_waiting: requests that may wait for a slot; one more is refused with 429.
         default_max_tokens: of an answer whose request does not say.
         speculate: as in `SamplingOptions`, for all answers.
         max_body_bytes: of a request.
+        max_waiting_builds: caches that may wait to be built; one more is refused with 429.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     api_keys: tuple[SecretStr, ...] = ()
+    tenant_keys: dict[str, tuple[SecretStr, ...]] = Field(default_factory=dict)
+    tenant_stores: str | None = None
     preload: tuple[str, ...] = ()
     max_resident_bytes: int | None = Field(default=None, ge=1)
     num_slots: int = Field(default=16, ge=1, le=64)
@@ -33,6 +38,7 @@ class ServerSettings(BaseModel):
     default_max_tokens: int = Field(default=512, ge=1)
     speculate: bool | None = None
     max_body_bytes: int = Field(default=8 << 20, ge=1)
+    max_waiting_builds: int = Field(default=8, ge=0)
 
     @field_validator("api_keys")
     @classmethod
@@ -42,3 +48,19 @@ class ServerSettings(BaseModel):
                 text = "API key {number} is empty, or has other characters than visible ASCII ones"
                 raise PydanticCustomError("unusable_key", text, {"number": number})
         return keys
+
+    @model_validator(mode="after")
+    def _tenants_are_apart(self) -> ServerSettings:
+        for keys in self.tenant_keys.values():
+            self._can_be_sent(keys)
+        every = [key.get_secret_value() for keys in (self.api_keys, *self.tenant_keys.values()) for key in keys]
+        if len(set(every)) < len(every):
+            raise PydanticCustomError("shared_key", "an API key is given twice")
+        if self.tenant_keys and self.tenant_stores is None:
+            raise PydanticCustomError("no_stores", "tenants need a place for their stores")
+        return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody needs a key."""
+        return not self.api_keys and not self.tenant_keys

@@ -15,6 +15,7 @@ from cag.model import LanguageModel
 from cag.prompt import question_ids
 from cag.resident import ResidentPrefix
 from cag.server.caches import ResidentCaches
+from cag.server.tenants import OPERATOR, CacheKey, Tenants
 from cag.state import AttentionRule, BranchedState
 from cag_kernels import QuantizedPrefix
 from cag_store import Store
@@ -338,8 +339,8 @@ def test_what_is_held_counts_against_the_servers_limit(tmp_path, documents):
     engine = Engine(loaded_model(tmp_path / "model", gemma3()), Store.open(tmp_path / "store"))
     report = engine.build(documents, name="gates")
     limit = report.raw_bytes // 2
-    caches = ResidentCaches(engine, max_bytes=limit)
-    with caches.use("gates") as use:
+    caches = ResidentCaches(Tenants(engine, frozenset(), None).find, max_bytes=limit)
+    with caches.use(CacheKey(OPERATOR, "gates")) as use:
         answer = use.prefix.ask(QUESTION, SamplingOptions(max_tokens=2))
         assert caches.num_bytes == use.prefix.resident.num_bytes <= limit
         assert answer.usage.cached_tokens == report.num_tokens

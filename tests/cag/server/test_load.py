@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from cag.server.tenants import OPERATOR, CacheKey
+
 pytestmark = pytest.mark.anyio
 URL = "/v1/chat/completions"
 LONG = 200  # tokens that nobody waits for
@@ -116,7 +118,7 @@ async def test_a_swapped_cache_serves_new_requests_while_old_ones_end(serving, g
         assert (first["cache"]["digest"], first["answer"]) == (old, expected)
         assert second["cache"]["digest"] == new
         assert served.service.caches.num_resident == 1
-        assert served.service.caches.is_resident("swapped", new)
+        assert served.service.caches.is_resident(CacheKey(OPERATOR, "swapped"), new)
 
 
 async def test_a_damaged_cache_is_an_error_and_works_again_once_repaired(serving, engine, copy_of):

@@ -1,17 +1,21 @@
 """`ResidentCaches`: what is shared, what is closed, and when."""
 
 import threading
+from functools import partial
 
 import pytest
 
 from cag.errors import InsufficientResources, QueueFull, UsageError
 from cag.server.caches import ResidentCaches
+from cag.server.tenants import OPERATOR, CacheKey, Tenants
 from cag_store.errors import CorruptEntry
+
+own = partial(CacheKey, OPERATOR)
 
 
 @pytest.fixture
 def caches(engine):
-    caches = ResidentCaches(engine)
+    caches = ResidentCaches(Tenants(engine, frozenset(), None).find)
     yield caches
     caches.close()
 
@@ -25,9 +29,9 @@ def is_closed(prefix):
 
 
 def test_the_second_request_finds_the_cache_open(caches):
-    with caches.use("handbook") as first:
+    with caches.use(own("handbook")) as first:
         pass
-    with caches.use("handbook") as second:
+    with caches.use(own("handbook")) as second:
         assert (first.opened_at is not None, second.opened_at) == (True, None)
         assert first.prefix is second.prefix
     assert not is_closed(second.prefix)
@@ -37,9 +41,9 @@ def test_the_second_request_finds_the_cache_open(caches):
 
 def test_an_old_version_is_closed_with_its_last_request(caches, copy_of):
     copy_of("handbook", "versions")
-    with caches.use("versions") as first, caches.use("versions") as also_first:
+    with caches.use(own("versions")) as first, caches.use(own("versions")) as also_first:
         copy_of("manual", "versions")
-        with caches.use("versions") as second:
+        with caches.use(own("versions")) as second:
             assert second.prefix is not first.prefix
             assert not is_closed(first.prefix)
     assert is_closed(also_first.prefix)
@@ -48,18 +52,18 @@ def test_an_old_version_is_closed_with_its_last_request(caches, copy_of):
 
 
 def test_a_dropped_cache_stays_open_for_who_uses_it(caches):
-    with caches.use("handbook") as use:
-        caches.drop("handbook")
+    with caches.use(own("handbook")) as use:
+        caches.drop(own("handbook"))
         assert (caches.num_resident, is_closed(use.prefix)) == (0, False)
     assert is_closed(use.prefix)
-    caches.drop("handbook")
+    caches.drop(own("handbook"))
 
 
 def test_a_cache_that_fails_is_opened_again(caches):
-    with pytest.raises(CorruptEntry), caches.use("handbook") as failed:
+    with pytest.raises(CorruptEntry), caches.use(own("handbook")) as failed:
         raise CorruptEntry("a segment is damaged")
     assert is_closed(failed.prefix)
-    with caches.use("handbook") as use:
+    with caches.use(own("handbook")) as use:
         assert use.prefix is not failed.prefix
 
 
@@ -72,7 +76,7 @@ def test_threads_that_open_the_same_cache_share_it(caches, engine, monkeypatch):
         return opened[-1]
 
     def request():
-        with caches.use("handbook") as use:
+        with caches.use(own("handbook")) as use:
             used.append(use.prefix)
 
     monkeypatch.setattr(engine, "open", meet)
@@ -88,32 +92,32 @@ def test_threads_that_open_the_same_cache_share_it(caches, engine, monkeypatch):
 
 
 def bytes_of(caches, name):
-    with caches.use(name) as use:
+    with caches.use(own(name)) as use:
         use.prefix.resident.wait()
         return use.prefix.resident.num_bytes
 
 
 def test_within_a_limit_unused_caches_make_room(engine, copy_of):
     sizes = {}
-    free = ResidentCaches(engine)
+    free = ResidentCaches(Tenants(engine, frozenset(), None).find)
     for name in ("handbook", "manual"):
         sizes[name] = bytes_of(free, name)
     free.close()
-    caches = ResidentCaches(engine, max_bytes=max(sizes.values()))
+    caches = ResidentCaches(Tenants(engine, frozenset(), None).find, max_bytes=max(sizes.values()))
     for name in ("handbook", "manual", "handbook"):
         assert bytes_of(caches, name) == sizes[name]
         assert caches.num_resident == 1
         assert caches.num_bytes <= max(sizes.values())
     assert caches.num_evicted == 2
-    with caches.use("handbook"), pytest.raises(QueueFull, match="in use"), caches.use("manual"):
+    with caches.use(own("handbook")), pytest.raises(QueueFull, match="in use"), caches.use(own("manual")):
         pass
     assert bytes_of(caches, "manual") == sizes["manual"]  # given back, so there is room
     caches.close()
 
 
 def test_a_cache_larger_than_the_limit_is_refused_and_harms_nobody(engine):
-    caches = ResidentCaches(engine, max_bytes=10)
-    with pytest.raises(InsufficientResources, match="max-resident-bytes"), caches.use("handbook"):
+    caches = ResidentCaches(Tenants(engine, frozenset(), None).find, max_bytes=10)
+    with pytest.raises(InsufficientResources, match="max-resident-bytes"), caches.use(own("handbook")):
         pass
     assert (caches.num_resident, caches.num_bytes) == (0, 0)
 
@@ -121,12 +125,12 @@ def test_a_cache_larger_than_the_limit_is_refused_and_harms_nobody(engine):
 def test_the_cheapest_to_load_again_goes_first_and_old_ones_do_not_stay_for_ever(engine, copy_of):
     """What is dear to load outlives several cheap ones that were used later, and goes in the end."""
     names = ["handbook", "manual"]
-    free = ResidentCaches(engine)
+    free = ResidentCaches(Tenants(engine, frozenset(), None).find)
     sizes = [bytes_of(free, name) for name in names]
     free.close()
-    caches = ResidentCaches(engine, max_bytes=sum(sizes))
+    caches = ResidentCaches(Tenants(engine, frozenset(), None).find, max_bytes=sum(sizes))
     for name, seconds in zip(names, (5.0, 0.5), strict=True):
-        with caches.use(name) as use:
+        with caches.use(own(name)) as use:
             use.prefix.resident.wait()
             use.prefix.resident.load_s = seconds
     third = engine.find("manual")[1]
@@ -139,9 +143,9 @@ def test_the_cheapest_to_load_again_goes_first_and_old_ones_do_not_stay_for_ever
         engine.build([engine.store.backend.root.parent / "manual.txt"], name="fourth", system_text="Yet other words.")
         bytes_of(caches, "fourth")
         held = set(caches._held)
-        assert "handbook" in held
-        assert "fourth" in held
-        assert "manual" not in held or "third" not in held
+        assert own("handbook") in held
+        assert own("fourth") in held
+        assert own("manual") not in held or own("third") not in held
     finally:
         caches.close()
         for name in ("third", "fourth"):
@@ -150,11 +154,11 @@ def test_the_cheapest_to_load_again_goes_first_and_old_ones_do_not_stay_for_ever
 
 def test_a_version_that_is_being_used_up_still_counts(engine, copy_of):
     copy_of("handbook", "counted")
-    caches = ResidentCaches(engine)
-    with caches.use("counted") as use:
+    caches = ResidentCaches(Tenants(engine, frozenset(), None).find)
+    with caches.use(own("counted")) as use:
         use.prefix.resident.wait()
         before = caches.num_bytes
-        caches.drop("counted")
+        caches.drop(own("counted"))
         assert (caches.num_resident, caches.num_bytes) == (0, before)
     assert caches.num_bytes == 0
     caches.close()
