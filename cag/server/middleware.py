@@ -35,7 +35,8 @@ class ApiKeys:
             facts = ErrorFacts(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
             await facts.response()(scope, receive, send)
         else:
-            await self.app({**scope, SCOPE: tenant}, receive, send)
+            scope[SCOPE] = tenant
+            await self.app(scope, receive, send)
 
     def _owner(self, header: str) -> str | None:
         """Whose key it is; None if it is nobody's. All keys are compared, whichever it is."""
