@@ -247,7 +247,8 @@ class Engine:
         opened = _OpenCache(manifest, resident, reader)
         with self._lock:
             if share and self._open.setdefault(manifest.digest, opened) is not opened:
-                reader.close()  # somebody else opened it meanwhile
+                resident.give_up()  # somebody else opened it meanwhile
+                reader.close()
                 opened = self._open[manifest.digest]
             return self._handle(name, opened)
 
@@ -288,6 +289,7 @@ class Engine:
                 return
             if self._open.get(opened.manifest.digest) is opened:
                 del self._open[opened.manifest.digest]
+        opened.resident.give_up()
         opened.reader.close()
 
     def _documents(self, manifest: Manifest) -> list[Document]:

@@ -1,9 +1,12 @@
 """Behind a cache: the same logits and answers as without one, every token accounted for, nothing copied."""
 
+import threading
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from cag.buffers import HostBuffers
 from cag.corpus import load_documents
 from cag.engine import Engine
 from cag.errors import RequestTooLong, UsageError
@@ -179,6 +182,27 @@ def test_a_closed_prefix_cannot_be_asked(built):
     prefix.close()
     with pytest.raises(UsageError, match="closed"):
         prefix.ask(QUESTION)
+
+
+def test_a_prefix_that_is_closed_while_it_loads_stops_loading(built, monkeypatch):
+    """And the end of the process waits for no more than that: its threads are no daemons, which would be cut off in
+    compiled code."""
+    arrived, go_on, threads = threading.Event(), threading.Event(), []
+
+    def first_layer_waits(self, layer):
+        threads.append(threading.current_thread())
+        arrived.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(HostBuffers, "arrived", first_layer_waits)
+    prefix = built.open("handbook")
+    assert arrived.wait(60)
+    prefix.close()
+    go_on.set()
+    prefix.resident.wait_quietly()
+    with pytest.raises(UsageError, match="while it was loading"):
+        prefix.resident.wait()
+    assert [thread.daemon for thread in threads] == [False]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral-window", "gemma3"])
