@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cag.errors import CacheNotFound
+from cag.errors import CacheNotFound, UsageError
 from cag.home import cag_home
 from cag_store import DEFAULT_CACHE_BYTES, CopyReport, Manifest, PieceCache, Ref, Store, copy_cache, is_url, only_name
 from cag_store.errors import EntryNotFound
@@ -17,10 +17,13 @@ def open_store(store: Store | str | Path | None = None, *, cache_bytes: int | No
     """A store as it is, the store in a directory or at a URL, or the user's own.
 
     What is read from an object store is kept on the local disk in at most `cache_bytes`; 0 keeps nothing.
-    Raises: UnsupportedFormat, UnsupportedBackend, BackendUnavailable.
+    Raises: UsageError: an empty text, as of a variable that is not set; UnsupportedFormat, UnsupportedBackend,
+    BackendUnavailable.
     """
     if isinstance(store, Store):
         return store
+    if store == "":
+        raise UsageError("the place of the store is empty.", hint="Give a directory or a URL.")
     if store is None:
         return Store.open(cag_home() / "store")
     if not is_url(store):

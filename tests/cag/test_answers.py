@@ -162,7 +162,24 @@ def test_sampling_is_repeatable_with_a_seed_and_differs_without(built):
         assert len({prefix.ask(QUESTION, seed=seed, **options).text for seed in range(4)}) > 1
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_a_temperature_that_no_number_can_be_divided_by_is_greedy(built):
+    with built.open("handbook") as prefix:
+        greedy = prefix.ask(QUESTION, max_tokens=6)
+        assert prefix.ask(QUESTION, max_tokens=6, temperature=1e-42).token_ids == greedy.token_ids
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": 2**64},
+    ],
+)
 def test_bad_sampling_options_are_refused(bad):
     with pytest.raises(UsageError):
         SamplingOptions(**bad)
