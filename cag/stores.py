@@ -61,15 +61,25 @@ def import_cache(
 ) -> CopyReport:
     """See `Engine.import_cache`."""
     opened = open_store(source, cache_bytes=0)
+    if cache is None and len(names := opened.names()) > 1:
+        raise UsageError(
+            f"{opened.backend.url} holds {len(names)} caches: {', '.join(names[:10])}.",
+            hint="Say which with --cache NAME.",
+        )
     with translated_lookup():
         return copy_cache(opened, store, cache or only_name(opened), name, on_progress)
 
 
 @contextmanager
 def translated_lookup() -> Iterator[None]:
-    """The store's missing entry as the engine's missing cache. Raises: CacheNotFound."""
+    """The store's missing name as the engine's missing cache; a cache that is there and not whole stays as it is.
+    Raises: CacheNotFound."""
     try:
         yield
     except EntryNotFound as error:
+        if "path" in error.facts:
+            raise
         hint = "`cag ls` lists caches, `cag build` makes one."
+        if "expires_at" in error.facts:
+            hint = f"`cag pin {error.facts['name']}` brings it back."
         raise CacheNotFound(f"{error}.", hint=hint, **error.facts) from error

@@ -103,6 +103,17 @@ def test_a_damaged_cache_is_not_answered_from(cag, book, damage, folder):
     assert (failed.exit_code, failed.error["code"]) == (52, "corrupt_entry")
 
 
+@pytest.mark.parametrize("folder", ["chunks", "manifests", "blobs"])
+def test_a_cache_of_which_a_part_has_gone_is_not_called_missing(cag, book, tmp_path, folder):
+    for path in (book / folder).rglob("*"):
+        if path.is_file():
+            path.unlink()
+    asked = cag("ask", "book", "Why?", "--store", book, "--json")
+    copied = cag("export", "book", tmp_path / "copy", "--store", book, "--json")
+    for failed in (asked, copied):
+        assert (failed.exit_code, failed.error["code"]) == (51, "entry_not_found")
+
+
 def test_a_folder_that_is_no_store(cag, corpus):
     assert cag("ls", "--store", corpus, "--json").error["code"] == "unsupported_format"
 
