@@ -30,7 +30,7 @@ QUESTION_BLOCK_TOKENS = 256  # of what is read before an answer in one forward; 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is chosen. Temperature 0 is greedy, and so is one below `GREEDY_BELOW`; `seed` makes sampling
-    repeatable.
+    repeatable. One stop string may stand without a tuple.
 
     `speculate`: run guesses from the corpus and the conversation along, which makes tokens come sooner and other ones
     never; None: where that holds to the bit (`LanguageModel.rows_stay_apart`).
@@ -44,6 +44,10 @@ class SamplingOptions:
     speculate: bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))  # not a stop string a character
+        if "" in self.stop:
+            raise UsageError("a stop string is empty.")
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
         if not 0 <= self.temperature < math.inf:

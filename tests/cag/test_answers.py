@@ -136,6 +136,25 @@ def test_an_abandoned_stream_leaves_the_session_usable(built):
         assert answer.usage.cached_tokens > len(prefix.token_ids)
 
 
+def test_a_stream_is_read_once_and_behind_what_it_was_made_for(built):
+    with built.open("handbook") as prefix:
+        session = prefix.session()
+        first, second = session.stream(QUESTION), session.stream("And who?")
+        list(first)
+        with pytest.raises(UsageError, match="has begun since"):
+            list(second)
+        with pytest.raises(UsageError, match="read before"):
+            list(first)
+        assert len(session.turns) == 1
+        usage = session.ask("And who?", SamplingOptions(max_tokens=2)).usage
+        assert usage.cached_tokens > len(prefix.token_ids)
+
+
+def test_token_ids_cannot_be_written_to(built):
+    with built.open("handbook") as prefix, pytest.raises(ValueError, match="read-only"):
+        prefix.token_ids[0] = 0
+
+
 def test_stream_gives_the_text_of_the_answer(built):
     with built.open("handbook") as prefix:
         stream = prefix.stream(QUESTION, max_tokens=20)
@@ -150,7 +169,7 @@ def test_stop_strings_end_the_answer_and_are_never_shown(built):
         whole = prefix.ask(QUESTION, max_tokens=24).text
         stop = whole[4:6]
         pieces = list(prefix.stream(QUESTION, max_tokens=24, stop=(stop,)))
-        cut = prefix.ask(QUESTION, max_tokens=24, stop=(stop,))
+        cut = prefix.ask(QUESTION, max_tokens=24, stop=stop)
         assert "".join(pieces).strip() == cut.text == whole[: whole.index(stop)].strip()
         assert cut.finish_reason == "stop"
 
@@ -178,6 +197,7 @@ def test_a_temperature_that_no_number_can_be_divided_by_is_greedy(built):
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"seed": 2**64},
+        {"stop": ""},
     ],
 )
 def test_bad_sampling_options_are_refused(bad):
