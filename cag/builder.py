@@ -20,7 +20,7 @@ import cag_store
 from cag.building import BuildOptions, BuildProgress, BuildReport, BuildSeconds
 from cag.chunks import PrefixChunks
 from cag.corpus import Document
-from cag.errors import BuildInterrupted, CorpusTooLarge, FidelityMissed, InsufficientResources
+from cag.errors import BuildInterrupted, CorpusTooLarge, FidelityMissed, InsufficientResources, UsageError
 from cag.fidelity import Fidelity
 from cag.ladder import CodecChoice, Rung, Trial, choose, describe_codec
 from cag.memory import large_blocks_apart
@@ -240,6 +240,7 @@ def build_cache(
     """Build a cache over `documents` in their order, and let `name` refer to it, for `ttl_s` seconds or for good.
 
     Raises:
+        UsageError: an expiry that is not ahead, or beyond the calendar.
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
         InsufficientResources: too little memory for one copy of the cache, said before anything is computed.
         FidelityMissed: the cache misses the bound that was given; the name still refers to what it referred to.
@@ -249,6 +250,8 @@ def build_cache(
     started_at = time.perf_counter()
     if isinstance(options.codec, dict):
         codec_from_config(options.codec)
+    if ttl_s is not None:
+        _check_ttl(ttl_s)
     layout = lay_out(
         model.tokenizer, model.template, documents, system_text=options.system_text, closing_text=options.closing_text
     )
@@ -292,6 +295,15 @@ def _previous(store: Store, name: str) -> Manifest | None:
         return store.resolve(name)[1]
     except StoreError:
         return None
+
+
+def _check_ttl(ttl_s: float) -> None:
+    try:
+        ahead = ttl_s > 0 and cag_store.utc_after(ttl_s)
+    except ValueError as error:
+        raise UsageError(f"ttl_s is {ttl_s}: {error}.") from error
+    if not ahead:
+        raise UsageError(f"ttl_s is {ttl_s}; it is a number of seconds above 0.", hint="Without one it never expires.")
 
 
 def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:

@@ -81,7 +81,8 @@ class BuildReport:
     """What a build did. `reused_tokens` were taken from the store, `computed_tokens` were prefilled; of these,
     `recomputed_tokens` had only lossy chunks left, which nothing is computed behind.
 
-    `codec_choice` is how "auto" chose `codec`, None when it was named.
+    `codec_choice` is how "auto" chose `codec`, None when it was named. `added`, `changed` and `removed` are ids of the
+    documents in which an update differs from the cache before.
     """
 
     name: str
@@ -105,6 +106,9 @@ class BuildReport:
     duplicates: tuple[tuple[str, str], ...] = ()
     empty: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object that `cag build --json` prints."""

@@ -149,10 +149,10 @@ class Engine:
     ) -> BuildReport:
         """Build `name` again over `paths`: known documents keep their order, new ones come last.
 
-        So everything before the first changed document is taken from the store, where its exact chunks are there still
-        (`BuildReport.recomputed_tokens`). Codec, bound and texts are the old ones; a codec that was searched is kept
-        while it stays within the bound, and searched again when it does not. The old expiry ends, `ttl_s` sets a new
-        one. `force` keeps a cache that misses its bound.
+        Documents that `paths` no longer name go. Everything before the first changed document is taken from the store,
+        where its exact chunks are there still (`BuildReport.recomputed_tokens`). Codec, bound and texts are the old
+        ones; a codec that was searched is kept while it stays within the bound, and searched again when it does not.
+        The old expiry ends, `ttl_s` sets a new one. `force` keeps a cache that misses its bound.
         """
         manifest = self.find(name)[1]
         corpus = _read(paths, skip_errors)
@@ -169,7 +169,7 @@ class Engine:
             keep=codec if searched else None,
         )
         report = build_cache(self.model, self.store, name, documents, options, on_progress, ttl_s)
-        return _with_corpus(report, corpus)
+        return _with_changes(_with_corpus(report, corpus), manifest, documents)
 
     def find(self, name: str) -> tuple[Ref, Manifest]:
         """Ref and manifest of a cache.
@@ -253,7 +253,8 @@ class Engine:
         opened = _OpenCache(manifest, resident, reader)
         with self._lock:
             if share and self._open.setdefault(manifest.digest, opened) is not opened:
-                reader.close()  # somebody else opened it meanwhile
+                resident.give_up()  # somebody else opened it meanwhile
+                reader.close()
                 opened = self._open[manifest.digest]
             return self._handle(name, opened)
 
@@ -294,6 +295,7 @@ class Engine:
                 return
             if self._open.get(opened.manifest.digest) is opened:
                 del self._open[opened.manifest.digest]
+        opened.resident.give_up()
         opened.reader.close()
 
     def _documents(self, manifest: Manifest) -> list[Document]:
@@ -342,3 +344,14 @@ def _short(value: object) -> str:
 
 def _with_corpus(report: BuildReport, corpus: CorpusReport) -> BuildReport:
     return replace(report, duplicates=corpus.duplicates, empty=corpus.empty, skipped=corpus.skipped)
+
+
+def _with_changes(report: BuildReport, before: Manifest, documents: Sequence[Document]) -> BuildReport:
+    old = {entry.doc_id: entry.sha256 for entry in before.documents}
+    new = {document.doc_id: document.sha256 for document in documents}
+    return replace(
+        report,
+        added=tuple(doc_id for doc_id in new if doc_id not in old),
+        changed=tuple(doc_id for doc_id in new if old.get(doc_id, new[doc_id]) != new[doc_id]),
+        removed=tuple(doc_id for doc_id in old if doc_id not in new),
+    )

@@ -6,6 +6,7 @@ Knows a model and a sequence state; knows no documents, no store and no template
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ from cag.speculation import MAX_DRAFT_TOKENS, Drafter, share_rows
 from cag.state import SequenceState
 
 DEFAULT_MAX_TOKENS = 128
+GREEDY_BELOW = 1e-5  # a temperature: logits over less may leave the range of float32
 SHARED_BLOCK_TOKENS = 64  # of a question, read in a step with others' tokens
 WHOLE_BLOCK_TOKENS = 256  # the same in a step of its own
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen. Temperature 0 is greedy; `seed` makes sampling repeatable.
+    """How the next token is chosen. Temperature 0 is greedy, and so is one below `GREEDY_BELOW`; `seed` makes sampling
+    repeatable. One stop string may stand without a tuple.
 
     `speculate`: run guesses from the corpus and the conversation along, which makes tokens come sooner and other ones
     never; None: where that holds to the bit (`LanguageModel.rows_stay_apart`).
@@ -42,19 +45,25 @@ class SamplingOptions:
     speculate: bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))  # not a stop string a character
+        if "" in self.stop:
+            raise UsageError("a stop string is empty.")
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
-        if self.temperature < 0:
-            raise UsageError(f"temperature is {self.temperature}; it must not be negative.")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature is {self.temperature}; it must be a finite number from 0 on.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it must be in (0, 1].")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise UsageError(f"seed is {self.seed}; it must fit into 64 bits.")
 
 
 class Sampler:
     """Chooses a token id from logits `[vocab_size]`."""
 
     def __init__(self, options: SamplingOptions, device: torch.device) -> None:
-        self.greedy = options.temperature == 0
+        self.greedy = options.temperature < GREEDY_BELOW
         self.warpers: list[Any] = []
         self.generator = torch.Generator(device=device)
         if options.seed is not None:

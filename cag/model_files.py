@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from cag.errors import InsufficientResources, ModelError, UnsupportedModel
+from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
 from cag.runtime import RuntimePlan
@@ -138,14 +138,14 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def chosen_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.dtype:
-    """What to compute in: as wanted, or what the machine computes best with. Raises: UnsupportedModel."""
+    """What to compute in: as wanted, or what the machine computes best with. Raises: UsageError."""
     if wanted == "auto":
         if plan.device == "cpu":
             return torch.float32 if stored == torch.float32 else getattr(torch, plan.compute_dtype)
         return stored
     dtype = getattr(torch, wanted, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedModel(f"compute dtype {wanted!r} is unknown.", hint="Use auto, float32, bfloat16 or float16.")
+        raise UsageError(f"unknown dtype {wanted!r}.", hint="Use auto, float32, bfloat16 or float16.")
     assert isinstance(dtype, torch.dtype)
     return dtype
 

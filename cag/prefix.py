@@ -77,8 +77,10 @@ class Prefix:
 
     @property
     def token_ids(self) -> NDArray[Any]:
-        """The prefix, one id a token, `[num_tokens]` int64."""
-        return self.resident.token_ids
+        """The prefix, one id a token, `[num_tokens]` int64, not to be written to."""
+        token_ids = self.resident.token_ids.view()
+        token_ids.flags.writeable = False
+        return token_ids
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Decoded keys (after RoPE) and values of a layer, `[num_kv_heads, num_tokens, head_dim]`, for inspection.

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from cag.errors import UnsupportedModel
+from cag.errors import UnsupportedModel, UsageError
 
 SYSTEM_TEXT = (
     "You answer questions about the documents below, and about nothing else. "
@@ -157,9 +157,15 @@ def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     are few of those, and every question has them.
 
     Safe to call from several threads with one tokenizer.
+    Raises: UsageError: text with a lone half of a surrogate pair, as bytes that are not UTF-8 become in arguments.
     """
     if not text:
         return []
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!r} at character {error.start}"
+        raise UsageError(f"text that is not valid Unicode: {found}.", hint="Give it in UTF-8.") from error
     with _tokenizer_lock:
         known = _template_ids.setdefault(tokenizer, {}) if special else {}
         if text not in known:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cag.buffers import CodedBuffers, HostBuffers
+from cag.errors import UsageError
 from cag.host_copies import HostCopy
 from cag.ngrams import NgramIndex
 from cag.state import numbers_of
@@ -96,6 +97,7 @@ class ResidentPrefix:
         self._confirm: Callable[[int], None] | None = None  # while layers arrive that may prove damaged
         self._ready = [threading.Event() for _ in layers]
         self._error: BaseException | None = None
+        self._given_up = False
 
     @classmethod
     def from_tail(cls, tail: Tail, token_ids: NDArray[np.int64]) -> ResidentPrefix:
@@ -161,7 +163,8 @@ class ResidentPrefix:
         self._uploads = host.uploads
         self._confirm = host.confirm if isinstance(host, StreamBuffers) else None
         arguments = (host, work, on_host_copy)
-        threading.Thread(target=self._load, args=arguments, name="cag-load", daemon=True).start()
+        # no daemon: such a thread must not be caught in compiled code when the process ends
+        threading.Thread(target=self._load, args=arguments, name="cag-load").start()
 
     def _load(
         self,
@@ -198,9 +201,15 @@ class ResidentPrefix:
             self._arrived(layer, host)
 
     def _arrived(self, layer: int, host: Buffers) -> None:
+        if self._given_up:
+            raise UsageError("the cache was closed while it was loading.", hint="Keep it open until answers are there.")
         host.arrived(layer)
         if layer < len(self._ready) - 1:  # the last layer is set with `load_s`
             self._ready[layer].set()
+
+    def give_up(self) -> None:
+        """Load no further layers: nobody wants them any more. Who waits for one all the same gets a UsageError."""
+        self._given_up = True
 
     def mark_loaded(self) -> None:
         """All layers are there."""

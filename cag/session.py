@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cag.answer import Answer, CacheOrigin, Timings, Usage
@@ -23,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class AnswerStream:
-    """Iterates over pieces of text; `answer` is there when the iteration has ended."""
+    """Iterates over pieces of text, once; `answer` is there when the iteration has ended.
+
+    Iterating raises UsageError the second time, while another answer of the session is running, and when one has begun
+    since the stream was made: the question stands behind what was there then.
+    """
 
     def __init__(
         self,
@@ -39,20 +42,23 @@ class AnswerStream:
         self._generation = generation
         self._cached_tokens = session.num_cached_tokens
         self._was_resident = was_resident
+        self._has_begun = False
         self._answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
-        with self._session.turn(self._generation):
+        self._begin()
+        try:
             yield from self._generation
+        finally:
+            self._session.end_turn(self._generation)
         self._end()
 
     def submit(self, scheduler: Scheduler, on_piece: Callable[[str], None]) -> Request:
         """Let `scheduler` make the answer, together with others; `finish` behind it.
 
-        Raises:
-            UsageError: another answer of this session is still running.
+        Raises: UsageError: as iterating.
         """
-        self._session.begin_turn()
+        self._begin()
         try:
             return scheduler.submit(self._generation, on_piece)
         except BaseException:
@@ -69,6 +75,12 @@ class AnswerStream:
             return None
         self._end()
         return self.answer
+
+    def _begin(self) -> None:
+        if self._has_begun:
+            raise UsageError("this stream was read before.", hint="Make a stream for each question.")
+        self._session.begin_turn(self._cached_tokens)
+        self._has_begun = True
 
     def _end(self) -> None:
         self._answer = self._compose()
@@ -132,27 +144,23 @@ class Session:
         """Tokens of the prefix and of earlier turns whose keys and values are there."""
         return self._state.num_tokens
 
-    @contextmanager
-    def turn(self, generation: Generation) -> Iterator[None]:
-        """Around one running answer: however it ends, the session is ready for the next question.
+    def begin_turn(self, cached_tokens: int) -> None:
+        """Before an answer to a question that was laid out behind `cached_tokens`; `end_turn` behind it.
 
         Raises:
-            UsageError: another answer of this session is still running.
+            UsageError: another answer of this session is still running, or has begun since.
         """
-        self.begin_turn()
-        try:
-            yield
-        finally:
-            self.end_turn(generation)
-
-    def begin_turn(self) -> None:
-        """See `turn`."""
         if self._busy:
             raise UsageError("another answer of this session is still running.", hint="Open a second session.")
+        if self.num_cached_tokens != cached_tokens:
+            raise UsageError(
+                "another answer of this session has begun since this stream was made.",
+                hint="Make the stream of a question when the answer before it is there.",
+            )
         self._busy, self._begun_at = True, self._state.num_tail
 
     def end_turn(self, generation: Generation) -> None:
-        """See `turn`."""
+        """However an answer has ended, the session is ready for the next question."""
         forwarded = self._state.num_tail - self._begun_at - len(generation.suffix_ids)
         if forwarded < 0:  # the question itself was not read to its end: as if it had not been asked
             self._state.rewind(self._begun_at)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cag.errors import CacheNotFound
+from cag.errors import CacheNotFound, UsageError
 from cag.home import cag_home
 from cag_store import DEFAULT_CACHE_BYTES, CopyReport, Manifest, PieceCache, Ref, Store, copy_cache, is_url, only_name
 from cag_store.errors import CorruptEntry, EntryNotFound
@@ -17,10 +17,13 @@ def open_store(store: Store | str | Path | None = None, *, cache_bytes: int | No
     """A store as it is, the store in a directory or at a URL, or the user's own.
 
     What is read from an object store is kept on the local disk in at most `cache_bytes`; 0 keeps nothing.
-    Raises: UnsupportedFormat, UnsupportedBackend, BackendUnavailable.
+    Raises: UsageError: an empty text, as of a variable that is not set; UnsupportedFormat, UnsupportedBackend,
+    BackendUnavailable.
     """
     if isinstance(store, Store):
         return store
+    if store == "":
+        raise UsageError("the place of the store is empty.", hint="Give a directory or a URL.")
     if store is None:
         return Store.open(cag_home() / "store")
     if not is_url(store):
@@ -58,6 +61,11 @@ def import_cache(
 ) -> CopyReport:
     """See `Engine.import_cache`."""
     opened = open_store(source, cache_bytes=0)
+    if cache is None and len(names := opened.names()) > 1:
+        raise UsageError(
+            f"{opened.backend.url} holds {len(names)} caches: {', '.join(names[:10])}.",
+            hint="Say which with --cache NAME.",
+        )
     with translated_lookup():
         return copy_cache(opened, store, cache or only_name(opened), name, on_progress)
 
@@ -74,4 +82,6 @@ def translated_lookup() -> Iterator[None]:
                 f"{error}: the cache is incomplete; build it again", where=error.facts["path"]
             ) from error
         hint = "`cag ls` lists caches, `cag build` makes one."
+        if "expires_at" in error.facts:
+            hint = f"`cag pin {error.facts['name']}` brings it back."
         raise CacheNotFound(f"{error}.", hint=hint, **error.facts) from error

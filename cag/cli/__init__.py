@@ -15,10 +15,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from cag.cli import ask, bench, build, caches, doctor, housekeeping, models, transfer
-from cag.cli.output import INTERRUPTED, report_error
+from cag.cli.output import INTERRUPTED, note, report_error
 from cag.cli.serve import serve
 
-BROKEN_PIPE = 1  # what typer, too, exits with
+NO_STDOUT = 1  # what typer, too, exits with
 
 app = typer.Typer(
     name="cag",
@@ -71,26 +71,44 @@ app.command()(doctor.doctor)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: run `arguments` (those of the process if None) and exit with the code of what happened."""
+    _open_standard_streams()
     atexit.register(gc.freeze)  # the interpreter need not look for garbage in what is about to go
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _open_standard_streams() -> None:
+    """What the caller has closed (`>&-`) becomes a file without end and bottom: another file that is opened later must
+    not get its number, and with it what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  (takes the lowest number; for good)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and say what went wrong, if anything did.
 
     Returns:
-        0; the exit code of the error's class in `cag.errors.ERROR_TABLE`; 130 for Ctrl-C; 1, and not a word, when
-        nobody reads stdout any more.
+        0; the exit code of the error's class in `cag.errors.ERROR_TABLE`; 130 for Ctrl-C; 1 when stdout takes no
+        more, and not a word when that is because nobody reads it.
     """
+    try:
+        return _run(arguments)
+    except OSError as error:  # only stdout's come here
+        # The interpreter flushes once more at its end, and must not fail there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            note(f"error: cannot write to stdout: {error.strerror}.")
+        return NO_STDOUT
+
+
+def _run(arguments: list[str]) -> int:
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     said = {"as_json": "--json" in flags, "verbose": "--verbose" in flags}
     try:
         result = app(arguments or ["--help"], prog_name="cag", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more at its end, and must not fail there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        raise
     except typer.Abort:
         result = INTERRUPTED
     except Exception as error:

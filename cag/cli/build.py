@@ -118,7 +118,10 @@ def update(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Rebuild a cache from the first changed document on."""
+    """Rebuild a cache from the first changed document on.
+
+    PATHs are all of its documents: those that they no longer name go.
+    """
     from cag.corpus import load_corpus
 
     corpus = load_corpus(paths, skip_errors=skip_errors)
@@ -151,6 +154,9 @@ def _print_report(report: BuildReport, *, as_json: bool) -> None:
         note(f"empty: {one_line(path)}")
     for path, reason in report.skipped:
         note(f"skipped: {one_line(path)}: {one_line(reason)}")
+    for change in ("added", "changed", "removed"):
+        for doc_id in getattr(report, change):
+            note(f"{change}: {one_line(doc_id)}")
     if as_json:
         print_json(report.to_json())
         return

@@ -27,7 +27,7 @@ def pull(
 
     note_configuration(verbose, model=model, home=cag_home())
     with shown_progress("bytes") as report:
-        files = fetch_model(portable_model(model) or model, progress=report, force=force)
+        files = fetch_model(portable_model(model), progress=report, force=force)
     num_bytes = folder_bytes(files.directory)
     if as_json:
         print_json(

@@ -78,7 +78,7 @@ def _loaded(store: Store, choice: ModelChoice) -> Engine:
     from cag.starts.begin import begin_model
 
     options = given(adapter=choice.adapter, device=choice.device, dtype=choice.dtype)
-    name = portable_model(choice.model) or DEFAULT_MODEL
+    name = DEFAULT_MODEL if choice.model is None else portable_model(choice.model)
     beginning = begin_model(name, **{"adapter": None, "device": "auto", "dtype": "auto"} | options)
     from cag.engine import Engine  # imports torch
 
@@ -119,10 +119,10 @@ def load_engine_of(store: Store, name: str, choice: ModelChoice, *, verbose: boo
     return load_engine(store, whole, verbose=verbose)
 
 
-def portable_model(model: str | None) -> str | None:
+def portable_model(model: str) -> str:
     """A model directory as an absolute path, so that its caches can be asked from any folder; other names unchanged."""
     from cag.models import CATALOGUE
 
-    if model is None or model in CATALOGUE or not Path(model).expanduser().is_dir():
+    if not model or model in CATALOGUE or not Path(model).expanduser().is_dir():
         return model
     return str(Path(model).expanduser().absolute())

@@ -131,7 +131,9 @@ def error_facts(error: BaseException) -> dict[str, Any]:
     if isinstance(error, StoreError):
         return _facts(row.code, error.message, "", row.exit_code)
     message = " ".join(f"{type(error).__name__}: {error}".split())
-    return _facts(row.code, message, "Nobody foresaw this: --verbose shows where it happened.", row.exit_code)
+    return _facts(
+        row.code, message, "Nobody foresaw this: `cag --verbose COMMAND ...` shows where it happened.", row.exit_code
+    )
 
 
 def _facts(code: str, message: str, hint: str, exit_code: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 
 from cag.corpus.folders import OnError, OnSkip, walk_files
 from cag.corpus.loaders import unreadable
+from cag.errors import UsageError
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -39,10 +40,14 @@ def find_files(arguments: Sequence[str | Path], on_error: OnError, on_skip: OnSk
     """The files that `arguments` name. An argument that names nothing goes to `on_error` as UnreadableDocument.
 
     A string that is no existing path and has one of `* ? [` is a glob: `**` crosses folders, hidden names never match,
-    and only files are taken.
+    and only files are taken. An empty string is an argument that is not set, not the current folder.
+
+    Raises: UsageError: an empty string.
     """
     files: list[FoundFile] = []
     for argument in arguments:
+        if argument == "":
+            raise UsageError("a path is empty.", hint="Name a file or a folder; `.` is the current one.")
         # `resolve` would replace links, and with them the names that the user knows.
         path = Path(os.path.abspath(Path(argument).expanduser()))  # noqa: PTH100
         if path.is_dir():

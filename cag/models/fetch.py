@@ -65,7 +65,7 @@ def fetch_model(
     if entry is not None:
         return _fetch_entry(entry, report, force=force)
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name and directory.is_dir():
         check_model_directory(directory)
         return ModelFiles(name, directory.absolute(), "local")
     if _HUB_ID.fullmatch(name):

@@ -1,9 +1,12 @@
 """Behind a cache: the same logits and answers as without one, every token accounted for, nothing copied."""
 
+import threading
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from cag.buffers import HostBuffers
 from cag.corpus import load_documents
 from cag.engine import Engine
 from cag.errors import RequestTooLong, UsageError
@@ -133,6 +136,25 @@ def test_an_abandoned_stream_leaves_the_session_usable(built):
         assert answer.usage.cached_tokens > len(prefix.token_ids)
 
 
+def test_a_stream_is_read_once_and_behind_what_it_was_made_for(built):
+    with built.open("handbook") as prefix:
+        session = prefix.session()
+        first, second = session.stream(QUESTION), session.stream("And who?")
+        list(first)
+        with pytest.raises(UsageError, match="has begun since"):
+            list(second)
+        with pytest.raises(UsageError, match="read before"):
+            list(first)
+        assert len(session.turns) == 1
+        usage = session.ask("And who?", SamplingOptions(max_tokens=2)).usage
+        assert usage.cached_tokens > len(prefix.token_ids)
+
+
+def test_token_ids_cannot_be_written_to(built):
+    with built.open("handbook") as prefix, pytest.raises(ValueError, match="read-only"):
+        prefix.token_ids[0] = 0
+
+
 def test_stream_gives_the_text_of_the_answer(built):
     with built.open("handbook") as prefix:
         stream = prefix.stream(QUESTION, max_tokens=20)
@@ -147,7 +169,7 @@ def test_stop_strings_end_the_answer_and_are_never_shown(built):
         whole = prefix.ask(QUESTION, max_tokens=24).text
         stop = whole[4:6]
         pieces = list(prefix.stream(QUESTION, max_tokens=24, stop=(stop,)))
-        cut = prefix.ask(QUESTION, max_tokens=24, stop=(stop,))
+        cut = prefix.ask(QUESTION, max_tokens=24, stop=stop)
         assert "".join(pieces).strip() == cut.text == whole[: whole.index(stop)].strip()
         assert cut.finish_reason == "stop"
 
@@ -159,7 +181,25 @@ def test_sampling_is_repeatable_with_a_seed_and_differs_without(built):
         assert len({prefix.ask(QUESTION, seed=seed, **options).text for seed in range(4)}) > 1
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_a_temperature_that_no_number_can_be_divided_by_is_greedy(built):
+    with built.open("handbook") as prefix:
+        greedy = prefix.ask(QUESTION, max_tokens=6)
+        assert prefix.ask(QUESTION, max_tokens=6, temperature=1e-42).token_ids == greedy.token_ids
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": 2**64},
+        {"stop": ""},
+    ],
+)
 def test_bad_sampling_options_are_refused(bad):
     with pytest.raises(UsageError):
         SamplingOptions(**bad)
@@ -179,6 +219,27 @@ def test_a_closed_prefix_cannot_be_asked(built):
     prefix.close()
     with pytest.raises(UsageError, match="closed"):
         prefix.ask(QUESTION)
+
+
+def test_a_prefix_that_is_closed_while_it_loads_stops_loading(built, monkeypatch):
+    """And the end of the process waits for no more than that: its threads are no daemons, which would be cut off in
+    compiled code."""
+    arrived, go_on, threads = threading.Event(), threading.Event(), []
+
+    def first_layer_waits(self, layer):
+        threads.append(threading.current_thread())
+        arrived.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(HostBuffers, "arrived", first_layer_waits)
+    prefix = built.open("handbook")
+    assert arrived.wait(60)
+    prefix.close()
+    go_on.set()
+    prefix.resident.wait_quietly()
+    with pytest.raises(UsageError, match="while it was loading"):
+        prefix.resident.wait()
+    assert [thread.daemon for thread in threads] == [False]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral-window", "gemma3"])

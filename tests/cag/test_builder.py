@@ -226,6 +226,12 @@ def test_unknown_names_and_empty_corpora(tiny_engine, tmp_path):
         tiny_engine.build([empty], name="a/b")
 
 
+@pytest.mark.parametrize("ttl_s", [0, -1, float("nan"), float("inf"), 1e30])
+def test_an_expiry_that_is_none_is_refused_before_anything_is_computed(tiny_engine, corpus_dir, ttl_s):
+    with pytest.raises(UsageError, match="ttl_s"):
+        tiny_engine.build([corpus_dir], name="a", ttl_s=ttl_s, on_progress=pytest.fail)
+
+
 def test_a_corpus_beyond_the_window_says_by_how_much(tiny_engine, tmp_path):
     (tmp_path / "huge.txt").write_text("word " * 2000)
     with pytest.raises(CorpusTooLarge) as caught:

@@ -73,7 +73,7 @@ def test_a_broken_directory_is_a_typed_error(tmp_path):
 
 
 def test_unknown_dtypes_and_devices_are_refused(tiny_model_dir):
-    with pytest.raises(UnsupportedModel, match="int3"):
+    with pytest.raises(UsageError, match="int3"):
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(compute_dtype="int3"))
     with pytest.raises(UsageError, match="abacus"):
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(device="abacus"))

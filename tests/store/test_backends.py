@@ -122,6 +122,21 @@ def test_a_killed_process_holds_no_lease(tmp_path):
     assert not list((tmp_path / "store" / "leases").iterdir())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is there on POSIX only")
+@pytest.mark.parametrize("missing", ["leases", "tmp"])
+def test_a_lease_that_cannot_be_made_closes_nothing_when_it_goes(tmp_path, missing):
+    from cag_store.backends.flocks import FileLease
+
+    for folder in {"leases", "tmp"} - {missing}:
+        (tmp_path / folder).mkdir()
+    lease = FileLease.__new__(FileLease)
+    with pytest.raises(OSError, match="No such file"):
+        lease.__init__(tmp_path / "leases", tmp_path / "tmp", {})
+    with (tmp_path / "other").open("w") as other:  # may have the descriptor that the lease had
+        lease.release()
+        assert os.fstat(other.fileno()).st_size == 0
+
+
 def test_leftovers_of_dead_writers_are_swept_and_living_ones_are_not(tmp_path):
     backend = LocalBackend(tmp_path / "store")
     leftover = tmp_path / "store" / "tmp" / "dead"

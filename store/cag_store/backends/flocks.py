@@ -92,9 +92,9 @@ class FileLease(Lease):
     """A file in `directory` that stays flocked until `release`; `temporary` is a folder for `locked_temporary`."""
 
     def __init__(self, directory: Path, temporary: Path, content: dict[str, Any]) -> None:
+        self._descriptor: int | None = None  # what was not made has nothing to close
         hidden, descriptor = locked_temporary(temporary)
         self._path = directory / hidden.name
-        self._descriptor: int | None = descriptor
         try:
             os.write(descriptor, json.dumps(content).encode("utf-8"))
             hidden.rename(self._path)  # locked before anybody can see it
@@ -102,6 +102,7 @@ class FileLease(Lease):
             hidden.unlink(missing_ok=True)
             os.close(descriptor)
             raise
+        self._descriptor = descriptor
 
     def release(self) -> None:
         """See `Lease`."""

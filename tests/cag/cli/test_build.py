@@ -10,6 +10,7 @@ BUILT = {
     "name", "digest", "num_documents", "num_tokens", "reused_tokens", "computed_tokens", "raw_bytes", "stored_bytes",
     "raw_over_stored", "fidelity", "prefill_s", "encode_s", "measure_s", "search_s", "total_s", "prefill_tokens_per_s",
     "duplicates", "empty", "skipped", "recomputed_tokens", "codec", "codec_choice", "max_kl",
+    "added", "changed", "removed",
 }  # fmt: skip
 
 
@@ -100,6 +101,17 @@ def test_update_computes_from_the_first_change_on(cag, book, corpus):
     assert 0 < updated["reused_tokens"] < before["num_tokens"]
     assert updated["reused_tokens"] + updated["computed_tokens"] == updated["num_tokens"]
     assert cag("show", "book", "--store", book, "--json").json["digest"] == updated["digest"] != before["digest"]
+
+
+def test_update_says_which_documents_are_others(cag, book, corpus):
+    (corpus / "alpha.md").write_text("# Alpha gate\n\nIt has gone.\n")
+    (corpus / "relay.txt").rename(corpus / "zeta.txt")
+    updated = cag("update", "book", corpus, "--store", book, "--json")
+    changes = {kind: updated.json[kind] for kind in ("added", "changed", "removed")}
+    assert changes == {"added": ["zeta.txt"], "changed": ["alpha.md"], "removed": ["relay.txt"]}
+    assert {"added: zeta.txt", "changed: alpha.md", "removed: relay.txt"} <= set(updated.stderr.splitlines())
+    again = cag("update", "book", corpus, "--store", book, "--json").json
+    assert again["added"] == again["changed"] == again["removed"] == []
 
 
 def test_verbose_prints_the_effective_configuration(build, tiny_model_dir, tmp_path, cag, corpus):

@@ -60,6 +60,9 @@ def test_ls_says_what_has_expired(cag, book):
     Store.open(book).set_ttl("book", -1)
     assert cag("ls", "--store", book, "--json").json["caches"][0]["expired"] is True
     assert "(expired)" in cag("ls", "--store", book).stdout
+    assert "`cag pin book`" in cag("show", "book", "--store", book, "--json").error["hint"]
+    cag("pin", "book", "--store", book)
+    assert cag("show", "book", "--store", book).exit_code == 0
 
 
 def test_show_has_the_fields_of_the_contract(cag, book, corpus, tiny_model_dir):

@@ -39,7 +39,14 @@ def test_each_error_of_the_table_has_its_exit_code_and_word(kind, capsys):
         (["show", "../book"], 57, "invalid_name"),
         (["ask", "book", " "], 2, "invalid_request"),
         (["ask", "book", "Why?", "--top-p", "2"], 2, "invalid_request"),
+        (["ask", "book", "Why?", "--temperature", "inf"], 2, "invalid_request"),
+        (["ask", "book", "Why?", "--seed", "1" + 20 * "0"], 2, "invalid_request"),
+        (["ask", "book", "Why \udcff?"], 2, "invalid_request"),
         (["ask", "book", "Why?", "--device", "abacus"], 2, "invalid_request"),
+        (["ask", "book", "Why?", "--dtype", "abacus"], 2, "invalid_request"),
+        (["build", "", "--name", "b"], 2, "invalid_request"),
+        (["export", "book", ""], 2, "invalid_request"),
+        (["pull", ""], 11, "model_not_found"),
         (["ask", "book", "why " * 2500], 41, "request_too_long"),
         (["gc", "--grace-seconds", "-1"], 2, "invalid_request"),
         (["show"], 2, "invalid_request"),
@@ -48,9 +55,10 @@ def test_each_error_of_the_table_has_its_exit_code_and_word(kind, capsys):
     ids=lambda value: " ".join(value)[:32] if isinstance(value, list) else None,
 )
 def test_command_lines_that_fail(cag, book, arguments, exit_code, code):
-    failed = cag(*arguments, "--store", book, "--json")
+    where = [] if arguments[0] == "pull" else ["--store", book]
+    failed = cag(*arguments, *where, "--json")
     assert (failed.exit_code, failed.error["exit_code"], failed.error["code"]) == (exit_code, exit_code, code)
-    plain = cag(*arguments, "--store", book)
+    plain = cag(*arguments, *where)
     assert (plain.exit_code, plain.stdout) == (exit_code, "")
     assert "rror: " in plain.stderr
     assert "Traceback" not in plain.stderr
@@ -93,6 +101,17 @@ def test_a_damaged_cache_is_not_answered_from(cag, book, damage, folder):
     damage(folder)
     failed = cag("ask", "book", "Why?", "--store", book, "--json")
     assert (failed.exit_code, failed.error["code"]) == (52, "corrupt_entry")
+
+
+@pytest.mark.parametrize("folder", ["chunks", "manifests", "blobs"])
+def test_a_cache_of_which_a_part_has_gone_is_not_called_missing(cag, book, tmp_path, folder):
+    for path in (book / folder).rglob("*"):
+        if path.is_file():
+            path.unlink()
+    asked = cag("ask", "book", "Why?", "--store", book, "--json")
+    copied = cag("export", "book", tmp_path / "copy", "--store", book, "--json")
+    for failed in (asked, copied):
+        assert (failed.exit_code, failed.error["code"]) == (51, "entry_not_found")
 
 
 def test_a_folder_that_is_no_store(cag, corpus):

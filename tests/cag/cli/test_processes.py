@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,33 @@ def test_a_reader_that_has_gone_is_no_error(book):
     process = subprocess.run([*CAG, "ls", "--store", str(book)], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (process.returncode, process.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["show", "nix", "--json"]])
+def test_a_full_disk_behind_stdout_is_said(book, command):
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run([*CAG, *command, "--store", str(book)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 1
+    assert "space" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_an_error_that_nobody_reads_is_no_other_error(book):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*CAG, "show", "nix", "--store", str(book), "--json"]
+    process = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(("closed", "said"), [(">&-", b""), ("2>&-", None), ("<&- >&- 2>&-", b"")])
+def test_closed_streams_are_none_to_write_to(book, closed, said):
+    command = [*CAG, "ls", "--store", str(book)]
+    process = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], stdout=subprocess.PIPE)
+    assert process.returncode == 0
+    assert process.stdout == said or (said is None and b"cache holds" not in process.stdout)
 
 
 @pytest.mark.slow

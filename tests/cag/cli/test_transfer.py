@@ -38,6 +38,7 @@ def test_what_cannot_be_copied_is_said(cag, book, tmp_path):
     cag("export", "book", tmp_path / "two", "--name", "other", "--store", book)
     several = cag("import", tmp_path / "two", "--store", tmp_path / "here", "--json").error
     assert "book, other" in several["message"]
+    assert (several["code"], several["hint"]) == ("invalid_request", "Say which with --cache NAME.")
     chosen = cag("import", tmp_path / "two", "--cache", "other", "--store", tmp_path / "here", "--json").json
     assert chosen["name"] == "other"
 
