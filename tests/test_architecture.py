@@ -22,8 +22,8 @@ FORBIDDEN = {
 MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it. (Packages count as one step.)
 WALK = [
-    "home", "errors", "versions", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt", "runtime",
-    "step_cost",
+    "home", "errors", "versions", "memory_limits", "huge_pages", "stores", "models", "corpus", "retrieval", "prompt",
+    "runtime", "step_cost",
     "state", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices", "decoder_layers", "recorded",
     "decoder", "replays", "device_decoder",
     "layer_probe", "model_files", "starts", "kernels_ahead", "model", "prefill", "uploads", "host_copies", "buffers",
