@@ -79,10 +79,10 @@ def cache_router(service: AnswerService) -> APIRouter:
         return describe_cache(ref, store.manifest(ref.manifest))
 
     @router.delete("/{name}")
-    def delete_cache(name: str) -> dict[str, Any]:
-        """Forget a cache; answers that are running go on, `gc` frees the disk."""
+    def delete_cache(name: str, force: bool = False) -> dict[str, Any]:
+        """Forget a cache, a pinned one with `?force=true`; answers that are running go on, `gc` frees the disk."""
         with translated_lookup():
-            store.remove(name)
+            store.remove(name, force=force)
         service.caches.drop(name)
         return {"name": name, "deleted": True}
 
