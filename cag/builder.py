@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psutil
 import torch
 
 import cag_store
@@ -24,6 +23,7 @@ from cag.errors import BuildInterrupted, CorpusTooLarge, FidelityMissed, Insuffi
 from cag.fidelity import Fidelity
 from cag.ladder import CodecChoice, Rung, Trial, choose, describe_codec
 from cag.memory import large_blocks_apart
+from cag.memory_limits import available_memory_bytes
 from cag.model import LanguageModel
 from cag.probes import make_probes
 from cag.prompt import PrefixLayout, lay_out
@@ -322,7 +322,7 @@ def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:
 def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
     needed = len(layout.token_ids) * model.kv_bytes_per_token
     on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else available_memory_bytes()
     if needed > free:
         raise InsufficientResources(
             f"the cache needs {needed / 1e9:.2f} GB of memory for {len(layout.token_ids)} tokens, "

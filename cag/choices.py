@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 
-import psutil
 from torch import Tensor
 
 from cag.huge_pages import has_huge_pages, huge_tensor
+from cag.memory_limits import available_memory_bytes
 from cag.weights import Product, plain_weight
 from cag_kernels import LargestOutput, largest_output, largest_output_serves, warm_up_largest
 
@@ -53,7 +53,7 @@ class GreedyChoice:
     def prepare(self) -> None:
         """Make the copy, if it is served and memory allows; given up when the process ends."""
         weight = self._weight
-        if weight is None or weight.nbytes // 2 > psutil.virtual_memory().available // _MEMORY_SHARE:
+        if weight is None or weight.nbytes // 2 > available_memory_bytes() // _MEMORY_SHARE:
             return
         allocate = huge_tensor if has_huge_pages() else None
         self.quick = largest_output(weight, allocate, resting(threading.main_thread().is_alive))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,12 +34,21 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[A-Z0-9`*_])|\n+")
 _REFUSAL = re.compile(
     r"\b(documents?|text|context) (do|does|did)(n't| not) (say|contain|mention|state|provide|hold)", re.I
 )
-_STEMMER = Stemmer.Stemmer("english")
+
+
+class _Stemmers(threading.local):
+    """A stemmer for each thread: such an object is not safe to share, and a server cites in many."""
+
+    def __init__(self) -> None:
+        self.own = Stemmer.Stemmer("english")
+
+
+_STEMMERS = _Stemmers()
 
 
 @lru_cache(maxsize=65536)
 def _stem(word: str) -> str:
-    return str(_STEMMER.stemWord(word))
+    return str(_STEMMERS.own.stemWord(word))
 
 
 def terms(text: str) -> list[str]:

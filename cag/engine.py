@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import cag_store
 from cag.answer import Answer
 from cag.builder import build_cache
@@ -20,6 +18,7 @@ from cag.corpus import CorpusReport, Document, load_corpus
 from cag.errors import CacheMismatch
 from cag.generate import SamplingOptions
 from cag.host_copies import HostCopies
+from cag.memory_limits import total_memory_bytes
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
@@ -59,7 +58,7 @@ class Engine:
         self._open: dict[str, _OpenCache] = {}  # by the digest of the manifest
         self._lock = threading.Lock()
         on_gpu = model.device.type != "cpu"
-        self.host_copies = HostCopies(psutil.virtual_memory().total // HOST_SHARE if on_gpu else 0)
+        self.host_copies = HostCopies(total_memory_bytes() // HOST_SHARE if on_gpu else 0)
 
     @classmethod
     def load(

@@ -165,6 +165,7 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     store_errors.UnsupportedBackend: ErrorRow(61, 400, "unsupported_backend"),
     store_errors.EntryChanged: ErrorRow(62, 503, "entry_changed"),
     store_errors.EntryConflict: ErrorRow(63, 409, "entry_conflict"),
+    store_errors.EntryPinned: ErrorRow(2, 409, "entry_pinned"),  # on the command line, a flag is missing
 }
 
 

@@ -1,8 +1,9 @@
-"""Where the engine keeps what it downloads and builds, on this machine."""
+"""Where the engine keeps what it downloads and builds, on this machine, and how a file of it is written."""
 
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import platformdirs
@@ -14,3 +15,22 @@ def cag_home() -> Path:
     if configured:
         return Path(configured).expanduser().absolute()
     return platformdirs.user_cache_path("cag", appauthor=False)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all, for readers at the same time and after a crash; makes its folder.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays, and nothing else is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")  # with the usual permissions, unlike tempfile
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

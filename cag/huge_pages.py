@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
+from cag.memory_limits import available_memory_bytes
 from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping
 
 _ALIGNED = 64  # bytes: a weight begins with a line of the processor's cache
@@ -52,7 +52,7 @@ def move_weights(network: nn.Module, *, clock: Callable[[], float] = time.perf_c
     stored = list(_storages(network))
     num_bytes = sum(_padded(storage.nbytes()) for storage, _ in stored)
     on_cpu = all(storage.device.type == "cpu" for storage, _ in stored)
-    if not stored or not on_cpu or not has_huge_pages() or psutil.virtual_memory().available < num_bytes:
+    if not stored or not on_cpu or not has_huge_pages() or available_memory_bytes() < num_bytes:
         return 0
     memory = huge_tensor(num_bytes)
     begun, moved = clock(), 0

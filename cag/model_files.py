@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
+from cag.memory_limits import available_memory_bytes
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
 from cag.runtime import RuntimePlan
@@ -154,7 +154,7 @@ def check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, dev
     """Raises: InsufficientResources: the weights need more memory than is free."""
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     needed = weights // stored.itemsize * compute.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
     if needed > free:
         raise InsufficientResources(
             f"the model needs {needed / 1e9:.1f} GB of memory in {compute}, and {free / 1e9:.1f} GB are free.",

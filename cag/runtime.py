@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from cag.errors import UsageError
-from cag.home import cag_home
+from cag.home import cag_home, write_atomically
 from cag_kernels import (
     has_compiler,
     linear_without_packing,
@@ -293,10 +293,6 @@ def _read_plan(path: Path, machine: dict[str, object]) -> _Measured | None:
 
 def _write_plan(path: Path, machine: dict[str, object], found: _Measured) -> None:
     counts = {"measurements": found.undisturbed, "disturbed": found.disturbed}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"machine": machine, **counts, "plan": asdict(found.plan)}, indent=1))
-        temporary.replace(path)
-    except OSError:
-        return  # a read-only home: the measurement is made again next time
+    text = json.dumps({"machine": machine, **counts, "plan": asdict(found.plan)}, indent=1)
+    with suppress(OSError):  # a read-only home: the measurement is made again next time
+        write_atomically(path, text.encode())

@@ -6,14 +6,12 @@ In: a model. Out: a codec configuration whose basis is in the store. Knows the f
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cag.calibration.making import CalibrationOptions, codec_config, make_basis
-from cag.home import cag_home
+from cag.home import cag_home, write_atomically
 from cag.model import LanguageModel
 from cag_store import Store
 from cag_store.blob import pack_blob, unpack_blob
@@ -48,7 +46,7 @@ def model_codec(
     data = _read(path, model, options)
     if data is None:
         data = make_basis(model, (), options)[0].to_bytes()
-        _write(path, data)
+        write_atomically(path, pack_blob(data))
     return codec_config(store.put_blob(data), options)
 
 
@@ -71,18 +69,3 @@ def _read(path: Path, model: LanguageModel, options: CalibrationOptions) -> byte
     shapes = tuple(zip(basis.num_kv_heads, basis.head_dim, strict=True))
     fits = shapes == tuple((shape.num_kv_heads, shape.head_dim) for shape in model.kv_shapes)
     return data if fits and basis.joint_layers == options.joint_layers else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as stream:
-        temporary = Path(stream.name)
-        try:
-            stream.write(pack_blob(data))
-            stream.flush()
-            os.fsync(stream.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

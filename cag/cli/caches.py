@@ -98,28 +98,13 @@ def rm(
     """Forget a cache; `cag gc` frees what only it held."""
     opened = store_at(store)
     freeable = _freeable_bytes(opened, name)
-    if not force:
-        _refuse_pinned(opened, name)
     with missing_names_translated():
-        opened.remove(name)
+        opened.remove(name, force=force)
     if as_json:
         print_json({"name": name, "removed": True, "freeable_bytes": freeable})
         return
     amount = "what only it held" if freeable is None else bytes_text(freeable)
     print(f"removed {name}; `cag gc` will free {amount} once that is older than its grace time")
-
-
-def _refuse_pinned(store: Store, name: str) -> None:
-    """Raises: UsageError. A ref that cannot be read may go."""
-    from cag.errors import UsageError
-    from cag_store.errors import StoreError
-
-    try:
-        pinned = store.ref(name).pinned
-    except StoreError:
-        return
-    if pinned:
-        raise UsageError(f"cache {name!r} is pinned.", hint=f"`cag unpin {name}` first, or give --force.")
 
 
 def _freeable_bytes(store: Store, name: str) -> int | None:

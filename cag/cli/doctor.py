@@ -85,11 +85,9 @@ def _attention_facts(device: torch.device, plan: RuntimePlan) -> dict[str, str]:
 
 
 def _memory_facts() -> dict[str, int]:
-    import psutil
+    from cag.memory_limits import available_memory_bytes, total_memory_bytes
 
-    from cag.models.resources import available_memory_bytes
-
-    return {"available_bytes": available_memory_bytes(), "total_bytes": psutil.virtual_memory().total}
+    return {"available_bytes": available_memory_bytes(), "total_bytes": total_memory_bytes()}
 
 
 def _store_facts(store: Store) -> dict[str, Any]:

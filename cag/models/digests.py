@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from cag.home import cag_home
+from cag.home import cag_home, write_atomically
 
 # A file changed this shortly before it is hashed could change again under the same time stamp: its digest is not kept.
 SETTLE_NS = 2_000_000_000
@@ -69,7 +68,4 @@ def _read_record(record: Path, identity: dict[str, int]) -> str | None:
 def _write_record(record: Path, content: dict[str, object]) -> None:
     # The cache only saves time: a read-only or full home must not stop the caller.
     with suppress(OSError):
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=record.parent, suffix=".tmp", delete=False) as stream:
-            json.dump(content, stream)
-        Path(stream.name).replace(record)
+        write_atomically(record, json.dumps(content).encode())

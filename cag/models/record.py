@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cag.errors import HashMismatch
+from cag.home import write_atomically
 from cag.models.catalogue import HubSource, ModelEntry, WheelSource
 from cag.models.digests import file_sha256
 from cag.models.progress import Progress, silent
@@ -43,7 +44,7 @@ def write_record(entry: ModelEntry, source: dict[str, Any], directory: Path, pro
         "versions": {name: installed_version(name) for name in _VERSIONED},
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    (directory / RECORD_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomically(directory / RECORD_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

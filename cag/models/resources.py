@@ -5,11 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import psutil
-
 from cag.errors import InsufficientResources
-
-CGROUP_FOLDER = Path("/sys/fs/cgroup")
+from cag.memory_limits import available_memory_bytes
 
 
 def require_disk(folder: Path, need_bytes: int, purpose: str) -> None:
@@ -43,26 +40,6 @@ def free_disk_bytes(folder: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping: the machine's, or what is left of this container's limit."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = int((CGROUP_FOLDER / "memory.max").read_text())
-        used = int((CGROUP_FOLDER / "memory.current").read_text())
-        cached = _cgroup_file_bytes()
-    except (OSError, ValueError):
-        return available  # no cgroup version 2, or no limit ("max")
-    return min(available, max(0, limit - used + cached))
-
-
-def _cgroup_file_bytes() -> int:
-    # Page cache counts as used in a container, though the kernel drops it when memory is asked for.
-    for line in (CGROUP_FOLDER / "memory.stat").read_text().splitlines():
-        if line.startswith("inactive_file "):
-            return int(line.split()[1])
-    return 0
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -82,10 +82,10 @@ def cache_router(service: AnswerService) -> APIRouter:
         return describe_cache(ref, store.manifest(ref.manifest))
 
     @router.delete("/{name}")
-    def delete_cache(name: str, tenant: Tenant) -> dict[str, Any]:
-        """Forget a cache; answers that are running go on, `gc` frees the disk."""
+    def delete_cache(name: str, tenant: Tenant, force: bool = False) -> dict[str, Any]:
+        """Forget a cache, a pinned one with `?force=true`; answers that are running go on, `gc` frees the disk."""
         with translated_lookup():
-            engine_of(tenant).store.remove(name)
+            engine_of(tenant).store.remove(name, force=force)
         caches.drop(CacheKey(tenant, name))
         return {"name": name, "deleted": True}
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
+from cag.memory_limits import available_memory_bytes
 from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping, mapped_array
 
 _ALIGNED = 64  # bytes: a weight begins with a line of the processor's cache
@@ -174,7 +174,7 @@ def _place(part: _Part) -> tuple[int, int, str]:
 
 def _memory(num_bytes: int, *, huge: bool) -> NDArray[np.uint8]:
     """Packed weights are multiplied as quickly behind small pages, which a virtual machine has much sooner."""
-    if psutil.virtual_memory().available < num_bytes:
+    if available_memory_bytes() < num_bytes:
         raise OSError("too little memory")
     if not huge:
         return mapped_array((num_bytes,), np.uint8, huge=False)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cag.home import cag_home
+from cag.home import cag_home, write_atomically
 from cag.prompt import PromptTemplate
 
 EMBEDDING, OUTPUT_MATRIX = "model.embed_tokens.weight", "lm_head.weight"
@@ -106,8 +105,8 @@ def write_start(path: Path, start: Start, tables: bytes) -> None:
     text = json.dumps(content | {"sha256": _digest(content)})
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(_tables_path(path), tables)
-        _write(path, text.encode())
+        write_atomically(_tables_path(path), tables)
+        write_atomically(path, text.encode())
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -116,9 +115,3 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _tables_path(path: Path) -> Path:
     return path.with_suffix(".tokenizer")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".tmp", delete=False) as stream:
-        stream.write(data)
-    Path(stream.name).replace(path)

@@ -12,7 +12,6 @@ one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys t
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
 from cag_kernels.cpu import has_compiler, has_numba, has_tiles, vector_lanes, warm_up, warm_up_tiles
-from cag_kernels.device import prefix_paths
 from cag_kernels.inverse import inverse_transform
 from cag_kernels.largest import LargestOutput, largest_output, largest_output_serves, warm_up_largest
 from cag_kernels.linear import (
@@ -32,6 +31,7 @@ from cag_kernels.prefixes import DensePrefix, PagedTails, QuantizedPrefix
 from cag_kernels.quantize import Coded, dequantize, dequantize_prefix, quantize, quantize_prefix
 from cag_kernels.rans import CodeBlocks, RansSegments, RansSide, count_blocks, decode_segments
 from cag_kernels.reference import segment_attention_reference
+from cag_kernels.report import prefix_paths
 from cag_kernels.rotation import move_keys
 from cag_kernels.rows import add_and_norm, gate, rotate_and_store
 

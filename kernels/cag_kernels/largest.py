@@ -36,6 +36,15 @@ def largest_output_serves(weight: Tensor | PackedWeight) -> bool:
     return fits and tile_linear_serves(weight) and has_numba() and has_byte_tiles()
 
 
+def choice_arithmetic() -> str:
+    """Which output matrices `LargestOutput` takes on this machine, for reports; small ones apart."""
+    by_tiles, by_pairs = has_numba() and has_byte_tiles(), has_numba() and _has_pairs()
+    where = [text for text, serves in (("tiles multiply", by_tiles), ("it is packed", by_pairs)) if serves]
+    if not where:
+        return "from all logits"
+    return f"from 8 bits of the output matrix where {' or '.join(where)}, half of its memory more"
+
+
 class LargestOutput:
     """The largest output for each of a few rows, and the lowest of equal ones. Not for several threads at once;
     `largest_output` makes one."""

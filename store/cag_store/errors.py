@@ -10,6 +10,7 @@ StoreError
 ├── StoreBusy (RuntimeError)          a lock that another process holds for too long
 ├── EntryChanged (RuntimeError)       an object that was replaced while it was read
 ├── EntryConflict (ValueError)        the same address with other bytes than the ones to be stored
+├── EntryPinned (RuntimeError)         a pinned cache that is to be removed without force
 ├── BackendUnavailable (OSError)      a server that cannot be reached, refuses, or keeps failing
 ├── UnsupportedBackend (ValueError)   a URL nobody serves, or a server that cannot keep a store safe
 └── InvalidName (ValueError)          a name or key the store does not accept
@@ -66,6 +67,10 @@ class EntryChanged(StoreError, RuntimeError):
 
 class EntryConflict(StoreError, ValueError):
     """The same address with other bytes than the ones to be stored: computed on another machine."""
+
+
+class EntryPinned(StoreError, RuntimeError):
+    """A pinned cache that is to be removed without force. Fact: `name`."""
 
 
 class BackendUnavailable(StoreError, OSError):

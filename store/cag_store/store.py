@@ -24,7 +24,7 @@ from cag_store.blob import MAX_BLOB_BYTES, pack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
 from cag_store.codecs import Codec, codec_from_config
-from cag_store.errors import CorruptEntry, EntryNotFound, StoreFull
+from cag_store.errors import CorruptEntry, EntryNotFound, EntryPinned, StoreFull, UnsupportedFormat
 from cag_store.gc import GcReport, collect
 from cag_store.jsontext import canonical_bytes
 from cag_store.keys import ChunkContext, TokenIds
@@ -233,11 +233,20 @@ class Store:
         expires_at = utc_after(ttl_s)
         return self._update(name, lambda ref: replace(ref, expires_at=expires_at))
 
-    def remove(self, name: str) -> None:
-        """Forget `name`, damaged or not; `gc` frees what only it held. Raises: EntryNotFound."""
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Forget `name`, damaged or not; `gc` frees what only it held. `force`: also when it is pinned.
+        Raises: EntryNotFound, EntryPinned."""
         with self.backend.locked("refs"):
+            if not force and self._is_pinned(name):
+                raise EntryPinned(f"cache {name!r} is pinned: unpin it first, or remove it with force", name=name)
             if not self.backend.delete(ref_path(name)):
                 self.ref(name)
+
+    def _is_pinned(self, name: str) -> bool:
+        try:
+            return self.ref(name).pinned
+        except (CorruptEntry, UnsupportedFormat):  # what it says is not known: it may go
+            return False
 
     def reader(self, manifest: Manifest, workers: int | None = None) -> CacheReader:
         """A reader of the whole cache; close it. Raises: EntryNotFound, CorruptEntry, UnknownCodec."""

@@ -109,14 +109,10 @@ def test_no_logits_are_computed_for_greedy_answers(model, monkeypatch):
 
 def test_there_is_no_copy_where_memory_is_short(model, monkeypatch):
     choice, num_bytes = model.decoder.choice, plain_weight(model.decoder._head).nbytes // 2
-
-    class Memory:
-        available = 8 * num_bytes - 8
-
-    monkeypatch.setattr(choices_module.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(choices_module, "available_memory_bytes", lambda: 8 * num_bytes - 8)
     choice.prepare()
     assert choice.quick is None
-    Memory.available += 8
+    monkeypatch.setattr(choices_module, "available_memory_bytes", lambda: 8 * num_bytes)
     choice.prepare()
     assert choice.quick.num_bytes >= num_bytes
 

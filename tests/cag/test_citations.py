@@ -1,11 +1,14 @@
 """Citations: the right document, and quotes that are literal spans of it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cag import citations
 from cag.citations import CitationIndex, terms
 
 
@@ -65,6 +68,19 @@ def test_quotes_are_literal_spans_whatever_the_text(texts, question, answer):
     for citation in CitationIndex(documents, [""] * len(texts)).cite(question, answer):
         assert citation.quote
         assert citation.quote in texts[int(citation.doc_id)]
+
+
+def test_each_thread_has_a_stemmer_of_its_own():
+    both_there = threading.Barrier(2)
+
+    def stemmer(_):
+        both_there.wait(10)
+        return citations._STEMMERS.own
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(stemmer, range(2))
+    assert first is not second
+    assert first.stemWord("running") == second.stemWord("running") == "run"
 
 
 def test_terms_keep_compounds_and_their_parts():

@@ -1,13 +1,12 @@
 """Weights moved to huge pages: the same numbers in the same order, and never at the price of a slow start."""
 
 from itertools import count
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from torch import nn
 
+from cag import huge_pages
 from cag.huge_pages import has_huge_pages, huge_memory, move_weights, whole_pages
 from cag.weights import join_network
 from cag_store.scratch import HUGE_PAGE_BYTES
@@ -80,7 +79,7 @@ def test_slow_pages_are_not_waited_for():
 def test_nothing_is_moved_without_room_for_it(monkeypatch):
     network = Network()
     before = span(network)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(huge_pages, "available_memory_bytes", lambda: 1000)
     assert move_weights(network) == 0
     assert span(network) == before
 

@@ -7,8 +7,8 @@ import torch
 from cag_kernels import choose_prefix_path, cpu, dequantize_prefix, quantize_prefix
 from cag_kernels.cpu import CompiledKernel, cpu_quantized_attention
 from cag_kernels.cpu_tape import Tape
-from cag_kernels.device import prefix_paths
 from cag_kernels.prefixes import Codes
+from cag_kernels.report import prefix_paths
 
 pytest.importorskip("llvmlite")
 import llvmlite.binding as llvm

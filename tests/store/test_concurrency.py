@@ -153,7 +153,7 @@ class Tidier(Worker):
         elif action == 2:
             store.set_ttl(name, self.chance.choice([None, -1, 1]))
         elif action == 3:
-            store.remove(name)
+            store.remove(name, force=True)
         elif action == 4:
             usage = store.usage()
             assert 0 < usage.held_bytes <= usage.total_bytes

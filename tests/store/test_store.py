@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from cag_store import ROOT, ChunkHeader, Store, chunk_key, errors
 from cag_store.backends.page_cache import resident_pages
-from cag_store.errors import CorruptEntry, EntryNotFound, InvalidName, StoreError, UnencodableArray
+from cag_store.errors import CorruptEntry, EntryNotFound, EntryPinned, InvalidName, StoreError, UnencodableArray
 from cag_store.paths import chunk_path
 
 
@@ -210,7 +210,10 @@ def test_names_pins_and_expiry(store, small):
     store.pin("a.b-C_1")
     cache.build(store, "a.b-C_1")
     assert store.ref("a.b-C_1").pinned
-    store.remove("a.b-C_1")
+    with pytest.raises(EntryPinned, match="force"):
+        store.remove("a.b-C_1")
+    assert store.resolve("a.b-C_1")[0].pinned
+    store.remove("a.b-C_1", force=True)
     with pytest.raises(EntryNotFound, match="xxxx"):
         store.resolve("a.b-C_1")
     with pytest.raises(EntryNotFound):
@@ -359,7 +362,7 @@ def test_a_store_that_may_not_be_written_can_be_read(tmp_path, small, monkeypatc
 
 def test_the_tree_of_errors():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, StoreError)]
-    assert len(classes) == 13
+    assert len(classes) == 14
     for cls in classes:
         assert cls.__name__ in errors.__doc__
         error = cls("what", where="here")

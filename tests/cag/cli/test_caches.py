@@ -132,8 +132,8 @@ def test_rm_counts_only_what_no_other_cache_holds(cag, book):
 def test_a_pinned_cache_is_removed_by_force_only(cag, book):
     assert cag("pin", "book", "--store", book, "--json").json["pinned"] is True
     refused = cag("rm", "book", "--store", book, "--json")
-    assert (refused.exit_code, refused.error["code"]) == (2, "invalid_request")
-    assert "--force" in refused.error["hint"]
+    assert (refused.exit_code, refused.error["code"]) == (2, "entry_pinned")
+    assert "force" in refused.error["message"]
     assert cag("ls", "--store", book, "--json").json["caches"][0]["pinned"] is True
     assert cag("rm", "book", "--force", "--store", book).exit_code == 0
 

@@ -3,13 +3,16 @@
 import shutil
 
 import pytest
+import torch
 
 from cag.cli.doctor import print_report
 from cag.cli.options import MaxTokensOption, TemperatureOption, TopPOption
 from cag.models import CATALOGUE
 from cag.models.record import write_record
-from cag_kernels import has_compiler, has_numba
-from cag_kernels.cpu import has_byte_tiles
+from cag_kernels import has_compiler, has_numba, prefix_paths
+from cag_kernels import largest as largest_module
+from cag_kernels.largest import choice_arithmetic
+from cag_kernels.packed import PANEL, PackedWeight
 
 
 @pytest.fixture
@@ -38,13 +41,7 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     assert found["kernels"]["caches in the codec transform"] == "decoded by the store"
     if has_numba():
         assert found["kernels"]["layers of a Llama, few rows"] == "compiled, recorded once"
-    in_bytes = has_numba() and has_byte_tiles()
-    expected = (
-        "from 8 bits of the output matrix where tiles multiply, half of its memory more"
-        if in_bytes
-        else "from all logits"
-    )
-    assert found["kernels"]["greedy choice"] == expected
+    assert found["kernels"]["greedy choice"] == choice_arithmetic()
     assert found["runtime"]["measured_ms"]
     assert found["runtime"]["reason"] == "set by CAG_THREADS"
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
@@ -58,6 +55,28 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     named = {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()}
     assert {"device", "CUDA", "flash-attn", "Triton", "compute", "threads", "memory", "store", "models"} <= named
     assert any(name.startswith("measured ") for name in named)
+
+
+@pytest.mark.parametrize(
+    "numba, tiles, pairs, expected",
+    [
+        (True, True, True, "from 8 bits of the output matrix where tiles multiply or it is packed"),
+        (True, False, True, "from 8 bits of the output matrix where it is packed"),
+        (True, False, False, "from all logits"),
+        (False, True, True, "from all logits"),
+    ],
+    ids=["tiles", "pairs", "neither", "no numba"],
+)
+def test_doctor_says_how_greedy_choices_are_made(monkeypatch, numba, tiles, pairs, expected):
+    """And what it says is what serves a packed matrix."""
+    monkeypatch.setattr(largest_module, "has_numba", lambda: numba)
+    monkeypatch.setattr(largest_module, "has_byte_tiles", lambda: tiles)
+    monkeypatch.setattr(largest_module, "_has_pairs", lambda: pairs)
+    said = prefix_paths(torch.device("cpu"))["greedy choice"]
+    assert said.removesuffix(", half of its memory more") == expected
+    packed = PackedWeight(torch.empty(largest_module._LEAST_FEATURES // PANEL, 16, PANEL, dtype=torch.bfloat16), 4096)
+    assert largest_module.largest_output_serves(packed) is ("packed" in said)
+    assert prefix_paths(torch.device("cuda"))["greedy choice"] == "from all logits"
 
 
 def test_pull_of_a_directory_checks_it_and_says_where_it_is(cag, tiny_model_dir):

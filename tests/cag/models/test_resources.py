@@ -22,14 +22,3 @@ def test_too_little_memory_says_need_and_have(monkeypatch):
 
 def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path):
     assert resources.free_disk_bytes(tmp_path / "not" / "yet") > 0
-
-
-def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(resources, "CGROUP_FOLDER", tmp_path)
-    unlimited = resources.available_memory_bytes()
-    (tmp_path / "memory.max").write_text("100000\n")
-    (tmp_path / "memory.current").write_text("70000\n")
-    (tmp_path / "memory.stat").write_text("anon 40000\ninactive_file 20000\n")
-    assert resources.available_memory_bytes() == 50_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert resources.available_memory_bytes() == pytest.approx(unlimited, rel=0.5)

@@ -54,7 +54,7 @@ def copy_of(engine: Engine) -> Iterator[Callable[[str, str], str]]:
 
     yield copy
     for name in names & set(engine.store.names()):
-        engine.store.remove(name)
+        engine.store.remove(name, force=True)
 
 
 class Served(NamedTuple):

@@ -6,7 +6,7 @@ import pytest
 
 from cag.describe import describe_cache
 from cag.server.errors import error_facts
-from cag_store.errors import CorruptEntry
+from cag_store.errors import CorruptEntry, EntryNotFound
 
 pytestmark = pytest.mark.anyio
 
@@ -138,6 +138,24 @@ async def test_delete_forgets_the_name_and_closes_the_cache(serving, copy_of):
         ask = await served.client.post("/v1/caches/doomed/ask", json={"question": "Who?"})
     assert deleted.json() == {"name": "doomed", "deleted": True}
     assert (again.status_code, ask.status_code) == (404, 404)
+
+
+async def test_delete_takes_pinned_caches_by_force_only(serving, engine, copy_of):
+    copy_of("manual", "kept")
+    engine.store.pin("kept")
+    async with serving() as served:
+        await served.client.post("/v1/caches/kept/ask", json={"question": "Who?", "max_tokens": 1})
+        refused = [await served.client.delete(f"/v1/caches/kept{query}") for query in ("", "?force=false")]
+        assert served.service.caches.num_resident == 1
+        assert engine.store.ref("kept").pinned
+        strange = await served.client.delete("/v1/caches/kept?force=perhaps")
+        deleted = await served.client.delete("/v1/caches/kept?force=true")
+        assert served.service.caches.num_resident == 0
+    assert [(reply.status_code, reply.json()["error"]["code"]) for reply in refused] == [(409, "entry_pinned")] * 2
+    assert strange.status_code == 400
+    assert deleted.json() == {"name": "kept", "deleted": True}
+    with pytest.raises(EntryNotFound):
+        engine.store.ref("kept")
 
 
 async def test_a_cache_that_was_removed_elsewhere_is_closed_by_the_next_request(serving, engine, copy_of):
