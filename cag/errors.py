@@ -18,7 +18,9 @@ CagError
 │   └── FidelityMissed (ValueError)         a codec that loses more than the bound allows; nothing is committed
 ├── RequestError
 │   ├── RequestTooLong (ValueError)         prompt and answer do not fit into the model's window
-│   └── QueueFull (RuntimeError)            the server has no free slot
+│   ├── QueueFull (RuntimeError)            the server has no free slot
+│   ├── SessionNotFound (LookupError)       no session of that id: it has expired, was deleted, or never was
+│   └── SessionBusy (RuntimeError)          another question of this session is being answered
 └── BuildInterrupted (RuntimeError)         stopped by the user; whole chunks are kept for the next build
 
 Errors of `cag_store` have a tree of their own (`cag_store.errors`); both trees stand in `ERROR_TABLE`.
@@ -113,6 +115,14 @@ class QueueFull(RequestError, RuntimeError):
     """The server has no free slot. Fact: `retry_after_s`."""
 
 
+class SessionNotFound(RequestError, LookupError):
+    """No session of that id: it has expired, was deleted, or never was."""
+
+
+class SessionBusy(RequestError, RuntimeError):
+    """Another question of this session is being answered."""
+
+
 class BuildInterrupted(CagError, RuntimeError):
     """Stopped by the user. Whole chunks are kept, and the next build resumes from them."""
 
@@ -145,6 +155,8 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     RequestError: ErrorRow(40, 400, "request_error"),
     RequestTooLong: ErrorRow(41, 413, "request_too_long"),
     QueueFull: ErrorRow(42, 429, "queue_full"),
+    SessionNotFound: ErrorRow(45, 404, "session_not_found"),
+    SessionBusy: ErrorRow(46, 409, "session_busy"),
     BuildInterrupted: ErrorRow(130, 499, "interrupted"),
     store_errors.StoreError: ErrorRow(50, 500, "store_error"),
     store_errors.EntryNotFound: ErrorRow(51, 404, "entry_not_found"),

@@ -15,6 +15,7 @@ from cag.server.errors import install_error_handlers
 from cag.server.middleware import ApiKeys, BodyLimit, RequestCount
 from cag.server.probe_routes import probe_router
 from cag.server.service import AnswerService
+from cag.server.session_routes import session_router
 from cag.server.settings import ServerSettings
 
 
@@ -31,17 +32,17 @@ def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        preloading = asyncio.create_task(service.preload())
+        preloading, sweeping = asyncio.create_task(service.preload()), asyncio.create_task(service.sweep())
         try:
             yield
         finally:
             await service.close()
-            await preloading
+            await asyncio.gather(preloading, sweeping)
 
     app = FastAPI(title="cag", summary="Cache-augmented generation", lifespan=lifespan)
     app.state.service = service
     install_error_handlers(app)
-    for router in (probe_router(service), chat_router(service), cache_router(service)):
+    for router in (probe_router(service), chat_router(service), cache_router(service), session_router(service)):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(ApiKeys, keys=settings.api_keys)

@@ -1,7 +1,8 @@
 """Caches that stay open between requests, counted by who uses them.
 
 A cache is opened by its first request and stays. When its name means another manifest, requests from then on use the
-new one; the old one is closed when its last request has ended. Within a limit of bytes, a cache that needs room closes
+new one; the old one is closed when its last request has ended. Sessions go on with the version that they were opened
+with: it is held beside the new one. Within a limit of bytes, a cache that needs room closes
 those that nobody uses, the ones first that cost least to load again for the bytes they hold and were used longest ago.
 Safe to use from several threads.
 """
@@ -11,15 +12,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cag.engine import Engine
 from cag.errors import InsufficientResources, QueueFull
 from cag.first_steps import record_first_steps
 from cag.prefix import Prefix
-from cag_store import utc_now
-from cag_store.errors import EntryNotFound, StoreError
+from cag_store import Manifest, utc_now
+from cag_store.backends import Lease
+from cag_store.errors import EntryNotFound, StoreError, StoreFull
 
 RETRY_S = 1  # a cache in use is given back with the answer that uses it
 
@@ -70,8 +72,8 @@ class ResidentCaches:
         self._room = threading.Lock()
 
     @contextmanager
-    def use(self, name: str) -> Iterator[CacheUse]:
-        """What `name` means now, open at least until the block ends.
+    def use(self, name: str, version: Manifest | None = None) -> Iterator[CacheUse]:
+        """What `name` means now, or `version` whatever it means, open at least until the block ends.
 
         Raises:
             CacheNotFound, CacheMismatch, StoreError: as `Engine.open`. A cache that fails while it is used is retired,
@@ -79,11 +81,12 @@ class ResidentCaches:
             InsufficientResources: the cache is larger than all that may be resident.
             QueueFull: those in use leave no room for it now.
         """
-        held, opened_at = self._take(name)
+        key = name if version is None else self._key(name, version)
+        held, opened_at = self._take(key, name, version)
         try:
             yield CacheUse(held.prefix, opened_at)
         except StoreError:
-            self._retire(name, held)
+            self._retire(key, held)
             raise
         finally:
             self._give_back(held)
@@ -118,30 +121,53 @@ class ResidentCaches:
         if held is not None:
             self._retire(name, held)
 
+    def drop_version(self, name: str, digest: str) -> None:
+        """As `drop`, for a version that is not what `name` means."""
+        self.drop(_versioned(name, digest))
+
+    def lease(self, digest: str) -> Lease | None:
+        """Hold the files of a version against `gc`; None on a store that may only be read."""
+        with suppress(StoreFull):
+            return self._engine.store.lease(digest)
+        return None
+
     def close(self) -> None:
         """Drop all."""
         for name in list(self._held):
             self.drop(name)
 
-    def _take(self, name: str) -> tuple[_Held, float | None]:
-        begin = time.perf_counter()
-        digest = self._digest(name)
+    def _key(self, name: str, version: Manifest) -> str:
+        """What `version` is held as: by the name, as long as that means it."""
+        versioned = _versioned(name, version.digest)
         with self._lock:
             held = self._held.get(name)
+            if held is not None and held.prefix.digest == version.digest:
+                return name
+            if versioned in self._held:
+                return versioned
+        with suppress(StoreError):  # of the name: nothing of this version is wrong
+            return name if self._digest(name) == version.digest else versioned
+        return versioned
+
+    def _take(self, key: str, name: str, version: Manifest | None) -> tuple[_Held, float | None]:
+        begin = time.perf_counter()
+        digest = self._digest(name) if version is None else version.digest
+        with self._lock:
+            held = self._held.get(key)
             if held is not None and held.prefix.digest == digest:
                 held.users += 1
                 return held, None
         if digest is None:
             self.drop(name)
-        opened = _Held(self._engine.open(name))
+        opened = _Held(self._engine.open(name) if version is None else self._engine.open(name, version=version))
         with self._room:  # one at a time: what is free must not be given to two
             try:
-                self._make_room(name, opened)
+                self._make_room(key, opened)
             except BaseException:
                 opened.prefix.resident.wait_quietly()  # its memory is being written to
                 opened.prefix.close()
                 raise
-            return self._install(name, opened), begin
+            return self._install(key, opened), begin
 
     def _bytes_held(self) -> int:
         """Of all that is open, what only waits for its last request included. The lock is held by the caller."""
@@ -225,3 +251,8 @@ class ResidentCaches:
                 self._leaving.remove(held)
         if unused:
             held.prefix.close()
+
+
+def _versioned(name: str, digest: str) -> str:
+    """No name of a cache has an `@`."""
+    return f"{name}@{digest}"

@@ -14,10 +14,12 @@ from cag.server.errors import error_facts
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.running import AnswerRun, Question, Workplace
+from cag.server.session_table import SessionTable
 from cag.server.settings import ServerSettings
 from cag.server.slots import Slots
 
 RETRY_PRELOAD_S = 10.0
+SWEEP_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class AnswerService:
         self.engine = engine
         self.settings = settings
         self.caches = ResidentCaches(engine, settings.max_resident_bytes)
+        self.sessions = SessionTable(settings.session_ttl_s, settings.max_sessions, engine.model.settle_pages)
         self.slots = Slots(settings.num_slots, settings.max_waiting)
         self.metrics = ServerMetrics()
         self.runs: set[AnswerRun] = set()
@@ -75,18 +78,28 @@ class AnswerService:
         else:
             self.preload_errors.pop(name, None)
 
+    async def sweep(self) -> None:
+        """Close sessions that have expired, every `SWEEP_S`, until the service is closed."""
+        while not self._closing.is_set():
+            if self.sessions.any_over:
+                await asyncio.to_thread(self.sessions.close_expired)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), SWEEP_S)
+
     async def close(self) -> None:
-        """Let running answers leave at the next step, wait for them, close the caches."""
+        """Let running answers leave at the next step, wait for them, close sessions and caches."""
         self._closing.set()
         for run in list(self.runs):
             run.cancel()
         await asyncio.to_thread(self._workplace.threads.shutdown)
         await asyncio.to_thread(self.loop.stop)
+        await asyncio.to_thread(self.sessions.close)
         self.caches.close()
 
     def _add_readings(self) -> None:
         gauge = self.metrics.gauge
         gauge("cag_answers_running", "Answers being computed.", lambda: self.slots.running)
+        gauge("cag_sessions", "Open sessions.", lambda: len(self.sessions))
         gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_resident_caches", "Open caches.", lambda: self.caches.num_resident)
