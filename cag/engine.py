@@ -212,12 +212,13 @@ class Engine:
         """
         return import_cache(self.store, source, name, cache=cache, on_progress=on_progress)
 
-    def open(self, name: str, *, share: bool = True) -> Prefix:
+    def open(self, name: str, *, share: bool = True, version: Manifest | None = None) -> Prefix:
         """Open a cache; it loads in the background, and whoever asks first waits only for the layers it needs.
 
         Args:
             name: of the cache.
             share: use the resident copy when the same cache is open already.
+            version: what to open instead of what the name means now; its files must be held against `gc`.
 
         Raises:
             CacheNotFound: no cache of that name.
@@ -225,12 +226,12 @@ class Engine:
             StoreError: a damaged manifest or chunk; chunk errors surface when the layer is needed.
         """
         if share and self._open:
-            digest = self.find(name)[0].manifest
+            digest = version.digest if version is not None else self.find(name)[0].manifest
             with self._lock:
                 if digest in self._open:
                     return self._handle(name, self._open[digest])
         with translated_lookup():
-            _, manifest, reader = self.store.open_reader(name)
+            manifest, reader = self._reader(name, version)
         try:
             check_fingerprints(name, manifest, self.model)
             model = self.model
@@ -262,6 +263,12 @@ class Engine:
         started_at = time.perf_counter()
         with self.open(name) as prefix:
             return prefix.ask(question, options, started_at=started_at, **sampling)
+
+    def _reader(self, name: str, version: Manifest | None) -> tuple[Manifest, CacheReader]:
+        if version is not None:
+            return version, self.store.reader(version)
+        _, manifest, reader = self.store.open_reader(name)
+        return manifest, reader
 
     def _promoted(self, digest: str, reader: CacheReader) -> ResidentPrefix | None:
         """A cache that the host's memory still holds, on its way to the device."""

@@ -19,7 +19,9 @@ CagError
 ├── RequestError
 │   ├── RequestTooLong (ValueError)         prompt and answer do not fit into the model's window
 │   ├── QueueFull (RuntimeError)            the server has no free slot
-│   └── JobNotFound (KeyError)              no job of that id, or not the caller's
+│   ├── SessionNotFound (LookupError)       no session of that id: it has expired, was deleted, or never was
+│   ├── SessionBusy (RuntimeError)          another question of this session is being answered
+│   └── JobNotFound (LookupError)           no job of that id, or not the caller's
 └── BuildInterrupted (RuntimeError)         stopped by the user; whole chunks are kept for the next build
 
 Errors of `cag_store` have a tree of their own (`cag_store.errors`); both trees stand in `ERROR_TABLE`.
@@ -114,7 +116,15 @@ class QueueFull(RequestError, RuntimeError):
     """The server has no free slot. Fact: `retry_after_s`."""
 
 
-class JobNotFound(RequestError, KeyError):
+class SessionNotFound(RequestError, LookupError):
+    """No session of that id: it has expired, was deleted, or never was."""
+
+
+class SessionBusy(RequestError, RuntimeError):
+    """Another question of this session is being answered."""
+
+
+class JobNotFound(RequestError, LookupError):
     """No job of that id, or not the caller's."""
 
 
@@ -150,7 +160,9 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     RequestError: ErrorRow(40, 400, "request_error"),
     RequestTooLong: ErrorRow(41, 413, "request_too_long"),
     QueueFull: ErrorRow(42, 429, "queue_full"),
-    JobNotFound: ErrorRow(45, 404, "job_not_found"),
+    SessionNotFound: ErrorRow(45, 404, "session_not_found"),
+    SessionBusy: ErrorRow(46, 409, "session_busy"),
+    JobNotFound: ErrorRow(47, 404, "job_not_found"),
     BuildInterrupted: ErrorRow(130, 499, "interrupted"),
     store_errors.StoreError: ErrorRow(50, 500, "store_error"),
     store_errors.EntryNotFound: ErrorRow(51, 404, "entry_not_found"),

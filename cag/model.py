@@ -22,7 +22,7 @@ from cag.kernels_ahead import compile_kernels
 from cag.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probed_layers
 from cag.model_files import prepared, read_parts, stop_ids, turns_alike
 from cag.models.fingerprint import ModelFingerprints
-from cag.pages import PagedTail, PagePool
+from cag.pages import PagedState, PagedTail, PagePool
 from cag.prompt import PromptTemplate, read_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
@@ -219,9 +219,9 @@ class LanguageModel:
         piece."""
         return WholeState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix)
 
-    def new_session_state(self, prefix: Any = None) -> SequenceState:
+    def new_session_state(self, prefix: Any = None) -> PagedState:
         """An empty sequence whose own tokens take pages of the model's pool; several of them fit into one forward."""
-        return SequenceState(PagedTail(self.pages), prefix)
+        return PagedState(PagedTail(self.pages), prefix)
 
     def settle_pages(self) -> None:
         """Give back the memory of pages that nobody has, if nobody has any; for a moment without work."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cag.state import KvShape
+from cag.state import KvShape, SequenceState
 
 PAGE_TOKENS = 32
 SLAB_PAGES = 16  # 512 tokens
@@ -156,6 +156,12 @@ class PagedTail:
         if missing > 0:
             self.pages += self.pool.take(missing)
 
+    def shrink(self, num_tokens: int) -> None:
+        """Give back the pages that the first `num_tokens` do not need."""
+        needed = -(-num_tokens // self.page_tokens)
+        self.pool.give_back(self.pages[needed:])
+        del self.pages[needed:]
+
     def sides(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that `pages` counts in, those of other sessions too."""
         return self.pool.keys[layer], self.pool.values[layer]
@@ -181,3 +187,9 @@ class PagedTail:
     def num_bytes(self) -> int:
         """Bytes of its pages."""
         return len(self.pages) * self.pool.page_bytes
+
+
+class PagedState(SequenceState):
+    """A sequence whose own tokens lie in pages, as those of sessions do."""
+
+    tail: PagedTail

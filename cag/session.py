@@ -1,7 +1,8 @@
 """A session behind a prefix: turns of question and answer, each answer with its proof.
 
 A session owns only its tail, in pages of the model's pool; the prefix is shared. Later questions stand behind the
-earlier ones, whose keys and values are kept, so they count as cached.
+earlier ones, whose keys and values are kept, so they count as cached. While nobody asks, a session can let go of the
+prefix and go on behind it when it has been opened again.
 """
 
 from __future__ import annotations
@@ -66,15 +67,17 @@ class AnswerStream:
             raise
 
     def finish(self, request: Request) -> Answer | None:
-        """Wait until a submitted answer has left the scheduler. None: it was cancelled. Raises what went wrong."""
+        """Wait until a submitted answer has left the scheduler. None: it was cancelled. Raises what went wrong. Either
+        way an answer that is not whole leaves the session as if the question had not been asked."""
         request.wait()
-        self._session.end_turn(self._generation)
-        if request.error is not None:
-            raise request.error
-        if not self._generation.finished:
-            return None
-        self._end()
-        return self.answer
+        try:
+            if request.error is not None:
+                raise request.error
+            if self._generation.finished:
+                self._end()
+        finally:
+            self._session.end_turn(self._generation, keep=self._answer is not None)
+        return self._answer
 
     def _begin(self) -> None:
         if self._has_begun:
@@ -130,7 +133,8 @@ class Session:
     """
 
     def __init__(self, prefix: Prefix) -> None:
-        self.prefix = prefix
+        self._prefix: Prefix | None = prefix
+        self._digest = prefix.digest
         self.turns: list[tuple[str, str]] = []
         self._state = prefix.model.new_session_state(prefix.resident)
         self._busy = False
@@ -138,6 +142,43 @@ class Session:
         self._answered = False
         self._read: list[int] = []  # tokens of the tail
         self._unread: list[int] = []  # tokens of the last answer that no forward has seen yet
+
+    @property
+    def prefix(self) -> Prefix:
+        """What it stands behind. Raises: UsageError: it has let go of it."""
+        if self._prefix is None:
+            raise UsageError("this session was suspended or closed.", hint="Resume it, or open another one.")
+        return self._prefix
+
+    def suspend(self) -> None:
+        """Keep the tail and nothing else, until `resume`: the prefix may leave memory meanwhile.
+
+        Raises:
+            UsageError: an answer is running.
+        """
+        self._check_idle()
+        self._prefix = self._state.prefix = None
+        self._state.tail.shrink(self._state.num_tail)
+
+    def resume(self, prefix: Prefix) -> None:
+        """Go on behind `prefix`, the same version of the cache in whatever memory it is now.
+
+        Raises:
+            UsageError: another version.
+        """
+        if prefix.digest != self._digest:
+            raise UsageError("a session can only go on behind the version of the cache that it was opened with.")
+        self._prefix, self._state.prefix = prefix, prefix.resident
+
+    def close(self) -> None:
+        """Give the tail's pages back; without, they go back when nothing refers to the session any more.
+
+        Raises:
+            UsageError: an answer is running.
+        """
+        self._check_idle()
+        self._prefix = self._state.prefix = None
+        self._state.tail.close()
 
     @property
     def num_cached_tokens(self) -> int:
@@ -150,8 +191,7 @@ class Session:
         Raises:
             UsageError: another answer of this session is still running, or has begun since.
         """
-        if self._busy:
-            raise UsageError("another answer of this session is still running.", hint="Open a second session.")
+        self._check_idle()
         if self.num_cached_tokens != cached_tokens:
             raise UsageError(
                 "another answer of this session has begun since this stream was made.",
@@ -159,10 +199,11 @@ class Session:
             )
         self._busy, self._begun_at = True, self._state.num_tail
 
-    def end_turn(self, generation: Generation) -> None:
-        """However an answer has ended, the session is ready for the next question."""
+    def end_turn(self, generation: Generation, *, keep: bool = True) -> None:
+        """However an answer has ended, the session is ready for the next question. What has been said so far is
+        remembered, unless `keep` is False."""
         forwarded = self._state.num_tail - self._begun_at - len(generation.suffix_ids)
-        if forwarded < 0:  # the question itself was not read to its end: as if it had not been asked
+        if forwarded < 0 or not keep:  # not all of the question was read, or nobody heard: it was not asked
             self._state.rewind(self._begun_at)
         else:
             self._answered = True
@@ -223,6 +264,10 @@ class Session:
             drafter=self._drafter(suffix, options.speculate),
         )
         return AnswerStream(self, history, question, generation, was_resident)
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise UsageError("another answer of this session is still running.", hint="Open a second session.")
 
     def _drafter(self, suffix: list[int], speculate: bool | None) -> Drafter | None:
         model, resident = self.prefix.model, self.prefix.resident

@@ -24,7 +24,7 @@ from cag.cli.options import (
     given,
 )
 from cag.cli.output import note, note_configuration, print_json
-from cag.cli.quantities import size_bytes
+from cag.cli.quantities import duration_s, size_bytes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -80,6 +80,18 @@ def serve(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Of an answer whose request does not say.", min=1)
     ] = None,
+    session_ttl: Annotated[
+        float | None,
+        typer.Option(
+            "--session-ttl",
+            help="How long a session lives without a question, at most.",
+            parser=duration_s,
+            metavar="DURATION",
+        ),
+    ] = None,
+    max_sessions: Annotated[
+        int | None, typer.Option("--max-sessions", help="Sessions that may be open.", min=1)
+    ] = None,
     speculate: SpeculateOption = None,
     json_output: JsonOption = False,
     verbose: VerboseOption = False,
@@ -101,6 +113,8 @@ def serve(
         num_slots=slots,
         max_waiting=queue,
         default_max_tokens=max_tokens,
+        session_ttl_s=session_ttl,
+        max_sessions=max_sessions,
         speculate=speculate,
     )
     try:

@@ -16,6 +16,7 @@ from cag.server.job_routes import job_router
 from cag.server.middleware import ApiKeys, BodyLimit, RequestCount
 from cag.server.probe_routes import probe_router
 from cag.server.service import AnswerService
+from cag.server.session_routes import session_router
 from cag.server.settings import ServerSettings
 from cag.server.tenants import owners_of
 
@@ -33,17 +34,18 @@ def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        preloading = asyncio.create_task(service.preload())
+        preloading, sweeping = asyncio.create_task(service.preload()), asyncio.create_task(service.sweep())
         try:
             yield
         finally:
             await service.close()
-            await preloading
+            await asyncio.gather(preloading, sweeping)
 
     app = FastAPI(title="cag", summary="Cache-augmented generation", lifespan=lifespan)
     app.state.service = service
     install_error_handlers(app)
-    for router in (probe_router(service), chat_router(service), cache_router(service), job_router(service)):
+    routers = chat_router(service), cache_router(service), session_router(service), job_router(service)
+    for router in (probe_router(service), *routers):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(ApiKeys, owners=owners_of(settings.api_keys, settings.tenant_keys))

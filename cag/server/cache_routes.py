@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cag.describe import describe_cache, summarize_cache
-from cag.server.chat_schema import SamplingFields
-from cag.server.errors import error_facts
+from cag.server.asking import AskRequest, answer_response
 from cag.server.listing import readable_caches
-from cag.server.messages import Text
-from cag.server.running import AnswerRun, Question
 from cag.server.service import AnswerService
-from cag.server.streaming import EventStream, event, while_connected
 from cag.server.tenants import CacheKey, Tenant
 from cag.stores import translated_lookup
 
 MAX_TTL_S = 100 * 365 * 86_400
-
-
-class AskRequest(SamplingFields):
-    """One question to one cache."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    question: Text
 
 
 class CachePatch(BaseModel):
@@ -83,7 +70,8 @@ def cache_router(service: AnswerService) -> APIRouter:
 
     @router.delete("/{name}")
     def delete_cache(name: str, tenant: Tenant, force: bool = False) -> dict[str, Any]:
-        """Forget a cache, a pinned one with `?force=true`; answers that are running go on, `gc` frees the disk."""
+        """Forget a cache, a pinned one with `?force=true`; answers that are running and sessions go on, `gc` frees the
+        disk behind them."""
         with translated_lookup():
             engine_of(tenant).store.remove(name, force=force)
         caches.drop(CacheKey(tenant, name))
@@ -92,25 +80,7 @@ def cache_router(service: AnswerService) -> APIRouter:
     @router.post("/{name}/ask")
     async def ask(name: str, body: AskRequest, request: Request, tenant: Tenant) -> Response:
         """Answer one question: the object of `cag ask --json`, or events `token` and a final `answer`."""
-        options = body.options(body.max_tokens or service.settings.default_max_tokens)
-        run = service.run(Question(CacheKey(tenant, name), body.question, options))
-        if not body.stream:
-            return JSONResponse((await while_connected(request, run.complete())).to_json())
-        try:
-            await while_connected(request, run.begin())
-        except BaseException:
-            run.cancel()
-            raise
-        return EventStream(run, _events(run))
+        run = service.run(body.asked(CacheKey(tenant, name), service.settings.default_max_tokens))
+        return await answer_response(run, request, stream=body.stream)
 
     return router
-
-
-async def _events(run: AnswerRun) -> AsyncIterator[str]:
-    try:
-        async for piece in run.pieces():
-            yield event({"text": piece}, "token")
-    except Exception as error:  # the status is sent already: the client learns it here
-        yield event(error_facts(error).body(), "error")
-        return
-    yield event(run.answer.to_json(), "answer")

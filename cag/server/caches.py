@@ -1,7 +1,8 @@
 """Caches that stay open between requests, counted by who uses them.
 
 A cache is opened by its first request and stays. When its name means another manifest, requests from then on use the
-new one; the old one is closed when its last request has ended. Within a limit of bytes, a cache that needs room closes
+new one; the old one is closed when its last request has ended. Sessions go on with the version that they were opened
+with: it is held beside the new one. Within a limit of bytes, a cache that needs room closes
 those that nobody uses, the ones first that cost least to load again for the bytes they hold and were used longest ago.
 Safe to use from several threads.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cag.engine import Engine
@@ -19,8 +20,9 @@ from cag.errors import InsufficientResources, QueueFull
 from cag.first_steps import record_first_steps
 from cag.prefix import Prefix
 from cag.server.tenants import CacheKey
-from cag_store import utc_now
-from cag_store.errors import EntryNotFound, StoreError
+from cag_store import Manifest, utc_now
+from cag_store.backends import Lease
+from cag_store.errors import EntryNotFound, StoreError, StoreFull
 
 RETRY_S = 1  # a cache in use is given back with the answer that uses it
 
@@ -73,8 +75,8 @@ class ResidentCaches:
         self._room = threading.Lock()
 
     @contextmanager
-    def use(self, key: CacheKey) -> Iterator[CacheUse]:
-        """What `key` means now, open at least until the block ends.
+    def use(self, key: CacheKey, version: Manifest | None = None) -> Iterator[CacheUse]:
+        """What `key` means now, or `version` whatever it means, open at least until the block ends.
 
         Raises:
             CacheNotFound, CacheMismatch, StoreError: as `Engine.open`. A cache that fails while it is used is retired,
@@ -82,11 +84,12 @@ class ResidentCaches:
             InsufficientResources: the cache is larger than all that may be resident.
             QueueFull: those in use leave no room for it now.
         """
-        held, opened_at = self._take(key)
+        held_as = key if version is None else self._held_as(key, version)
+        held, opened_at = self._take(held_as, key, version)
         try:
             yield CacheUse(held.prefix, opened_at)
         except StoreError:
-            self._retire(key, held)
+            self._retire(held_as, held)
             raise
         finally:
             self._give_back(held)
@@ -121,31 +124,54 @@ class ResidentCaches:
         if held is not None:
             self._retire(key, held)
 
+    def drop_version(self, key: CacheKey, digest: str) -> None:
+        """As `drop`, for a version that is not what `key` means."""
+        self.drop(_versioned(key, digest))
+
+    def lease(self, key: CacheKey, digest: str) -> Lease | None:
+        """Hold the files of a version against `gc`; None on a store that may only be read."""
+        with suppress(StoreFull):
+            return self._find(key)[0].store.lease(digest)
+        return None
+
     def close(self) -> None:
         """Drop all."""
         for key in list(self._held):
             self.drop(key)
 
-    def _take(self, key: CacheKey) -> tuple[_Held, float | None]:
-        begin = time.perf_counter()
-        engine, name = self._find(key)
-        digest = _digest(engine, name)
+    def _held_as(self, key: CacheKey, version: Manifest) -> CacheKey:
+        """What `version` is held as: by the name, as long as that means it."""
+        versioned = _versioned(key, version.digest)
         with self._lock:
             held = self._held.get(key)
+            if held is not None and held.prefix.digest == version.digest:
+                return key
+            if versioned in self._held:
+                return versioned
+        with suppress(StoreError):  # of the name: nothing of this version is wrong
+            return key if _digest(*self._find(key)) == version.digest else versioned
+        return versioned
+
+    def _take(self, held_as: CacheKey, key: CacheKey, version: Manifest | None) -> tuple[_Held, float | None]:
+        begin = time.perf_counter()
+        engine, name = self._find(key)
+        digest = _digest(engine, name) if version is None else version.digest
+        with self._lock:
+            held = self._held.get(held_as)
             if held is not None and held.prefix.digest == digest:
                 held.users += 1
                 return held, None
         if digest is None:
-            self.drop(key)
-        opened = _Held(engine.open(name))
+            self.drop(held_as)
+        opened = _Held(engine.open(name) if version is None else engine.open(name, version=version))
         with self._room:  # one at a time: what is free must not be given to two
             try:
-                self._make_room(key, opened)
+                self._make_room(held_as, opened)
             except BaseException:
                 opened.prefix.resident.wait_quietly()  # its memory is being written to
                 opened.prefix.close()
                 raise
-            return self._install(key, opened), begin
+            return self._install(held_as, opened), begin
 
     def _bytes_held(self) -> int:
         """Of all that is open, what only waits for its last request included. The lock is held by the caller."""
@@ -231,3 +257,8 @@ def _digest(engine: Engine, name: str) -> str | None:
     except EntryNotFound:
         return None
     return None if ref.expired(utc_now()) else ref.manifest
+
+
+def _versioned(key: CacheKey, digest: str) -> CacheKey:
+    """No name of a cache has an `@`."""
+    return CacheKey(key.tenant, f"{key.name}@{digest}")

@@ -22,6 +22,7 @@ from cag.scheduler import Request
 from cag.server.caches import ResidentCaches
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
+from cag.server.sessions import KeptSession, NewSession, Place
 from cag.server.slots import Slots
 from cag.server.tenants import CacheKey
 
@@ -30,12 +31,14 @@ Event = str | Answer | Exception
 
 @dataclass(frozen=True)
 class Question:
-    """What one request asks: the cache, earlier (question, answer) turns, the question, sampling."""
+    """What one request asks: the cache, earlier (question, answer) turns, the question, sampling; `session` if it is
+    asked behind the turns of that one."""
 
     cache: CacheKey
     text: str
     options: SamplingOptions
     history: tuple[tuple[str, str], ...] = ()
+    session: KeptSession | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class AnswerRun:
     def __init__(self, question: Question, workplace: Workplace) -> None:
         self.question = question
         self._at = workplace
+        self._place: Place = question.session or NewSession(workplace.caches, question.cache)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = threading.Event()
         self._request: Request | None = None
@@ -64,11 +68,16 @@ class AnswerRun:
 
     async def begin(self) -> None:
         """Wait for a slot and for the first piece of text. Whatever is wrong before that is raised here."""
-        asked_at = time.perf_counter()
-        await self._at.slots.acquire()
-        started_at = time.perf_counter()
-        self._at.metrics.waited.observe(started_at - asked_at)
-        self._start(started_at)
+        self._place.claim()
+        try:
+            asked_at = time.perf_counter()
+            await self._at.slots.acquire()
+            started_at = time.perf_counter()
+            self._at.metrics.waited.observe(started_at - asked_at)
+            self._start(started_at)
+        except BaseException:
+            self._place.release()
+            raise
         try:
             self._first = await self._events.get()
         except BaseException:
@@ -141,15 +150,15 @@ class AnswerRun:
             emit(answer)
 
     def _generate(self, emit: Callable[[Event], None]) -> Answer | None:
-        """The answer, or None when it was cancelled."""
+        """The answer, or None when it was cancelled. Then the session has been released."""
         question, trim = self.question, EdgeTrimmer()
 
         def show(piece: str) -> None:
             if text := trim(piece):
                 emit(text)
 
-        with self._at.caches.use(question.cache) as use:
-            stream = use.prefix.session().stream(
+        with self._place.using() as use:
+            stream = use.session.stream(
                 question.text, question.options, started_at=use.opened_at, history=question.history
             )
             if self._cancelled.is_set():

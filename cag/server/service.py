@@ -15,11 +15,13 @@ from cag.server.jobs import BuildJobs
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.running import AnswerRun, Question, Workplace
+from cag.server.session_table import SessionTable
 from cag.server.settings import ServerSettings
 from cag.server.slots import Slots
 from cag.server.tenants import CacheKey, Tenants
 
 RETRY_PRELOAD_S = 10.0
+SWEEP_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ class AnswerService:
         self.tenants = Tenants(engine, frozenset(settings.tenant_keys), settings.tenant_stores)
         self.caches = ResidentCaches(self.tenants.find, settings.max_resident_bytes)
         self.builds = BuildJobs(self.tenants, settings.max_waiting_builds)
+        self.sessions = SessionTable(
+            self.caches, settings.session_ttl_s, settings.max_sessions, engine.model.settle_pages
+        )
         self.slots = Slots(settings.num_slots, settings.max_waiting)
         self.metrics = ServerMetrics()
         self.runs: set[AnswerRun] = set()
@@ -84,8 +89,16 @@ class AnswerService:
         else:
             self.preload_errors.pop(name, None)
 
+    async def sweep(self) -> None:
+        """Close sessions that have expired, every `SWEEP_S`, until the service is closed."""
+        while not self._closing.is_set():
+            if self.sessions.any_over:
+                await asyncio.to_thread(self.sessions.close_expired)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), SWEEP_S)
+
     async def close(self) -> None:
-        """Let running answers leave at the next step, wait for them, close the caches."""
+        """Let running answers leave at the next step, wait for them, close sessions and caches."""
         self._closing.set()
         self.builds.close()
         for run in list(self.runs):
@@ -93,11 +106,13 @@ class AnswerService:
         await asyncio.to_thread(self._workplace.threads.shutdown)
         await asyncio.to_thread(self.loop.stop)
         await asyncio.to_thread(self.builds.join)
+        await asyncio.to_thread(self.sessions.close)
         self.caches.close()
 
     def _add_readings(self) -> None:
         gauge = self.metrics.gauge
         gauge("cag_answers_running", "Answers being computed.", lambda: self.slots.running)
+        gauge("cag_sessions", "Open sessions.", lambda: len(self.sessions))
         gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_builds_waiting", "Caches waiting to be built.", lambda: self.builds.num_waiting)

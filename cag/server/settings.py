@@ -22,6 +22,8 @@ class ServerSettings(BaseModel):
         max_waiting: requests that may wait for a slot; one more is refused with 429.
         default_max_tokens: of an answer whose request does not say.
         speculate: as in `SamplingOptions`, for all answers.
+        session_ttl_s: how long a session lives without a question; its maker may ask for less, never for more.
+        max_sessions: that may be open; one more is refused with 429.
         max_body_bytes: of a request.
         max_waiting_builds: caches that may wait to be built; one more is refused with 429.
     """
@@ -37,6 +39,8 @@ class ServerSettings(BaseModel):
     max_waiting: int = Field(default=64, ge=0)
     default_max_tokens: int = Field(default=512, ge=1)
     speculate: bool | None = None
+    session_ttl_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
+    max_sessions: int = Field(default=100, ge=1)
     max_body_bytes: int = Field(default=8 << 20, ge=1)
     max_waiting_builds: int = Field(default=8, ge=0)
 

@@ -141,7 +141,7 @@ class Answers:
         Generation(self.model, state, ids, SamplingOptions(max_tokens=1), block_tokens=block_tokens).run()
 
     def _sessions(self, prefix: ResidentPrefix) -> list[SequenceState]:
-        states = [self.model.new_session_state(prefix) for _ in range(self.options.sessions)]
+        states: list[SequenceState] = [self.model.new_session_state(prefix) for _ in range(self.options.sessions)]
         for index, state in enumerate(states):
             self.model.forward(random_ids(self.options.tail_tokens, index), state)
         return states

@@ -24,7 +24,7 @@ def new_order(text):
 def forgotten(engine):
     yield
     for name in {"built", "other"} & set(engine.store.names()):
-        engine.store.remove(name)
+        engine.store.remove(name, force=True)
 
 
 async def over(client, job):

@@ -64,6 +64,35 @@ async def test_what_is_anothers_is_as_if_it_were_not_there(tenants):
         assert await names(client, "key-b") == ["manual"]
 
 
+async def test_sessions_are_the_tenants(tenants):
+    async with tenants() as served:
+        client = served.client
+        opened = (await client.post("/v1/caches/handbook/sessions", headers=key("key-a"))).json()
+        path = f"/v1/sessions/{opened['id']}"
+        for value, status in (("key-a", 200), ("key-a2", 200), ("key-b", 404), ("key-o", 404)):
+            assert (await client.get(path, headers=key(value))).status_code == status
+            assert (await client.post(f"{path}/ask", json=ASK, headers=key(value))).status_code == status
+        assert (await client.get("/v1/sessions", headers=key("key-b"))).json()["data"] == []
+        assert (await client.delete(path, headers=key("key-b"))).status_code == 404
+        assert (await client.delete(path, headers=key("key-a"))).status_code == 200
+
+
+async def test_jobs_are_the_tenants(tenants):
+    async with tenants() as served:
+        client, order = served.client, {"name": "new", "documents": [{"text": "The epsilon lamp is red.\n"}]}
+        job = (await client.post("/v1/caches", json=order, headers=key("key-a"))).json()
+        path = f"/v1/jobs/{job['id']}"
+        while (found := (await client.get(path, headers=key("key-a"))).json())["finished_at"] is None:
+            await asyncio.sleep(0.01)
+        assert found["status"] == "succeeded"
+        assert await names(client, "key-a") == ["handbook", "new"]
+        assert await names(client, "key-b") == ["manual"]
+        for value in ("key-b", "key-o"):
+            assert (await client.get(path, headers=key(value))).status_code == 404
+            assert (await client.post(f"{path}/cancel", headers=key(value))).status_code == 404
+            assert (await client.get("/v1/jobs", headers=key(value))).json()["data"] == []
+
+
 async def test_equal_names_are_different_caches(tenants, engine):
     async with tenants() as served:
         client = served.client
