@@ -79,9 +79,6 @@ class LibraryProduct:
         out.copy_(self(rows))
 
 
-"""A linear layer for few rows: `[num_rows, in_features]` float32 to `[num_rows, out_features]` float32, contiguous."""
-
-
 class PackedLinear(nn.Module):
     """A linear layer over a packed weight; computes in float32."""
 

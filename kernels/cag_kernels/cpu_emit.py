@@ -226,12 +226,6 @@ class Emitter:
         """The number in lane 0."""
         return self.builder.extract_element(value, ir.Constant(INT32, 0))
 
-    def first_lanes(self, value: Value, count: Value) -> Value:
-        """`value` with zeros in the lanes from `count` on."""
-        counts = self._spread_lanes(self.builder.trunc(count, INT32), self.integers)
-        inside = self.builder.icmp_signed("<", ir.Constant(self.integers, list(range(self.lanes))), counts)
-        return self.builder.select(inside, value, self.constant(0.0))
-
     def _spread_lanes(self, number: Value, kind: Any) -> Value:
         first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(INT32, 0))
         return self._shuffle(first, first, [0] * self.lanes)

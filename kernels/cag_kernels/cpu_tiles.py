@@ -176,9 +176,6 @@ class TileEmitter(Emitter):
         function = self.function.module.declare_intrinsic(f"llvm.x86.avx512.mask.{name}", fnty=kind)
         return self.builder.call(function, operands)
 
-    def _joined(self, low: Value, high: Value) -> Value:
-        return self.builder.or_(low, self.builder.shl(high, self._integers(16)))
-
     def _configuration(self) -> Value:
         module = self.function.module
         name = "tile_configuration"

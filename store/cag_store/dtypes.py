@@ -31,16 +31,6 @@ def storage_dtype(name: str) -> np.dtype[Any]:
         raise UnencodableArray(f"storage dtype {name!r} is not one of {known}", found=name, expected=known) from None
 
 
-def storage_name(dtype: np.dtype[Any]) -> str:
-    """The storage dtype that numpy `dtype` carries. Raises: UnencodableArray."""
-    for name, carrier in STORAGE_DTYPES.items():
-        if dtype == carrier:
-            return name
-    raise UnencodableArray(
-        f"arrays of {dtype} cannot be stored; bfloat16 travels as uint16 bit patterns", found=str(dtype)
-    )
-
-
 def bit_patterns(array: Array) -> Array:
     """`array` as unsigned integers of the same size: a view, whatever its strides."""
     return array.view(_BITS[array.dtype.itemsize])
