@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cag.memory import large_blocks_apart
+from cag.memory import large_blocks_apart, return_free_memory
 
 HAS_GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallinfo2")
 
@@ -102,6 +102,10 @@ with large_blocks_apart() if {apart} else contextlib.nullcontext():
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
-    monkeypatch.setattr("cag.memory._function", lambda _: None)
+    asked, changed = [], []
+    monkeypatch.setattr("cag.memory._user_decides", lambda: False)
+    monkeypatch.setattr("cag.memory._function", asked.append)  # there is none
+    monkeypatch.setattr("cag.memory._set_thresholds", lambda *values: changed.append(values))
     with large_blocks_apart():
-        pass
+        return_free_memory()
+    assert (asked, changed) == (["mallopt", "malloc_trim"], [])

@@ -14,6 +14,7 @@ import zstandard
 from cag_store import KVGeometry, Manifest, Store, codec_from_config
 from cag_store.blob import unpack_blob
 from cag_store.chunk import ChunkIndex, parse_index
+from cag_store.dtypes import widen
 from cag_store.errors import CorruptEntry, StoreError, UnencodableArray
 from cag_store.jsontext import MAX_DEPTH, canonical_bytes, parse_object
 from cag_store.paths import chunk_path, manifest_path, ref_path
@@ -181,9 +182,16 @@ def test_a_forged_scale_overflows_quietly(config, dtype, side):
     from cag_store.testing import sample_array
 
     codec, array = codec_from_config({**config, "exact_tokens": 0}), sample_array((1, 3, 2), dtype)
-    data = bytearray(codec.encode(array, dtype, side))
+    data, found, plain = bytearray(codec.encode(array, dtype, side)), array.copy(), array.copy()
+    codec.decode_into(bytes(data), plain)
     data[12:14] = b"\x7f\x7f"  # 3.4e38
-    codec.decode_into(bytes(data), array.copy())
+    codec.decode_into(bytes(data), found)
+    forged = np.zeros((1, 3, 2), bool)  # what the first scale is of: a channel of the keys, a token of the values
+    forged[(0, slice(None), 0) if side == "keys" else (0, 0)] = True
+    magnitude = np.abs(widen(found, dtype))
+    assert np.array_equal(found[~forged], plain[~forged])
+    assert magnitude[forged].max() == (65504 if dtype == "float16" else np.inf)
+    assert not np.isnan(magnitude).any()
 
 
 def test_damage_of_refs_and_manifests_says_what_to_do(small):

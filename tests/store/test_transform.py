@@ -225,15 +225,24 @@ def test_a_hostile_basis_is_refused(basis):
 
 
 def test_flipped_bits_of_a_basis_are_refused_or_decode_something(basis):
-    data = basis.to_bytes()
+    """A basis that was read is the one that the bytes say, and arrays come back from it in their shapes."""
+    data, given = basis.to_bytes(), arrays(9)
     generator = np.random.default_rng(1)
+    num_refused = num_read = 0
     for position in generator.integers(0, len(data), 300):
         damaged = bytearray(data)
         damaged[position] ^= 1 << int(generator.integers(8))
         try:
-            Basis.from_bytes(bytes(damaged))
+            found = Basis.from_bytes(bytes(damaged))
         except CorruptEntry:
+            num_refused += 1
             continue
+        assert found.to_bytes() == damaged
+        codec = transform(found)
+        decoded(codec, codec.encode_layers(given, "bfloat16", "keys", 0), given)
+        num_read += 1
+    assert num_refused > 50
+    assert num_read > 50
 
 
 def test_a_codec_needs_its_basis(basis):
