@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 INTERRUPTED = 130
+BUG = "This is a bug: run it again as `cag --verbose COMMAND ...` for the traceback, and report it."
 PIPE_COLUMNS = 240  # width of tables where nobody looks at a terminal
 
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -131,9 +132,7 @@ def error_facts(error: BaseException) -> dict[str, Any]:
     if isinstance(error, StoreError):
         return _facts(row.code, error.message, "", row.exit_code)
     message = " ".join(f"{type(error).__name__}: {error}".split())
-    return _facts(
-        row.code, message, "Nobody foresaw this: `cag --verbose COMMAND ...` shows where it happened.", row.exit_code
-    )
+    return _facts(row.code, message, BUG, row.exit_code)
 
 
 def _facts(code: str, message: str, hint: str, exit_code: int) -> dict[str, Any]:

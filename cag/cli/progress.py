@@ -23,7 +23,7 @@ Unit = Literal["tokens", "bytes"]
 STAGES = {
     "reuse": "taking over stored chunks",
     "prefill": "reading",
-    "calibrate": "looking at the codecs",
+    "calibrate": "preparing codecs",
     "encode": "encoding",
     "measure": "measuring fidelity",
     "commit": "storing",

@@ -1,7 +1,8 @@
-"""The models that `cag pull` knows by name: what they are and where their bytes come from, pinned by sha256.
+"""The models that `cag pull` knows by name: what they are and where their bytes come from.
 
-Pure data: nothing is downloaded, read or converted here. A hub source is as the authors publish the model; a wheel
-source holds data files only and reaches machines whose only door is a Python package index.
+Pure data: nothing is downloaded, read or converted here. A hub source is as the authors publish the model at the time
+of the pull, unless it names a revision; none here does. A wheel source is pinned by sha256, holds data files only and
+reaches machines whose only door is a Python package index.
 """
 
 from __future__ import annotations
