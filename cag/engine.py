@@ -305,9 +305,11 @@ class Engine:
         opened.reader.close()
 
     def _documents(self, manifest: Manifest) -> list[Document]:
+        with translated_lookup():
+            texts = [self.store.get_blob(entry.sha256).decode() for entry in manifest.documents]
         return [
-            Document(entry.doc_id, entry.title, entry.path, self.store.get_blob(entry.sha256).decode(), entry.sha256)
-            for entry in manifest.documents
+            Document(entry.doc_id, entry.title, entry.path, text, entry.sha256)
+            for entry, text in zip(manifest.documents, texts, strict=True)
         ]
 
 

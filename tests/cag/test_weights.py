@@ -264,6 +264,7 @@ def test_queries_that_positions_scale_are_noticed(kind, tmp_path, monkeypatch):
         return own(self, *given, cag_state=State(), **named)
 
     monkeypatch.setattr(attention, "forward", stretched)
+    monkeypatch.setenv("CAG_HOME", str(tmp_path / "home without the start that was kept"))
     assert LanguageModel.load(tmp_path, model_id="tiny").decoder is None
 
 

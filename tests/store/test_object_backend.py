@@ -91,7 +91,7 @@ def test_a_cache_on_a_server_is_read_as_it_was_written(s3_url, small):
     assert store.verify("small").ok
     assert store.pin("small").pinned
     assert store.gc(grace_s=0).removed == ()
-    store.remove("small")
+    store.remove("small", force=True)
     assert len(store.gc(grace_s=3600, dry_run=True).removed) == 0
     assert len(store.gc(grace_s=-10).removed) == len(manifest.chunks) + 3
     assert list(store.backend.list("chunks")) == []

@@ -111,7 +111,7 @@ def test_a_cache_of_which_a_part_has_gone_is_not_called_missing(cag, book, tmp_p
     asked = cag("ask", "book", "Why?", "--store", book, "--json")
     copied = cag("export", "book", tmp_path / "copy", "--store", book, "--json")
     for failed in (asked, copied):
-        assert (failed.exit_code, failed.error["code"]) == (51, "entry_not_found")
+        assert (failed.exit_code, failed.error["code"]) == (52, "corrupt_entry")
 
 
 def test_a_folder_that_is_no_store(cag, corpus):
