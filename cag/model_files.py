@@ -104,15 +104,26 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
 
 
 def read_network(directory: Path, dtype: torch.dtype) -> Any:
-    """The network in a directory of model files. Raises: ModelError."""
+    """The network in a directory of model files, every weight of it read. Raises: ModelError."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the model in {directory}: {error}") from error
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load the model in {directory}: {error}", hint="Fetch it again.") from error
+    network, found = read
+    if missing := sorted(found["missing_keys"]):
+        # transformers makes these up, in each process anew
+        raise ModelError(
+            f"the files in {directory} lack {len(missing)} weights, such as {missing[0]}.",
+            hint="Fetch the model again.",
+        )
+    return network
 
 
 def read_tokenizer(directory: Path) -> Any:

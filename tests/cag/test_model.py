@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Phi3Config
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
@@ -67,6 +68,33 @@ def test_a_broken_directory_is_a_typed_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises((ModelError, UnsupportedModel)):
         LanguageModel.load(tmp_path, model_id="broken")
+
+
+def _without_a_weight(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def _with_a_weight_of_another_shape(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(_without_a_weight, "lack 1 weights"), (_with_a_weight_of_another_shape, "cannot load")]
+)
+def test_weights_that_would_be_made_up_are_refused(tmp_path, change, told):
+    directory = write_tiny_model(tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=told):
+        LanguageModel.load(directory, model_id="tiny")
+
+
+def test_a_file_of_weights_that_is_none_is_a_typed_error(tmp_path):
+    directory = write_tiny_model(tmp_path / "model")
+    (directory / "model.safetensors").write_bytes(b"\xff" * 1000)
+    with pytest.raises(ModelError, match="cannot load"):
+        LanguageModel.load(directory, model_id="tiny")
 
 
 def test_unknown_dtypes_and_devices_are_refused(tiny_model_dir):
