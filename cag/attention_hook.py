@@ -1,11 +1,12 @@
 """Attention of transformers' own networks through a sequence's state: registered with their attention interface.
 
-The state comes as a keyword of the forward, and so do the turns in which forwards run: one that runs in the background
-gives way between layers. Knows no model and no kernels.
+The state comes as a keyword of the forward, and with it what is told the number of tokens before each layer attends.
+Knows no model and no kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from transformers import AttentionInterface
 
 from cag.errors import UnsupportedModel
 from cag.state import SequenceState
-from cag.turns import ForwardTurns
 
 ATTENTION_NAME = "cag_segments"
 
@@ -27,7 +27,7 @@ def _segment_attention_forward(
     *,
     scaling: float | None = None,
     cag_state: SequenceState,
-    cag_turns: ForwardTurns | None = None,
+    cag_pause: Callable[[int], None] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -36,8 +36,8 @@ def _segment_attention_forward(
     """transformers' attention interface: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads, head_dim]` out."""
     if s_aux is not None:
         raise UnsupportedModel("the model uses attention sinks, which prefix attention does not support yet.")
-    if cag_turns is not None:
-        cag_turns.give_way()
+    if cag_pause is not None:
+        cag_pause(query.shape[-2])
     out = cag_state.attend(
         module.layer_idx,
         query[0],

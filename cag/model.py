@@ -85,7 +85,7 @@ class LanguageModel:
         self.device = next(network.parameters()).device
         self.adapter = adapter
         self.compute_dtype = compute_dtype
-        self.turns = ForwardTurns()
+        self.turns = ForwardTurns(plan)
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
         self.template: PromptTemplate = start.prompt_template if start else read_template(tokenizer)
@@ -225,13 +225,13 @@ class LanguageModel:
 
     def settle_pages(self) -> None:
         """Give back the memory of pages that nobody has, if nobody has any; for a moment without work."""
-        with self.turns:
+        with self.turns.turn(0):
             self.pages.settle()
 
     def forward(self, token_ids: list[int] | Tensor, state: SequenceState, *, num_logits: int = 1) -> Tensor:
         """Run new tokens of a sequence; their keys and values join its tail.
 
-        Safe to call from several threads with a state each: forwards run one after the other.
+        Safe to call from several threads with a state each: they take turns.
 
         Returns:
             Logits of the last `num_logits` tokens (all if 0), `[num_logits, vocab_size]` float32.
@@ -273,7 +273,7 @@ class LanguageModel:
         pieces = [torch.as_tensor(token_ids, dtype=torch.long, device="cpu") for token_ids, _ in chunks]
         states, counts = [state for _, state in chunks], [len(piece) for piece in pieces]
         ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        with self.turns, self.plan.threads(len(ids)):
+        with self.turns.turn(len(ids)):
             for state, count in zip(states, counts, strict=True):
                 state.begin(count)
             batch = BatchState(states, counts)
@@ -327,7 +327,7 @@ class LanguageModel:
         """
         ids = torch.tensor([token for branch in branches for token in branch], dtype=torch.long, device=self.device)
         state = make_state(prefix, [len(branch) for branch in branches])
-        with self.turns, self.plan.threads(len(ids)), Float32Products():
+        with self.turns.turn(len(ids)), Float32Products():
             positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device)
             return self._network_forward(ids, positions, state, wanted)
 
@@ -344,7 +344,7 @@ class LanguageModel:
             use_cache=False,
             logits_to_keep=num_logits,
             cag_state=state,
-            cag_turns=self.turns if self.device.type == "cpu" else None,  # a GPU has one stream
+            cag_pause=self.turns.pause,
         )
         logits: Tensor = output.logits[0].float()
         return logits

@@ -1,74 +1,131 @@
-"""Whose forward runs: one at a time, and what is read in the background lets answers go first.
+"""Whose turn it is to compute with a model: one thread at a time, those that answer before those that build.
 
-A build's forward reads hundreds of tokens and takes seconds on a CPU. Between any two of its layers it gives way to
-those that wait, so that an answer's next token waits for a layer and not for a block.
+A build's forward reads hundreds of tokens and takes seconds on a CPU. A thread inside `giving_way` pauses between its
+layers, so that an answer's next token waits for a layer and not for a block. It goes on when nobody answers, or when
+it has waited for as long as its last piece of work took: so answers have at least half of the time, and a build gets
+on however many there are. Knows how forwards run, and no model.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from dataclasses import dataclass
 
-import torch
+from cag.runtime import RuntimePlan
+
+
+@dataclass
+class _Background:
+    """A thread that gives way. `check` may raise what ends its work; `piece_s` is how long its last piece took."""
+
+    check: Callable[[], None]
+    piece_s: float = 0.0
+    began_at: float | None = None  # inside a turn
 
 
 class ForwardTurns:
-    """A lock for forwards, to be held by `with`. Forwards of a thread that is `in_background` wait until nobody else
-    wants it, and `give_way` when they are asked to."""
+    """Turns to compute as `plan` has it. Safe to use from several threads; a turn within a turn waits for ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: RuntimePlan) -> None:
+        self._plan = plan
         self._news = threading.Condition()
-        self._holder: int | None = None
-        self._num_waiting = 0  # of those that are not in the background
+        self._is_taken = False
+        self._num_owed = 0  # threads that have given way for long enough
+        self._num_waiting = self._num_answering = 0  # of those that do not give way
         self._thread = threading.local()
 
     @contextmanager
-    def in_background(self) -> Iterator[None]:
-        """Forwards of this thread are in the background inside."""
-        self._thread.in_background = True
+    def turn(self, num_tokens: int) -> Iterator[None]:
+        """Compute alone until the block ends: a forward of `num_tokens` tokens, with the threads planned for it."""
+        self._take()
+        try:
+            with self._plan.threads(num_tokens):
+                yield
+        finally:
+            self._leave()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Inside, somebody wants one turn after the other, with little between."""
+        with self._news:
+            self._num_answering += 1
         try:
             yield
         finally:
-            self._thread.in_background = False
+            with self._news:
+                self._num_answering -= 1
+                self._news.notify_all()
 
-    def __enter__(self) -> None:
-        if self._is_background:
-            self._take_when_free()
+    @contextmanager
+    def giving_way(self, check: Callable[[], None]) -> Iterator[None]:
+        """Inside, this thread gives way. `check()` is called before each piece of its work and whenever it is woken;
+        what it raises ends the work."""
+        self._thread.background = _Background(check)
+        try:
+            yield
+        finally:
+            self._thread.background = None
+
+    def pause(self, num_tokens: int) -> None:
+        """Between two layers of a forward of `num_tokens` tokens on a CPU: let others go first, if this thread gives
+        way. A GPU has one stream, and is done before it could be interrupted."""
+        background = self._background
+        if background is None or background.began_at is None or self._plan.device != "cpu":
             return
-        with self._news:
-            self._num_waiting += 1
-            try:
-                self._news.wait_for(lambda: self._holder is None)
-                self._holder = threading.get_ident()
-            finally:
-                self._num_waiting -= 1
+        self._leave()
+        self._take()
+        with self._plan.threads(num_tokens):  # others may have had another number
+            pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def wake(self) -> None:
+        """Let those that wait call their `check`."""
         with self._news:
-            self._holder = None
             self._news.notify_all()
 
-    def give_way(self) -> bool:
-        """Let those that wait have their forwards, if this thread holds the lock in the background; returns whether
-        somebody had one."""
-        if not self._num_waiting or not self._is_background or self._holder != threading.get_ident():
-            return False
-        num_threads = torch.get_num_threads()  # others may want another number
-        self.__exit__(None, None, None)
-        self._take_when_free()
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-        return True
-
     @property
-    def _is_background(self) -> bool:
-        return getattr(self._thread, "in_background", False)
+    def _background(self) -> _Background | None:
+        return getattr(self._thread, "background", None)
 
-    def _take_when_free(self) -> None:
+    def _take(self) -> None:
+        background = self._background
         with self._news:
-            self._news.wait_for(lambda: self._holder is None and not self._num_waiting)
-            self._holder = threading.get_ident()
+            if background is None:
+                self._num_waiting += 1
+                try:
+                    self._news.wait_for(lambda: not self._is_taken and not self._num_owed)
+                finally:
+                    self._num_waiting -= 1
+            else:
+                self._wait_behind(background)
+            self._is_taken = True
+        if background is not None:
+            background.began_at = time.perf_counter()
+
+    def _leave(self) -> None:
+        background = self._background
+        if background is not None:
+            if background.began_at is None:  # `check` has ended the work while it waited: the turn is another's
+                return
+            background.piece_s, background.began_at = time.perf_counter() - background.began_at, None
+        with self._news:
+            self._is_taken = False
+            self._news.notify_all()
+
+    def _wait_behind(self, background: _Background) -> None:
+        """Until nobody wants a turn, or until one is owed. The lock is held."""
+        owed_at = time.perf_counter() + background.piece_s
+        is_owed = False
+        try:
+            while True:
+                background.check()
+                rest_s = owed_at - time.perf_counter()
+                if rest_s <= 0 and not is_owed:
+                    is_owed, self._num_owed = True, self._num_owed + 1
+                if not self._is_taken and (is_owed or not (self._num_waiting or self._num_answering)):
+                    return
+                self._news.wait(None if is_owed else rest_s)
+        finally:
+            self._num_owed -= is_owed

@@ -216,13 +216,14 @@ def _gradients(
     """Gradients by keys and values, layer by layer, of the log-likelihood of tokens drawn from the model itself."""
     ids = torch.tensor(window, dtype=torch.long, device=model.device)[None]
     sequence = _ObservedSequence()
-    with torch.enable_grad():
+    with model.turns.turn(len(window)), torch.enable_grad():
         output: Any = model.network(
             input_ids=ids,
             position_ids=torch.arange(len(window), device=model.device)[None],
             use_cache=False,
             logits_to_keep=len(window) - len(window) // 2,
             cag_state=sequence,
+            cag_pause=model.turns.pause,
         )
         likelihood = output.logits[0].float().log_softmax(-1)
         drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)

@@ -76,7 +76,9 @@ def serve(
         ),
     ] = None,
     slots: Annotated[int | None, typer.Option("--slots", help="Answers at the same time.", min=1, max=64)] = None,
-    queue: Annotated[int | None, typer.Option("--queue", help="Requests that may wait for a slot.", min=0)] = None,
+    queue: Annotated[
+        int | None, typer.Option("--queue", help="Requests of each tenant that may wait for a slot.", min=0)
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Of an answer whose request does not say.", min=1)
     ] = None,
@@ -90,7 +92,11 @@ def serve(
         ),
     ] = None,
     max_sessions: Annotated[
-        int | None, typer.Option("--max-sessions", help="Sessions that may be open.", min=1)
+        int | None, typer.Option("--max-sessions", help="Sessions of each tenant that may be open.", min=1)
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None,
+        typer.Option("--max-body-bytes", help="Of a request.", parser=size_bytes, metavar="SIZE", show_default="8MiB"),
     ] = None,
     speculate: SpeculateOption = None,
     json_output: JsonOption = False,
@@ -115,6 +121,7 @@ def serve(
         default_max_tokens=max_tokens,
         session_ttl_s=session_ttl,
         max_sessions=max_sessions,
+        max_body_bytes=max_body_bytes,
         speculate=speculate,
     )
     try:

@@ -6,18 +6,28 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from cag.building import AUTO
 from cag.server.cache_routes import MAX_TTL_S
 from cag.server.jobs import BuildOrder
 from cag.server.messages import Text
 from cag.server.service import AnswerService
 from cag.server.tenants import Tenant
-from cag_store import checked_name
+from cag_store import checked_name, codec_from_config, codec_ids
 
 MAX_DOCUMENTS = 10_000
-Label = Annotated[Text, Field(min_length=1, max_length=1000)]
+
+
+def _one_line(label: str) -> str:
+    """Labels are shown in terminals and citations."""
+    if not label.isprintable() or not label.strip():
+        raise PydanticCustomError("no_label", "it must be one line of printable characters")
+    return label
+
+
+Label = Annotated[Text, Field(min_length=1, max_length=1000), AfterValidator(_one_line)]
 
 
 class NewDocument(BaseModel):
@@ -56,7 +66,9 @@ class NewCache(BaseModel):
         return self.documents[place].doc_id or str(place + 1)
 
     def order(self) -> BuildOrder:
-        """As a build wants it. Raises: InvalidName."""
+        """As a build wants it. Raises: InvalidName, UnknownCodec."""
+        if self.codec != AUTO and self.codec not in codec_ids():
+            codec_from_config(self.codec)
         documents = [
             {"doc_id": self.name_of(place)} | {k: v for k, v in document.model_dump().items() if v is not None}
             for place, document in enumerate(self.documents)

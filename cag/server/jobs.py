@@ -1,14 +1,15 @@
 """Caches that clients let be built: one at a time, in the background of answers.
 
-    submit -> waiting -> [ worker: documents -> build ] -> succeeded, failed or cancelled
+    submit -> queue of the tenant -> [ worker: documents -> build ] -> succeeded, failed or cancelled
 
-A build's forwards give way to those of answers between layers (`cag.turns`). Knows no routes.
+A build gives way to answers between two layers (`cag.turns`). Knows no routes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import tempfile
 import threading
@@ -17,18 +18,21 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cag.building import BuildProgress
 from cag.corpus import CorpusReport, load_corpus
 from cag.describe import describe_cache
 from cag.errors import BuildInterrupted, JobNotFound, QueueFull
 from cag.server.errors import error_facts
+from cag.server.job_progress import JobProgress
+from cag.server.slots import MAX_RETRY_AFTER_S
 from cag.server.tenants import Tenants
 from cag_store import utc_now
 
-KEPT_JOBS = 200  # that have ended, of all tenants together
-RETRY_S = 30
+KEPT_JOBS = 50  # of a tenant, that have ended
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,78 +52,67 @@ class BuildOrder:
 
 @dataclass(eq=False)
 class BuildJob:
-    """One order on its way. Times are UTC; `cancel` lets it end at the next block."""
+    """One order on its way. Times are UTC; `order` is None once it is over, since it holds all texts."""
 
     tenant: str
-    order: BuildOrder
+    name: str
+    order: BuildOrder | None
     id: str = field(default_factory=lambda: f"job-{secrets.token_hex(12)}")
     created_at: str = field(default_factory=utc_now)
-    status: str = "queued"
+    status: Status = "queued"
     finished_at: str | None = None
-    progress: BuildProgress | None = None
+    progress: JobProgress = field(default_factory=JobProgress)
     error: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
-    cancelled: bool = False
-    _prefill: BuildProgress | None = None  # how far it was when it began to compute
+    is_cancelled: bool = False
 
     @property
     def is_over(self) -> bool:
         """Whether nothing will happen any more."""
         return self.finished_at is not None
 
-    def heed(self, progress: BuildProgress) -> None:
-        """Note how far it is. Raises: BuildInterrupted: it was cancelled."""
-        if self.cancelled:
+    def check(self) -> None:
+        """Raises: BuildInterrupted: it was cancelled."""
+        if self.is_cancelled:
             raise BuildInterrupted("the build was cancelled; the store is as it was.")
-        if progress.stage == "prefill" and self._prefill is None:
-            self._prefill = progress
-        self.progress = progress
 
-    def end(self, status: str) -> None:
+    def heed(self, progress: BuildProgress) -> None:
+        """Note how far it is. Raises: as `check`."""
+        self.progress.tell(progress)
+        self.check()
+
+    def end(self, status: Status) -> None:
         """It is over."""
-        self.status, self.finished_at = status, utc_now()
+        self.status, self.finished_at, self.order = status, utc_now(), None
 
     def to_json(self) -> dict[str, Any]:
         """The job as clients see it."""
         return {
             "object": "cache.job",
             "id": self.id,
-            "name": self.order.name,
+            "name": self.name,
             "status": self.status,
             "created_at": self.created_at,
             "finished_at": self.finished_at,
-            "progress": self._progress_json(),
+            "progress": self.progress.to_json(),
             "error": self.error,
             "cache": self.cache,
         }
 
-    def _progress_json(self) -> dict[str, Any] | None:
-        now, first = self.progress, self._prefill
-        if now is None:
-            return None
-        rate = None
-        if first is not None and now.done_tokens > first.done_tokens:
-            rate = (now.done_tokens - first.done_tokens) / max(1e-9, now.elapsed_s - first.elapsed_s)
-        is_reading = now.stage == "prefill" and rate
-        return {
-            "stage": now.stage,
-            "done_tokens": now.done_tokens,
-            "total_tokens": now.total_tokens,
-            "tokens_per_s": rate,
-            "eta_s": (now.total_tokens - now.done_tokens) / rate if is_reading and rate else None,
-        }
-
 
 class BuildJobs:
-    """The orders of a server. Safe from several threads; `start` before anything is built."""
+    """The orders of a server: tenants in turn, each one's as they came. Safe from several threads; `start` before
+    anything is built."""
 
     def __init__(self, tenants: Tenants, max_waiting: int) -> None:
+        """max_waiting: orders of one tenant that nobody works on yet."""
         self._tenants = tenants
         self._max_waiting = max_waiting
-        self._jobs: OrderedDict[str, BuildJob] = OrderedDict()
-        self._waiting: deque[BuildJob] = deque()
+        self._jobs: dict[str, dict[str, BuildJob]] = {}  # of each tenant
+        self._queues: OrderedDict[str, deque[BuildJob]] = OrderedDict()  # who was served last comes last
+        self._running: BuildJob | None = None
+        self._closing = False
         self._news = threading.Condition()
-        self._is_busy = self._closing = False
         # the end of a process must not find it in compiled code
         self._thread = threading.Thread(target=self._work, name="cag-build")
 
@@ -130,51 +123,58 @@ class BuildJobs:
     @property
     def num_waiting(self) -> int:
         """Orders that nobody works on yet."""
-        return len(self._waiting)
+        with self._news:
+            return sum(map(len, self._queues.values()))
+
+    @property
+    def num_running(self) -> int:
+        """0 or 1."""
+        return int(self._running is not None)
 
     def submit(self, tenant: str, order: BuildOrder) -> BuildJob:
         """Let an order wait for its turn. Raises: QueueFull."""
-        job = BuildJob(tenant, order)
+        job = BuildJob(tenant, order.name, order)
         with self._news:
-            if self._closing or len(self._waiting) + self._is_busy > self._max_waiting:
-                raise QueueFull(
-                    f"{len(self._waiting)} caches wait to be built; there is no room for more.",
-                    hint=f"Try again in {RETRY_S} s.",
-                    retry_after_s=RETRY_S,
-                )
-            self._jobs[job.id] = job
-            self._waiting.append(job)
-            self._forget_old()
+            if tenant not in self._queues:
+                self._queues[tenant] = deque()
+                self._queues.move_to_end(tenant, last=False)
+            waiting = self._queues[tenant]
+            is_next = not waiting and self._running is None
+            if self._closing or (len(waiting) >= self._max_waiting and not is_next):
+                raise self._full(len(waiting))
+            jobs = self._jobs.setdefault(tenant, {})
+            jobs[job.id] = job
+            over = [old for old in jobs.values() if old.is_over]
+            for old in over[: max(0, len(over) - KEPT_JOBS)]:
+                del jobs[old.id]
+            waiting.append(job)
             self._news.notify_all()
         return job
 
     def of(self, tenant: str) -> list[BuildJob]:
         """A tenant's jobs, the newest first."""
         with self._news:
-            return [job for job in reversed(self._jobs.values()) if job.tenant == tenant]
+            return list(reversed(self._jobs.get(tenant, {}).values()))
 
     def get(self, tenant: str, job_id: str) -> BuildJob:
         """One of them. Raises: JobNotFound."""
         with self._news:
-            job = self._jobs.get(job_id)
-        if job is None or job.tenant != tenant:
+            job = self._jobs.get(tenant, {}).get(job_id)
+        if job is None:
             raise JobNotFound(f"there is no job {job_id!r}, or it ended long ago.")
         return job
 
     def cancel(self, job: BuildJob) -> None:
-        """Let it end at its next block, or at once if it has not begun; what is over stays as it is."""
+        """Let it end: at once if it has not begun, else before its next layer or step; what is over stays as it is."""
         with self._news:
-            job.cancelled = True
-            if job in self._waiting:
-                self._waiting.remove(job)
-                job.end("cancelled")
+            self._cancel(job)
 
     def close(self) -> None:
         """Take no more orders, and end those that are there."""
         with self._news:
             self._closing = True
-            for job in list(self._jobs.values()):
-                job.cancelled = True
+            for job in [job for jobs in self._jobs.values() for job in jobs.values()]:
+                self._cancel(job)
             self._news.notify_all()
 
     def join(self) -> None:
@@ -182,48 +182,62 @@ class BuildJobs:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _forget_old(self) -> None:
-        over = [job for job in self._jobs.values() if job.is_over]
-        for job in over[: max(0, len(over) - KEPT_JOBS)]:
-            del self._jobs[job.id]
+    def _cancel(self, job: BuildJob) -> None:
+        """The lock is held."""
+        if job.status == "queued":
+            self._queues[job.tenant].remove(job)
+            job.end("cancelled")
+        elif job is self._running:
+            job.is_cancelled = True
+            self._tenants.engine(job.tenant).model.turns.wake()
+
+    def _full(self, num_waiting: int) -> QueueFull:
+        eta_s = self._running.progress.eta_s if self._running is not None else None
+        retry_s = max(1, min(MAX_RETRY_AFTER_S, math.ceil(eta_s or MAX_RETRY_AFTER_S)))
+        what = "the server stops" if self._closing else f"{num_waiting} caches wait to be built, as many as may"
+        return QueueFull(f"{what}.", hint=f"Try again in {retry_s} s.", retry_after_s=retry_s)
 
     def _work(self) -> None:
-        while True:
+        while (job := self._next()) is not None:
+            began = time.perf_counter()
+            status = self._run(job)
             with self._news:
-                self._news.wait_for(lambda: bool(self._waiting) or self._closing)
-                if not self._waiting:
-                    return
-                job = self._waiting.popleft()
-                self._is_busy = True
-            if job.cancelled:
-                job.end("cancelled")
-            else:
-                self._run(job)
-            self._is_busy = False
+                self._running = None
+                job.end(status)
+            logger.info("%s: %s after %.1f s", job.id, job.status, time.perf_counter() - began)
 
-    def _run(self, job: BuildJob) -> None:
-        job.status = "running"
-        began = time.perf_counter()
+    def _next(self) -> BuildJob | None:
+        """The next job once there is one, None when the server stops; its tenant comes last from then on."""
+        with self._news:
+            self._news.wait_for(lambda: self._closing or any(self._queues.values()))
+            if self._closing:
+                return None
+            tenant = next(tenant for tenant, waiting in self._queues.items() if waiting)
+            self._queues.move_to_end(tenant)
+            self._running = job = self._queues[tenant].popleft()
+            job.status = "running"
+            return job
+
+    def _run(self, job: BuildJob) -> Status:
         try:
             job.cache = self._build(job)
         except BuildInterrupted:
-            job.end("cancelled")
+            return "cancelled"
         except Exception as error:  # whatever it is, the client is told as in a response
             job.error = error_facts(error).body()["error"]
-            job.end("failed")
-        else:
-            job.end("succeeded")
-        logger.info("%s: %s after %.1f s", job.id, job.status, time.perf_counter() - began)
+            return "failed"
+        return "succeeded"
 
     def _build(self, job: BuildJob) -> dict[str, Any]:
         order, engine = job.order, self._tenants.engine(job.tenant)
+        assert order is not None, "it is not over"
         chosen: dict[str, Any] = {
             "codec": order.codec,
             "max_kl": order.max_kl,
             "system_text": order.system_text,
             "ttl_s": order.ttl_s,
         }
-        with engine.model.turns.in_background():
+        with engine.model.turns.giving_way(job.check):
             engine.build(read_documents(order.documents), name=order.name, on_progress=job.heed, **chosen)
         if order.pinned:
             engine.store.pin(order.name)

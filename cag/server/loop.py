@@ -35,11 +35,16 @@ class SchedulerLoop:
     def _run(self) -> None:
         while not (self._stopping and not self.scheduler.num_requests):
             self.scheduler.wait_for_work(lambda: self._stopping)
-            try:
-                batch_size = self.scheduler.step()
-            except Exception:  # of the scheduler itself: nobody's answer is to blame, and nobody may wait for ever
-                logger.exception("a step failed")
-                self.scheduler.abandon(RuntimeError("the scheduler failed; the server's log has the details."))
-                continue
-            if batch_size:
-                self._metrics.batch_size.observe(batch_size)
+            with self.scheduler.model.turns.answering():
+                while self.scheduler.num_requests:
+                    self._step()
+
+    def _step(self) -> None:
+        try:
+            batch_size = self.scheduler.step()
+        except Exception:  # of the scheduler itself: nobody's answer is to blame, and nobody may wait for ever
+            logger.exception("a step failed")
+            self.scheduler.abandon(RuntimeError("the scheduler failed; the server's log has the details."))
+            return
+        if batch_size:
+            self._metrics.batch_size.observe(batch_size)

@@ -28,8 +28,10 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        protected = scope["type"] == "http" and (scope["path"] + "/").startswith(PROTECTED + "/")
-        tenant = self._owner(Headers(scope=scope).get("authorization", "")) if protected and self._owners else OPERATOR
+        if scope["type"] != "http" or not _is_protected(scope):
+            await self.app(scope, receive, send)
+            return
+        tenant = self._owner(Headers(scope=scope).get("authorization", "")) if self._owners else OPERATOR
         if tenant is None:
             message = "a valid API key is needed: send the header `Authorization: Bearer KEY`."
             facts = ErrorFacts(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
@@ -43,6 +45,12 @@ class ApiKeys:
         kind, _, given = header.partition(" ")
         matches = [tenant for key, tenant in self._owners if hmac.compare_digest(given.strip().encode(), key)]
         return matches[0] if kind.lower() == "bearer" and matches else None
+
+
+def _is_protected(scope: Scope) -> bool:
+    """Whether a path is below `/v1`, wherever the application itself is mounted."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return bool((path + "/").startswith(PROTECTED + "/"))
 
 
 class BodyLimit:

@@ -3,6 +3,8 @@ too, as load balancers ask."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
@@ -25,9 +27,12 @@ def probe_router(service: AnswerService) -> APIRouter:
     async def readyz() -> JSONResponse:
         """200 when model and preloaded caches are there; 503 with what is missing before."""
         if service.preload_errors:
-            return JSONResponse({"status": "failed", "errors": service.preload_errors}, 503)
+            own, others = _own_and_others(service.preload_errors)
+            errors = {name: service.preload_errors[name] for name in own}
+            return JSONResponse({"status": "failed", "errors": errors} | others, 503)
         if service.preloading:
-            return JSONResponse({"status": "loading", "caches": service.preloading}, 503)
+            own, others = _own_and_others(service.preloading)
+            return JSONResponse({"status": "loading", "caches": own} | others, 503)
         return JSONResponse({"status": "ready", "model": service.engine.model.model_id})
 
     @router.head("/metrics", include_in_schema=False)
@@ -37,3 +42,10 @@ def probe_router(service: AnswerService) -> APIRouter:
         return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     return router
+
+
+def _own_and_others(names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """The operator's caches by name; of tenants', which are nobody else's business, how many."""
+    names = list(names)
+    own = [name for name in names if "/" not in name]
+    return own, {"tenant_caches": len(names) - len(own)} if len(own) < len(names) else {}

@@ -71,7 +71,7 @@ class AnswerRun:
         self._place.claim()
         try:
             asked_at = time.perf_counter()
-            await self._at.slots.acquire()
+            await self._at.slots.acquire(self.question.cache.tenant)
             started_at = time.perf_counter()
             self._at.metrics.waited.observe(started_at - asked_at)
             self._start(started_at)

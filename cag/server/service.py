@@ -116,6 +116,7 @@ class AnswerService:
         gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_builds_waiting", "Caches waiting to be built.", lambda: self.builds.num_waiting)
+        gauge("cag_builds_running", "Caches being built.", lambda: self.builds.num_running)
         gauge("cag_resident_caches", "Open caches.", lambda: self.caches.num_resident)
         gauge("cag_resident_bytes", "Bytes of their keys and values.", lambda: self.caches.num_bytes)
         total = self.metrics.total

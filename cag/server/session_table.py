@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from cag.errors import QueueFull
@@ -19,8 +20,8 @@ from cag.server.tenants import CacheKey
 
 
 class SessionTable:
-    """The sessions of a server over its open `caches`, at most `max_sessions`. Whose a session is, the key of its cache
-    says.
+    """The sessions of a server over its open `caches`, at most `max_sessions` of each tenant. Whose a session is, the
+    key of its cache says.
 
     `settle` is called when a session has given its pages back.
 
@@ -35,7 +36,7 @@ class SessionTable:
         self.max_sessions = max_sessions
         self._settle = settle
         self.clock: Clock = time.time
-        self._num_open = 0  # those that are closed and still answer included
+        self._num_open: Counter[str] = Counter()  # by tenant; those that are closed and still answer included
         self._sessions: dict[str, KeptSession] = {}
         self._lock = threading.Lock()
         self._versions: dict[tuple[CacheKey, str], Version] = {}
@@ -51,7 +52,7 @@ class SessionTable:
             QueueFull: there are as many sessions as may be.
             CacheNotFound, CacheMismatch, StoreError, InsufficientResources: as `ResidentCaches.use`.
         """
-        self._take_place()
+        self._take_place(key.tenant)
         try:
             with self._caches.use(key) as use:
                 version = self._stand_on(key, use.prefix)
@@ -59,7 +60,7 @@ class SessionTable:
                     use.prefix.session(), version, ttl_s or self.ttl_s, lambda: self.clock(), self._ended
                 )
         except BaseException:
-            self._give_place_back()
+            self._give_place_back(key.tenant)
             raise
         with self._lock:
             self._sessions[kept.id] = kept
@@ -115,7 +116,7 @@ class SessionTable:
             if not version.num_sessions:
                 del self._versions[version.key, version.manifest.digest]
                 version.let_go()
-        self._give_place_back()
+        self._give_place_back(version.key.tenant)
         self._settle()
 
     def _stand_on(self, cache: CacheKey, prefix: Prefix) -> Version:
@@ -128,19 +129,20 @@ class SessionTable:
             self._versions[key].num_sessions += 1
             return self._versions[key]
 
-    def _take_place(self) -> None:
+    def _take_place(self, tenant: str) -> None:
         self.close_expired()
         with self._lock:
-            if self._num_open >= self.max_sessions:
-                raise self._full()
-            self._num_open += 1
+            if self._num_open[tenant] >= self.max_sessions:
+                raise self._full(tenant)
+            self._num_open[tenant] += 1
 
-    def _give_place_back(self) -> None:
+    def _give_place_back(self, tenant: str) -> None:
         with self._lock:
-            self._num_open -= 1
+            self._num_open[tenant] -= 1
 
-    def _full(self) -> QueueFull:
-        first = min((kept.expires_at for kept in self._sessions.values()), default=0.0)
+    def _full(self, tenant: str) -> QueueFull:
+        own = [kept for kept in self._sessions.values() if kept.version.key.tenant == tenant]
+        first = min((kept.expires_at for kept in own), default=0.0)
         retry_s = max(1, min(MAX_RETRY_AFTER_S, math.ceil(first - self.clock())))
         return QueueFull(
             f"{self.max_sessions} sessions are open, as many as may be.",

@@ -7,6 +7,8 @@ import re
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from cag_store import checked_name
+
 
 class ServerSettings(BaseModel):
     """Settings of one server; unknown keys are refused.
@@ -19,13 +21,13 @@ class ServerSettings(BaseModel):
         preload: names of caches to load before `/readyz` says ready; `tenant/name` for a tenant's.
         max_resident_bytes: of keys and values of open caches; None: no limit. See `ResidentCaches`.
         num_slots: answers that are computed at the same time; they share forwards.
-        max_waiting: requests that may wait for a slot; one more is refused with 429.
+        max_waiting: requests of one tenant that may wait for a slot; one more is refused with 429.
         default_max_tokens: of an answer whose request does not say.
         speculate: as in `SamplingOptions`, for all answers.
         session_ttl_s: how long a session lives without a question; its maker may ask for less, never for more.
-        max_sessions: that may be open; one more is refused with 429.
+        max_sessions: of one tenant that may be open; one more is refused with 429.
         max_body_bytes: of a request.
-        max_waiting_builds: caches that may wait to be built; one more is refused with 429.
+        max_waiting_builds: caches of one tenant that may wait to be built; one more is refused with 429.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,13 +57,21 @@ class ServerSettings(BaseModel):
 
     @model_validator(mode="after")
     def _tenants_are_apart(self) -> ServerSettings:
-        for keys in self.tenant_keys.values():
+        spelled: dict[str, str] = {}
+        for tenant, keys in self.tenant_keys.items():
             self._can_be_sent(keys)
+            if spelled.setdefault(checked_name(tenant).casefold(), tenant) != tenant:  # one folder, on some systems
+                text = "tenants {tenant} and {other} differ by case alone"
+                raise PydanticCustomError("one_name", text, {"tenant": tenant, "other": spelled[tenant.casefold()]})
         every = [key.get_secret_value() for keys in (self.api_keys, *self.tenant_keys.values()) for key in keys]
         if len(set(every)) < len(every):
             raise PydanticCustomError("shared_key", "an API key is given twice")
         if self.tenant_keys and self.tenant_stores is None:
             raise PydanticCustomError("no_stores", "tenants need a place for their stores")
+        for name in self.preload:
+            tenant, slash, _ = name.rpartition("/")
+            if slash and tenant not in self.tenant_keys:
+                raise PydanticCustomError("no_tenant", "cannot preload {name}: no such tenant", {"name": name})
         return self
 
     @property

@@ -1,9 +1,11 @@
-"""How many answers are computed at a time, and how many requests may wait for their turn."""
+"""How many answers are computed at a time, and how many requests may wait for their turn: tenants in turn, each one's
+as they came."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections import OrderedDict, deque
 
 from cag.errors import QueueFull
 
@@ -12,36 +14,59 @@ _SMOOTHING = 0.2
 
 
 class Slots:
-    """A fixed number of slots and a bounded queue before them, first come first served. Lives on one event loop."""
+    """A fixed number of slots, and before them a bounded queue for each tenant. Lives on one event loop."""
 
     def __init__(self, num_slots: int, max_waiting: int) -> None:
+        """max_waiting: requests of one tenant."""
         self.num_slots = num_slots
         self.max_waiting = max_waiting
         self.running = 0
-        self.waiting = 0
-        self._free = asyncio.Semaphore(num_slots)
+        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # who was served last comes last
         self._mean_s = 1.0
 
-    async def acquire(self) -> None:
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return sum(map(len, self._queues.values()))
+
+    async def acquire(self, tenant: str) -> None:
         """Wait for a slot; `release` it. Raises: QueueFull."""
-        if self._free.locked() and self.waiting >= self.max_waiting:
+        if self.running < self.num_slots:  # nobody waits
+            self.running += 1
+            return
+        queue = self._queues.setdefault(tenant, deque())
+        if len(queue) >= self.max_waiting:
             raise QueueFull(
-                f"{self.running} answers are running and {self.waiting} requests wait; there is no room for more.",
+                f"all slots are taken and {len(queue)} requests wait; there is no room for more.",
                 hint=f"Try again in {self.retry_after_s} s.",
                 retry_after_s=self.retry_after_s,
             )
-        self.waiting += 1
+        turn = asyncio.get_running_loop().create_future()
+        queue.append(turn)
         try:
-            await self._free.acquire()
-        finally:
-            self.waiting -= 1
-        self.running += 1
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                queue.remove(turn)
+            else:  # it had been given the slot
+                self._pass_on()
+            raise
 
     def release(self, held_s: float) -> None:
         """Give a slot back that was held for `held_s` seconds."""
         self._mean_s += _SMOOTHING * (held_s - self._mean_s)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Who waits takes over a slot that somebody has; without anybody it is free."""
+        for tenant, queue in self._queues.items():
+            while queue:
+                turn = queue.popleft()
+                if not turn.cancelled():
+                    turn.set_result(None)
+                    self._queues.move_to_end(tenant)
+                    return
         self.running -= 1
-        self._free.release()
 
     @property
     def retry_after_s(self) -> int:

@@ -55,8 +55,9 @@ class Tenants:
 
 
 def tenant_of(request: Request) -> str:
-    """Whose request it is, as `middleware.ApiKeys` has found out."""
-    return str(request.scope.get(SCOPE, OPERATOR))
+    """Whose request it is, as `middleware.ApiKeys` has found out. Raises KeyError where that has not looked: nobody's
+    request is the operator's by default."""
+    return str(request.scope[SCOPE])
 
 
 Tenant = Annotated[str, Depends(tenant_of)]

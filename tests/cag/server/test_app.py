@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from pydantic import ValidationError
 
+from cag.errors import QueueFull
 from cag.server import ServerSettings
 from cag.server.running import EdgeTrimmer
 from cag.server.slots import Slots
@@ -188,13 +189,52 @@ async def test_retry_after_follows_how_long_answers_take():
     slots = Slots(2, 8)
     assert slots.retry_after_s == 1
     for _ in range(40):
-        await slots.acquire()
+        await slots.acquire("")
         slots.release(10.0)
     assert slots.retry_after_s == 5
     for _ in range(40):
-        await slots.acquire()
+        await slots.acquire("")
         slots.release(1000.0)
     assert slots.retry_after_s == 60
+
+
+async def until_waiting(slots, number):
+    while slots.waiting < number:
+        await asyncio.sleep(0)
+
+
+async def test_tenants_have_slots_in_turn_and_queues_of_their_own():
+    slots, order = Slots(1, 3), []
+    await slots.acquire("a")
+
+    async def wait(tenant, number):
+        await slots.acquire(tenant)
+        order.append((tenant, number))
+        slots.release(1.0)
+
+    waits = [asyncio.create_task(wait("a", number)) for number in range(3)]
+    await until_waiting(slots, 3)
+    with pytest.raises(QueueFull, match="3 requests wait"):
+        await slots.acquire("a")
+    waits += [asyncio.create_task(wait("b", number)) for number in range(2)]
+    await until_waiting(slots, 5)
+    slots.release(1.0)
+    await asyncio.gather(*waits)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)]
+    assert (slots.running, slots.waiting) == (0, 0)
+
+
+async def test_who_gives_up_as_the_slot_comes_passes_it_on():
+    slots = Slots(1, 3)
+    await slots.acquire("a")
+    first, second = [asyncio.create_task(slots.acquire("a")) for _ in range(2)]
+    await until_waiting(slots, 2)
+    slots.release(1.0)  # it is the first one's, which has not run yet
+    first.cancel()
+    await asyncio.wait_for(second, 60)
+    assert first.cancelled() and (slots.running, slots.waiting) == (1, 0)
+    slots.release(1.0)
+    assert slots.running == 0
 
 
 @pytest.mark.parametrize("whole", ["", "  ", " a ", "a b", "\n a  b \n\n c\t", "ab"])

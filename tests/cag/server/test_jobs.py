@@ -5,13 +5,20 @@ import threading
 
 import pytest
 
-from cag.server.jobs import read_documents
+from cag.building import BuildProgress
+from cag.errors import JobNotFound, QueueFull
+from cag.server import ServerSettings
+from cag.server.job_progress import JobProgress
+from cag.server.jobs import KEPT_JOBS, BuildOrder, read_documents
+from cag.server.service import AnswerService
+from cag_store import Store
 
 pytestmark = pytest.mark.anyio
 DOCUMENTS = [
     {"text": "The gamma valve closes at nine.\n", "doc_id": "valves", "title": "Valves", "path": "docs/valves.md"},
     {"text": "The delta fan has six blades.\n"},
 ]
+BAD = {(400, "invalid_request_error"), (409, "invalid_request_error")}
 ORDER = {"name": "built", "documents": DOCUMENTS}
 
 
@@ -74,18 +81,21 @@ async def test_the_next_question_is_answered_by_the_new_version(serving):
         {"name": "built", "documents": DOCUMENTS, "paths": ["/etc"]},
         {"name": "built", "documents": [{"path": "/etc/hostname"}]},
         {"name": "built", "documents": DOCUMENTS, "ttl_s": -1},
+        {"name": "built", "documents": [{"text": "a", "path": "plain\x1b[2J"}]},
+        {"name": "built", "documents": [{"text": "a", "title": "two\nlines"}]},
+        {"name": "built", "documents": DOCUMENTS, "codec": "nothing"},
     ],
 )
 async def test_a_bad_order_is_no_job(order, serving):
     async with serving() as served:
-        assert (await served.client.post("/v1/caches", json=order)).status_code == 400
+        response = await served.client.post("/v1/caches", json=order)
+        assert (response.status_code, response.json()["error"]["type"]) in BAD
         assert (await served.client.get("/v1/jobs")).json()["data"] == []
 
 
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"codec": "nothing"}, "unknown_codec"),
         ({"documents": [{"text": "  \n"}]}, "empty_corpus"),
         ({"documents": [{"text": "many words " * 5000}]}, "corpus_too_large"),
     ],
@@ -123,28 +133,107 @@ async def test_a_shutdown_ends_a_build(serving, engine, gate):
     assert not any(thread.name == "cag-build" for thread in threading.enumerate())
 
 
-async def test_answers_go_on_between_the_layers_of_a_build(serving, engine, monkeypatch):
-    """The build stands between two of its layers until an answer was given."""
+async def test_answers_go_on_between_the_layers_of_a_build(serving, engine, monkeypatch, tmp_path):
+    """The build stands between two of its layers until an answer was given, and its keys and values are the same."""
     turns, asked, inside = engine.model.turns, threading.Event(), asyncio.Event()
-    loop, give_way = asyncio.get_running_loop(), turns.give_way
+    loop, pause, building, order = asyncio.get_running_loop(), turns.pause, [], new_order("layers")
 
-    def patient():
-        if turns._is_background:
+    def patient(num_tokens):
+        pause(num_tokens)
+        if threading.current_thread().name == "cag-build" and not asked.is_set():
+            building.append(num_tokens)
             loop.call_soon_threadsafe(inside.set)
             while not asked.is_set():
-                if give_way():
-                    return True
-        return give_way()
+                pause(num_tokens)
 
-    monkeypatch.setattr(turns, "give_way", patient)
+    monkeypatch.setattr(turns, "pause", patient)
     async with serving() as served:
-        job = (await served.client.post("/v1/caches", json=new_order("layers"))).json()
+        job = (await served.client.post("/v1/caches", json=order)).json()
         await inside.wait()
         answer = await served.client.post("/v1/caches/handbook/ask", json={"question": "When?", "max_tokens": 4})
         asked.set()
         assert answer.status_code == 200
         assert (await served.client.get(f"/v1/jobs/{job['id']}")).json()["finished_at"] is None
-        assert (await over(served.client, job))["status"] == "succeeded"
+        job = await over(served.client, job)
+        assert job["status"] == "succeeded"
+    beside = engine.beside(Store.open(tmp_path))
+    beside.build(read_documents([{"doc_id": "1", **document} for document in order["documents"]]), name="alone")
+    built, alone = engine.find("built")[1], beside.find("alone")[1]
+    assert built.chunks == alone.chunks
+    assert building == [job["cache"]["num_tokens"]]
+
+
+async def test_a_build_that_waits_for_answers_can_be_cancelled(serving, engine, gate):
+    """It is asked before each of its forwards and layers, and when it waits."""
+    async with serving() as served:
+        job = (await served.client.post("/v1/caches", json=new_order("cancelled while it waits"))).json()
+        await gate.reached()
+        with engine.model.turns.answering():
+            gate.open()
+            cancelled = (await served.client.post(f"/v1/jobs/{job['id']}/cancel")).json()
+            assert cancelled["status"] in ("running", "cancelled")
+            assert (await over(served.client, job))["status"] == "cancelled"
+    assert "built" not in engine.store.names()
+
+
+async def test_tenants_are_built_for_in_turn_and_have_queues_of_their_own(engine, gate, tmp_path, caplog):
+    caplog.set_level("INFO", "cag.server.jobs")
+    settings = ServerSettings(
+        tenant_keys={"acme": ("key-a",), "beta": ("key-b",)}, tenant_stores=str(tmp_path), max_waiting_builds=2
+    )
+    service = AnswerService(engine, settings)
+    orders = {tenant: BuildOrder("built", [{"text": f"Only {tenant} has this."}]) for tenant in ("acme", "beta")}
+    service.builds.start()
+    try:
+        running = service.builds.submit("acme", orders["acme"])
+        await gate.reached()
+        waiting = [service.builds.submit("acme", orders["acme"]) for _ in range(2)]
+        with pytest.raises(QueueFull, match="2 caches wait"):
+            service.builds.submit("acme", orders["acme"])
+        others = service.builds.submit("beta", orders["beta"])
+        gate.open()
+        while any(not job.is_over for job in (running, *waiting, others)):
+            await asyncio.sleep(0.01)
+        ended = [running, others, *waiting]
+        assert {job.status for job in ended} == {"succeeded"}
+        assert {job.order for job in ended} == {None}
+    finally:
+        service.builds.close()
+        service.builds.join()
+    told = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert told == [job.id for job in ended]
+
+
+async def test_old_jobs_of_a_tenant_are_forgotten_and_nobody_elses(engine, tmp_path):
+    settings = ServerSettings(tenant_keys={"acme": ("key-a",)}, tenant_stores=str(tmp_path), max_waiting_builds=100)
+    builds = AnswerService(engine, settings).builds  # which does not build
+    kept = builds.submit("", BuildOrder("built", []))
+    builds.cancel(kept)
+    jobs = [builds.submit("acme", BuildOrder("built", [])) for _ in range(KEPT_JOBS + 5)]
+    for job in jobs:
+        builds.cancel(job)
+    last = builds.submit("acme", BuildOrder("built", []))
+    assert builds.of("") == [kept]
+    assert builds.of("acme") == [last, *reversed(jobs[5:])]
+    with pytest.raises(JobNotFound):
+        builds.get("acme", jobs[0].id)
+
+
+def test_progress_only_grows_and_tells_speed_and_rest():
+    progress = JobProgress()
+    assert progress.to_json() is None
+    progress.tell(BuildProgress("prefill", 100, 1000, 5.0))
+    assert progress.to_json()["tokens_per_s"] is progress.to_json()["eta_s"] is None
+    progress.tell(BuildProgress("prefill", 300, 1000, 7.0))
+    assert (progress.to_json()["tokens_per_s"], progress.to_json()["eta_s"]) == (100.0, 7.0)
+    progress.tell(BuildProgress("encode", 0, 1000, 20.0))
+    assert progress.to_json() == {
+        "stage": "encode",
+        "done_tokens": 300,
+        "total_tokens": 1000,
+        "tokens_per_s": 100.0,
+        "eta_s": None,
+    }
 
 
 def test_documents_are_read_as_from_files():

@@ -50,7 +50,7 @@ async def test_a_full_queue_is_429_and_nobody_else_is_harmed(serving, gate):
         assert refused.json()["error"]["code"] == "queue_full"
         gate.open()
         assert [(await call).status_code for call in (first, second)] == [200, 200]
-        await served.service.slots.acquire()
+        await served.service.slots.acquire("")
         assert (served.service.slots.running, served.service.slots.waiting) == (1, 0)
 
 
@@ -65,7 +65,7 @@ async def test_who_hangs_up_a_stream_frees_the_slot_at_the_next_token(serving, g
             await gate.reached()
         await call.hang_up()
         gate.let(1)
-        await served.service.slots.acquire()
+        await served.service.slots.acquire("")
         assert gate.num_forwards == 3
         assert 'cag_answers_total{outcome="cancelled"} 1' in served.service.metrics.render()
         assert not served.service.runs
@@ -78,7 +78,7 @@ async def test_who_hangs_up_before_the_first_token_frees_the_slot(serving, gate,
         await call.hang_up()
         assert call.status == 499
         gate.let(1)
-        await served.service.slots.acquire()
+        await served.service.slots.acquire("")
         assert gate.num_forwards == 1
 
 

@@ -8,11 +8,13 @@ import weakref
 
 import pytest
 
-from cag.errors import SessionNotFound
+from cag.errors import QueueFull, SessionNotFound
 from cag.generate import SamplingOptions
+from cag.server import ServerSettings
 from cag.server import service as service_module
 from cag.server.caches import ResidentCaches
-from cag.server.tenants import OPERATOR, CacheKey, Tenants
+from cag.server.service import AnswerService
+from cag.server.tenants import OPERATOR, CacheKey, Tenants, store_location
 from cag_store.paths import chunk_path
 
 pytestmark = pytest.mark.anyio
@@ -215,6 +217,23 @@ async def test_there_are_only_so_many(clocked):
         clock.now += 60
         assert (await served.client.post("/v1/caches/nobody/sessions")).status_code == 404
         assert [(await served.client.post(path)).status_code for _ in range(3)] == [201, 201, 429]
+
+
+async def test_each_tenant_may_have_so_many(engine, tmp_path):
+    for tenant in ("acme", "beta"):
+        engine.export_cache("handbook", store_location(str(tmp_path), tenant))
+    settings = ServerSettings(
+        tenant_keys={"acme": ("key-a",), "beta": ("key-b",)}, tenant_stores=str(tmp_path), max_sessions=1
+    )
+    table = AnswerService(engine, settings).sessions
+    keys = [CacheKey(tenant, "handbook") for tenant in ("acme", "beta")]
+    for key in keys:
+        table.open(key)
+        with pytest.raises(QueueFull):
+            table.open(key)
+    table.close()
+    table.open(keys[0])
+    table.close()
 
 
 async def test_one_question_at_a_time(serving, engine, gate):

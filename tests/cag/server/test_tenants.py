@@ -5,11 +5,12 @@ from functools import partial
 
 import httpx
 import pytest
+from fastapi import FastAPI, Request
 from pydantic import ValidationError
 
 from cag.errors import UsageError
 from cag.server import ServerSettings, create_app
-from cag.server.tenants import read_tenant_keys, store_location
+from cag.server.tenants import read_tenant_keys, store_location, tenant_of
 from cag_store import Store
 from cag_store.errors import InvalidName
 
@@ -136,6 +137,36 @@ async def test_probes_name_no_cache_of_a_tenant(tenants):
             assert "acme" not in text and "handbook" not in text
 
 
+@pytest.mark.parametrize("names", [("acme/plans",), ("acme/plans", "plans")])
+async def test_ready_counts_the_missing_caches_of_tenants_and_names_none(names, tenants, monkeypatch):
+    monkeypatch.setattr("cag.server.service.RETRY_PRELOAD_S", 60.0)
+    async with tenants(preload=names) as served:
+        while served.service.preloading:
+            assert "acme" not in (await served.client.get("/readyz")).text
+            await asyncio.sleep(0.01)
+        ready = await served.client.get("/readyz")
+        assert ready.status_code == 503 and "acme" not in ready.text
+        assert ready.json()["tenant_caches"] == 1
+        assert list(ready.json()["errors"]) == [name for name in names if name == "plans"]
+
+
+@pytest.mark.parametrize("root_path", ["", "/behind"])
+async def test_a_mounted_server_asks_for_keys_too(tenants, root_path):
+    """A proxy's prefix, or an application around it, changes paths and opens nothing."""
+    async with tenants() as served:
+        outer = FastAPI()
+        outer.mount("/behind", served.app)
+        mounted = httpx.ASGITransport(outer) if not root_path else httpx.ASGITransport(served.app, root_path=root_path)
+        async with httpx.AsyncClient(transport=mounted, base_url="http://t") as client:
+            assert (await client.get("/behind/v1/caches")).status_code == 401
+            assert await names(client, "key-a", "/behind/v1/caches") == ["handbook"]
+
+
+def test_a_request_that_no_key_was_asked_of_is_nobodys():
+    with pytest.raises(KeyError):
+        tenant_of(Request({"type": "http"}))
+
+
 async def test_tenants_alone_leave_no_door_open(engine, tmp_path):
     settings = ServerSettings(tenant_keys=KEYS, tenant_stores=str(tmp_path))
     assert not settings.is_open
@@ -154,6 +185,8 @@ async def test_tenants_alone_leave_no_door_open(engine, tmp_path):
         ({"tenant_keys": {"a": ("x",)}, "api_keys": ("x",), "tenant_stores": "/s"}, "given twice"),
         ({"tenant_keys": {"a": ("",)}, "tenant_stores": "/s"}, "is empty"),
         ({"tenant_keys": {"a": ("x",)}}, "need a place"),
+        ({"tenant_keys": {"a": ("x",), "A": ("y",)}, "tenant_stores": "/s"}, "differ by case"),
+        ({"tenant_keys": {"a": ("x",)}, "tenant_stores": "/s", "preload": ("b/plans",)}, "no such tenant"),
     ],
 )
 def test_keys_that_would_open_the_wrong_door_are_refused(settings, text):
