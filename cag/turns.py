@@ -127,5 +127,8 @@ class ForwardTurns:
                 if not self._is_taken and (is_owed or not (self._num_waiting or self._num_answering)):
                     return
                 self._news.wait(None if is_owed else rest_s)
+        except BaseException:
+            self._news.notify_all()  # who waited for this one
+            raise
         finally:
             self._num_owed -= is_owed

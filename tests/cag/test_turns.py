@@ -178,6 +178,27 @@ def test_what_a_check_raises_ends_a_wait_and_takes_no_turn_from_anybody(turns, n
     assert not turns._is_taken
 
 
+def test_a_turn_that_was_owed_and_is_not_wanted_any_more_is_the_next_ones(turns):
+    stopped = []
+
+    def check():
+        if stopped:
+            raise BuildInterrupted("stopped")
+
+    first, second = [Worker(turns, name, [], polite=False) for name in ("first", "second")]
+    until(lambda: turns._num_waiting == 1)
+    build = Worker(turns, "build", [], polite=True, check=check)
+    until(lambda: turns._num_owed == 1)
+    stopped.append(True)
+    for answer in (first, second):
+        answer.go()
+    first.join()
+    second.join()
+    build.join()
+    assert isinstance(build.error, BuildInterrupted)
+    assert (turns._is_taken, turns._num_owed) == (False, 0)
+
+
 def test_pauses_are_for_those_who_give_way_on_a_cpu(turns):
     with turns.turn(1):
         turns.pause(1)
