@@ -103,7 +103,7 @@ def load_engine_of(store: Store, name: str, choice: ModelChoice, *, verbose: boo
 
     Raises:
         CacheNotFound: no cache of that name, said before a model is loaded.
-        ModelNotFound: the adapter that the cache was built with has gone.
+        ModelNotFound: the model's folder or the adapter that the cache was built with has gone.
     """
     from cag.errors import ModelNotFound
 
@@ -115,7 +115,13 @@ def load_engine_of(store: Store, name: str, choice: ModelChoice, *, verbose: boo
             f"cache {name!r} was built with the adapter in {adapter}, which is not there.",
             hint="Say with --adapter where it is now.",
         )
-    whole = ModelChoice(choice.model or manifest.model.id, adapter, choice.device, choice.dtype)
+    model = choice.model or manifest.model.id
+    if not choice.model and Path(model).is_absolute() and not Path(model).is_dir():
+        raise ModelNotFound(
+            f"cache {name!r} was built with the model in {model}, which is not there.",
+            hint="Say with --model where it is now.",
+        )
+    whole = ModelChoice(model, adapter, choice.device, choice.dtype)
     return load_engine(store, whole, verbose=verbose)
 
 

@@ -96,6 +96,16 @@ def test_a_cache_of_another_model(cag, book, tmp_path):
     assert (failed.exit_code, failed.error["code"]) == (32, "cache_mismatch")
 
 
+def test_a_model_that_has_moved_is_asked_for(cag, corpus, tmp_path):
+    model, options = write_tiny_model(tmp_path / "model"), ("--store", tmp_path / "s", "--json")
+    cag("build", corpus, "--name", "book", "--model", model, *options)
+    model.rename(tmp_path / "elsewhere")
+    failed = cag("ask", "book", "Why?", *options)
+    assert (failed.exit_code, failed.error["hint"]) == (11, "Say with --model where it is now.")
+    asked = cag("ask", "book", "Why?", "--model", tmp_path / "elsewhere", "--max-tokens", 1, *options)
+    assert asked.exit_code == 0
+
+
 @pytest.mark.parametrize("folder", ["chunks", "manifests", "refs"])
 def test_a_damaged_cache_is_not_answered_from(cag, book, damage, folder):
     damage(folder)
