@@ -387,8 +387,8 @@ class LanguageModel:
         state, found, ids = self.new_state(capacity=NUM_PROBES), [], probe_ids(self._network)
         for part in (ids[:-1], ids[-1:]):
             batch = Batch([state], [len(part)])
-            with self.plan.threads(len(part)):
-                found.append(decoder.forward(part, batch, slice(None), chosen).clone())
+            self.plan.use_threads(len(part))
+            found.append(decoder.forward(part, batch, slice(None), chosen).clone())
             batch.finish()
         return torch.cat(found)
 

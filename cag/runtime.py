@@ -16,8 +16,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -65,13 +65,11 @@ class RuntimePlan:
     measured_ms: dict[str, float]
     reason: str
 
-    @contextmanager
-    def threads(self, num_tokens: int) -> Iterator[None]:
-        """Run a forward of `num_tokens` tokens with the number of threads chosen for its size."""
+    def use_threads(self, num_tokens: int) -> None:
+        """Let torch compute with the number of threads chosen for forwards of `num_tokens` tokens, from now on."""
         wanted = self.threads_large if num_tokens > LARGE_ROWS // 2 else self.threads_small
         if self.device == "cpu" and torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
-        yield
 
 
 def choose_device(device: str = "auto") -> torch.device:

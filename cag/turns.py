@@ -42,8 +42,8 @@ class ForwardTurns:
         """Compute alone until the block ends: a forward of `num_tokens` tokens, with the threads planned for it."""
         self._take()
         try:
-            with self._plan.threads(num_tokens):
-                yield
+            self._plan.use_threads(num_tokens)
+            yield
         finally:
             self._leave()
 
@@ -77,8 +77,7 @@ class ForwardTurns:
             return
         self._leave()
         self._take()
-        with self._plan.threads(num_tokens):  # others may have had another number
-            pass
+        self._plan.use_threads(num_tokens)  # others may have had another number
 
     def wake(self) -> None:
         """Let those that wait call their `check`."""
