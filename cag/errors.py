@@ -128,6 +128,10 @@ class JobNotFound(RequestError, LookupError):
     """No job of that id, or not the caller's."""
 
 
+class ServerStopping(RequestError, RuntimeError):
+    """The server stops and cannot wait for this answer. Another server, or this one later, may be asked again."""
+
+
 class BuildInterrupted(CagError, RuntimeError):
     """Stopped by the user. Whole chunks are kept, and the next build resumes from them."""
 
@@ -163,6 +167,7 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     SessionNotFound: ErrorRow(45, 404, "session_not_found"),
     SessionBusy: ErrorRow(46, 409, "session_busy"),
     JobNotFound: ErrorRow(47, 404, "job_not_found"),
+    ServerStopping: ErrorRow(48, 503, "server_stopping"),
     BuildInterrupted: ErrorRow(130, 499, "interrupted"),
     store_errors.StoreError: ErrorRow(50, 500, "store_error"),
     store_errors.EntryNotFound: ErrorRow(51, 404, "entry_not_found"),

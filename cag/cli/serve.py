@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import ipaddress
 import socket
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from cag.engine import Engine
     from cag_store import Store
 
-SHUTDOWN_S = 30  # running answers may go on for so long after the signal to stop
+SHUTDOWN_S = 30  # until everything is cut off after the signal to stop
+LAST_WORDS_S = 2  # before that, answers that still run end with an error that their clients are told
 
 
 def serve(
@@ -175,7 +177,7 @@ def _run(
     json_output: bool,
     verbose: bool,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; running answers are finished first, for at most `SHUTDOWN_S`. The thread `rest` is
+    """Serve until SIGINT or SIGTERM; running answers are finished first, in about `SHUTDOWN_S`. The thread `rest` is
     started once the server takes requests."""
     import uvicorn
 
@@ -184,7 +186,7 @@ def _run(
     gc.freeze()
 
     class AnnouncedServer(uvicorn.Server):
-        """Says its address when it serves."""
+        """Says its address when it serves, and to clients that it stops when it cannot wait for them."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -193,6 +195,14 @@ def _run(
             else:
                 note(f"serving {facts['model']} at {facts['url']} (OpenAI API at {facts['url']}/v1)")
             rest.start()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            interrupt = app.state.service.interrupt
+            timer = asyncio.get_running_loop().call_later(SHUTDOWN_S - LAST_WORDS_S, interrupt)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                timer.cancel()
 
     level = "info" if verbose else "warning"
     config = uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=SHUTDOWN_S)

@@ -118,6 +118,11 @@ class AnswerRun:
         if self._request is not None:
             self._request.cancel()
 
+    def interrupt(self, error: Exception) -> None:
+        """As `cancel`, and whoever reads is told."""
+        self._events.put_nowait(error)
+        self.cancel()
+
     def _start(self, started_at: float) -> None:
         loop = asyncio.get_running_loop()
 

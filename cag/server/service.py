@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from cag.engine import Engine
+from cag.errors import ServerStopping
 from cag.server.caches import ResidentCaches
 from cag.server.errors import error_facts
 from cag.server.jobs import BuildJobs
@@ -97,12 +98,18 @@ class AnswerService:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), SWEEP_S)
 
+    def interrupt(self) -> None:
+        """End all answers, those that wait too, with an error that their clients are told."""
+        error = ServerStopping("the server stops.", hint="Ask again in a moment, or another server.")
+        self.slots.refuse(error)
+        for run in list(self.runs):
+            run.interrupt(error)
+
     async def close(self) -> None:
-        """Let running answers leave at the next step, wait for them, close sessions and caches."""
+        """Interrupt what runs, wait until it has left at the next step, close sessions and caches."""
         self._closing.set()
         self.builds.close()
-        for run in list(self.runs):
-            run.cancel()
+        self.interrupt()
         await asyncio.to_thread(self._workplace.threads.shutdown)
         await asyncio.to_thread(self.loop.stop)
         await asyncio.to_thread(self.builds.join)

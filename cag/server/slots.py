@@ -23,6 +23,7 @@ class Slots:
         self.running = 0
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # who was served last comes last
         self._mean_s = 1.0
+        self._refusal: Exception | None = None
 
     @property
     def waiting(self) -> int:
@@ -30,7 +31,9 @@ class Slots:
         return sum(map(len, self._queues.values()))
 
     async def acquire(self, tenant: str) -> None:
-        """Wait for a slot; `release` it. Raises: QueueFull."""
+        """Wait for a slot; `release` it. Raises: QueueFull; what was given to `refuse`."""
+        if self._refusal is not None:
+            raise self._refusal
         if self.running < self.num_slots:  # nobody waits
             self.running += 1
             return
@@ -46,11 +49,20 @@ class Slots:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.cancelled():
+            if turn in queue:
                 queue.remove(turn)
-            else:  # it had been given the slot
+            elif not turn.cancelled() and turn.exception() is None:  # it had been given the slot
                 self._pass_on()
             raise
+
+    def refuse(self, error: Exception) -> None:
+        """Nobody gets a slot any more: `error` is raised where one is waited for."""
+        self._refusal = error
+        for queue in self._queues.values():
+            while queue:
+                turn = queue.popleft()
+                if not turn.cancelled():
+                    turn.set_exception(error)
 
     def release(self, held_s: float) -> None:
         """Give a slot back that was held for `held_s` seconds."""

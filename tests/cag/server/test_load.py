@@ -82,6 +82,30 @@ async def test_who_hangs_up_before_the_first_token_frees_the_slot(serving, gate,
         assert gate.num_forwards == 1
 
 
+async def test_a_server_that_stops_tells_those_that_it_cannot_wait_for(serving, gate, raw):
+    async with serving(num_slots=2) as served:
+        streams = [raw(served.app, URL, body(stream=True, max_tokens=LONG))]
+        streams.append(
+            raw(served.app, "/v1/caches/handbook/ask", {"question": "When?", "max_tokens": LONG, "stream": True})
+        )
+        gate.let(4)
+        for call, sign in zip(streams, (b'"content":', b"event: token"), strict=True):
+            await call.until(sign)
+        waiting = asyncio.ensure_future(served.client.post(URL, json=body()))
+        while served.service.slots.waiting < 1:
+            await asyncio.sleep(0)
+        served.service.interrupt()
+        for call in streams:
+            await call.until(b'"code":"server_stopping"')
+            await call.task
+        refused = [await waiting, await served.client.post(URL, json=body())]
+        assert [(call.status_code, call.json()["error"]["code"]) for call in refused] == [(503, "server_stopping")] * 2
+        gate.open()
+        while served.service.slots.running:
+            await asyncio.sleep(0.01)
+        assert not served.service.runs
+
+
 async def test_who_hangs_up_in_the_queue_leaves_it(serving, gate, raw):
     async with serving(num_slots=1) as served:
         first = asyncio.ensure_future(served.client.post(URL, json=body(max_tokens=2)))
