@@ -6,21 +6,18 @@ from collections.abc import AsyncIterator
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import ConfigDict
 
+from cag.server.bodies import ClosedBody, Text
 from cag.server.chat_schema import SamplingFields
 from cag.server.errors import error_facts
-from cag.server.messages import Text
 from cag.server.running import AnswerRun, Question
 from cag.server.sessions import KeptSession
 from cag.server.streaming import EventStream, event, while_connected
 from cag.server.tenants import CacheKey
 
 
-class AskRequest(SamplingFields):
+class AskRequest(SamplingFields, ClosedBody):
     """One question. A field nobody knows is an error."""
-
-    model_config = ConfigDict(extra="forbid")
 
     question: Text
 

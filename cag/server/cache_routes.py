@@ -6,11 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cag.describe import describe_cache, summarize_cache
 from cag.server.asking import AskRequest, answer_response
+from cag.server.bodies import ClosedBody
 from cag.server.listing import readable_caches
 from cag.server.service import AnswerService
 from cag.server.tenants import CacheKey, Tenant
@@ -19,10 +20,8 @@ from cag.stores import translated_lookup
 MAX_TTL_S = 100 * 365 * 86_400
 
 
-class CachePatch(BaseModel):
+class CachePatch(ClosedBody):
     """What may be changed about a cache; `ttl_s` null: it never expires. What is not given stays as it is."""
-
-    model_config = ConfigDict(extra="forbid")
 
     pinned: bool = False
     ttl_s: float | None = Field(default=None, gt=0, le=MAX_TTL_S, allow_inf_nan=False)

@@ -7,12 +7,13 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cag.answer import Answer, Usage
 from cag.generate import SamplingOptions
-from cag.server.messages import Message, Text, conversation_of
+from cag.server.bodies import Body, Integer, Text
+from cag.server.messages import Message, conversation_of
 from cag.server.running import Question
 from cag.server.tenants import CacheKey
 
@@ -43,19 +44,19 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 StopString = Annotated[Text, Field(min_length=1)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream carries besides text."""
 
     include_usage: bool = False
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Body):
     """Sampling as OpenAI names it. A temperature that is not given is 0: the same question gets the same answer."""
 
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(default=None, ge=1)
+    seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
+    max_tokens: Integer | None = Field(default=None, ge=1)
     stop: list[StopString] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
     stream: bool = False
 
@@ -80,7 +81,7 @@ class ChatRequest(SamplingFields):
 
     model: Text
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="before")

@@ -6,13 +6,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cag.building import AUTO
+from cag.server.bodies import ClosedBody, Text
 from cag.server.cache_routes import MAX_TTL_S
 from cag.server.jobs import BuildOrder
-from cag.server.messages import Text
 from cag.server.service import AnswerService
 from cag.server.tenants import Tenant
 from cag_store import checked_name, codec_from_config, codec_ids
@@ -30,10 +30,8 @@ def _one_line(label: str) -> str:
 Label = Annotated[Text, Field(min_length=1, max_length=1000), AfterValidator(_one_line)]
 
 
-class NewDocument(BaseModel):
+class NewDocument(ClosedBody):
     """One document. Without a `doc_id` it is called by its place in the list; `path` is what citations show."""
-
-    model_config = ConfigDict(extra="forbid")
 
     text: Text
     doc_id: Label | None = None
@@ -41,10 +39,8 @@ class NewDocument(BaseModel):
     path: Label | None = None
 
 
-class NewCache(BaseModel):
+class NewCache(ClosedBody):
     """A cache to be built; one that has its name already is replaced when the new one is whole."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: Text
     documents: list[NewDocument] = Field(min_length=1, max_length=MAX_DOCUMENTS)

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, field_validator
+from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
 from cag.errors import UsageError
+from cag.server.bodies import Body, Text
 
 SYSTEM_ROLES = ("system", "developer")
 
 
-def _encodable(text: str) -> str:
-    """JSON can hold halves of surrogate pairs, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("not_unicode", "the text holds an unpaired surrogate") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-
-
-class Message(BaseModel):
+class Message(Body):
     """One message; content parts are joined to one text."""
 
     role: Literal["system", "developer", "user", "assistant"]

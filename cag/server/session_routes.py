@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cag.errors import UsageError
 from cag.server.asking import AskRequest, answer_response
+from cag.server.bodies import ClosedBody
 from cag.server.service import AnswerService
 from cag.server.sessions import KeptSession
 from cag.server.tenants import CacheKey, Tenant
 from cag_store import utc_text
 
 
-class SessionRequest(BaseModel):
+class SessionRequest(ClosedBody):
     """A session to be opened. `ttl_s`: how long it lives without a question; the server's own if not given."""
-
-    model_config = ConfigDict(extra="forbid")
 
     ttl_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 

@@ -142,6 +142,15 @@ async def test_earlier_turns_and_system_messages_are_read(serving, engine):
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"seed": 2**63}, "seed"),
+        ({"seed": "5"}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+        ({"max_completion_tokens": "2"}, "max_completion_tokens"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"stream": "false"}, "stream"),
+        ({"stream": 0}, "stream"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"messages": []}, "messages"),
         ({"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "messages"),
         ({"messages": [{"role": "system", "content": "a"}]}, "messages"),
@@ -163,7 +172,15 @@ async def test_what_is_not_supported_is_refused_by_name(serving, change, param):
 
 
 async def test_fields_that_ask_for_nothing_and_unknown_ones_are_ignored(serving):
-    neutral = {"n": 1, "tools": [], "response_format": {"type": "text"}, "logprobs": False, "user": "x", "novel": {}}
+    neutral = {
+        "max_tokens": float(body()["max_tokens"]),
+        "n": 1,
+        "tools": [],
+        "response_format": {"type": "text"},
+        "logprobs": False,
+        "user": "x",
+        "novel": {},
+    }
     async with serving() as served:
         plain = (await served.client.post(URL, json=body())).json()
         answer = (await served.client.post(URL, json=body(**neutral, temperature=0, stop=None))).json()
