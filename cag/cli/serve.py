@@ -6,13 +6,12 @@ import asyncio
 import gc
 import ipaddress
 import socket
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cag.cli.opening import ModelChoice, cache_in, load_engine, load_engine_of, nothing_collected, store_at
+from cag.cli.opening import ModelChoice, cache_in, load_engine, load_engine_of, store_at
 from cag.cli.options import (
     AdapterOption,
     CacheBytesOption,
@@ -30,7 +29,6 @@ from cag.cli.quantities import duration_s, size_bytes
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from cag.engine import Engine
     from cag_store import Store
 
 SHUTDOWN_S = 30  # until everything is cut off after the signal to stop
@@ -143,9 +141,8 @@ def serve(
         counts = {"num_api_keys": len(settings.api_keys), "tenants": sorted(settings.tenant_keys)}
         note_configuration(verbose, **settings.model_dump(exclude={"api_keys", "tenant_keys"}), **counts)
         facts = {"url": _url(listener), "model": engine.model.model_id, "preload": list(settings.preload)}
-        rest = threading.Thread(target=_load_rest, args=(engine,), name="cag-rest")
         app = create_app(engine, settings=settings)
-        _run(app, listener, facts, rest, json_output=json_output, verbose=verbose)
+        _run(app, listener, facts, json_output=json_output, verbose=verbose)
 
 
 def _load(store: Store, preload: tuple[str, ...], choice: ModelChoice, *, verbose: bool) -> Any:
@@ -157,28 +154,15 @@ def _load(store: Store, preload: tuple[str, ...], choice: ModelChoice, *, verbos
     return load_engine(store, choice, verbose=verbose)
 
 
-def _load_rest(engine: Engine) -> None:
-    """Read what short questions do without (`LanguageModel.network`), so that no long one waits for it."""
-    from cag.errors import ModelError
-
-    try:
-        with nothing_collected():
-            _ = engine.model.network
-    except ModelError as error:  # whoever needs it is told, too
-        note(f"warning: {error}")
-
-
 def _run(
     app: FastAPI,
     listener: socket.socket,
     facts: dict[str, Any],
-    rest: threading.Thread,
     *,
     json_output: bool,
     verbose: bool,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; running answers are finished first, in about `SHUTDOWN_S`. The thread `rest` is
-    started once the server takes requests."""
+    """Serve until SIGINT or SIGTERM; running answers are finished first, in about `SHUTDOWN_S`."""
     import uvicorn
 
     # a full collection would look at half a million objects of libraries: 0.2 s in the midst of somebody's answer
@@ -194,7 +178,6 @@ def _run(
                 print_json(facts)
             else:
                 note(f"serving {facts['model']} at {facts['url']} (OpenAI API at {facts['url']}/v1)")
-            rest.start()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             interrupt = app.state.service.interrupt
