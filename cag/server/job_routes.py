@@ -3,6 +3,7 @@ file of the server."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
@@ -10,12 +11,15 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cag.building import AUTO
+from cag.describe import describe_cache
+from cag.errors import CacheNotFound
 from cag.server.bodies import ClosedBody, Text
 from cag.server.cache_routes import MAX_TTL_S
-from cag.server.jobs import BuildOrder
+from cag.server.jobs import BuildJob, BuildOrder
 from cag.server.service import AnswerService
 from cag.server.tenants import Tenant
 from cag_store import checked_name, codec_from_config, codec_ids
+from cag_store.errors import StoreError
 
 MAX_DOCUMENTS = 10_000
 
@@ -77,28 +81,36 @@ def job_router(service: AnswerService) -> APIRouter:
     """The routes over `service`."""
     router, builds = APIRouter(prefix="/v1", tags=["jobs"]), service.builds
 
+    def whole(job: BuildJob) -> dict[str, Any]:
+        """A job with the cache that it has built, as long as its name means that one."""
+        cache = None
+        with suppress(CacheNotFound, StoreError):  # removed since, or damaged, which its own route tells
+            ref, manifest = service.tenants.engine(job.tenant).find(job.name)
+            cache = describe_cache(ref, manifest) if manifest.digest == job.digest else None
+        return job.to_json() | {"cache": cache}
+
     @router.post("/caches", status_code=202)
     def create_cache(body: NewCache, response: Response, tenant: Tenant) -> dict[str, Any]:
         """Let a cache be built; answers with the job."""
         job = builds.submit(tenant, body.order())
         response.headers["Location"] = f"/v1/jobs/{job.id}"
-        return job.to_json()
+        return whole(job)
 
     @router.get("/jobs")
     def list_jobs(tenant: Tenant) -> dict[str, Any]:
-        """The caller's jobs, the newest first."""
+        """The caller's jobs, the newest first, without what they have built."""
         return {"object": "list", "data": [job.to_json() for job in builds.of(tenant)]}
 
     @router.get("/jobs/{job_id}")
     def get_job(job_id: str, tenant: Tenant) -> dict[str, Any]:
         """How far a job is."""
-        return builds.get(tenant, job_id).to_json()
+        return whole(builds.get(tenant, job_id))
 
     @router.post("/jobs/{job_id}/cancel")
     def cancel_job(job_id: str, tenant: Tenant) -> dict[str, Any]:
         """Let it end; the store is as it was, and whole chunks are kept for the next build."""
         job = builds.get(tenant, job_id)
         builds.cancel(job)
-        return job.to_json()
+        return whole(job)
 
     return router

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from cag.building import BuildProgress
 from cag.corpus import CorpusReport, load_corpus
-from cag.describe import describe_cache
 from cag.errors import BuildInterrupted, JobNotFound, QueueFull
 from cag.server.errors import error_facts
 from cag.server.job_progress import JobProgress
@@ -52,7 +51,8 @@ class BuildOrder:
 
 @dataclass(eq=False)
 class BuildJob:
-    """One order on its way. Times are UTC; `order` is None once it is over, since it holds all texts."""
+    """One order on its way. Times are UTC; `order` is None once it is over, since it holds all texts; `digest` is that
+    of the cache that was built."""
 
     tenant: str
     name: str
@@ -63,7 +63,7 @@ class BuildJob:
     finished_at: str | None = None
     progress: JobProgress = field(default_factory=JobProgress)
     error: dict[str, Any] | None = None
-    cache: dict[str, Any] | None = None
+    digest: str | None = None
     is_cancelled: bool = False
 
     @property
@@ -86,7 +86,7 @@ class BuildJob:
         self.status, self.finished_at, self.order = status, utc_now(), None
 
     def to_json(self) -> dict[str, Any]:
-        """The job as clients see it."""
+        """The job as lists show it."""
         return {
             "object": "cache.job",
             "id": self.id,
@@ -96,7 +96,6 @@ class BuildJob:
             "finished_at": self.finished_at,
             "progress": self.progress.to_json(),
             "error": self.error,
-            "cache": self.cache,
         }
 
 
@@ -220,7 +219,7 @@ class BuildJobs:
 
     def _run(self, job: BuildJob) -> Status:
         try:
-            job.cache = self._build(job)
+            job.digest = self._build(job)
         except BuildInterrupted:
             return "cancelled"
         except Exception as error:  # whatever it is, the client is told as in a response
@@ -228,7 +227,7 @@ class BuildJobs:
             return "failed"
         return "succeeded"
 
-    def _build(self, job: BuildJob) -> dict[str, Any]:
+    def _build(self, job: BuildJob) -> str:
         order, engine = job.order, self._tenants.engine(job.tenant)
         assert order is not None, "it is not over"
         chosen: dict[str, Any] = {
@@ -238,10 +237,10 @@ class BuildJobs:
             "ttl_s": order.ttl_s,
         }
         with engine.model.turns.giving_way(job.check):
-            engine.build(read_documents(order.documents), name=order.name, on_progress=job.heed, **chosen)
+            built = engine.build(read_documents(order.documents), name=order.name, on_progress=job.heed, **chosen)
         if order.pinned:
             engine.store.pin(order.name)
-        return describe_cache(*engine.find(order.name))
+        return built.digest
 
 
 def read_documents(documents: Sequence[dict[str, str]]) -> CorpusReport:
