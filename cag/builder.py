@@ -25,7 +25,7 @@ from cag.ladder import CodecChoice, Rung, Trial, choose, describe_codec
 from cag.memory import large_blocks_apart
 from cag.memory_limits import available_memory_bytes
 from cag.model import LanguageModel
-from cag.probes import make_probes
+from cag.probes import NUM_PROBES, make_probes
 from cag.prompt import PrefixLayout, lay_out
 from cag.rungs import REFINED, codec_of, ladder_of
 from cag.runtime import processor_name, usable_cores
@@ -166,7 +166,9 @@ class Build:
         return BuiltCache(trial.entries, trial.codec, trial.fidelity, choice.to_json() if choice else None)
 
     def _search(self, trials: CodecTrials, lossless: Trial, bound: float) -> CodecChoice:
-        keep = self.options.keep
+        keep, probes = self.options.keep, lossless.fidelity
+        if probes is not None and probes.num_probes < NUM_PROBES:
+            return CodecChoice(lossless, bound, (lossless,), few_probes=probes.num_probes)
         if keep is not None:
             kept = lossless if keep == lossless.codec else trials(keep, lossless.stored_bytes)
             if kept.outcome == "within":
@@ -199,13 +201,16 @@ class Build:
     def _unchanged(self, codec: dict[str, Any] | None, previous: Manifest) -> BuiltCache | None:
         """The cache as it was, when it is the one to be built: same tokens, model, codec and bound, every chunk whole.
 
-        Its fidelity was measured on these very bytes, so nothing has to be computed.
+        Its fidelity was measured on these very bytes, so nothing has to be computed. Where that was at too few probes,
+        the cache is made anew, which costs little with so short a text.
         """
         bound, choice = self.options.bound, previous.build.get("codec_choice")
         fidelity = Fidelity.from_json(dict(previous.fidelity or {}))
         config = dict(previous.codec)
         same = config == codec if codec is not None else bool(choice) and previous.build.get("max_kl") == bound
-        if not same or fidelity is None or not (bound is None or fidelity.mean_kl <= bound or self.options.force):
+        if not same or fidelity is None or not fidelity.is_judged:
+            return None
+        if not (bound is None or fidelity.mean_kl <= bound or self.options.force):
             return None
         context = self.chunks.context(config)
         same = context == previous.context and self.chunks.keys(context) == [chunk.key for chunk in previous.chunks]

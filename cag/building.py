@@ -114,4 +114,9 @@ class BuildReport:
         """The object that `cag build --json` prints."""
         ratio = self.raw_bytes / self.stored_bytes
         rate = self.computed_tokens / self.prefill_s if self.prefill_s else None
-        return {**asdict(self), "raw_over_stored": round(ratio, 4), "prefill_tokens_per_s": rate}
+        worked_out = {
+            "raw_over_stored": round(ratio, 4),
+            "prefill_tokens_per_s": rate,
+            "warnings": list(self.fidelity.warnings),
+        }
+        return asdict(self) | worked_out

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cag.errors import InsufficientResources
 from cag.model import LanguageModel
-from cag.probes import Branch
+from cag.probes import NUM_PROBES, Branch
 from cag.resident import ResidentPrefix
 
 GROUP_PROBES = 128  # of one forward
@@ -43,6 +43,19 @@ class Fidelity:
     nll_change: float
     probes: dict[str, int]
     method: Literal["probes", "bits"] = "probes"
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it says what a cache loses: equal bits do, and `NUM_PROBES` probes; fewer are a hint at most."""
+        return self.method == "bits" or self.num_probes >= NUM_PROBES
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What users have to know about the figures."""
+        few = (
+            f"the loss was measured at {self.num_probes} positions, not at {NUM_PROBES} or more: the text is too short"
+        )
+        return () if self.is_judged else (few,)
 
     def to_json(self) -> dict[str, Any]:
         """As manifests keep it."""

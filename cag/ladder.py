@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cag.fidelity import Fidelity
+from cag.probes import NUM_PROBES
 from cag_store import ChunkEntry
 
 DEFAULT_MAX_KL = 0.005
@@ -84,17 +85,25 @@ Refine = Callable[[dict[str, Any]], "Sequence[dict[str, Any]]"]
 
 @dataclass(frozen=True)
 class CodecChoice:
-    """The smallest of `tried` that stays within `max_kl` nats. `kept`: it is the one of the cache before."""
+    """The smallest of `tried` that stays within `max_kl` nats.
+
+    `kept`: it is the one of the cache before. `few_probes`: the text gives only so many, so no loss could be judged.
+    """
 
     trial: Trial
     max_kl: float
     tried: tuple[Trial, ...]
     kept: bool = False
+    few_probes: int | None = None
 
     @property
     def reason(self) -> str:
         """One line: what was chosen and why."""
         head = f"auto chose {describe_codec(self.trial.codec)}, {_amounts(self.trial)}"
+        if self.few_probes is not None:
+            return (
+                f"{head}: a loss is judged at {NUM_PROBES} positions or more, and so short a text has {self.few_probes}"
+            )
         if self.kept:
             return f"{head}: the codec of the cache before, still within {self.max_kl:g}"
         others = [trial for trial in self.tried if trial is not self.trial]

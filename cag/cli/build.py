@@ -157,6 +157,8 @@ def _print_report(report: BuildReport, *, as_json: bool) -> None:
     for change in ("added", "changed", "removed"):
         for doc_id in getattr(report, change):
             note(f"{change}: {one_line(doc_id)}")
+    for warning in report.fidelity.warnings:
+        note(f"warning: {warning}")
     if as_json:
         print_json(report.to_json())
         return

@@ -125,6 +125,47 @@ def test_a_small_cache_is_not_worth_a_basis(engine, tmp_path):
     assert ("transform" in ids) == worth
 
 
+def test_a_short_text_is_judged_at_as_many_positions_as_any(engine, tmp_path):
+    (tmp_path / "one.txt").write_text("The old gate opens at seven in the morning.")
+    for codec in ("auto", "int8", "lossless"):
+        report = engine.build([tmp_path / "one.txt"], name="a", codec=codec, max_kl=10.0)
+        assert report.fidelity.num_probes >= 256
+        assert not report.fidelity.warnings
+        assert (codec == "auto") == bool(report.codec_choice and len(report.codec_choice["tried"]) > 1)
+
+
+def test_a_few_words_stay_lossless_and_the_report_says_why(engine, corpus):
+    first = engine.build([corpus / "part1.txt"], name="a", codec="auto", max_kl=10.0)
+    assert first.codec["id"] != "lossless"
+    (corpus / "part1.txt").write_text("x")
+    updated = engine.update("a", [corpus / "part1.txt"])
+    built = engine.build([corpus / "part1.txt"], name="b", codec="auto", max_kl=10.0)
+    for report in (updated, built):
+        assert report.codec["id"] == "lossless"
+        assert [trial["codec"]["id"] for trial in report.codec_choice["tried"]] == ["lossless"]
+        assert f"so short a text has {report.fidelity.num_probes}" in report.codec_choice["reason"]
+        assert report.fidelity.num_probes < 256
+        assert not report.fidelity.warnings
+
+
+def test_a_named_codec_on_a_few_words_is_kept_with_a_warning(engine, tmp_path):
+    (tmp_path / "one.txt").write_text("x")
+    report = engine.build([tmp_path / "one.txt"], name="a", codec="int8", max_kl=10.0)
+    assert report.codec["id"] == "int8"
+    (warning,) = report.to_json()["warnings"]
+    assert f"at {report.fidelity.num_probes} positions, not at 256 or more" in warning
+
+
+def test_a_loss_that_was_measured_at_few_positions_is_measured_again(engine, tmp_path):
+    """As caches of short texts have it that were built when these were asked less."""
+    (tmp_path / "one.txt").write_text("The old gate opens at seven in the morning.")
+    report = engine.build([tmp_path / "one.txt"], name="a", codec="auto", max_kl=10.0)
+    manifest = engine.find("a")[1]
+    engine.store.commit("a", replace(manifest, fidelity={**manifest.fidelity, "num_probes": 10}))
+    collect_garbage(engine)
+    assert engine.update("a", [tmp_path / "one.txt"]).fidelity == report.fidelity
+
+
 @pytest.mark.parametrize("codec", [*LOSSY, "transform"])
 def test_a_named_codec_over_its_bound_is_refused_and_the_store_is_as_it_was(engine, corpus, tmp_path, codec):
     (tmp_path / "old.txt").write_text("The old cache.")

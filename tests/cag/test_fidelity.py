@@ -1,5 +1,7 @@
 """Probes and what is measured at them: from the corpus itself, apart from each other, in float32, block by block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
@@ -84,6 +86,44 @@ def test_short_and_strange_corpora_have_the_probes_they_can_give(model, text):
     probed = FidelityProbe(model, resident(model, layout), branches)
     with probed:
         assert probed.measure().mean_kl == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The old gate opens at seven in the morning.",
+        "\u9598\u306f\u4e03\u6642\u306b\u958b\u304f",
+        "- 12 litres\n- 7 bar\n- 4711 {x}",
+        "red blue " * 20,
+    ],
+)
+def test_a_short_text_is_asked_until_it_has_enough_probes(model, text):
+    branches = laid_out(model, [document(0, text)])[1]
+    num_probes = sum(len(branch.targets) for branch in branches)
+    assert NUM_PROBES <= num_probes < NUM_PROBES + 32
+    behind = {
+        branch.token_ids[: len(branch.token_ids) - ahead] for branch in branches for ahead in range(len(branch.targets))
+    }
+    assert len(behind) == num_probes, "each stands behind other tokens"
+    answers = [model.tokenizer.decode(branch.targets) for branch in branches if branch.kind == "question"]
+    assert all(answer.rstrip("\ufffd") in text for answer in answers), "cut off, perhaps within a character"
+    assert laid_out(model, [document(0, text)])[1] == branches
+
+
+def test_every_document_of_a_short_corpus_is_asked_about(model):
+    corpus = [document(number, f"Valve {number} is shut.") for number in range(3)]
+    _, branches = laid_out(model, corpus)
+    said = [model.tokenizer.decode(branch.targets) for branch in branches if branch.kind == "question"]
+    for number in range(3):
+        assert sum(f"{number} is shut." in answer for answer in said) >= 2
+
+
+def test_a_text_with_enough_probes_is_asked_no_more(model, monkeypatch):
+    monkeypatch.setattr("cag.probes._further", lambda *_: pytest.fail("asked"))
+    _, branches = laid_out(model, documents())
+    lengths = [(branch.kind, len(branch.token_ids), len(branch.targets)) for branch in branches]
+    assert lengths[-1] == ("continuation", 32, 32)
+    assert sum(kind == "question" for kind, *_ in lengths) == 4
 
 
 def test_branches_that_do_not_fit_the_window_are_left_out(model):
@@ -188,6 +228,16 @@ def test_distributions_that_were_cut_are_not_compared(model):
         probe._exact.truncate(probe._exact.seek(0, 2) - 1)
         with pytest.raises(InsufficientResources, match="cut"):
             probe.measure()
+
+
+def test_a_loss_at_few_probes_comes_with_a_warning():
+    counts = {"answer_tokens": 0}
+    few, enough = (Fidelity(0.1, 0.2, 0.9, number, 0.01, counts) for number in (NUM_PROBES - 1, NUM_PROBES))
+    assert not few.is_judged
+    assert [str(NUM_PROBES - 1) in warning for warning in few.warnings] == [True]
+    assert enough.is_judged and not enough.warnings
+    bits = replace(few, method="bits")
+    assert bits.is_judged and not bits.warnings
 
 
 def test_fidelity_of_other_versions_is_not_taken_for_this_ones():

@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cag.fidelity import Fidelity
-from cag.ladder import CLOSE_TO_BOUND, MAX_STEP_TRIALS, NARROW_STEPS, Rung, Trial, choose, describe_codec, next_step
+from cag.ladder import (
+    CLOSE_TO_BOUND,
+    MAX_STEP_TRIALS,
+    NARROW_STEPS,
+    CodecChoice,
+    Rung,
+    Trial,
+    choose,
+    describe_codec,
+    next_step,
+)
 
 FIRST, LAST = -576, -320
 STEPPED = Rung({"id": "transform", "step": -520}, (FIRST, LAST))
@@ -69,6 +79,13 @@ def test_the_reason_is_one_line_with_every_figure():
     assert choice.reason == (
         "auto chose int4, 0.3 MB, mean KL 0.0065: the smallest of 3 tried that stays within 0.01; "
         "lossless within (1.0 MB, mean KL 0); int8 is larger"
+    )
+
+
+def test_what_cannot_be_judged_is_told():
+    choice = CodecChoice(LOSSLESS, 0.01, (LOSSLESS,), few_probes=20)
+    assert choice.reason == (
+        "auto chose lossless, 1.0 MB, mean KL 0: a loss is judged at 256 positions or more, and so short a text has 20"
     )
 
 

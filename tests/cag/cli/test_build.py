@@ -10,7 +10,7 @@ BUILT = {
     "name", "digest", "num_documents", "num_tokens", "reused_tokens", "computed_tokens", "raw_bytes", "stored_bytes",
     "raw_over_stored", "fidelity", "prefill_s", "encode_s", "measure_s", "search_s", "total_s", "prefill_tokens_per_s",
     "duplicates", "empty", "skipped", "recomputed_tokens", "codec", "codec_choice", "max_kl",
-    "added", "changed", "removed",
+    "added", "changed", "removed", "warnings",
 }  # fmt: skip
 
 
@@ -181,6 +181,18 @@ def test_auto_says_in_one_line_what_it_chose(build, cag, tmp_path):
     listed = cag("ls", "--store", tmp_path / "s", "--json").json["caches"]
     assert [cache["fidelity"] for cache in listed] == [built["fidelity"]]
     assert cag("show", "book", "--store", tmp_path / "s", "--json").json["codec_choice"] == built["codec_choice"]
+
+
+def test_a_loss_that_cannot_be_judged_is_warned_of(cag, tiny_model_dir, tmp_path):
+    (tmp_path / "x.txt").write_text("x")
+    at = ("--model", tiny_model_dir, "--store", tmp_path / "s", "--name", "book", "--json")
+    lossy = cag("build", tmp_path / "x.txt", "--codec", "int8", *at)
+    (line,) = [line for line in lossy.stderr.splitlines() if line.startswith("warning: ")]
+    assert lossy.json["warnings"] == [line.removeprefix("warning: ")]
+    assert f"{lossy.json['fidelity']['num_probes']} positions" in line
+    exact = cag("build", tmp_path / "x.txt", "--codec", "auto", *at)
+    assert "warning" not in exact.stderr
+    assert exact.json["codec"]["id"] == "lossless"
 
 
 def test_a_codec_over_its_bound_is_refused_unless_forced(build, cag, tmp_path):
