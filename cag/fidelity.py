@@ -33,7 +33,9 @@ class Fidelity:
 
     `probes` says what they were: how many of `num_probes` stand in excerpts read behind the prefix
     (`continuation_tokens`), how many in the answers (`answer_tokens`) of how many questions. `method` "bits": keys and
-    values were found to be the same to the bit, so no probe had to be run.
+    values were found to be the same to the bit, so no probe had to be run. `mean_kl_se` is the standard error of
+    `mean_kl` in nats, probes of one branch taken together as they are alike; None where it is unknown: a single branch,
+    or a manifest of before it was stated.
     """
 
     mean_kl: float
@@ -43,6 +45,7 @@ class Fidelity:
     nll_change: float
     probes: dict[str, int]
     method: Literal["probes", "bits"] = "probes"
+    mean_kl_se: float | None = None
 
     @property
     def is_judged(self) -> bool:
@@ -65,7 +68,7 @@ class Fidelity:
     def from_json(cls, stored: dict[str, Any]) -> Fidelity | None:
         """What a manifest keeps; None when it was measured in another way than now."""
         names = set(cls.__dataclass_fields__)
-        return cls(**stored) if set(stored) == names else None
+        return cls(**stored) if set(stored) | {"mean_kl_se"} == names else None
 
 
 class FidelityProbe:
@@ -120,6 +123,7 @@ class FidelityProbe:
             num_probes=len(divergence),
             nll_change=float(nll_change.mean()),
             probes=_counted(self._branches),
+            mean_kl_se=standard_error(divergence, [len(branch.targets) for branch in self._branches]),
         )
 
     def _logits(self, group: Sequence[Branch]) -> Tensor:
@@ -147,7 +151,7 @@ class FidelityProbe:
 def same_bits(branches: Sequence[Branch]) -> Fidelity:
     """The fidelity of a cache whose keys and values are the uncompressed ones to the bit."""
     counts = _counted(branches)
-    return Fidelity(0.0, 0.0, 1.0, counts["continuation_tokens"] + counts["answer_tokens"], 0.0, counts, "bits")
+    return Fidelity(0.0, 0.0, 1.0, counts["continuation_tokens"] + counts["answer_tokens"], 0.0, counts, "bits", 0.0)
 
 
 def _counted(branches: Sequence[Branch]) -> dict[str, int]:
@@ -175,6 +179,17 @@ def compare(exact: Tensor, coded: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     divergence = difference.mul_(log_p.exp_()).sum(-1).clamp_min(0)
     same = exact.argmax(-1) == coded.argmax(-1)
     return divergence, same, change
+
+
+def standard_error(values: Tensor, counts: Sequence[int]) -> float | None:
+    """Of the mean of `values`, `counts[i]` neighbours of which belong to cluster `i`; None for a single cluster.
+
+    Source: Cochran, Sampling Techniques, 3rd edition, section 2.11: the mean as a ratio of totals of clusters.
+    """
+    if len(counts) < 2:
+        return None
+    sums = torch.stack([part.sum() for part in torch.split(values - values.mean(), list(counts))])
+    return float((sums.square().sum() * len(counts) / (len(counts) - 1)).sqrt() / len(values))
 
 
 def _groups(branches: Sequence[Branch]) -> Iterator[list[Branch]]:

@@ -71,7 +71,9 @@ def fidelity_text(fidelity: Mapping[str, Any]) -> str:
         ("nll_change", "NLL {:+.6f} nats"),
     )
     numbers = {name: value for name, value in fidelity.items() if isinstance(value, (int, float))}
-    return ", ".join(form.format(numbers[name]) for name, form in shown if name in numbers)
+    text = ", ".join(form.format(numbers[name]) for name, form in shown if name in numbers)
+    error = numbers.get("mean_kl_se")
+    return text.replace(" nats", f" (standard error {error:.6f}) nats", 1) if error and "mean_kl" in numbers else text
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:

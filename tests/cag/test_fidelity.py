@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from cag.corpus import Document
 from cag.corpus.document import text_sha256
 from cag.errors import InsufficientResources
-from cag.fidelity import Fidelity, FidelityProbe, compare
+from cag.fidelity import Fidelity, FidelityProbe, compare, standard_error
 from cag.model import LanguageModel, ModelOptions
 from cag.prefill import prefill
 from cag.probes import NUM_PROBES, make_probes
@@ -240,7 +240,30 @@ def test_a_loss_at_few_probes_comes_with_a_warning():
     assert bits.is_judged and not bits.warnings
 
 
+def test_the_standard_error_takes_probes_of_a_branch_together():
+    """Against the spread of the means of ever new branches, whose probes are alike to another degree each time."""
+    generator = torch.Generator().manual_seed(0)
+    counts = [32, 5, 17, 32, 1, 28, 32, 9] * 4
+    for alike in (0.0, 1.0):
+        draws = [
+            torch.cat(
+                [
+                    alike * torch.rand(1, generator=generator) + torch.rand(count, generator=generator)
+                    for count in counts
+                ]
+            )
+            for _ in range(400)
+        ]
+        spread = torch.stack([values.mean() for values in draws]).std()
+        errors = [standard_error(values.double(), counts) for values in draws]
+        assert sum(errors) / len(errors) == pytest.approx(float(spread), rel=0.12)
+    assert standard_error(torch.rand(5), [5]) is None
+    assert standard_error(torch.zeros(6), [2, 4]) == 0
+
+
 def test_fidelity_of_other_versions_is_not_taken_for_this_ones():
     stored = Fidelity(0.1, 0.2, 0.9, 256, 0.01, {"answer_tokens": 0}).to_json()
     assert Fidelity.from_json(stored) == Fidelity(**stored)
+    older = {name: value for name, value in stored.items() if name != "mean_kl_se"}
+    assert Fidelity.from_json(older) == Fidelity(**older)
     assert Fidelity.from_json({"mean_kl": 0.1, "p95_kl": 0.2, "top1": 0.9, "num_probes": 256}) is None

@@ -6,6 +6,8 @@ import pytest
 
 from cag_store import Store
 
+FIDELITY = {"mean_kl", "mean_kl_se", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
+
 SHOWN = {
     "name", "digest", "created_at", "model", "num_tokens", "num_documents", "codec", "raw_bytes", "stored_bytes",
     "raw_over_stored", "codec_choice", "fidelity", "expires_at", "pinned", "documents",
@@ -69,7 +71,7 @@ def test_show_has_the_fields_of_the_contract(cag, book, corpus, tiny_model_dir):
     shown = cag("show", "book", "--store", book, "--json").json
     assert set(shown) == SHOWN
     assert set(shown["model"]) == {"id", "fingerprint"}
-    assert set(shown["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
+    assert set(shown["fidelity"]) == FIDELITY
     assert shown["codec"]["id"] == "lossless"
     assert [set(document) for document in shown["documents"]] == [
         {"doc_id", "title", "path", "sha256", "start", "end"}

@@ -8,6 +8,8 @@ from cag.describe import describe_cache
 from cag.server.errors import error_facts
 from cag_store.errors import CorruptEntry, EntryNotFound
 
+FIDELITY = {"mean_kl", "mean_kl_se", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
+
 pytestmark = pytest.mark.anyio
 
 ROW = {
@@ -63,7 +65,7 @@ async def test_one_cache_is_described_in_full(serving, engine):
     assert set(whole) == WHOLE
     assert set(whole["model"]) == {"id", "fingerprint"}
     assert set(whole["documents"][0]) == {"doc_id", "title", "path", "sha256", "start", "end"}
-    assert set(whole["fidelity"]) == {"mean_kl", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
+    assert set(whole["fidelity"]) == FIDELITY
     assert whole == json.loads(json.dumps(describe_cache(*engine.find("handbook"))))
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "cache_not_found")
 
