@@ -21,6 +21,7 @@ from cag.runtime import RuntimePlan
 from cag.weights import lay_out_weights, loses_in_bfloat16
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
 
@@ -106,13 +107,19 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
 def read_network(directory: Path, dtype: torch.dtype) -> Any:
     """The network in a directory of model files, every weight of it read. Raises: ModelError."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         read: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory,
+            config=AutoConfig.from_pretrained(directory, **NO_CODE),
+            dtype=dtype,
+            use_safetensors=True,  # or pickles are taken where there are only other names
+            attn_implementation="eager",  # or the configuration may ask for code from the hub
+            output_loading_info=True,
+            **NO_CODE,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model in {directory}: {error}", hint="Fetch it again.") from error
@@ -131,7 +138,7 @@ def read_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, mistral_format=False, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
 
@@ -141,7 +148,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the configuration in {directory}: {error}") from error
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
