@@ -23,7 +23,7 @@ from cag.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, prob
 from cag.model_files import prepared, read_parts, stop_ids, turns_alike
 from cag.models.fingerprint import ModelFingerprints
 from cag.pages import PagedState, PagedTail, PagePool
-from cag.prompt import PromptTemplate, read_template
+from cag.prompt import PromptTemplate, guarded_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.starts.begin import Beginning, begin, can_be_kept
@@ -88,7 +88,7 @@ class LanguageModel:
         self.turns = ForwardTurns()
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
-        self.template: PromptTemplate = start.prompt_template if start else read_template(tokenizer)
+        self.template: PromptTemplate = start.prompt_template if start else guarded_template(tokenizer)
         probe = started.layers if started else probed_layers(self.network, self.device)
         self.kv_shapes = [shape for shape, _ in probe]
         self.seen = [seen for _, seen in probe]

@@ -126,6 +126,18 @@ def read_template(tokenizer: Any) -> PromptTemplate:
     )
 
 
+def guarded_template(tokenizer: Any) -> PromptTemplate:
+    """`read_template`; from now on the words that mark its turns are special tokens of `tokenizer`, so that `encode`
+    takes them in the template's own text only. Some models have them as tokens that any text is parsed for."""
+    template = read_template(tokenizer)
+    if tokenizer.is_fast:
+        pieces = template.before, template.middle, template.after, template.between
+        backend = tokenizer.backend_tokenizer
+        words = [word for word in backend.get_added_tokens_decoder().values() if word.content.strip()]
+        backend.add_special_tokens([word for word in words if any(word.content in piece for piece in pieces)])
+    return template
+
+
 def _cut(tokenizer: Any, opening: list[dict[str, str]]) -> PromptTemplate | None:
     turns = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
     first = _render(tokenizer, opening)
