@@ -51,8 +51,8 @@ class Fidelity:
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Fidelity | None:
         """What a manifest keeps; None when it was measured in another way than now."""
-        names = set(cls.__dataclass_fields__)
-        return cls(**stored) if set(stored) == names else None
+        known = set(stored) == set(cls.__dataclass_fields__)
+        return cls(**stored) if known and isinstance(stored["mean_kl"], int | float) else None
 
 
 class FidelityProbe:

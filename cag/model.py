@@ -174,6 +174,11 @@ class LanguageModel:
         return int(self._network.config.get_text_config().max_position_embeddings)
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids that it knows, counted from 0."""
+        return int(self._network.config.get_text_config().vocab_size)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token over all layers, uncompressed."""
         return sum(2 * s.num_kv_heads * s.head_dim * self.kv_dtype.itemsize for s in self.kv_shapes)
@@ -408,12 +413,8 @@ class LanguageModel:
         return decoder if self._gives_the_same(in_pages) else None
 
     def _gives_the_same(self, other: Forward) -> bool:
-        return gives_the_same(self.network, self.seen, self._own, other, exactly=self._computes_exactly)
+        return gives_the_same(self.network, self.seen, self._own, other, exactly=self.compute_dtype == torch.float32)
 
     def _own(self, ids: Tensor, positions: Tensor, _chosen: Sequence[int] | None) -> Tensor:
         state = self.new_state(capacity=NUM_PROBES)
         return self._network_forward(ids.to(self.device), positions.to(self.device), state, 0)
-
-    @property
-    def _computes_exactly(self) -> bool:
-        return self.compute_dtype == torch.float32

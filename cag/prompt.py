@@ -9,14 +9,14 @@ documents; knows no model and no store.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from cag.errors import UnsupportedModel, UsageError
+from cag.errors import CacheMismatch, UnsupportedModel, UsageError
 
 SYSTEM_TEXT = (
     "You answer questions about the documents below, and about nothing else. "
@@ -95,10 +95,23 @@ class PrefixLayout:
         }
 
 
-def template_from_json(layout: dict[str, Any]) -> PromptTemplate:
-    """The template of a stored layout."""
-    stored = layout["template"]
-    return PromptTemplate(**stored | {"stop_strings": tuple(stored["stop_strings"])})
+def template_from_json(layout: Mapping[str, Any]) -> PromptTemplate:
+    """The template of a stored layout, all of which is looked at. Raises: CacheMismatch: none that this program
+    writes."""
+    stored = layout.get("template")
+    stored = dict(stored) if isinstance(stored, Mapping) else {}
+    stops = stored.pop("stop_strings", None)
+    texts = [*stored.values(), layout.get("system_text"), layout.get("closing_text")]
+    whole = isinstance(stops, list | tuple) and stored.keys() == {"before", "middle", "after", "between"}
+    if not whole or not all(isinstance(text, str) for text in [*texts, *(stops or ())]):
+        raise CacheMismatch(
+            "the cache has no prompt layout that this version knows.",
+            hint="Build it again.",
+            part="prompt layout",
+            expected="template, system text and closing text",
+            found=dict(layout),
+        )
+    return PromptTemplate(**stored, stop_strings=tuple(stops or ()))
 
 
 def document_marker(number: int, title: str) -> str:
