@@ -155,9 +155,8 @@ class LocalBackend(Backend):
         for folder, _, names in os.walk(self._path(prefix)):
             for name in names:
                 path = Path(folder, name)
-                with contextlib.suppress(EntryNotFound):
-                    with self._translated(str(path.relative_to(self.root))):
-                        found = path.stat()
+                with contextlib.suppress(FileNotFoundError):
+                    found = _stat(path)
                     yield ObjectInfo(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
 
     def stat(self, path: str) -> ObjectInfo:
@@ -295,6 +294,15 @@ class LocalBackend(Backend):
             raise
         except OSError as error:
             raise _translate(error, str(self.root / path)) from error
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError:  # a link to itself, which whoever reads it says
+        return path.lstat()
 
 
 def _translate(error: OSError, where: str) -> StoreError:
