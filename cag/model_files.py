@@ -6,6 +6,7 @@ transformers is imported where something is read: a start that was kept (`cag.st
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
 from cag.memory_limits import available_memory_bytes
-from cag.models.fingerprint import ModelFingerprints, model_fingerprint
+from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
 from cag.runtime import RuntimePlan
 from cag.weights import lay_out_weights, loses_in_bfloat16
@@ -183,10 +184,22 @@ def check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, dev
 def with_adapter(network: Any, adapter: Path) -> Any:
     """The network with a LoRA adapter merged in. Raises: ModelError."""
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelError("LoRA adapters need peft.", hint="Install cag-engine[adapters].") from error
+    from safetensors import SafetensorError, safe_open
+
+    weights = adapter / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ModelError(f"{adapter} holds no {weights.name}.", hint="Save the adapter as safetensors.")
     try:
-        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error, below
+            adapted = PeftModel.from_pretrained(network, str(adapter))
+        with safe_open(weights, framework="pt") as stream:
+            missing = sorted(get_peft_model_state_dict(adapted).keys() - set(stream.keys()))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error
+    if missing:  # peft makes these up, in each process anew
+        raise ModelError(f"the adapter in {adapter} lacks {len(missing)} weights, such as {missing[0]}.")
+    return adapted.merge_and_unload()

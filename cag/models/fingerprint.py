@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "*.model",
 )
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # the only file that peft reads, where it is there
 INDEX_FILES = "*.safetensors.index.json"
 
 
@@ -88,6 +89,12 @@ def _network_parts(directory: Path) -> Iterable[tuple[str, str]]:
 
 def _adapter_parts(directory: Path) -> Iterable[tuple[str, str]]:
     config = _read_json(directory / "adapter_config.json")
+    if not (directory / ADAPTER_WEIGHTS).is_file() and any(directory.glob("*.safetensors")):
+        raise UnsupportedModel(
+            f"{directory} holds no {ADAPTER_WEIGHTS}.",
+            hint="Save the adapter as safetensors; pickled weights are never read.",
+            path=directory,
+        )
     yield from _weight_parts(directory, "adapter_config.json", config, COSMETIC_ADAPTER_FIELDS)
 
 

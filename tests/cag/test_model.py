@@ -149,6 +149,39 @@ def test_pickled_weights_beside_other_tensors_are_not_read(tmp_path):
         LanguageModel.load(directory, model_id="tiny")
 
 
+def _adapter_without(directory, base, part):
+    """A LoRA adapter on the queries whose file lacks what has `part` in its name."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(
+        directory
+    )
+    file = directory / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    return file
+
+
+@pytest.mark.parametrize("part", ["layers.0.self_attn.q_proj.lora_A", "lora_B"])
+def test_an_adapter_that_lacks_weights_is_refused(tmp_path, tiny_model_dir, part):
+    pytest.importorskip("peft")
+    _adapter_without(tmp_path / "adapter", tiny_model_dir, part)
+    with pytest.raises(ModelError, match="lacks"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+
+
+def test_a_pickled_adapter_beside_other_tensors_is_not_read(tmp_path, tiny_model_dir):
+    pytest.importorskip("peft")
+    file = _adapter_without(tmp_path / "adapter", tiny_model_dir, "nothing")
+    LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+    torch.save(load_file(file), file.with_name("adapter_model.bin"))
+    file.rename(file.with_name("other.safetensors"))
+    with pytest.raises(ModelError, match="safetensors"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+
+
 def test_unknown_dtypes_and_devices_are_refused(tiny_model_dir):
     with pytest.raises(UsageError, match="int3"):
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(compute_dtype="int3"))
