@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cag.engine import Engine
-from cag.errors import CacheMismatch
+from cag.errors import CacheMismatch, InsufficientResources
 from cag_store.chunk import ChunkHeader
 from cag_store.errors import CorruptEntry
 from cag_store.keys import ROOT, chunk_key
@@ -103,3 +103,15 @@ def test_a_document_that_is_no_text(built):
     commit(engine, manifest, documents=documents, blob_bytes=size)
     with engine.open("bad") as prefix, pytest.raises(CorruptEntry, match="UTF-8"):
         prefix.ask("What?", max_tokens=2)
+
+
+def test_a_cache_for_which_there_is_no_memory(built, monkeypatch):
+    """Said before memory is taken, and nothing stays open."""
+    from cag import buffers
+
+    engine, _ = built
+    monkeypatch.setattr(buffers, "_memory", buffers._Memory())
+    monkeypatch.setattr(buffers, "available_memory_bytes", lambda: 1000)
+    with pytest.raises(InsufficientResources, match="memory"):
+        engine.open("good")
+    assert not engine.store.backend.live_leases()
