@@ -231,6 +231,20 @@ class TestDigestCache:
         assert digests.file_sha256(file) == expected
         assert len(hashed) == 2
 
+    @pytest.mark.parametrize("how", ["everybody may write it", "another user's"])
+    def test_what_others_can_have_written_is_ignored(self, hashed, file, home, monkeypatch, how):
+        expected = digests.file_sha256(file)
+        (record,) = (home / "fingerprints").iterdir()
+        record.write_text(record.read_text().replace(expected, "0" * 64))
+        assert digests.file_sha256(file) == "0" * 64
+        if how == "another user's":
+            owner = record.stat().st_uid
+            monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+            monkeypatch.setattr("cag.home._ROOT", owner + 2)
+        else:
+            record.chmod(0o666)
+        assert digests.file_sha256(file) == expected
+
     def test_a_home_that_cannot_be_written_only_costs_time(self, hashed, file, home):
         home.parent.mkdir(exist_ok=True)
         home.write_text("a file where the folder should be")
