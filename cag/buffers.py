@@ -19,8 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cag.errors import InsufficientResources
 from cag.host_copies import HostCopy
 from cag.huge_pages import has_huge_pages, huge_memory, whole_pages
+from cag.memory_limits import available_memory_bytes
 from cag.uploads import Uploads, pinned, pinned_like
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_store.codecs import CodedShape, CodedSide
@@ -190,13 +192,22 @@ class _Memory:
         self._free: deque[tuple[int, Any]] = deque(maxlen=1)  # no lock: memory may come free in the midst of `take`
 
     def take(self, num_bytes: int) -> Tensor:
-        """`num_bytes` of any content, uint8, or more; the memory comes back when no tensor uses it any more."""
+        """`num_bytes` of any content, uint8, or more; the memory comes back when no tensor uses it any more.
+
+        Raises: InsufficientResources: there is less.
+        """
         try:
             size, memory = self._free.pop()
         except IndexError:
             size, memory = 0, None
         if memory is None or not num_bytes <= size <= 2 * num_bytes:
-            size, memory = num_bytes, huge_memory(num_bytes)
+            size, memory = num_bytes, None  # what was kept goes, if nothing else holds it
+            if num_bytes > available_memory_bytes():
+                raise InsufficientResources(
+                    f"the cache takes {num_bytes / 1e9:.1f} GB of memory, more than is free.",
+                    hint="Close another one, or build it with a smaller codec.",
+                )
+            memory = huge_memory(num_bytes)
         holder = np.frombuffer(memory, dtype=np.uint8)
         weakref.finalize(holder, self._free.append, (size, memory))
         return whole_pages(torch.from_numpy(holder))

@@ -22,6 +22,7 @@ from cag.memory_limits import total_memory_bytes
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
+from cag.prompt import template_from_json
 from cag.resident import ResidentPrefix
 from cag.runtime import choose_device, plan_runtime, usable_cores
 from cag.starts.begin import Beginning
@@ -29,6 +30,7 @@ from cag.stores import export_cache, find_cache, import_cache, open_store, trans
 from cag_kernels import warm_up_largest
 from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
 from cag_store.codecs import warm_up
+from cag_store.errors import CorruptEntry
 
 HOST_SHARE = 4  # of the host's memory, the part that copies of caches may take beside a GPU
 
@@ -158,6 +160,7 @@ class Engine:
         places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
         codec, layout = dict(manifest.codec), manifest.layout
+        template_from_json(layout)
         searched, max_kl = manifest.build.get("codec_choice") is not None, manifest.build.get("max_kl")
         options = BuildOptions(
             codec=AUTO if searched else codec,
@@ -235,6 +238,7 @@ class Engine:
         try:
             check_fingerprints(name, manifest, self.model)
             model = self.model
+            _check_tokens(name, reader, model)
             overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
             resident = self._promoted(manifest.digest, reader) or ResidentPrefix.load(
                 reader,
@@ -306,7 +310,7 @@ class Engine:
 
     def _documents(self, manifest: Manifest) -> list[Document]:
         with translated_lookup():
-            texts = [self.store.get_blob(entry.sha256).decode() for entry in manifest.documents]
+            texts = [_text(self.store.get_blob(entry.sha256), entry.doc_id) for entry in manifest.documents]
         return [
             Document(entry.doc_id, entry.title, entry.path, text, entry.sha256)
             for entry, text in zip(manifest.documents, texts, strict=True)
@@ -320,7 +324,8 @@ def _warm_up() -> None:
 
 
 def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> None:
-    """Refuse a cache that another model, adapter, tokenizer or chat template built. Raises: CacheMismatch."""
+    """Refuse a cache that another model, adapter, tokenizer or chat template built, or one of whose prompt nothing is
+    known. Raises: CacheMismatch."""
     built, loaded = manifest.model, model.fingerprints
     parts = {
         "model": (built.fingerprint, loaded.weights),
@@ -328,6 +333,10 @@ def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> N
         "tokenizer": (built.tokenizer_fingerprint, loaded.tokenizer),
         "chat template": (built.template_fingerprint, loaded.template),
         "RoPE configuration": (dict(manifest.kv.rope), model.rope),
+        "shape of keys and values": (
+            list(zip(manifest.kv.num_kv_heads, manifest.kv.head_dim, strict=True)),
+            [(shape.num_kv_heads, shape.head_dim) for shape in model.kv_shapes],
+        ),
         "key/value type": (manifest.kv.dtype, str(model.kv_dtype).removeprefix("torch.")),
     }
     for part, (expected, found) in parts.items():
@@ -340,14 +349,38 @@ def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> N
                 expected=expected,
                 found=found,
             )
+    template_from_json(manifest.layout)
+
+
+def _check_tokens(name: str, reader: CacheReader, model: LanguageModel) -> None:
+    """Refuse what no build of this model gives, before there is memory for it. Raises: CacheMismatch."""
+    largest = int(reader.token_ids().max())
+    bounds = {"token id": (model.vocab_size - 1, largest), "number of tokens": (model.window_tokens, reader.num_tokens)}
+    for part, (expected, found) in bounds.items():
+        if found > expected:
+            raise CacheMismatch(
+                f"cache {name!r} has a {part} of {found:,}, and {model.model_id} takes at most {expected:,}.",
+                hint="Build it again.",
+                part=part,
+                expected=expected,
+                found=found,
+            )
 
 
 def _read(paths: Sequence[str | Path] | CorpusReport, skip_errors: bool) -> CorpusReport:
     return paths if isinstance(paths, CorpusReport) else load_corpus(paths, skip_errors=skip_errors)
 
 
+def _text(content: bytes, doc_id: str) -> str:
+    """Raises: CorruptEntry."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise CorruptEntry(f"document {doc_id!r} is no text in UTF-8: build the cache again", where=doc_id) from error
+
+
 def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else "none" if value is None else str(value)
+    return value[:12] if isinstance(value, str) else "none" if value is None else f"{value!s:.100}"
 
 
 def _with_corpus(report: BuildReport, corpus: CorpusReport) -> BuildReport:

@@ -21,7 +21,8 @@ CagError
 │   ├── QueueFull (RuntimeError)            the server has no free slot
 │   ├── SessionNotFound (LookupError)       no session of that id: it has expired, was deleted, or never was
 │   ├── SessionBusy (RuntimeError)          another question of this session is being answered
-│   └── JobNotFound (LookupError)           no job of that id, or not the caller's
+│   ├── JobNotFound (LookupError)           no job of that id, or not the caller's
+│   └── ServerStopping (RuntimeError)       the server stops and cannot wait for this answer
 └── BuildInterrupted (RuntimeError)         stopped by the user; whole chunks are kept for the next build
 
 Errors of `cag_store` have a tree of their own (`cag_store.errors`); both trees stand in `ERROR_TABLE`.

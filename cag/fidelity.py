@@ -67,8 +67,9 @@ class Fidelity:
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Fidelity | None:
         """What a manifest keeps; None when it was measured in another way than now."""
-        names = set(cls.__dataclass_fields__)
-        return cls(**stored) if set(stored) | {"mean_kl_se"} == names else None
+        known = set(stored) | {"mean_kl_se"} == set(cls.__dataclass_fields__)
+        whole = known and isinstance(stored["mean_kl"], int | float) and isinstance(stored["num_probes"], int)
+        return cls(**stored) if whole else None
 
 
 class FidelityProbe:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from pathlib import Path
 
 import platformdirs
+
+_ROOT = 0  # the user who may write everything
 
 
 def cag_home() -> Path:
@@ -15,6 +18,13 @@ def cag_home() -> Path:
     if configured:
         return Path(configured).expanduser().absolute()
     return platformdirs.user_cache_path("cag", appauthor=False)
+
+
+def is_trusted(path: Path) -> bool:
+    """Whether a file of the home was written by this user or root, and not everybody may write it: what others can have
+    put there says nothing of a model. Raises: OSError."""
+    status = path.stat()
+    return not hasattr(os, "geteuid") or (status.st_uid in (os.geteuid(), _ROOT) and not status.st_mode & stat.S_IWOTH)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

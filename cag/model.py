@@ -23,7 +23,7 @@ from cag.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, prob
 from cag.model_files import prepared, read_parts, stop_ids, turns_alike
 from cag.models.fingerprint import ModelFingerprints
 from cag.pages import PagedState, PagedTail, PagePool
-from cag.prompt import PromptTemplate, read_template
+from cag.prompt import PromptTemplate, guarded_template
 from cag.replays import StepReplays
 from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.starts.begin import Beginning, begin, can_be_kept
@@ -88,7 +88,7 @@ class LanguageModel:
         self.turns = ForwardTurns(plan)
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
-        self.template: PromptTemplate = start.prompt_template if start else read_template(tokenizer)
+        self.template: PromptTemplate = start.prompt_template if start else guarded_template(tokenizer)
         probe = started.layers if started else probed_layers(self.network, self.device)
         self.kv_shapes = [shape for shape, _ in probe]
         self.seen = [seen for _, seen in probe]
@@ -172,6 +172,11 @@ class LanguageModel:
     def window_tokens(self) -> int:
         """Tokens that prompt and answer may have together."""
         return int(self._network.config.get_text_config().max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that it knows, counted from 0."""
+        return int(self._network.config.get_text_config().vocab_size)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -408,12 +413,8 @@ class LanguageModel:
         return decoder if self._gives_the_same(in_pages) else None
 
     def _gives_the_same(self, other: Forward) -> bool:
-        return gives_the_same(self.network, self.seen, self._own, other, exactly=self._computes_exactly)
+        return gives_the_same(self.network, self.seen, self._own, other, exactly=self.compute_dtype == torch.float32)
 
     def _own(self, ids: Tensor, positions: Tensor, _chosen: Sequence[int] | None) -> Tensor:
         state = self.new_state(capacity=NUM_PROBES)
         return self._network_forward(ids.to(self.device), positions.to(self.device), state, 0)
-
-    @property
-    def _computes_exactly(self) -> bool:
-        return self.compute_dtype == torch.float32

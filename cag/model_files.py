@@ -6,6 +6,7 @@ transformers is imported where something is read: a start that was kept (`cag.st
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
 from cag.memory_limits import available_memory_bytes
-from cag.models.fingerprint import ModelFingerprints, model_fingerprint
+from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
 from cag.runtime import RuntimePlan
 from cag.weights import lay_out_weights, loses_in_bfloat16
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
 
@@ -106,13 +108,19 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
 def read_network(directory: Path, dtype: torch.dtype) -> Any:
     """The network in a directory of model files, every weight of it read. Raises: ModelError."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         read: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory,
+            config=AutoConfig.from_pretrained(directory, **NO_CODE),
+            dtype=dtype,
+            use_safetensors=True,  # or pickles are taken where there are only other names
+            attn_implementation="eager",  # or the configuration may ask for code from the hub
+            output_loading_info=True,
+            **NO_CODE,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model in {directory}: {error}", hint="Fetch it again.") from error
@@ -131,7 +139,7 @@ def read_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, mistral_format=False, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
 
@@ -141,7 +149,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the configuration in {directory}: {error}") from error
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
@@ -176,10 +184,22 @@ def check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, dev
 def with_adapter(network: Any, adapter: Path) -> Any:
     """The network with a LoRA adapter merged in. Raises: ModelError."""
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelError("LoRA adapters need peft.", hint="Install cag-engine[adapters].") from error
+    from safetensors import SafetensorError, safe_open
+
+    weights = adapter / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ModelError(f"{adapter} holds no {weights.name}.", hint="Save the adapter as safetensors.")
     try:
-        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error, below
+            adapted = PeftModel.from_pretrained(network, str(adapter))
+        with safe_open(weights, framework="pt") as stream:
+            missing = sorted(get_peft_model_state_dict(adapted).keys() - set(stream.keys()))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error
+    if missing:  # peft makes these up, in each process anew
+        raise ModelError(f"the adapter in {adapter} lacks {len(missing)} weights, such as {missing[0]}.")
+    return adapted.merge_and_unload()

@@ -49,7 +49,7 @@ class Prefix:
         self.manifest = manifest
         self.resident = resident
         self.model = model
-        self.template = template_from_json(dict(manifest.layout))
+        self.template = template_from_json(manifest.layout)
         self._load_documents = load_documents
         self._on_close = on_close
         self._citations: CitationIndex | None = None

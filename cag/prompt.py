@@ -9,14 +9,14 @@ documents; knows no model and no store.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from cag.errors import UnsupportedModel, UsageError
+from cag.errors import CacheMismatch, UnsupportedModel, UsageError
 
 SYSTEM_TEXT = (
     "You answer questions about the documents below, and about nothing else. "
@@ -95,10 +95,23 @@ class PrefixLayout:
         }
 
 
-def template_from_json(layout: dict[str, Any]) -> PromptTemplate:
-    """The template of a stored layout."""
-    stored = layout["template"]
-    return PromptTemplate(**stored | {"stop_strings": tuple(stored["stop_strings"])})
+def template_from_json(layout: Mapping[str, Any]) -> PromptTemplate:
+    """The template of a stored layout, all of which is looked at. Raises: CacheMismatch: none that this program
+    writes."""
+    stored = layout.get("template")
+    stored = dict(stored) if isinstance(stored, Mapping) else {}
+    stops = stored.pop("stop_strings", None)
+    texts = [*stored.values(), layout.get("system_text"), layout.get("closing_text")]
+    whole = isinstance(stops, list | tuple) and stored.keys() == {"before", "middle", "after", "between"}
+    if not whole or not all(isinstance(text, str) for text in [*texts, *(stops or ())]):
+        raise CacheMismatch(
+            "the cache has no prompt layout that this version knows.",
+            hint="Build it again.",
+            part="prompt layout",
+            expected="template, system text and closing text",
+            found=dict(layout),
+        )
+    return PromptTemplate(**stored, stop_strings=tuple(stops or ()))
 
 
 def document_marker(number: int, title: str) -> str:
@@ -124,6 +137,18 @@ def read_template(tokenizer: Any) -> PromptTemplate:
         "the chat template changes, repeats or drops what it is given, so no prefix of it is stable.",
         hint="Use a model with an ordinary chat template.",
     )
+
+
+def guarded_template(tokenizer: Any) -> PromptTemplate:
+    """`read_template`; from now on the words that mark its turns are special tokens of `tokenizer`, so that `encode`
+    takes them in the template's own text only. Some models have them as tokens that any text is parsed for."""
+    template = read_template(tokenizer)
+    if tokenizer.is_fast:
+        pieces = template.before, template.middle, template.after, template.between
+        backend = tokenizer.backend_tokenizer
+        words = [word for word in backend.get_added_tokens_decoder().values() if word.content.strip()]
+        backend.add_special_tokens([word for word in words if any(word.content in piece for piece in pieces)])
+    return template
 
 
 def _cut(tokenizer: Any, opening: list[dict[str, str]]) -> PromptTemplate | None:

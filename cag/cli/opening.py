@@ -109,7 +109,7 @@ def load_engine_of(store: Store, name: str, choice: ModelChoice, *, verbose: boo
 
     manifest = cache_in(store, name)[1]
     built_adapter = manifest.build.get("adapter")
-    adapter = choice.adapter or (Path(built_adapter) if built_adapter else None)
+    adapter = choice.adapter or (Path(built_adapter) if built_adapter and isinstance(built_adapter, str) else None)
     if adapter is not None and not adapter.is_dir():
         raise ModelNotFound(
             f"cache {name!r} was built with the adapter in {adapter}, which is not there.",

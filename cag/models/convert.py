@@ -65,7 +65,7 @@ def check_chat_tokenizer(directory: Path) -> None:
     """Raises: UnsupportedModel when the tokenizer in `directory` loses text, or cannot render and end a chat turn."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     sample = "Sum: 12,345.60  km\n\n\tdef f(x):\n        return x  # naïve “ça” 日本語 🎉\r\n"
     if tokenizer.decode(tokenizer.encode(sample, add_special_tokens=False)) != sample:
         raise UnsupportedModel(f"the tokenizer in {directory} does not give back the text it was given.")

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cag.home import cag_home, write_atomically
+from cag.home import cag_home, is_trusted, write_atomically
 
 # A file changed this shortly before it is hashed could change again under the same time stamp: its digest is not kept.
 SETTLE_NS = 2_000_000_000
@@ -56,7 +56,7 @@ def _record_path(identity: dict[str, int]) -> Path:
 
 def _read_record(record: Path, identity: dict[str, int]) -> str | None:
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = json.loads(record.read_text(encoding="utf-8")) if is_trusted(record) else None
     except (OSError, ValueError):
         return None
     if not isinstance(found, dict) or any(found.get(key) != value for key, value in identity.items()):

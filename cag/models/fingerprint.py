@@ -27,12 +27,16 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
     "special_tokens_map.json",
+    "tekken.json",
     "tokenizer.json",
-    "tokenizer.model",
+    "tokenizer.model*",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
+    "*.model",
 )
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # the only file that peft reads, where it is there
+INDEX_FILES = "*.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,13 @@ class ModelFingerprints:
 def model_fingerprint(directory: Path, adapter: Path | None = None) -> ModelFingerprints:
     """Digests of every byte that decides the keys and values of a prompt.
 
-    Raises: UnsupportedModel when configuration, weights or tokenizer are missing or unreadable.
+    Raises: UnsupportedModel when configuration, weights or tokenizer are missing or unreadable, or lie elsewhere.
     """
     return ModelFingerprints(
-        weights=_digest(_weight_parts(directory, "config.json", COSMETIC_CONFIG_FIELDS)),
+        weights=_digest(_network_parts(directory)),
         tokenizer=_digest(_tokenizer_parts(directory)),
         template=_digest(_template_parts(directory)),
-        adapter=_digest(_weight_parts(adapter, "adapter_config.json", COSMETIC_ADAPTER_FIELDS)) if adapter else None,
+        adapter=_digest(_adapter_parts(adapter)) if adapter else None,
     )
 
 
@@ -63,8 +67,62 @@ def _digest(parts: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
 
 
-def _weight_parts(directory: Path, config_name: str, cosmetic: frozenset[str]) -> Iterable[tuple[str, str]]:
-    yield config_name, _text_digest(_canonical(_read_json(directory / config_name), cosmetic))
+def _network_parts(directory: Path) -> Iterable[tuple[str, str]]:
+    """Configuration, weights, and which file has which of them: of two files with a weight, the index takes one."""
+    config = _read_json(directory / "config.json")
+    _refuse_other_files(directory / "config.json", config, "configuration_files")
+    _check_names(directory / "config.json", [config.get("transformers_weights") or "model.safetensors"])
+    if (directory / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{directory} holds an adapter beside its weights, which only some installations would load.",
+            hint="Move the adapter to a folder of its own, and give that as the adapter.",
+            path=directory,
+        )
+    yield from _weight_parts(directory, "config.json", config, COSMETIC_CONFIG_FIELDS)
+    for path in sorted(directory.glob(INDEX_FILES)):
+        places = _read_json(path).get("weight_map")
+        if not isinstance(places, dict):
+            raise UnsupportedModel(f"{path} does not say where weights are.", path=path)
+        _check_names(path, list(places.values()))
+        yield path.name, _text_digest(_canonical(places, frozenset()))
+
+
+def _adapter_parts(directory: Path) -> Iterable[tuple[str, str]]:
+    config = _read_json(directory / "adapter_config.json")
+    if not (directory / ADAPTER_WEIGHTS).is_file() and any(directory.glob("*.safetensors")):
+        raise UnsupportedModel(
+            f"{directory} holds no {ADAPTER_WEIGHTS}.",
+            hint="Save the adapter as safetensors; pickled weights are never read.",
+            path=directory,
+        )
+    yield from _weight_parts(directory, "adapter_config.json", config, COSMETIC_ADAPTER_FIELDS)
+
+
+def _check_names(path: Path, names: list[Any]) -> None:
+    """Raises: UnsupportedModel unless all are names of safetensors files beside `path`."""
+    for name in names:
+        if not isinstance(name, str) or not name.endswith((".safetensors", INDEX_FILES[1:])) or Path(name).name != name:
+            raise UnsupportedModel(
+                f"{path} takes weights from {name!r}, which is no safetensors file beside it.",
+                hint="Put all weight files into the model's folder.",
+                path=path,
+            )
+
+
+def _refuse_other_files(path: Path, content: dict[str, Any], field: str) -> None:
+    """Raises: UnsupportedModel for a file that lets transformers choose another one by its own version."""
+    if content.get(field):
+        raise UnsupportedModel(
+            f"{path} names other files for other versions of transformers ({field}).",
+            hint=f"Keep the file that is wanted as {path.name.replace('_config', '')}, and remove that field.",
+            path=path,
+        )
+
+
+def _weight_parts(
+    directory: Path, config_name: str, config: dict[str, Any], cosmetic: frozenset[str]
+) -> Iterable[tuple[str, str]]:
+    yield config_name, _text_digest(_canonical(config, cosmetic))
     weight_files = sorted(directory.glob("*.safetensors"))
     if not weight_files:
         raise UnsupportedModel(
@@ -77,12 +135,14 @@ def _weight_parts(directory: Path, config_name: str, cosmetic: frozenset[str]) -
 
 
 def _tokenizer_parts(directory: Path) -> Iterable[tuple[str, str]]:
-    present = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    present = sorted({path for name in TOKENIZER_FILES for path in directory.glob(name) if path.is_file()})
     if not present:
         raise UnsupportedModel(f"{directory} holds no tokenizer files.", path=directory)
     for path in present:
         if path.name == "tokenizer_config.json":
-            yield path.name, _text_digest(_canonical(_read_json(path), COSMETIC_TOKENIZER_FIELDS))
+            content = _read_json(path)
+            _refuse_other_files(path, content, "fast_tokenizer_files")
+            yield path.name, _text_digest(_canonical(content, COSMETIC_TOKENIZER_FIELDS))
         else:
             yield path.name, file_sha256(path)
 
@@ -95,21 +155,17 @@ def _template_parts(directory: Path) -> Iterable[tuple[str, str]]:
 
 def chat_template_text(directory: Path) -> str | None:
     """The chat template that transformers will use from `directory` (as JSON if it has several), None without one."""
-    jinja = directory / "chat_template.jinja"
+    jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        path = directory / name
-        template = _read_json(path).get("chat_template") if path.is_file() else None
-        if template is not None:
-            return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return None
+    template = _read_json(config).get("chat_template") if config.is_file() else None
+    return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModel(f"{path} cannot be read as JSON: {error}.", path=path) from error
     if not isinstance(content, dict):
         raise UnsupportedModel(f"{path} does not hold a JSON object.", path=path)

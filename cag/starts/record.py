@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cag.home import cag_home, write_atomically
+from cag.home import cag_home, is_trusted, write_atomically
 from cag.prompt import PromptTemplate
 
 EMBEDDING, OUTPUT_MATRIX = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,8 +79,10 @@ def record_path(directory: Path, device: str, dtype: str) -> Path:
 
 
 def read_start(path: Path) -> Start | None:
-    """The record in `path`; None where there is none that is whole."""
+    """The record in `path`; None where there is none that is whole, or where others may have written it."""
     try:
+        if not is_trusted(path):
+            return None
         content = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("sha256")
         if digest != _digest(content) or content.keys() != {field.name for field in fields(Start)}:

@@ -202,10 +202,11 @@ def gather_panels(panels: Array, found: Array, count: int, out: Array) -> None:
 @compiled
 def pick(outputs: Array, found: Array, count: int, chosen: Array) -> None:
     """For each row of `outputs [num_rows, at least count]` which feature its largest output is of: the first of equal
-    ones. -1 where there are none."""
+    ones, and as in torch what is no number is above all. -1 where there are none."""
     for row in range(len(chosen)):
         best = 0
         for place in range(1, count):
-            if outputs[row, place] > outputs[row, best]:
+            most = outputs[row, best]
+            if most == most and not outputs[row, place] <= most:
                 best = place
         chosen[row] = found[best] if count else -1

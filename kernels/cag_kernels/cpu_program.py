@@ -78,7 +78,7 @@ def _object_code(build: Callable[..., ir.Module], arguments: tuple[object, ...])
 
 def _file_name(build: Callable[..., ir.Module], arguments: tuple[object, ...]) -> str | None:
     """Where the code is kept; None where it cannot be, as the sources are unknown that it follows from."""
-    sources = _sources_digest() if build.__module__.partition(".")[0] == __package__ else None
+    sources = sources_digest() if build.__module__.partition(".")[0] == __package__ else None
     if sources is None:
         return None
     processor = llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
@@ -89,7 +89,7 @@ def _file_name(build: Callable[..., ir.Module], arguments: tuple[object, ...]) -
 
 
 @cache
-def _sources_digest() -> str | None:
+def sources_digest() -> str | None:
     """Of all sources of this package; None where they are no files."""
     digest = sha256()
     paths = sorted(Path(__file__).parent.glob("*.py"))

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cag_kernels.cpu_kept import keep_code
+
 numba = importlib.import_module("numba")  # untyped
 
 Array = NDArray[Any]
@@ -27,11 +29,8 @@ _TAYLOR = tuple(np.float32(0.6931471805599453**n / np.prod(np.arange(1.0, n + 1)
 
 
 def compiled(function: Callable[..., Any], relaxed: Set[str] = RELAXED) -> Any:
-    """`function`, compiled at its first call; kept in numba's cache where a folder for it can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=set(relaxed), error_model="numpy")(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, fastmath=set(relaxed), error_model="numpy")(function)
+    """`function`, compiled at its first call; its code is kept (`cpu_kept`)."""
+    return keep_code(numba.njit(nogil=True, fastmath=set(relaxed), error_model="numpy")(function), function)
 
 
 def _exponential(value: Any) -> Any:

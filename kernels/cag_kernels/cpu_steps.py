@@ -5,6 +5,7 @@ Each function here takes contiguous CPU tensors that stay where they are, and ru
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -14,10 +15,12 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels import cpu_rows
+from cag_kernels.cpu_kept import keep_code
 from cag_kernels.cpu_rows import narrowed, numba
 from cag_kernels.cpu_tape import CompiledStep, float_bits, new_call
 
 types, carray = numba.types, numba.carray
+CFunc: Any = importlib.import_module("numba.core.ccallback").CFunc
 
 
 @numba.extending.intrinsic  # type: ignore[untyped-decorator]
@@ -42,12 +45,9 @@ def take_task(_context: Any, call: Any) -> Any:
 
 
 def compiled_step(function: Callable[[Any], None], **options: Any) -> CompiledStep:
-    """A function of the address of a call, compiled; kept in numba's cache where a folder for it can be written."""
-    signature = types.void(types.voidptr)
-    try:
-        compiled = numba.cfunc(signature, cache=True, **options)(function)
-    except RuntimeError:
-        compiled = numba.cfunc(signature, **options)(function)
+    """A function of the address of a call, compiled; its code is kept (`cpu_kept`)."""
+    compiled = keep_code(CFunc(function, ((types.voidptr,), types.void), {}, options), function)
+    compiled.compile()
     return CompiledStep(compiled.address, compiled)
 
 

@@ -1,5 +1,7 @@
 """Loading: what is refused by name, what memory is asked for before, and states of sequences."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,6 +97,89 @@ def test_a_file_of_weights_that_is_none_is_a_typed_error(tmp_path):
     (directory / "model.safetensors").write_bytes(b"\xff" * 1000)
     with pytest.raises(ModelError, match="cannot load"):
         LanguageModel.load(directory, model_id="tiny")
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig): model_type = "strange"
+class Model(LlamaForCausalLM): config_class = Config
+class Words(PreTrainedTokenizerFast): pass
+"""
+STRANGE = {
+    "config.json": {
+        "model_type": "strange",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    },
+    "tokenizer_config.json": {
+        "tokenizer_class": "Words",
+        "auto_map": {"AutoTokenizer": ["code.Words", "code.Words"]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_code_in_a_models_folder_is_not_run_and_nobody_is_asked(tmp_path, name, monkeypatch):
+    directory = write_tiny_model(tmp_path / "model")
+    (directory / "code.py").write_text(CODE)
+    path = directory / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | STRANGE[name]))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ModelError):
+        LanguageModel.load(directory, model_id="tiny")
+    assert not list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_attention_from_the_hub_is_not_asked_for(tmp_path, field):
+    directory = write_tiny_model(tmp_path / "model")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: "kernels-community/flash-attn2"}))
+    model = LanguageModel.load(directory, model_id="tiny")
+    assert model.forward([1, 2, 3], model.new_state()).isfinite().all()
+
+
+def test_pickled_weights_beside_other_tensors_are_not_read(tmp_path):
+    directory = write_tiny_model(tmp_path / "model")
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        LanguageModel.load(directory, model_id="tiny")
+
+
+def _adapter_without(directory, base, part):
+    """A LoRA adapter on the queries whose file lacks what has `part` in its name."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(
+        directory
+    )
+    file = directory / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    return file
+
+
+@pytest.mark.parametrize("part", ["layers.0.self_attn.q_proj.lora_A", "lora_B"])
+def test_an_adapter_that_lacks_weights_is_refused(tmp_path, tiny_model_dir, part):
+    pytest.importorskip("peft")
+    _adapter_without(tmp_path / "adapter", tiny_model_dir, part)
+    with pytest.raises(ModelError, match="lacks"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+
+
+def test_a_pickled_adapter_beside_other_tensors_is_not_read(tmp_path, tiny_model_dir):
+    pytest.importorskip("peft")
+    file = _adapter_without(tmp_path / "adapter", tiny_model_dir, "nothing")
+    LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+    torch.save(load_file(file), file.with_name("adapter_model.bin"))
+    file.rename(file.with_name("other.safetensors"))
+    with pytest.raises(ModelError, match="safetensors"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
 
 
 def test_unknown_dtypes_and_devices_are_refused(tiny_model_dir):

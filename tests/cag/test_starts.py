@@ -219,6 +219,14 @@ def test_a_damaged_record_is_none(directory):
     assert is_started(load(directory))
 
 
+def test_a_record_that_everybody_may_write_is_none(directory):
+    path = record_path(directory, **AUTO)
+    assert read_start(path) is not None
+    path.chmod(0o666)
+    assert read_start(path) is None
+    assert begin(directory, adapter=None, **AUTO) is None
+
+
 def test_a_damaged_or_absent_tokenizer_is_made_again(directory):
     path = record_path(directory, **AUTO).with_suffix(".tokenizer")
     path.write_bytes(path.read_bytes().replace(b'"BPE"', b'"BPF"'))

@@ -81,7 +81,7 @@ def test_code_of_another_processor_compiler_or_team_is_another_file(folder, monk
 def test_code_of_other_sources_is_not_taken_and_goes(folder, monkeypatch):
     add(5, 1)
     before = set(folder.iterdir())
-    monkeypatch.setattr(cpu_program, "_sources_digest", lambda: "0" * 64)
+    monkeypatch.setattr(cpu_program, "sources_digest", lambda: "0" * 64)
     assert add(5, 1) == 6
     assert emitted == [5, 5]
     assert len(set(folder.iterdir())) == 1
@@ -91,10 +91,10 @@ def test_code_of_other_sources_is_not_taken_and_goes(folder, monkeypatch):
 def test_every_source_of_the_package_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_program, "__file__", str(tmp_path / "cpu_program.py"))
     (tmp_path / "a.py").write_text("one")
-    digests = {cpu_program._sources_digest.__wrapped__()}
+    digests = {cpu_program.sources_digest.__wrapped__()}
     for name, text in (("a.py", "two"), ("b.py", ""), ("a.py", "one")):
         (tmp_path / name).write_text(text)
-        digests.add(cpu_program._sources_digest.__wrapped__())
+        digests.add(cpu_program.sources_digest.__wrapped__())
     assert len(digests) == 4
 
 

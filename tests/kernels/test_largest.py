@@ -158,6 +158,16 @@ def test_weights_beyond_bounds(lay, value):
     assert largest_output(lay(weight))(rows) == largest_output_reference(rows, lay(weight))
 
 
+def test_a_weight_with_what_is_no_number(lay):
+    """torch takes the first output that is none for the largest."""
+    weight = random_weight((300, 64))
+    weight[100, 5], weight[150, 7], weight[20, 9] = torch.nan, torch.nan, torch.inf
+    choice = largest_output(lay(weight))
+    for rows in (random_rows(3, 64), torch.eye(64)[:3]):
+        assert choice(rows) == largest_output_reference(rows, lay(weight))
+        assert num_found(choice, rows) > 0
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
 def test_rows_of_any_size(lay, scale):
     weight = random_weight((1000, 64), scale=1 / scale)

@@ -124,8 +124,8 @@ def live_leases(directory: Path) -> list[dict[str, Any]]:
     remove_unlocked(directory, dry_run=False)
     found = []
     for path in directory.glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):
-            found.append(_content(path.read_bytes()[:_MAX_LEASE_BYTES]))
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+            found.append(_content(stream.read(_MAX_LEASE_BYTES)))
     return found
 
 

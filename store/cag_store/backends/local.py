@@ -104,7 +104,7 @@ class LocalBackend(Backend):
                 return direct
             if direct is not None:
                 os.close(direct)
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(name, page_cache.READING)
 
     def put_if_absent(self, path: str, parts: Parts) -> bool:
         """See `Backend`."""
@@ -156,7 +156,7 @@ class LocalBackend(Backend):
             for name in names:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):
-                    found = path.stat()
+                    found = _stat(path)
                     yield ObjectInfo(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
 
     def stat(self, path: str) -> ObjectInfo:
@@ -210,7 +210,7 @@ class LocalBackend(Backend):
 
     @contextmanager
     def _descriptor(self, path: str) -> Iterator[int]:
-        descriptor = os.open(f"{self.url}/{checked_path(path)}", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(f"{self.url}/{checked_path(path)}", page_cache.READING)
         try:
             yield descriptor
         finally:
@@ -268,8 +268,7 @@ class LocalBackend(Backend):
         names = {path.name for path in self.root.glob("*")}  # before the marker, which is the first file of a store
         marker = self.root / "format"
         try:
-            with self._translated("format"):
-                found = marker.read_bytes()[:64].decode("ascii", "replace")
+            found = self.get_start(marker.name, 64)[0].decode("ascii", "replace")
         except EntryNotFound:
             foreign = sorted(names - {_TEMPORARY})
             if foreign:
@@ -295,6 +294,15 @@ class LocalBackend(Backend):
             raise
         except OSError as error:
             raise _translate(error, str(self.root / path)) from error
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError:  # a link to itself, which whoever reads it says
+        return path.lstat()
 
 
 def _translate(error: OSError, where: str) -> StoreError:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 DIRECT_ALIGNMENT = 4096  # of offsets, lengths and addresses of direct reads: no device asks for more
+READING = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)  # a pipe that lies there is not waited for
 
 _ATTEMPTS = 3  # pages still on a core's way to the LRU lists are skipped the first time
 _DIRECT = getattr(os, "O_DIRECT", None)
@@ -54,7 +55,7 @@ def open_direct(path: str) -> int | None:
     if _DIRECT is None:
         return None
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+        return os.open(path, READING | _DIRECT)
     except OSError as error:
         if error.errno in _REFUSES_DIRECT:
             return None

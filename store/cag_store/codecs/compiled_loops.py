@@ -1,5 +1,5 @@
 """The loops of `cag_store.codecs.loops.Loops` in numba, compiled for this machine when the module is imported and
-kept in numba's cache.
+kept (`kept_code`).
 
 `out` may be strided across heads and tokens; its rows are addressed by pointer, because numba vectorizes stores only
 where the type says that they are contiguous: 34 instead of 0.9 GB/s.

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from cag_store.codecs.kept_code import keep_code
+
 # untyped, and not installed everywhere
 numba = importlib.import_module("numba")
 types = numba.types
@@ -22,11 +24,12 @@ POINTER = ir.PointerType(INT8)
 
 
 def compiled(function: Callable[..., Any], *signatures: Any) -> Any:
-    """`function` compiled ahead for `signatures`; without numba's cache where no folder for it can be written."""
-    try:
-        return numba.njit(list(signatures), nogil=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(list(signatures), nogil=True)(function)
+    """`function` compiled ahead for `signatures`; its code is kept (`kept_code`)."""
+    dispatcher = keep_code(numba.njit(nogil=True)(function), function)
+    for signature in signatures:
+        dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher
 
 
 def array(kind: Any, ndim: int, readonly: bool = False) -> Any:

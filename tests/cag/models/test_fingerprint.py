@@ -48,6 +48,12 @@ def changed_parts(before, after):
     }
 
 
+def write_index(model, file):
+    """An index that takes a weight, which two files may have, from `file`."""
+    content = {"metadata": {"total_size": 8192}, "weight_map": {"weight": file}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
 CHANGES = {
     "a weight byte": (lambda model, adapter: flip_byte(model / "model-2.safetensors", 4095), {"weights"}),
     "the first weight byte": (lambda model, adapter: flip_byte(model / "model-1.safetensors", 0), {"weights"}),
@@ -60,6 +66,16 @@ CHANGES = {
     "template file": (lambda model, adapter: (model / "chat_template.jinja").write_text("T2"), {"template"}),
     "vocabulary": (lambda model, adapter: (model / "tokenizer.json").write_text('{"vocab": ["b"]}'), {"tokenizer"}),
     "end token": (lambda model, adapter: set_field(model / "tokenizer_config.json", "eos_token", "y"), {"tokenizer"}),
+    "another vocabulary file": (lambda model, adapter: (model / "tekken.json").write_text("{}"), {"tokenizer"}),
+    "a vocabulary of another kind": (lambda model, adapter: (model / "spiece.model").write_text("a"), {"tokenizer"}),
+    "which file a weight is taken from": (
+        lambda model, adapter: write_index(model, "model-2.safetensors"),
+        {"weights"},
+    ),
+    "total in the index": (
+        lambda model, adapter: set_field(model / "model.safetensors.index.json", "metadata", {}),
+        set(),
+    ),
     "added tokens": (lambda model, adapter: (model / "added_tokens.json").write_text("{}"), {"tokenizer"}),
     "adapter weights": (lambda model, adapter: flip_byte(adapter / "adapter_model.safetensors", 0), {"adapter"}),
     "adapter rank": (lambda model, adapter: set_field(adapter / "adapter_config.json", "r", 4), {"adapter"}),
@@ -79,6 +95,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_each_change_alters_its_own_part_only(model, adapter, change):
+    write_index(model, "model-1.safetensors")
     apply, expected = CHANGES[change]
     before = model_fingerprint(model, adapter)
     apply(model, adapter)
@@ -91,6 +108,43 @@ def test_swapped_weight_files_are_another_model(model):
     (model / "model-2.safetensors").rename(model / "model-1.safetensors")
     (model / "x").rename(model / "model-2.safetensors")
     assert changed_parts(before, model_fingerprint(model)) == {"weights"}
+
+
+ELSEWHERE = {
+    "a shard in a folder": lambda model: write_index(model, "more/model-1.safetensors"),
+    "a shard of another model": lambda model: write_index(model, "../model-1.safetensors"),
+    "a pickled shard": lambda model: write_index(model, "pytorch_model.bin"),
+    "an index of nothing": lambda model: (model / "model.safetensors.index.json").write_text("{}"),
+    "weights in a folder": lambda model: set_field(model / "config.json", "transformers_weights", "a/b.safetensors"),
+    "pickled weights": lambda model: set_field(model / "config.json", "transformers_weights", "adapter_model.bin"),
+    "configurations": lambda model: set_field(model / "config.json", "configuration_files", ["config.4.0.0.json"]),
+    "tokenizers": lambda model: set_field(
+        model / "tokenizer_config.json", "fast_tokenizer_files", ["tokenizer.4.0.0.json"]
+    ),
+    "an adapter": lambda model: (model / "adapter_config.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_what_lies_elsewhere_or_is_taken_by_some_versions_only_is_refused(model, kind):
+    """No digest would say which of it a network or tokenizer was read from."""
+    ELSEWHERE[kind](model)
+    with pytest.raises(UnsupportedModel):
+        model_fingerprint(model)
+
+
+def test_the_template_is_the_tokenizers_and_not_a_processors(model):
+    (model / "chat_template.json").write_text('{"chat_template": "P"}')
+    before = model_fingerprint(model)
+    assert chat_template_text(model) == "T1"
+    set_field(model / "tokenizer_config.json", "chat_template", "T2")
+    assert changed_parts(before, model_fingerprint(model)) == {"template"}
+
+
+def test_a_configuration_nested_without_end_is_a_typed_error(model):
+    (model / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UnsupportedModel, match="JSON"):
+        model_fingerprint(model)
 
 
 def test_without_an_adapter_there_is_no_digest_of_one(model, adapter):
@@ -176,6 +230,20 @@ class TestDigestCache:
         record.write_text(content)
         assert digests.file_sha256(file) == expected
         assert len(hashed) == 2
+
+    @pytest.mark.parametrize("how", ["everybody may write it", "another user's"])
+    def test_what_others_can_have_written_is_ignored(self, hashed, file, home, monkeypatch, how):
+        expected = digests.file_sha256(file)
+        (record,) = (home / "fingerprints").iterdir()
+        record.write_text(record.read_text().replace(expected, "0" * 64))
+        assert digests.file_sha256(file) == "0" * 64
+        if how == "another user's":
+            owner = record.stat().st_uid
+            monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+            monkeypatch.setattr("cag.home._ROOT", owner + 2)
+        else:
+            record.chmod(0o666)
+        assert digests.file_sha256(file) == expected
 
     def test_a_home_that_cannot_be_written_only_costs_time(self, hashed, file, home):
         home.parent.mkdir(exist_ok=True)

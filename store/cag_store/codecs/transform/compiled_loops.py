@@ -1,5 +1,5 @@
 """The loops of `cag_store.codecs.transform.loops.Loops` in numba, compiled for this machine when the module is
-imported and kept in numba's cache.
+imported and kept (`kept_code`).
 
 What numba cannot vectorize is emitted as instructions (`compiled_decode`, `compiled_product`). No step rounds before
 `finish`, which rounds as docs/format.md 5.4 says.

@@ -1,0 +1,77 @@
+"""What is no file in the place of an object: nobody waits for it, and no error of the system comes through."""
+
+import base64
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cag_store import Store
+from cag_store.errors import StoreError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "store-1.json").read_text())
+KINDS = {
+    "pipe": os.mkfifo,
+    "device without end": lambda path: path.symlink_to("/dev/zero"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "folder": Path.mkdir,
+}
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A store in a folder; a test that waits for ever fails."""
+
+    def too_long(_signal, _frame):
+        raise AssertionError("it waits")
+
+    store = Store.open(tmp_path / "store")
+    for path, data in GOLDEN["objects"].items():
+        store.backend.replace(path, base64.b64decode(data))
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    yield tmp_path / "store"
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def use(root):
+    """Read all of the cache."""
+    store = Store.open(root)
+    _, manifest, reader = store.open_reader("golden")
+    with reader:
+        reader.token_ids()
+    for document in manifest.documents:
+        store.get_blob(document.sha256)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", GOLDEN["objects"])
+def test_an_object_that_is_no_file(root, path, kind):
+    use(root)
+    (root / path).unlink()
+    KINDS[kind](root / path)
+    with pytest.raises(StoreError):
+        use(root)
+    assert kind == "folder" or Store.open(root).names() == ["golden"]
+    with pytest.raises(StoreError):
+        Store.open(root).verify("golden").raise_first()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_marker_that_is_no_file(root, kind):
+    (root / "format").unlink()
+    KINDS[kind](root / "format")
+    with pytest.raises(StoreError):
+        Store.open(root)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device without end"])
+def test_a_lease_that_is_no_file_is_nobodys(root, kind):
+    (root / "leases").mkdir(exist_ok=True)
+    KINDS[kind](root / "leases" / "x.json")
+    assert not Store.open(root).gc(grace_s=0).build_running
+    use(root)
