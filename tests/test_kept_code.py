@@ -6,7 +6,6 @@ import sys
 import pytest
 
 numba = pytest.importorskip("numba")
-kept_code = pytest.importorskip("cag_kernels.cpu_kept")
 
 SOURCE = "def doubled(number):\n    return 2 * number\n"
 BROKEN = {
@@ -17,8 +16,14 @@ BROKEN = {
 }
 
 
+@pytest.fixture(params=["cag_kernels.cpu_kept", "cag_store.codecs.kept_code"])
+def kept_code(request):
+    """Kernels and store know nothing of each other, so each has its own."""
+    return pytest.importorskip(request.param)
+
+
 @pytest.fixture
-def doubled(tmp_path, monkeypatch):
+def doubled(kept_code, tmp_path, monkeypatch):
     """Compiles a function as a new process would: the dispatcher, and what it gives."""
     (tmp_path / "doubling.py").write_text(SOURCE)
 
@@ -43,9 +48,9 @@ def test_code_is_taken_again(doubled):
     assert doubled(3, 1.5) == 2
 
 
-def test_code_of_other_sources_is_not_taken(doubled, monkeypatch):
+def test_code_of_other_sources_is_not_taken(kept_code, doubled, monkeypatch):
     doubled(3)
-    monkeypatch.setattr("cag_kernels.cpu_kept.sources_digest", lambda: "0" * 64)
+    monkeypatch.setattr(kept_code, "sources_digest", lambda: "0" * 64)
     assert doubled(3) == 0
     assert doubled(3) == 1
 
@@ -69,7 +74,7 @@ def test_code_for_other_types_is_not_taken(doubled, tmp_path):
     doubled(3, 1.5)
 
 
-def test_without_a_place_to_write_code_is_made_each_time(doubled, monkeypatch):
+def test_without_a_place_to_write_code_is_made_each_time(kept_code, doubled, monkeypatch):
     def refused(function):
         raise RuntimeError("no locator")
 
