@@ -10,8 +10,15 @@ from cag.errors import UsageError
 from cag.fidelity import Fidelity
 from cag.ladder import DEFAULT_MAX_KL
 from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT
+from cag_store import codec_from_config, codec_ids
 
 AUTO = "auto"
+
+
+def check_codec(codec: str) -> None:
+    """Before a model is there. Raises: UnknownCodec: neither "auto" nor the id of a codec."""
+    if codec != AUTO and codec not in codec_ids():
+        codec_from_config(codec)
 
 
 @dataclass(frozen=True)

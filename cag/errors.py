@@ -20,7 +20,7 @@ CagError
 │   ├── RequestTooLong (ValueError)         prompt and answer do not fit into the model's window
 │   ├── QueueFull (RuntimeError)            the server has no free slot
 │   ├── SessionNotFound (LookupError)       no session of that id: it has expired, was deleted, or never was
-│   ├── SessionBusy (RuntimeError)          another question of this session is being answered
+│   ├── SessionBusy (RuntimeError)          another question of the session is being answered
 │   ├── JobNotFound (LookupError)           no job of that id, or not the caller's
 │   └── ServerStopping (RuntimeError)       the server stops and cannot wait for this answer
 └── BuildInterrupted (RuntimeError)         stopped by the user; whole chunks are kept for the next build
@@ -122,7 +122,7 @@ class SessionNotFound(RequestError, LookupError):
 
 
 class SessionBusy(RequestError, RuntimeError):
-    """Another question of this session is being answered."""
+    """Another question of the session is being answered."""
 
 
 class JobNotFound(RequestError, LookupError):

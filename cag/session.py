@@ -147,7 +147,7 @@ class Session:
     def prefix(self) -> Prefix:
         """What it stands behind. Raises: UsageError: it has let go of it."""
         if self._prefix is None:
-            raise UsageError("this session was suspended or closed.", hint="Resume it, or open another one.")
+            raise UsageError("the session was suspended or closed.", hint="Resume it, or open another one.")
         return self._prefix
 
     def suspend(self) -> None:
@@ -189,12 +189,12 @@ class Session:
         """Before an answer to a question that was laid out behind `cached_tokens`; `end_turn` behind it.
 
         Raises:
-            UsageError: another answer of this session is still running, or has begun since.
+            UsageError: another answer of the session is still running, or has begun since.
         """
         self._check_idle()
         if self.num_cached_tokens != cached_tokens:
             raise UsageError(
-                "another answer of this session has begun since this stream was made.",
+                "another answer of the session has begun since this stream was made.",
                 hint="Make the stream of a question when the answer before it is there.",
             )
         self._busy, self._begun_at = True, self._state.num_tail
@@ -251,7 +251,7 @@ class Session:
         if not question.strip():
             raise UsageError("the question is empty.")
         if history and self._answered:
-            raise UsageError("this session has turns of its own.", hint="Replay a history in a new session.")
+            raise UsageError("the session has turns of its own.", hint="Replay a history in a new session.")
         self.prefix.check_open()
         was_resident = started_at is None and self.prefix.resident.is_loaded
         options, suffix = options or SamplingOptions(), self._suffix(question, history)
@@ -267,7 +267,7 @@ class Session:
 
     def _check_idle(self) -> None:
         if self._busy:
-            raise UsageError("another answer of this session is still running.", hint="Open a second session.")
+            raise UsageError("another answer of the session is still running.", hint="Open a second session.")
 
     def _drafter(self, suffix: list[int], speculate: bool | None) -> Drafter | None:
         model, resident = self.prefix.model, self.prefix.resident

@@ -87,7 +87,9 @@ def build(
 
     cag_store.checked_name(name)
     if codec is not None:
-        _check_codec(codec)
+        from cag.building import check_codec
+
+        check_codec(codec)
     corpus = load_corpus(paths, skip_errors=skip_errors)
     engine = load_engine(store_at(store), ModelChoice(model, adapter, device, dtype), verbose=verbose)
     options = given(codec=codec, max_kl=max_kl, force=force or None, system_text=system, ttl_s=ttl)
@@ -131,15 +133,6 @@ def update(
         built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress), **options)
     keep_below(engine.store, max_bytes, name)
     _print_report(built, as_json=as_json)
-
-
-def _check_codec(codec: str) -> None:
-    """Before a model is loaded. Raises: UnknownCodec."""
-    import cag_store
-    from cag.building import AUTO
-
-    if codec != AUTO and codec not in cag_store.codec_ids():
-        cag_store.codec_from_config(codec)
 
 
 def _tell(report: Report, progress: BuildProgress) -> None:

@@ -108,7 +108,7 @@ def serve(
     from cag.errors import UsageError
     from cag.home import cag_home
     from cag.server import ServerSettings, create_app
-    from cag.server.tenants import read_tenant_keys
+    from cag.server.tenants import CacheKey, read_tenant_keys
 
     chosen = given(
         preload=tuple(preload or ()),
@@ -134,7 +134,7 @@ def serve(
             note(f"warning: {host} can be reached from other machines, and there is no API key; set CAG_API_KEY.")
         engine = _load(
             store_at(store, cache_bytes),
-            tuple(name for name in settings.preload if "/" not in name),
+            tuple(name for name in settings.preload if CacheKey.named(name).is_operators),
             ModelChoice(model, adapter, device, dtype),
             verbose=verbose,
         )

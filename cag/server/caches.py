@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cag.engine import Engine
-from cag.errors import InsufficientResources, QueueFull
+from cag.errors import InsufficientResources
 from cag.first_steps import record_first_steps
 from cag.prefix import Prefix
+from cag.server.queues import queue_full
 from cag.server.tenants import CacheKey
 from cag_store import Manifest, utc_now
 from cag_store.backends import Lease
@@ -207,10 +208,9 @@ class ResidentCaches:
             if missing <= 0:
                 return None
             if sum(one.num_bytes for one in unused.values()) < missing:
-                raise QueueFull(
+                raise queue_full(
                     f"the caches in use leave no room for {opened.prefix.name!r} within {self._max_bytes:,} bytes.",
-                    hint=f"Try again in {RETRY_S} s.",
-                    retry_after_s=RETRY_S,
+                    RETRY_S,
                 )
             victim = min(unused, key=lambda other: unused[other].worth)
             self._level = max(self._level, unused[victim].worth)

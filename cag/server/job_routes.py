@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cag.building import AUTO
+from cag.building import check_codec
 from cag.describe import describe_cache
 from cag.errors import CacheNotFound
 from cag.server.bodies import ClosedBody, Text
@@ -18,7 +18,7 @@ from cag.server.cache_routes import MAX_TTL_S
 from cag.server.jobs import BuildJob, BuildOrder
 from cag.server.service import AnswerService
 from cag.server.tenants import Tenant
-from cag_store import checked_name, codec_from_config, codec_ids
+from cag_store import checked_name
 from cag_store.errors import StoreError
 
 MAX_DOCUMENTS = 10_000
@@ -67,8 +67,7 @@ class NewCache(ClosedBody):
 
     def order(self) -> BuildOrder:
         """As a build wants it. Raises: InvalidName, UnknownCodec."""
-        if self.codec != AUTO and self.codec not in codec_ids():
-            codec_from_config(self.codec)
+        check_codec(self.codec)
         documents = [
             {"doc_id": self.name_of(place)} | {k: v for k, v in document.model_dump().items() if v is not None}
             for place, document in enumerate(self.documents)

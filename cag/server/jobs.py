@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import secrets
 import tempfile
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +20,10 @@ from typing import Any, Literal
 
 from cag.building import BuildProgress
 from cag.corpus import CorpusReport, load_corpus
-from cag.errors import BuildInterrupted, JobNotFound, QueueFull
+from cag.errors import BuildInterrupted, JobNotFound
 from cag.server.errors import error_facts
 from cag.server.job_progress import JobProgress
-from cag.server.slots import MAX_RETRY_AFTER_S
+from cag.server.queues import MAX_RETRY_AFTER_S, TenantQueues, queue_full
 from cag.server.tenants import Tenants
 from cag_store import utc_now
 
@@ -108,7 +106,7 @@ class BuildJobs:
         self._tenants = tenants
         self._max_waiting = max_waiting
         self._jobs: dict[str, dict[str, BuildJob]] = {}  # of each tenant
-        self._queues: OrderedDict[str, deque[BuildJob]] = OrderedDict()  # who was served last comes last
+        self._queues = TenantQueues[BuildJob]()
         self._running: BuildJob | None = None
         self._closing = False
         self._news = threading.Condition()
@@ -123,7 +121,7 @@ class BuildJobs:
     def num_waiting(self) -> int:
         """Orders that nobody works on yet."""
         with self._news:
-            return sum(map(len, self._queues.values()))
+            return len(self._queues)
 
     @property
     def num_running(self) -> int:
@@ -134,19 +132,18 @@ class BuildJobs:
         """Let an order wait for its turn. Raises: QueueFull."""
         job = BuildJob(tenant, order.name, order)
         with self._news:
-            if tenant not in self._queues:
-                self._queues[tenant] = deque()
-                self._queues.move_to_end(tenant, last=False)
-            waiting = self._queues[tenant]
-            is_next = not waiting and self._running is None
-            if self._closing or (len(waiting) >= self._max_waiting and not is_next):
-                raise self._full(len(waiting))
+            num_waiting = self._queues.num_of(tenant)
+            is_next = not num_waiting and self._running is None
+            if self._closing or (num_waiting >= self._max_waiting and not is_next):
+                what = "the server stops" if self._closing else f"{num_waiting} caches wait to be built, as many as may"
+                eta_s = self._running.progress.eta_s if self._running is not None else None
+                raise queue_full(f"{what}.", eta_s or MAX_RETRY_AFTER_S)
             jobs = self._jobs.setdefault(tenant, {})
             jobs[job.id] = job
             over = [old for old in jobs.values() if old.is_over]
             for old in over[: max(0, len(over) - KEPT_JOBS)]:
                 del jobs[old.id]
-            waiting.append(job)
+            self._queues.put(tenant, job)
             self._news.notify_all()
         return job
 
@@ -184,17 +181,11 @@ class BuildJobs:
     def _cancel(self, job: BuildJob) -> None:
         """The lock is held."""
         if job.status == "queued":
-            self._queues[job.tenant].remove(job)
+            self._queues.remove(job.tenant, job)
             job.end("cancelled")
         elif job is self._running:
             job.is_cancelled = True
             self._tenants.engine(job.tenant).model.turns.wake()
-
-    def _full(self, num_waiting: int) -> QueueFull:
-        eta_s = self._running.progress.eta_s if self._running is not None else None
-        retry_s = max(1, min(MAX_RETRY_AFTER_S, math.ceil(eta_s or MAX_RETRY_AFTER_S)))
-        what = "the server stops" if self._closing else f"{num_waiting} caches wait to be built, as many as may"
-        return QueueFull(f"{what}.", hint=f"Try again in {retry_s} s.", retry_after_s=retry_s)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -206,15 +197,12 @@ class BuildJobs:
             logger.info("%s: %s after %.1f s", job.id, job.status, time.perf_counter() - began)
 
     def _next(self) -> BuildJob | None:
-        """The next job once there is one, None when the server stops; its tenant comes last from then on."""
+        """The next job once there is one, None when the server stops."""
         with self._news:
-            self._news.wait_for(lambda: self._closing or any(self._queues.values()))
-            if self._closing:
-                return None
-            tenant = next(tenant for tenant, waiting in self._queues.items() if waiting)
-            self._queues.move_to_end(tenant)
-            self._running = job = self._queues[tenant].popleft()
-            job.status = "running"
+            self._news.wait_for(lambda: self._closing or len(self._queues) > 0)
+            self._running = job = self._queues.take()  # nothing is left when it stops
+            if job is not None:
+                job.status = "running"
             return job
 
     def _run(self, job: BuildJob) -> Status:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from cag.server.metrics import CONTENT_TYPE
 from cag.server.service import AnswerService
+from cag.server.tenants import CacheKey
 
 
 def probe_router(service: AnswerService) -> APIRouter:
@@ -47,5 +48,5 @@ def probe_router(service: AnswerService) -> APIRouter:
 def _own_and_others(names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
     """The operator's caches by name; of tenants', which are nobody else's business, how many."""
     names = list(names)
-    own = [name for name in names if "/" not in name]
+    own = [name for name in names if CacheKey.named(name).is_operators]
     return own, {"tenant_caches": len(names) - len(own)} if len(own) < len(names) else {}

@@ -82,8 +82,7 @@ class AnswerService:
 
     async def _preload_one(self, name: str) -> None:
         try:
-            tenant, _, own_name = name.rpartition("/")
-            await asyncio.to_thread(self.caches.load, CacheKey(tenant, own_name))
+            await asyncio.to_thread(self.caches.load, CacheKey.named(name))
         except Exception as error:  # whatever it is, `/readyz` must not say "loading" for ever
             logger.error("cannot preload %s: %s", name, error)
             self.preload_errors[name] = error_facts(error).message

@@ -5,7 +5,6 @@ Knows no HTTP. Safe to use from several threads.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter
@@ -14,8 +13,8 @@ from collections.abc import Callable
 from cag.errors import QueueFull
 from cag.prefix import Prefix
 from cag.server.caches import ResidentCaches
+from cag.server.queues import queue_full
 from cag.server.sessions import Clock, KeptSession, Version, no_session
-from cag.server.slots import MAX_RETRY_AFTER_S
 from cag.server.tenants import CacheKey
 
 
@@ -143,9 +142,5 @@ class SessionTable:
     def _full(self, tenant: str) -> QueueFull:
         own = [kept for kept in self._sessions.values() if kept.version.key.tenant == tenant]
         first = min((kept.expires_at for kept in own), default=0.0)
-        retry_s = max(1, min(MAX_RETRY_AFTER_S, math.ceil(first - self.clock())))
-        return QueueFull(
-            f"{self.max_sessions} sessions are open, as many as may be.",
-            hint=f"Delete one, or try again in {retry_s} s.",
-            retry_after_s=retry_s,
-        )
+        what = f"{self.max_sessions} sessions are open, as many as may be."
+        return queue_full(what, first - self.clock(), "Delete one")

@@ -121,7 +121,7 @@ class KeptSession:
                 raise no_session()
             if self._is_busy:
                 hint = "Ask again when it has been answered, or open a second session."
-                raise SessionBusy("another question of this session is being answered.", hint=hint)
+                raise SessionBusy("another question of the session is being answered.", hint=hint)
             self._is_busy = True
 
     @contextmanager

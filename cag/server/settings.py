@@ -7,6 +7,7 @@ import re
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from cag.server.tenants import CacheKey
 from cag_store import checked_name
 
 
@@ -69,8 +70,8 @@ class ServerSettings(BaseModel):
         if self.tenant_keys and self.tenant_stores is None:
             raise PydanticCustomError("no_stores", "tenants need a place for their stores")
         for name in self.preload:
-            tenant, slash, _ = name.rpartition("/")
-            if slash and tenant not in self.tenant_keys:
+            key = CacheKey.named(name)
+            if not key.is_operators and key.tenant not in self.tenant_keys:
                 raise PydanticCustomError("no_tenant", "cannot preload {name}: no such tenant", {"name": name})
         return self
 

@@ -4,12 +4,9 @@ as they came."""
 from __future__ import annotations
 
 import asyncio
-import math
-from collections import OrderedDict, deque
 
-from cag.errors import QueueFull
+from cag.server.queues import TenantQueues, queue_full, retry_after_s
 
-MAX_RETRY_AFTER_S = 60
 _SMOOTHING = 0.2
 
 
@@ -21,14 +18,14 @@ class Slots:
         self.num_slots = num_slots
         self.max_waiting = max_waiting
         self.running = 0
-        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # who was served last comes last
+        self._queues = TenantQueues[asyncio.Future[None]]()
         self._mean_s = 1.0
         self._refusal: Exception | None = None
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
-        return sum(map(len, self._queues.values()))
+        return len(self._queues)
 
     async def acquire(self, tenant: str) -> None:
         """Wait for a slot; `release` it. Raises: QueueFull; what was given to `refuse`."""
@@ -37,32 +34,27 @@ class Slots:
         if self.running < self.num_slots:  # nobody waits
             self.running += 1
             return
-        queue = self._queues.setdefault(tenant, deque())
-        if len(queue) >= self.max_waiting:
-            raise QueueFull(
-                f"all slots are taken and {len(queue)} requests wait; there is no room for more.",
-                hint=f"Try again in {self.retry_after_s} s.",
-                retry_after_s=self.retry_after_s,
+        num_waiting = self._queues.num_of(tenant)
+        if num_waiting >= self.max_waiting:
+            raise queue_full(
+                f"all slots are taken and {num_waiting} requests wait; there is no room for more.", self._wait_s
             )
         turn = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        self._queues.put(tenant, turn)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn in queue:
-                queue.remove(turn)
-            elif not turn.cancelled() and turn.exception() is None:  # it had been given the slot
+            waited = self._queues.remove(tenant, turn)
+            if not waited and not turn.cancelled() and turn.exception() is None:  # it had been given the slot
                 self._pass_on()
             raise
 
     def refuse(self, error: Exception) -> None:
         """Nobody gets a slot any more: `error` is raised where one is waited for."""
         self._refusal = error
-        for queue in self._queues.values():
-            while queue:
-                turn = queue.popleft()
-                if not turn.cancelled():
-                    turn.set_exception(error)
+        while (turn := self._queues.take()) is not None:
+            if not turn.cancelled():
+                turn.set_exception(error)
 
     def release(self, held_s: float) -> None:
         """Give a slot back that was held for `held_s` seconds."""
@@ -71,16 +63,17 @@ class Slots:
 
     def _pass_on(self) -> None:
         """Who waits takes over a slot that somebody has; without anybody it is free."""
-        for tenant, queue in self._queues.items():
-            while queue:
-                turn = queue.popleft()
-                if not turn.cancelled():
-                    turn.set_result(None)
-                    self._queues.move_to_end(tenant)
-                    return
+        while (turn := self._queues.take()) is not None:
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
         self.running -= 1
 
     @property
     def retry_after_s(self) -> int:
         """Seconds until a request of now would have its turn, from how long slots were held lately; at least 1."""
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._mean_s * (self.waiting + 1) / self.num_slots)))
+        return retry_after_s(self._wait_s)
+
+    @property
+    def _wait_s(self) -> float:
+        return self._mean_s * (self.waiting + 1) / self.num_slots

@@ -29,6 +29,17 @@ class CacheKey(NamedTuple):
     tenant: str
     name: str
 
+    @classmethod
+    def named(cls, text: str) -> CacheKey:
+        """From `tenant/name`, or `name` for the operator's."""
+        tenant, _, name = text.rpartition("/")
+        return cls(tenant, name)
+
+    @property
+    def is_operators(self) -> bool:
+        """Whether it lies in the server's own store."""
+        return self.tenant == OPERATOR
+
 
 class Tenants:
     """The engines of a server: the operator's, and one for each tenant, made when it is first needed."""

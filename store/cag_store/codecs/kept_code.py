@@ -2,7 +2,7 @@
 
 numba's own cache looks at the file of a function only: when a function that it calls changes in another file, the old
 code goes on. Here every source of the codecs counts, and what was kept is taken only whole, for the types it was made
-for. Knows numba's cache; nothing of what is decoded.
+for. The kernels have the like, as neither package knows the other. Knows numba's cache; nothing of what is decoded.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ async def test_tenants_have_slots_in_turn_and_queues_of_their_own():
     await until_waiting(slots, 5)
     slots.release(1.0)
     await asyncio.gather(*waits)
-    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)]
+    assert order == [("b", 0), ("a", 0), ("b", 1), ("a", 1), ("a", 2)]
     assert (slots.running, slots.waiting) == (0, 0)
 
 
