@@ -64,7 +64,13 @@ class Served(NamedTuple):
 
 
 @pytest.fixture
-def serving(engine: Engine) -> Callable[..., AbstractAsyncContextManager[Served]]:
+def gates() -> list[Gate]:
+    """Those of the test."""
+    return []
+
+
+@pytest.fixture
+def serving(engine: Engine, gates: list[Gate]) -> Callable[..., AbstractAsyncContextManager[Served]]:
     """`async with serving(**settings) as served`: an app that has started, and a client without a network."""
 
     @asynccontextmanager
@@ -72,7 +78,11 @@ def serving(engine: Engine) -> Callable[..., AbstractAsyncContextManager[Served]
         app = create_app(engine, settings=ServerSettings(**settings))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as c:
-            yield Served(c, app.state.service, app)
+            try:
+                yield Served(c, app.state.service, app)
+            finally:  # a test that fails before its gate would wait for the forward behind it for ever
+                for gate in gates:
+                    gate.open()
 
     return start
 
@@ -105,8 +115,9 @@ class Gate:
 
 
 @pytest.fixture
-def gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+def gate(engine: Engine, gates: list[Gate], monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
+    gates.append(gate)
 
     def gated(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         gate.through()
