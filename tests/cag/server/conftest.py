@@ -151,7 +151,14 @@ class Raw:
             "server": ("t", 80),
             "client": ("t", 1),
         }
-        self.task = asyncio.ensure_future(app(scope, self._messages.get, self._send))
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        """As from a server: who is gone stays gone, however often it is asked for."""
+        message = await self._messages.get()
+        if message["type"] == "http.disconnect":
+            self._messages.put_nowait(message)
+        return message
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
