@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 import cag_store
 from cag.building import BuildOptions, BuildProgress, BuildReport, BuildSeconds
 from cag.chunks import PrefixChunks
@@ -23,12 +21,11 @@ from cag.errors import BuildInterrupted, CorpusTooLarge, FidelityMissed, Insuffi
 from cag.fidelity import Fidelity
 from cag.ladder import CodecChoice, Rung, Trial, choose, describe_codec
 from cag.memory import large_blocks_apart
-from cag.memory_limits import available_memory_bytes
 from cag.model import LanguageModel
 from cag.probes import NUM_PROBES, make_probes
 from cag.prompt import PrefixLayout, lay_out
 from cag.rungs import REFINED, codec_of, ladder_of
-from cag.runtime import processor_name, usable_cores
+from cag.runtime import free_memory_bytes, processor_name, usable_cores
 from cag.trials import CodecTrials
 from cag.versions import installed_versions
 from cag_store import (
@@ -326,8 +323,7 @@ def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:
 
 def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
     needed = len(layout.token_ids) * model.kv_bytes_per_token
-    on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else available_memory_bytes()
+    free = free_memory_bytes(model.device)
     if needed > free:
         raise InsufficientResources(
             f"the cache needs {needed / 1e9:.2f} GB of memory for {len(layout.token_ids)} tokens, "

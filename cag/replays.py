@@ -183,7 +183,7 @@ def _stream_of_recordings(device: torch.device) -> torch.cuda.Stream:
     torch has 32 streams of each priority and gives them out in turn, so one of the usual priority would come to a
     prefix that loads, too, and its copies into the recording. What is recorded here goes before what loads.
     """
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 class _Step:
