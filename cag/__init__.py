@@ -21,31 +21,31 @@ if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "12000"}
 
 if TYPE_CHECKING:
-    from cag.answer import Answer, CacheOrigin, Citation, Timings, Usage
-    from cag.building import BuildOptions, BuildProgress, BuildReport
+    from cag.building.options import BuildOptions, BuildProgress, BuildReport
     from cag.corpus import Document, load_corpus, load_documents
     from cag.engine import Engine
     from cag.errors import CagError
-    from cag.generate import SamplingOptions
+    from cag.generation.answer import Answer, CacheOrigin, Citation, Timings, Usage
+    from cag.generation.generate import SamplingOptions
+    from cag.generation.session import AnswerStream, Session
     from cag.prefix import Prefix
-    from cag.session import AnswerStream, Session
 
 _HOMES = {
-    "Answer": "cag.answer",
-    "AnswerStream": "cag.session",
-    "BuildOptions": "cag.building",
-    "BuildProgress": "cag.building",
-    "BuildReport": "cag.building",
-    "CacheOrigin": "cag.answer",
+    "Answer": "cag.generation.answer",
+    "AnswerStream": "cag.generation.session",
+    "BuildOptions": "cag.building.options",
+    "BuildProgress": "cag.building.options",
+    "BuildReport": "cag.building.options",
+    "CacheOrigin": "cag.generation.answer",
     "CagError": "cag.errors",
-    "Citation": "cag.answer",
+    "Citation": "cag.generation.answer",
     "Document": "cag.corpus",
     "Engine": "cag.engine",
     "Prefix": "cag.prefix",
-    "SamplingOptions": "cag.generate",
-    "Session": "cag.session",
-    "Timings": "cag.answer",
-    "Usage": "cag.answer",
+    "SamplingOptions": "cag.generation.generate",
+    "Session": "cag.generation.session",
+    "Timings": "cag.generation.answer",
+    "Usage": "cag.generation.answer",
     "load_corpus": "cag.corpus",
     "load_documents": "cag.corpus",
 }

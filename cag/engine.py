@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import cag_store
-from cag.answer import Answer
-from cag.builder import build_cache
-from cag.building import AUTO, BuildOptions, BuildProgress, BuildReport
+from cag.building.builder import build_cache
+from cag.building.options import AUTO, BuildOptions, BuildProgress, BuildReport
 from cag.corpus import CorpusReport, Document, load_corpus
 from cag.errors import CacheMismatch
-from cag.generate import SamplingOptions
-from cag.host_copies import HostCopies
-from cag.memory_limits import total_memory_bytes
+from cag.generation.answer import Answer
+from cag.generation.generate import SamplingOptions
+from cag.machine.memory_limits import total_memory_bytes
+from cag.machine.runtime import choose_device, plan_runtime, usable_cores
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.prompt import template_from_json
-from cag.resident import ResidentPrefix
-from cag.runtime import choose_device, plan_runtime, usable_cores
+from cag.residency.host_copies import HostCopies
+from cag.residency.resident import ResidentPrefix
 from cag.starts.begin import Beginning
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_kernels import warm_up_largest

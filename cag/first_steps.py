@@ -6,10 +6,10 @@ recorded. Where nothing is recorded, on a CPU say, there is nothing to do.
 
 from __future__ import annotations
 
+from cag.forward.replays import MIN_PAGES, MIN_QUESTION_ROWS, ROWS
+from cag.forward.state import SequenceState
 from cag.model import LanguageModel
-from cag.replays import MIN_PAGES, MIN_QUESTION_ROWS, ROWS
-from cag.resident import ResidentPrefix
-from cag.state import SequenceState
+from cag.residency.resident import ResidentPrefix
 
 MAX_QUESTION_ROWS = 64
 TAIL_PAGES = (16, 8, MIN_PAGES)  # of a session, the most first: a pool that grows forgets what was recorded before

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from cag.answer import Answer, CacheOrigin, Timings, Usage
-from cag.generate import Generation, SamplingOptions
+from cag.generation.answer import Answer, CacheOrigin, Timings, Usage
+from cag.generation.generate import Generation, SamplingOptions
 from cag.model import LanguageModel
 from cag.prefill import PROMPT_BLOCK_TOKENS
 from cag.prompt import SYSTEM_TEXT, PrefixLayout, lay_out, question_ids

@@ -15,26 +15,26 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cag.batch import TAIL_PAIRS, Batch, BatchState
-from cag.decoder import FewRowsDecoder, recognize
-from cag.device_decoder import DeviceDecoder, recognize_on_device
-from cag.kernels_ahead import compile_kernels
-from cag.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probed_layers
+from cag.forward.batch import TAIL_PAIRS, Batch, BatchState
+from cag.forward.decoder import FewRowsDecoder, recognize
+from cag.forward.device_decoder import DeviceDecoder, recognize_on_device
+from cag.forward.kernels_ahead import compile_kernels
+from cag.forward.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probed_layers
+from cag.forward.pages import PagedState, PagedTail, PagePool
+from cag.forward.replays import StepReplays
+from cag.forward.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
+from cag.forward.step_cost import ARITHMETIC, SHARED_READING, StepCost
+from cag.forward.step_tensors import StepState, StepTensors
+from cag.forward.turns import ForwardTurns
+from cag.forward.weights import Float32Products, SequencesApart, join_network
+from cag.machine.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.model_files import prepared, read_parts, stop_ids, turns_alike
 from cag.models.fingerprint import ModelFingerprints
-from cag.pages import PagedState, PagedTail, PagePool
 from cag.prompt import PromptTemplate, guarded_template
-from cag.replays import StepReplays
-from cag.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.starts.begin import Beginning, begin, can_be_kept
 from cag.starts.keeping import StartKeeper, digest_of
 from cag.starts.record import Start, record_path
 from cag.starts.taking import StartedParts, take_start
-from cag.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
-from cag.step_cost import ARITHMETIC, SHARED_READING, StepCost
-from cag.step_tensors import StepState, StepTensors
-from cag.turns import ForwardTurns
-from cag.weights import Float32Products, SequencesApart, join_network
 from cag_kernels import FEW_ROWS, has_compiler, vector_lanes
 from cag_kernels.device import triton_runs_on
 

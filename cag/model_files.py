@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
+from cag.forward.weights import lay_out_weights, loses_in_bfloat16
+from cag.machine.runtime import RuntimePlan, free_memory_bytes
 from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
-from cag.runtime import RuntimePlan, free_memory_bytes
-from cag.weights import lay_out_weights, loses_in_bfloat16
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 NO_CODE = {"local_files_only": True, "trust_remote_code": False}
@@ -45,7 +45,7 @@ def refuse_unsupported(config: Any) -> None:
 
 def prepared(network: Any) -> Any:
     """A network that is to be run and not trained, with our attention. Raises: UnsupportedModel."""
-    from cag.attention_hook import ATTENTION_NAME
+    from cag.forward.attention_hook import ATTENTION_NAME
 
     refuse_unsupported(network.config)
     network = network.eval().requires_grad_(False)

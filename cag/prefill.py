@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from cag.forward.state import SequenceState
 from cag.model import LanguageModel
-from cag.state import SequenceState
 
 BLOCK_TOKENS = 512  # also the tokens of a stored chunk, so that a resumed build computes the very same blocks
 PROMPT_BLOCK_TOKENS = 1024  # of what is not stored: fewer passes over the weights, memory still bounded

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cag.answer import Answer, Citation
-from cag.citations import CitationIndex
 from cag.errors import UsageError
-from cag.generate import SamplingOptions
+from cag.generation.answer import Answer, Citation
+from cag.generation.citations import CitationIndex
+from cag.generation.generate import SamplingOptions
+from cag.generation.scheduler import Scheduler
+from cag.generation.session import AnswerStream, Session
 from cag.model import LanguageModel
 from cag.prompt import template_from_json
-from cag.resident import ResidentPrefix
-from cag.scheduler import Scheduler
-from cag.session import AnswerStream, Session
+from cag.residency.resident import ResidentPrefix
 
 if TYPE_CHECKING:
     from cag.corpus import Document
@@ -130,7 +130,7 @@ class Prefix:
         return [answer for answer in answers if answer is not None]
 
     def cite(self, question: str, answer: str) -> tuple[Citation, ...]:
-        """Documents and quotes that an answer rests on; see `cag.citations`."""
+        """Documents and quotes that an answer rests on; see `cag.generation.citations`."""
         with self._lock:
             if self._citations is None:
                 documents = self._load_documents()

@@ -16,7 +16,7 @@ BROKEN = {
 }
 
 
-@pytest.fixture(params=["cag_kernels.cpu_kept", "cag_store.codecs.kept_code"])
+@pytest.fixture(params=["cag_kernels.cpu.kept", "cag_store.codecs.kept_code"])
 def kept_code(request):
     """Kernels and store know nothing of each other, so each has its own."""
     return pytest.importorskip(request.param)

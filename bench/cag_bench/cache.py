@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cag.builder import build_cache
-from cag.building import BuildOptions, BuildProgress
+from cag.building.builder import build_cache
+from cag.building.options import BuildOptions, BuildProgress
 from cag.engine import Engine
 from cag.prompt import PrefixLayout
 from cag_bench.corpus import BenchCorpus
@@ -42,8 +42,8 @@ class BenchCache:
 def build_bench_cache(
     engine: Engine, corpus: BenchCorpus, layout: PrefixLayout, codec: str, progress: Progress
 ) -> BenchCache:
-    """Build the corpus into the engine's store as `bench-<digest>`. Raises as `cag.builder.build_cache`, among them
-    `CorpusTooLarge`."""
+    """Build the corpus into the engine's store as `bench-<digest>`. Raises as `cag.building.builder.build_cache`, among
+    them `CorpusTooLarge`."""
 
     def on_progress(build: BuildProgress) -> None:
         progress(f"build: {build.stage}, tokens", build.done_tokens, build.total_tokens)

@@ -96,7 +96,7 @@ def kernels(
     as_json: JsonOption = False,
 ) -> None:
     """Each kernel against its references and the floor of the bytes that it moves; checked before it is timed."""
-    from cag.runtime import choose_device
+    from cag.machine.runtime import choose_device
     from cag_bench.kernels import KernelOptions, run_kernels
     from cag_bench.progress import ConsoleProgress
 
@@ -126,7 +126,7 @@ def gpu(
     from dataclasses import replace
 
     from cag.errors import UsageError
-    from cag.runtime import choose_device
+    from cag.machine.runtime import choose_device
     from cag_bench.gpu.run import run_gpu
     from cag_bench.gpu.shapes import SMALL, GpuOptions
     from cag_bench.gpu.table import markdown
@@ -290,8 +290,8 @@ def peers(
     as_json: JsonOption = False,
 ) -> None:
     """A cache on this CPU beside vLLM's prefix cache and llama.cpp's states, on the same tokens."""
+    from cag.machine.runtime import usable_cores
     from cag.models import DEFAULT_MODEL, fetch_model
-    from cag.runtime import usable_cores
     from cag_bench.corpus import read_corpus
     from cag_bench.peers.run import PeersOptions, run_peers
     from cag_bench.peers.specs import named_peers
@@ -322,7 +322,7 @@ def _wait_for_enter() -> None:
 def _cores(given: str | None) -> tuple[int, ...]:
     """Numbers of cores that this process has. Raises: UsageError."""
     from cag.errors import UsageError
-    from cag.runtime import usable_cores
+    from cag.machine.runtime import usable_cores
 
     usable = usable_cores()
     wanted = tuple(range(1, min(2, usable) + 1)) if given is None else tuple(_counts("cores", given))

@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from cag.buffers import CodedBuffers
+from cag.residency.buffers import CodedBuffers
 from cag_store import Codec
 from cag_store.codecs import CodedShape, CodedSide, EncodedSegment, Side
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 from cag_bench.arm_names import FULL_PREFILL
 from cag_bench.arms import ArmAnswer, BenchArm
 from cag_bench.provenance import load_average

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import torch
 
+from cag.machine.runtime import processor_name, usable_cores
+from cag.machine.versions import ENGINE, installed_version, installed_versions
 from cag.model import LanguageModel
-from cag.runtime import processor_name, usable_cores
-from cag.versions import ENGINE, installed_version, installed_versions
 
 DISTRIBUTIONS = (
     "cag-engine",

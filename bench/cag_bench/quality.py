@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cag.builder import Build, BuiltCache, manifest_of
-from cag.building import BuildOptions
-from cag.chunks import PrefixChunks
+from cag.building.builder import Build, BuiltCache, manifest_of
+from cag.building.chunks import PrefixChunks
+from cag.building.fidelity import Fidelity, FidelityProbe, same_bits
+from cag.building.ladder import Trial
+from cag.building.options import BuildOptions
+from cag.building.probes import make_probes
+from cag.building.rungs import codec_of
+from cag.building.trials import CodecTrials
 from cag.engine import Engine
 from cag.errors import UsageError
-from cag.fidelity import Fidelity, FidelityProbe, same_bits
-from cag.ladder import Trial
 from cag.prefill import BLOCK_TOKENS
-from cag.probes import make_probes
-from cag.rungs import codec_of
-from cag.trials import CodecTrials
 from cag_bench.codec_list import LADDER, codec_label, parse_codecs
 from cag_bench.corpus import BenchCorpus
 from cag_bench.plot import plot_quality, require_matplotlib

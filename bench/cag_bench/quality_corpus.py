@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cag.building.probes import Branch
 from cag.corpus import Document
 from cag.corpus.document import text_sha256
 from cag.errors import UsageError
 from cag.model import LanguageModel
-from cag.probes import Branch
 from cag.prompt import PrefixLayout, encode, lay_out
 
 FOLLOWING_TOKENS = 1024

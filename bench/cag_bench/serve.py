@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cag.answer import Answer
 from cag.engine import Engine
 from cag.errors import UsageError
-from cag.generate import SamplingOptions
+from cag.generation.answer import Answer
+from cag.generation.generate import SamplingOptions
 from cag.model import LanguageModel
 from cag.prefix import Prefix
 from cag.prompt import lay_out

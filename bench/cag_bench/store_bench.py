@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cag.buffers import HostBuffers, storage_view
-from cag.chunks import PrefixChunks
+from cag.building.chunks import PrefixChunks
 from cag.engine import Engine
 from cag.errors import UsageError
+from cag.residency.buffers import HostBuffers, storage_view
 from cag_bench.codec_list import codec_label, parse_codecs
 from cag_bench.cores import can_pin, on_cores
 from cag_bench.corpus import BenchCorpus

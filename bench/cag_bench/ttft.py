@@ -14,7 +14,7 @@ from typing import Any
 
 from cag.engine import Engine
 from cag.errors import UsageError
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 from cag.prompt import PrefixLayout, lay_out
 from cag.retrieval import Retriever
 from cag_bench.arm_names import DEFAULT_ARMS, FULL_PREFILL, ArmSpec, parse_arms

@@ -30,7 +30,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from cag.versions import ENGINE, installed_version
+        from cag.machine.versions import ENGINE, installed_version
 
         print(f"cag {installed_version(ENGINE)}")
         raise typer.Exit

@@ -32,9 +32,9 @@ from cag.cli.options import (
 from cag.cli.output import note_configuration, one_line, print_json, printable, report_error
 
 if TYPE_CHECKING:
-    from cag.answer import Answer
-    from cag.generate import SamplingOptions
-    from cag.session import AnswerStream
+    from cag.generation.answer import Answer
+    from cag.generation.generate import SamplingOptions
+    from cag.generation.session import AnswerStream
 
 PROMPT = "> "
 QUIT, RESET = "/quit", "/reset"
@@ -114,7 +114,7 @@ def chat(
 
 def _sampling(verbose: bool, **options: Any) -> SamplingOptions:
     """Raises: UsageError for a value out of its range."""
-    from cag.generate import SamplingOptions
+    from cag.generation.generate import SamplingOptions
 
     sampling = SamplingOptions(**given(**options))
     note_configuration(verbose, **asdict(sampling))

@@ -36,7 +36,7 @@ from cag.cli.output import (
 from cag.cli.progress import Report, shown_progress
 
 if TYPE_CHECKING:
-    from cag.building import BuildProgress, BuildReport
+    from cag.building.options import BuildProgress, BuildReport
 
 
 def build(
@@ -87,7 +87,7 @@ def build(
 
     cag_store.checked_name(name)
     if codec is not None:
-        from cag.building import check_codec
+        from cag.building.options import check_codec
 
         check_codec(codec)
     corpus = load_corpus(paths, skip_errors=skip_errors)

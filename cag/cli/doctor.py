@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from cag.cli.opening import store_at
 from cag.cli.options import DeviceOption, JsonOption, StoreOption
 from cag.cli.output import bytes_text, note, print_facts, print_json
-from cag.versions import installed_version
+from cag.machine.versions import installed_version
 
 if TYPE_CHECKING:
     import torch
 
-    from cag.runtime import RuntimePlan
+    from cag.machine.runtime import RuntimePlan
     from cag_store import Store
 
 VERSIONED = ("cag-engine", "torch", "transformers", "tokenizers", "numpy", "zstandard", "triton", "flash-attn", "peft")
@@ -28,7 +28,7 @@ PROBES = {"prefill": 512, "question": 16, "answer": 1}  # tokens of a forward
 def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Say what this machine has, what will be used, and why."""
     note("measuring what this machine computes best with ...")
-    from cag.runtime import choose_device, plan_runtime
+    from cag.machine.runtime import choose_device, plan_runtime
     from cag_kernels import prefix_paths
 
     chosen = choose_device(device or "auto")
@@ -53,7 +53,7 @@ def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: Json
 def _device_facts(device: torch.device) -> dict[str, Any]:
     import torch
 
-    from cag.runtime import processor_name, usable_cores
+    from cag.machine.runtime import processor_name, usable_cores
 
     cuda = torch.cuda.is_available()
     return {
@@ -85,7 +85,7 @@ def _attention_facts(device: torch.device, plan: RuntimePlan) -> dict[str, str]:
 
 
 def _memory_facts() -> dict[str, int]:
-    from cag.memory_limits import available_memory_bytes, total_memory_bytes
+    from cag.machine.memory_limits import available_memory_bytes, total_memory_bytes
 
     return {"available_bytes": available_memory_bytes(), "total_bytes": total_memory_bytes()}
 

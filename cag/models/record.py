@@ -13,10 +13,10 @@ from typing import Any
 
 from cag.errors import HashMismatch
 from cag.home import write_atomically
+from cag.machine.versions import installed_version
 from cag.models.catalogue import HubSource, ModelEntry, WheelSource
 from cag.models.digests import file_sha256
 from cag.models.progress import Progress, silent
-from cag.versions import installed_version
 
 RECORD_NAME = "cag-model.json"
 SCHEMA = 1

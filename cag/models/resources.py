@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from cag.errors import InsufficientResources
-from cag.memory_limits import available_memory_bytes
+from cag.machine.memory_limits import available_memory_bytes
 
 
 def require_disk(folder: Path, need_bytes: int, purpose: str) -> None:

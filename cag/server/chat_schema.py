@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cag.answer import Answer, Usage
-from cag.generate import SamplingOptions
+from cag.generation.answer import Answer, Usage
+from cag.generation.generate import SamplingOptions
 from cag.server.bodies import Body, Integer, Text
 from cag.server.messages import Message, conversation_of
 from cag.server.running import Question

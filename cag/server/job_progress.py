@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cag.building import BuildProgress
+from cag.building.options import BuildProgress
 
 
 class JobProgress:

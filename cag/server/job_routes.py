@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cag.building import check_codec
+from cag.building.options import check_codec
 from cag.describe import describe_cache
 from cag.errors import CacheNotFound
 from cag.server.bodies import ClosedBody, Text

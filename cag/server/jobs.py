@@ -2,7 +2,7 @@
 
     submit -> queue of the tenant -> [ worker: documents -> build ] -> succeeded, failed or cancelled
 
-A build gives way to answers between two layers (`cag.turns`). Knows no routes.
+A build gives way to answers between two layers (`cag.forward.turns`). Knows no routes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cag.building import BuildProgress
+from cag.building.options import BuildProgress
 from cag.corpus import CorpusReport, load_corpus
 from cag.errors import BuildInterrupted, JobNotFound
 from cag.server.errors import error_facts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
+from cag.generation.scheduler import Scheduler
 from cag.model import LanguageModel
-from cag.scheduler import Scheduler
 from cag.server.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cag.answer import Answer
-from cag.generate import SamplingOptions
-from cag.scheduler import Request
+from cag.generation.answer import Answer
+from cag.generation.generate import SamplingOptions
+from cag.generation.scheduler import Request
 from cag.server.caches import ResidentCaches
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics

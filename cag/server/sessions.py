@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cag.errors import SessionBusy, SessionNotFound
+from cag.generation.session import Session
 from cag.server.caches import ResidentCaches
 from cag.server.tenants import CacheKey
-from cag.session import Session
 from cag_store import Manifest
 from cag_store.backends import Lease
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cag.decoder import recognize
-from cag.decoder_layers import SeenLayer, Turning
+from cag.forward.decoder import recognize
+from cag.forward.decoder_layers import SeenLayer, Turning
+from cag.forward.weights import PackedLinear
+from cag.machine.runtime import RuntimePlan
 from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT, document_marker
-from cag.runtime import RuntimePlan
 from cag.starts.facts import file_identities, start_facts
 from cag.starts.network import PlainNetwork, epsilons_of
 from cag.starts.record import Start, write_start
 from cag.starts.tokenizer import KeptTokenizer, read_tables
-from cag.weights import PackedLinear
 from cag_kernels import PackedWeight
 from cag_kernels.packed import PANEL
 

@@ -1,7 +1,7 @@
 """The parts of a Llama-like network that the forward of few rows takes its weights from, without transformers.
 
-Named as transformers name them, packed where `cag.weights.pack_network` packs them. Has no forward of its own: a
-network's own forward is that of transformers, which takes over the weights that were read here (`adopt_weights`).
+Named as transformers name them, packed where `cag.forward.weights.pack_network` packs them. Has no forward of its own:
+a network's own forward is that of transformers, which takes over the weights that were read here (`adopt_weights`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cag.forward.weights import PackedLinear, WidenedEmbedding
 from cag.starts.reading import WeightMemory
 from cag.starts.record import EMBEDDING, Start
-from cag.weights import PackedLinear, WidenedEmbedding
 from cag_kernels import PackedWeight
 
 Weights = Mapping[str, Tensor | PackedWeight]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cag.memory_limits import available_memory_bytes
+from cag.machine.memory_limits import available_memory_bytes
 from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping, mapped_array
 
 _ALIGNED = 64  # bytes: a weight begins with a line of the processor's cache

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from cag.decoder_layers import SeenLayer, Turning
 from cag.errors import ModelError
+from cag.forward.decoder_layers import SeenLayer, Turning
+from cag.forward.state import AttentionRule, KvShape
+from cag.forward.weights import PackedLinear, join_network, loses_in_bfloat16, use_products
+from cag.machine.runtime import RuntimePlan
 from cag.model_files import read_network, read_tokenizer
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
-from cag.runtime import RuntimePlan
 from cag.starts.begin import Beginning
 from cag.starts.keeping import plan_facts
 from cag.starts.network import PlainNetwork, adopt_weights, weights_of
 from cag.starts.tokenizer import KeptTokenizer
-from cag.state import AttentionRule, KvShape
-from cag.weights import PackedLinear, join_network, loses_in_bfloat16, use_products
 
 
 @dataclass(frozen=True)

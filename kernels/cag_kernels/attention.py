@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import cpu_attention, cpu_attention_serves, has_compiler, has_tiles
+from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves, has_compiler, has_tiles
 from cag_kernels.flash import fused_attention, has_flash_attn
 from cag_kernels.tiled import tiled_attention
 

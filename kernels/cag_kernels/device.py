@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import compiles_codes
+from cag_kernels.cpu.attention.segments import compiles_codes
 from cag_kernels.prefixes import Codes
 
 MAX_HEAD_DIM = 256

@@ -42,7 +42,7 @@ def inverse_transform(
             codes, rows, scale, mean, head_dim=head_dim, dtype=dtype, mean_of=mean_of, angles=angles, pairing=pairing
         )
         return found if out is None else out.copy_(found)
-    from cag_kernels.triton_inverse import invert, operands
+    from cag_kernels.triton.inverse import invert, operands
 
     num_tokens = codes.num_tokens if isinstance(codes, CodeBlocks) else len(codes)
     shape = rows.shape[1] // head_dim, num_tokens, head_dim

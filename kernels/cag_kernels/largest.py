@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import has_byte_tiles, has_compiler, has_numba
+from cag_kernels.cpu.attention.segments import has_byte_tiles, has_compiler, has_numba
 from cag_kernels.linear import packed_linear, tile_linear, tile_linear_serves
 from cag_kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
-    from cag_kernels.cpu_choice import Choice, CodedWeight
+    from cag_kernels.cpu.products.choice import Choice, CodedWeight
 
 MAX_ROWS = 32  # up to which it is quicker than the whole product by enough to keep bounds for each
 _SIZE_MULTIPLE = 64  # as tiles of bytes want it
@@ -50,7 +50,7 @@ class LargestOutput:
     `largest_output` makes one."""
 
     def __init__(self, weight: Tensor | PackedWeight, coded: CodedWeight) -> None:
-        from cag_kernels.cpu_choice import Workspace
+        from cag_kernels.cpu.products.choice import Workspace
 
         self._weight, self._coded = weight, coded
         with torch.inference_mode(False):  # it serves calls inside and outside of inference mode
@@ -76,7 +76,7 @@ class LargestOutput:
         return largest_output_reference(rows, self._weight)
 
     def _prepared(self, num_rows: int) -> Choice:
-        from cag_kernels.cpu_choice import Choice
+        from cag_kernels.cpu.products.choice import Choice
 
         with torch.inference_mode(False):
             self._choices[num_rows] = Choice(self._coded, num_rows, self._space)
@@ -100,7 +100,7 @@ def largest_output(
     if not largest_output_serves(weight):
         lies = weight.panels if isinstance(weight, PackedWeight) else weight
         raise ValueError(f"a weight {tuple(lies.shape)} of {lies.dtype} is not served")
-    from cag_kernels.cpu_choice import CodedWeight, exact_weight, num_code_bytes
+    from cag_kernels.cpu.products.choice import CodedWeight, exact_weight, num_code_bytes
 
     exact = exact_weight(weight)
     num_bytes = num_code_bytes(exact)
@@ -113,7 +113,7 @@ def largest_output(
 def warm_up_largest() -> None:
     """Compile what choices need, once a process: by tiles of bytes where there are any, else by products of pairs."""
     if has_numba() and (has_byte_tiles() or _has_pairs()):
-        from cag_kernels.cpu_choice import warm_up
+        from cag_kernels.cpu.products.choice import warm_up
 
         warm_up(tiles=has_byte_tiles())
 
@@ -128,7 +128,7 @@ def largest_output_reference(rows: Tensor, weight: Tensor | PackedWeight) -> lis
 def _has_pairs() -> bool:
     if not has_compiler():
         return False
-    from cag_kernels.cpu_pairs import has_pairs
+    from cag_kernels.cpu.pairs import has_pairs
 
     return has_pairs()
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu import has_compiler, vector_lanes
+from cag_kernels.cpu.attention.segments import has_compiler, vector_lanes
 from cag_kernels.packed import PackedWeight
 from cag_kernels.rows_reference import gate_reference
 
 if TYPE_CHECKING:
-    from cag_kernels.cpu_tile_linear import TileProduct
+    from cag_kernels.cpu.products.tile_linear import TileProduct
 
 FEW_ROWS = 128  # of a forward of few rows
 # lanes of a vector -> rows up to which compiled code over a packed weight is quicker than unpacking it for a library;
@@ -42,7 +42,7 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
     if _wants_gradient(rows, bias):  # compiled code knows none, and what is unpacked to is overwritten before they flow
         product = packed_linear_reference(rows, packed, bias)
     elif len(rows) and has_compiler() and len(rows) <= MOST_COMPILED_ROWS[vector_lanes()]:
-        from cag_kernels.cpu_linear import compiled_linear
+        from cag_kernels.cpu.products.linear import compiled_linear
 
         product = compiled_linear(rows.contiguous(), packed.panels, bias, packed.out_features)
     else:
@@ -74,7 +74,7 @@ class PackedProduct:
 
     def into(self, rows: Tensor, out: Tensor) -> None:
         """The same to `out`."""
-        from cag_kernels.cpu_linear import compiled_linear
+        from cag_kernels.cpu.products.linear import compiled_linear
 
         compiled_linear(rows, self.packed.panels, self.bias, self.out_features, out)
 
@@ -95,7 +95,7 @@ def tile_linear_serves(weight: Tensor) -> bool:
     """Whether `tile_linear` takes this weight on this machine."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_compiler():
         return False
-    from cag_kernels import cpu_tile_linear
+    from cag_kernels.cpu.products import tile_linear as cpu_tile_linear
 
     return cpu_tile_linear.serves(weight)
 
@@ -115,7 +115,7 @@ def tile_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     floats = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (block, *_present(bias)))
     if not fits or not floats or not tile_linear_serves(weight):
         raise ValueError(f"a block {tuple(block.shape)} of {block.dtype} does not fit a weight {tuple(weight.shape)}")
-    from cag_kernels import cpu_tile_linear
+    from cag_kernels.cpu.products import tile_linear as cpu_tile_linear
 
     rows = block.reshape(-1, block.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -131,7 +131,7 @@ def tile_product(weight: Tensor, bias: Tensor | None = None) -> TileProduct:
     """
     if not tile_linear_serves(weight):
         raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} is not served by tiles")
-    from cag_kernels.cpu_tile_linear import TileProduct
+    from cag_kernels.cpu.products.tile_linear import TileProduct
 
     return TileProduct(weight, bias)
 
@@ -145,7 +145,7 @@ def tile_linear_reference(block: Tensor, weight: Tensor, bias: Tensor | None = N
 def warm_up_linear(dtype: torch.dtype) -> None:
     """Compile what `packed_linear` runs for weights of `dtype`, once a process; nothing without a compiler."""
     if has_compiler():
-        from cag_kernels.cpu_linear import compiled_kernel
+        from cag_kernels.cpu.products.linear import compiled_kernel
 
         compiled_kernel(dtype == torch.bfloat16)
 
@@ -180,6 +180,6 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def tile_mlp_reference(block: Tensor, gate_and_up: Tensor, down: Tensor, activation: str = "silu") -> Tensor:
-    """What `cpu_tile_mlp.TileMlp` means, in the block's type: `down(activation(gate) * up)`, rounded before each
-    product."""
+    """What `cpu.products.tile_mlp.TileMlp` means, in the block's type: `down(activation(gate) * up)`, rounded before
+    each product."""
     return tile_linear_reference(gate_reference(tile_linear_reference(block, gate_and_up), activation), down)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.attention import COMPILED_MAX_ROWS, segment_attention
-from cag_kernels.cpu import (
+from cag_kernels.cpu.attention.segments import (
     cpu_attention,
     cpu_attention_serves,
     cpu_quantized_attention,
@@ -67,7 +67,7 @@ def prefix_attention(
         return _compiled_prefix(query, prefix, scale, window, positions)
     if path == "torch":
         return prefix_attention_reference(query, prefix, **kwargs)
-    from cag_kernels.triton_launch import attend
+    from cag_kernels.triton.launch import attend
 
     return attend(query, prefix, None, num_processors(query.device), **kwargs, arrivals=arrivals)
 
@@ -86,7 +86,7 @@ def paged_attention(
         if softcap is None and _compiled_tails_serve(query, tails):
             return _compiled_tails(query, tails, scale, window)
         return session_by_session(query, tails, segment_attention, **kwargs)
-    from cag_kernels.triton_launch import attend
+    from cag_kernels.triton.launch import attend
 
     return attend(query, None, tails, num_processors(query.device), positions=None, **kwargs)
 
@@ -119,7 +119,7 @@ def cascade_attention(
     num_tokens = sum(piece.num_tokens for piece in pieces)
     positions = None if window is None else query_positions(tails, num_tokens, query.shape[1])
     if triton_serves(query):
-        from cag_kernels.triton_launch import attend
+        from cag_kernels.triton.launch import attend
 
         kwargs |= {"positions": positions, "dtype": query.dtype, "arrivals": arrivals}
         return attend(query, pieces, tails, num_processors(query.device), **kwargs)[0]
@@ -188,7 +188,7 @@ def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
 
 
 def _compiled_tails(query: Tensor, tails: PagedTails, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    from cag_kernels import cpu_paged
+    from cag_kernels.cpu import paged as cpu_paged
 
     num_q_heads, num_queries, head_dim = query.shape
     out = torch.zeros(num_queries, num_q_heads, head_dim, dtype=torch.float32)

@@ -87,7 +87,7 @@ def quantize(numbers: Tensor, *, bits: int, group_tokens: int, group_channels: i
     kwargs = {"bits": bits, "group_tokens": group_tokens, "group_channels": group_channels, "num_exact": num_exact}
     if not triton_serves(numbers) or group_tokens > MAX_GROUP_TOKENS:
         return quantize_reference(numbers, **kwargs)
-    from cag_kernels.triton_quantize import quantize_on_device
+    from cag_kernels.triton.quantize import quantize_on_device
 
     return Coded(*quantize_on_device(numbers, **kwargs))
 
@@ -130,7 +130,7 @@ def dequantize(coded: Coded, *, group_tokens: int, group_channels: int, dtype: t
     kwargs: dict[str, Any] = {"group_tokens": group_tokens, "group_channels": group_channels, "dtype": dtype}
     if not triton_runs_on(coded.codes.device) or dtype not in FLOATS:
         return dequantize_reference(coded, **kwargs)
-    from cag_kernels.triton_quantize import dequantize_on_device
+    from cag_kernels.triton.quantize import dequantize_on_device
 
     return dequantize_on_device(*coded, **kwargs)
 

@@ -90,7 +90,7 @@ def decode_segments(sides: Sequence[RansSide]) -> list[tuple[CodeBlocks, Tensor]
         _check(side, sides[0].slots.device)
     if not sides or not triton_runs_on(sides[0].slots.device):
         return [_decoded(side) for side in sides]
-    from cag_kernels.triton_rans import decode_on_device
+    from cag_kernels.triton.rans import decode_on_device
 
     return decode_on_device(sides)
 

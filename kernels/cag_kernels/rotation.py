@@ -21,7 +21,7 @@ def move_keys(keys: Tensor, distances: Tensor, inverse_frequencies: Tensor, *, p
     _check(keys, distances, inverse_frequencies, pairing)
     if not triton_serves(keys):
         return move_keys_reference(keys, distances, inverse_frequencies, pairing=pairing)
-    from cag_kernels.triton_rotation import rotate
+    from cag_kernels.triton.rotation import rotate
 
     return rotate(keys, *angles(distances, inverse_frequencies), pairing)
 

@@ -45,7 +45,7 @@ def add_and_norm(
     if weight.shape != residual.shape[1:] or not residual.is_contiguous() or not like.is_contiguous():
         raise ValueError(f"rows {tuple(residual.shape)} do not fit a weight {tuple(weight.shape)}, or have gaps")
     if triton_runs_on(residual.device):
-        from cag_kernels.triton_rows import add_and_norm_on_device
+        from cag_kernels.triton.rows import add_and_norm_on_device
 
         return add_and_norm_on_device(residual, update, weight, epsilon, dtype, ahead)
     added, normed = add_and_norm_reference(
@@ -89,7 +89,7 @@ def rotate_and_store(
     if not fits:
         raise ValueError(f"projected rows {tuple(projected.shape)} do not fit pages {tuple(sides[0].shape)}")
     if triton_runs_on(projected.device):
-        from cag_kernels.triton_rows import rotate_and_store_on_device
+        from cag_kernels.triton.rows import rotate_and_store_on_device
 
         return rotate_and_store_on_device(projected, rotation, sides, places, norms, epsilon)
     return rotate_and_store_reference(projected, rotation, sides, places, norms, epsilon)
@@ -131,7 +131,7 @@ def gate(projected: Tensor, ahead: Tensor | None = None) -> Tensor:
     if projected.ndim != 2 or projected.shape[1] % 2 or not projected.is_contiguous():
         raise ValueError(f"expected contiguous rows of even length, found {tuple(projected.shape)}")
     if triton_runs_on(projected.device):
-        from cag_kernels.triton_rows import gate_on_device
+        from cag_kernels.triton.rows import gate_on_device
 
         return gate_on_device(projected, ahead)
     return gate_reference(projected.float()).to(projected.dtype)

@@ -1,4 +1,4 @@
-"""What the steps of `cpu_rows` and `cpu_paged` mean, in plain torch and any floating dtype: the specification that
+"""What the steps of `cpu.rows` and `cpu.paged` mean, in plain torch and any floating dtype: the specification that
 tests compare with.
 
 Keys and values are tensors here, in the dtype that they are kept in.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cag.stream_decoding import DecodedChunks
+from cag.residency.stream_decoding import DecodedChunks
 from cag_bench import kernel_clock
 from cag_bench.cli import app
 from cag_bench.errors import KernelWrong
@@ -23,8 +23,8 @@ from cag_bench.gpu.transform import geometric_slots
 from cag_bench.gpu.tuning import attend_cut
 from cag_bench.gpu.ways import apart, attention_ways, step_way_row, step_ways, ways_rows
 from cag_kernels import DensePrefix, decode_segments
-from cag_kernels.launch_ways import launch_ways
 from cag_kernels.prefix_reference import prefix_attention_reference
+from cag_kernels.triton.launch_ways import launch_ways
 
 CPU = torch.device("cpu")
 

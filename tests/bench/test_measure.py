@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from cag.answer import Answer, CacheOrigin, Timings, Usage
-from cag.generate import SamplingOptions
+from cag.generation.answer import Answer, CacheOrigin, Timings, Usage
+from cag.generation.generate import SamplingOptions
 from cag.retrieval import Passage
 from cag_bench.arms import ArmAnswer, BenchArm
 from cag_bench.arms.cached import check_usage

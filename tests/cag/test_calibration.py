@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-from cag.buffers import storage_view
 from cag.calibration import CalibrationOptions, calibrate, model_basis, model_codec, rotation
 from cag.calibration.observe import observe
 from cag.calibration.rotation import find_rotations
@@ -15,6 +14,7 @@ from cag.calibration.texts import own_texts, token_windows
 from cag.errors import UsageError
 from cag.model import LanguageModel
 from cag.prefill import prefill
+from cag.residency.buffers import storage_view
 from cag_store import Store, codec_from_config
 from cag_store.blob import pack_blob
 from tiny import tiny_config, write_tiny_model

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cag.engine import Engine
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
+from cag.generation.scheduler import Scheduler
 from cag.prompt import question_ids
-from cag.scheduler import Scheduler
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 WORDS = ["gate", "pump", "who", "ä€", "seven litres", "why not", "4711"]

@@ -107,7 +107,7 @@ def test_a_document_that_is_no_text(built):
 
 def test_a_cache_for_which_there_is_no_memory(built, monkeypatch):
     """Said before memory is taken, and nothing stays open."""
-    from cag import buffers
+    from cag.residency import buffers
 
     engine, _ = built
     monkeypatch.setattr(buffers, "_memory", buffers._Memory())

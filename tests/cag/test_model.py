@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Phi3Config
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
+from cag.forward.state import KvShape, Tail
 from cag.model import LanguageModel, ModelOptions
 from cag.model_files import refuse_unsupported
-from cag.state import KvShape, Tail
 from tiny import tiny_config, write_tiny_model
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cag import runtime
+from cag.machine import runtime
 from tiny import tiny_config, write_tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cag.engine import Engine
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 from cag.home import cag_home as user_home
 from cag.prompt import question_ids
 from cag_bench.text_metrics import containment, token_f1
@@ -105,7 +105,7 @@ def test_smollm2_reloaded_logits_and_answers_are_bit_identical(tmp_path, shared_
     from cag.corpus import load_documents
     from cag.prefill import prefill
     from cag.prompt import lay_out
-    from cag.resident import ResidentPrefix
+    from cag.residency.resident import ResidentPrefix
 
     first.build([folder / "documents.jsonl"], name="squad")
     model = first.model

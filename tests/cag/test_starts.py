@@ -14,14 +14,14 @@ from test_weights import CONFIGS, OTHERS, bfloat16_model, random_ids, use_plan
 
 from cag import model as model_module
 from cag.errors import ModelError, UnsupportedModel
+from cag.forward.weights import PackedLinear
+from cag.machine.runtime import RuntimePlan
 from cag.model import LanguageModel, ModelOptions
-from cag.runtime import RuntimePlan
 from cag.starts import facts, reading
 from cag.starts.begin import begin
 from cag.starts.network import PlainNetwork, weights_of
 from cag.starts.reading import WeightReading
 from cag.starts.record import read_start, record_path, write_start
-from cag.weights import PackedLinear
 from cag_kernels import FEW_ROWS, has_compiler
 from cag_kernels.packed import PANEL
 from cag_store.scratch import HUGE_PAGE_BYTES

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cag_kernels import choose_path, merge_segments, segment_attention, segment_attention_reference
-from cag_kernels.cpu import cpu_attention_serves
+from cag_kernels.cpu.attention.segments import cpu_attention_serves
 from cag_kernels.flash import fused_attention
 from cag_kernels.tiled import tiled_attention
 

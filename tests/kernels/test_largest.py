@@ -14,12 +14,12 @@ from cag_kernels import (
     tile_linear,
 )
 from cag_kernels import largest as largest_module
-from cag_kernels.cpu import has_byte_tiles
+from cag_kernels.cpu.attention.segments import has_byte_tiles
 from cag_kernels.largest import MAX_ROWS, largest_output_reference
 
 if has_numba():
-    from cag_kernels.cpu_choice import MOST_FOUND, CodedWeight, exact_weight, num_code_bytes
-    from cag_kernels.cpu_codes import bound_of_sums
+    from cag_kernels.cpu.products.choice import MOST_FOUND, CodedWeight, exact_weight, num_code_bytes
+    from cag_kernels.cpu.products.codes import bound_of_sums
 
 pytestmark = pytest.mark.skipif(not has_compiler() or not has_numba(), reason="llvmlite or numba is not there")
 by_tiles = pytest.mark.skipif(not has_byte_tiles(), reason="this processor has no tiles of bytes (AMX)")

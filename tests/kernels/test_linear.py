@@ -208,7 +208,7 @@ def test_python_threads_do_not_disturb_each_other():
 @compiled
 @pytest.mark.parametrize("dtype", KINDS)
 def test_warm_up_compiles(dtype):
-    from cag_kernels.cpu_linear import _compile
+    from cag_kernels.cpu.products.linear import _compile
 
     _compile.cache_clear()
     warm_up_linear(dtype)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cag_kernels import has_compiler, paged_attention, prefix_attention, rows_stay_apart
-from cag_kernels.cpu_paged import Tails
-from cag_kernels.cpu_tape import Tape
+from cag_kernels.cpu.paged import Tails
+from cag_kernels.cpu.tape import Tape
 from cag_kernels.linear import tile_linear, tile_linear_serves, tile_product
 from cag_kernels.prefix_reference import paged_attention_reference
 from cag_kernels.prefixes import BLOCK_TOKENS, DensePrefix, PagedTails

@@ -20,7 +20,7 @@ from cag_kernels import (
     quantize_prefix,
     segment_attention_reference,
 )
-from cag_kernels.cpu import cpu_attention_serves
+from cag_kernels.cpu.attention.segments import cpu_attention_serves
 from cag_store import codec_from_config
 from cag_store.errors import UnknownCodec
 

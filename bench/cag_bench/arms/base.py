@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from cag.answer import Answer
 from cag.engine import Engine
-from cag.generate import SamplingOptions
+from cag.generation.answer import Answer
+from cag.generation.generate import SamplingOptions
 from cag.prompt import PrefixLayout
 from cag.retrieval import Passage, Retriever
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from cag.answer import Usage
 from cag.engine import Engine
-from cag.generate import SamplingOptions
+from cag.generation.answer import Usage
+from cag.generation.generate import SamplingOptions
 from cag.prefix import Prefix
 from cag.prompt import question_ids
 from cag_bench.arms.base import ArmAnswer, BenchArm

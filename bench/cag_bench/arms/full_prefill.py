@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cag.fresh import ask_fresh
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 from cag.model import LanguageModel
 from cag.prompt import PrefixLayout
 from cag_bench.arms.base import ArmAnswer, BenchArm

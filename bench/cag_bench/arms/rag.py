@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cag.fresh import RagPipeline
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 from cag.model import LanguageModel
 from cag.retrieval import Passage, Retriever, ScoredPassage
 from cag_bench.arms.base import ArmAnswer, BenchArm

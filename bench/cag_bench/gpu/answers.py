@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cag.decoder_layers import relative_difference
-from cag.generate import Generation, SamplingOptions
+from cag.forward.decoder_layers import relative_difference
+from cag.forward.replays import StepReplays
+from cag.forward.state import AttentionRule, SequenceState
+from cag.forward.step_tensors import StepState, StepTensors
+from cag.generation.generate import Generation, SamplingOptions
+from cag.generation.scheduler import Scheduler
 from cag.model import LanguageModel
-from cag.replays import StepReplays
-from cag.resident import ResidentPrefix
-from cag.scheduler import Scheduler
-from cag.state import AttentionRule, SequenceState
-from cag.step_tensors import StepState, StepTensors
+from cag.residency.resident import ResidentPrefix
 from cag_bench.errors import KernelWrong
 from cag_bench.figures import percentiles
 from cag_bench.gpu.clock import Budget, median_of, wall_samples
@@ -197,12 +197,12 @@ class AttendingApart(StepState):
         self.tensors, self._state = tensors, state
 
     def sides(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See `cag.step_tensors.StepState`."""
+        """See `cag.forward.step_tensors.StepState`."""
         found: tuple[Tensor, Tensor] = self._state.sides(layer)
         return found
 
     def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
-        """See `cag.step_tensors.StepState`."""
+        """See `cag.forward.step_tensors.StepState`."""
         parts = [paged_attention(query, self.tensors.tails(*self.sides(layer)), scale=rule.scale)]
         for segment in self._state.segments(layer):
             found = [prefix_attention(row, segment, scale=rule.scale) for row in torch.split(query, 1, dim=1)]

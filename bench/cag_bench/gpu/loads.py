@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from cag.buffers import storage_view
-from cag.stream_buffers import StreamBuffers
+from cag.residency.buffers import storage_view
+from cag.residency.stream_buffers import StreamBuffers
 from cag_bench.errors import KernelWrong
 from cag_bench.figures import percentiles
 from cag_bench.gpu.clock import Budget, median_of, wall_samples

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from cag.forward.state import PrefixSegment
+from cag.machine.runtime import RuntimePlan
 from cag.model import LanguageModel
 from cag.models.fingerprint import ModelFingerprints
-from cag.resident import ResidentPrefix
-from cag.runtime import RuntimePlan
-from cag.state import PrefixSegment
+from cag.residency.resident import ResidentPrefix
 from cag_bench.gpu.shapes import NetworkShape
 from cag_kernels import DensePrefix, quantize_prefix
 

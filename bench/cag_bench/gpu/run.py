@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cag.resident import ResidentPrefix
+from cag.residency.resident import ResidentPrefix
 from cag_bench.figures import percentiles
 from cag_bench.gpu.answers import Answers, Part, check_steps
 from cag_bench.gpu.attention import attention_rows

@@ -51,8 +51,8 @@ def tuning_rows(device: torch.device, clock: Clock, options: GpuOptions, budget:
 
 def attend_cut(query: Tensor, prefix: Prefix, num_warps: int, num_stages: int, programs: int) -> Tensor:
     """Attention over a prefix with a launch that is cut like this."""
-    from cag_kernels.triton_merge import merge_parts
-    from cag_kernels.triton_prefix import attend_prefix_parts, plan_splits
+    from cag_kernels.triton.merge import merge_parts
+    from cag_kernels.triton.prefix import attend_prefix_parts, plan_splits
 
     num_q_heads, num_queries, head_dim = query.shape
     rows = num_q_heads // prefix[0].shape[0] * num_queries
@@ -66,7 +66,7 @@ def attend_cut(query: Tensor, prefix: Prefix, num_warps: int, num_stages: int, p
 
 
 def _inverse_works(device: torch.device, options: GpuOptions) -> dict[str, Work]:
-    from cag_kernels.triton_inverse import Cut, invert, operands
+    from cag_kernels.triton.inverse import Cut, invert, operands
 
     channels = options.joint_layers * options.network.num_kv_heads * options.network.head_dim
     num_components = round(CODED_SHARE * channels)

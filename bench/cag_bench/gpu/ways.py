@@ -16,8 +16,8 @@ from cag_bench.gpu.model import KINDS
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.kernel_clock import Clock, Work
 from cag_kernels import DensePrefix, prefix_attention, quantize_prefix
-from cag_kernels.launch_ways import LaunchWays, launch_ways, launching
 from cag_kernels.prefixes import Prefix
+from cag_kernels.triton.launch_ways import LaunchWays, launch_ways, launching
 
 NUM_SAMPLES = 7
 MIN_WAY_S = 8.0  # one more is compiled and timed only with so much left

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cag.engine import Engine
-from cag.generate import Generation, SamplingOptions
+from cag.generation.generate import Generation, SamplingOptions
+from cag.generation.scheduler import Scheduler
 from cag.model import LanguageModel
 from cag.prefix import Prefix
-from cag.scheduler import Scheduler
 from cag_bench.arms import BenchArm
 from cag_bench.peers.process import PeerProcess
 from cag_store.backends import page_cache

@@ -68,8 +68,8 @@ def test_speculation_is_said_and_changes_no_answer(ask):
 
 
 def test_citations_follow_the_answer(ask, capsys):
-    from cag.answer import Answer, CacheOrigin, Citation, Timings, Usage
     from cag.cli.ask import print_proof
+    from cag.generation.answer import Answer, CacheOrigin, Citation, Timings, Usage
 
     citation = Citation("a.md", "Alpha\x1b[31m gate", "/c/a.md", "Its code\nis 4711.", 1.0)
     usage, timings = Usage(1030, 1024, 6, 2), Timings(0.01, 0.02, 0.03, 0.5, 0.6)

@@ -98,7 +98,7 @@ def test_the_defaults_that_the_help_names_are_the_engines(cag):
     from typing import get_args
 
     from cag.engine import Engine
-    from cag.generate import SamplingOptions
+    from cag.generation.generate import SamplingOptions
     from cag.models import DEFAULT_MODEL
     from cag_store import Store
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cag import runtime
-from cag.runtime import RuntimePlan
+from cag.machine import runtime
+from cag.machine.runtime import RuntimePlan
 from cag_kernels import has_compiler
 from tiny import tiny_config, write_tiny_model
 
@@ -142,7 +142,7 @@ code = cag.cli.run(sys.argv[1:])
 print(json.dumps({"code": code, "modules": watching.modules}), file=watching.stdout)
 """
 LATER = HEAVY - {"torch", "numba", "llvmlite"} | {
-    "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "cag.attention_hook",
+    "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "cag.forward.attention_hook",
     "cag.retrieval", "cag.server", "cag_bench",
 }  # fmt: skip
 
@@ -170,8 +170,8 @@ def test_the_second_question_of_a_model_waits_for_no_more_than_it_needs(tmp_path
         return set(found["modules"])
 
     first, second, long = asked("Who?"), asked("Who?"), asked("Who? " * 60)
-    assert {"torch", "transformers.modeling_utils", "cag.attention_hook"} <= first
-    assert {"torch", "cag.engine", "cag.session"} <= second
+    assert {"torch", "transformers.modeling_utils", "cag.forward.attention_hook"} <= first
+    assert {"torch", "cag.engine", "cag.generation.session"} <= second
     assert second & LATER == set()
     assert long & LATER == set()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/chat/completions"

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from cag.building import BuildProgress
+from cag.building.options import BuildProgress
 from cag.errors import JobNotFound, QueueFull
 from cag.server import ServerSettings
 from cag.server.job_progress import JobProgress

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from cag.errors import UsageError
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 from cag.prompt import conversation_ids, encode, question_ids
 
 TURNS = [("When?", "At seven."), ("Whose key?", " Nobody's. ")]

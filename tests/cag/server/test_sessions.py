@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from cag.errors import QueueFull, SessionNotFound
-from cag.generate import SamplingOptions
+from cag.generation.generate import SamplingOptions
 from cag.server import ServerSettings
 from cag.server import service as service_module
 from cag.server.caches import ResidentCaches

@@ -17,16 +17,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from cag_kernels import DensePrefix, PagedTails, quantize_prefix, triton_overlap
+from cag_kernels import DensePrefix, PagedTails, quantize_prefix
 from cag_kernels.rans import CodeBlocks, RansSegments, RansSide
 from cag_kernels.rotation import angles
-from cag_kernels.triton_bytes import split_blocks, split_codes, split_rows
-from cag_kernels.triton_inverse import invert
-from cag_kernels.triton_launch import attend
-from cag_kernels.triton_quantize import dequantize_on_device, quantize_on_device
-from cag_kernels.triton_rans import decode_on_device
-from cag_kernels.triton_rotation import rotate
-from cag_kernels.triton_rows import add_and_norm_on_device, gate_on_device, rotate_and_store_on_device
+from cag_kernels.triton import overlap as triton_overlap
+from cag_kernels.triton.bytes import split_blocks, split_codes, split_rows
+from cag_kernels.triton.inverse import invert
+from cag_kernels.triton.launch import attend
+from cag_kernels.triton.quantize import dequantize_on_device, quantize_on_device
+from cag_kernels.triton.rans import decode_on_device
+from cag_kernels.triton.rotation import rotate
+from cag_kernels.triton.rows import add_and_norm_on_device, gate_on_device, rotate_and_store_on_device
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",

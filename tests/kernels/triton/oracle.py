@@ -5,7 +5,7 @@ import torch
 from cag_kernels import DensePrefix, QuantizedPrefix, dequantize_prefix, quantize_prefix
 from cag_kernels.prefix_reference import prefix_attention_reference
 from cag_kernels.reference import visibility
-from cag_kernels.triton_launch import attend
+from cag_kernels.triton.launch import attend
 
 MANY_PROCESSORS = 24  # so that even short prefixes are split
 

@@ -10,7 +10,7 @@ from cag_kernels.prefix_reference import (
     query_positions,
     tail_of,
 )
-from cag_kernels.triton_launch import attend
+from cag_kernels.triton.launch import attend
 from oracle import assert_close, make_prefix, moved, normal, plain_prefix_attention, plain_tail_attention
 
 LENGTHS, COUNTS = [5, 37, 1, 70], [2, 1, 1, 7]

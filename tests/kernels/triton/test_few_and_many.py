@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cag_kernels.triton_prefix import plan_splits
+from cag_kernels.triton.prefix import plan_splits
 from oracle import MANY_PROCESSORS, check_prefix_attention, make_prefix
 
 KINDS = {

@@ -7,7 +7,7 @@ import torch
 from cag_kernels.inverse import inverse_transform, inverse_transform_reference
 from cag_kernels.rans import CodeBlocks
 from cag_kernels.rotation import angles
-from cag_kernels.triton_inverse import invert, operands
+from cag_kernels.triton.inverse import invert, operands
 from cag_store.codecs.transform.product import finish_reference, product_reference
 from oracle import normal
 

@@ -9,10 +9,10 @@ import torch
 from test_cascade import make_tails, plain_paged
 
 from cag_kernels import DensePrefix, PagedTails
-from cag_kernels.launch_ways import LaunchWays, launch_ways, launching
 from cag_kernels.prefix_reference import cascade_attention_reference, prefix_attention_reference, query_positions
-from cag_kernels.triton_launch import attend
-from cag_kernels.triton_rows import add_and_norm_on_device, gate_on_device, rotate_and_store_on_device
+from cag_kernels.triton.launch import attend
+from cag_kernels.triton.launch_ways import LaunchWays, launch_ways, launching
+from cag_kernels.triton.rows import add_and_norm_on_device, gate_on_device, rotate_and_store_on_device
 from oracle import assert_close, make_prefix, moved, normal, plain_prefix_attention
 
 INT4, INT8 = ({"key_bits": bits, "value_bits": bits, "group_channels": 64, "num_exact": 3} for bits in (4, 8))
@@ -27,7 +27,7 @@ MASKS = [(None, None), (40, 5.0)]
 def merges(monkeypatch):
     """How often parts were joined by a launch of its own."""
     counted = []
-    from cag_kernels import triton_launch
+    from cag_kernels.triton import launch as triton_launch
 
     merge = triton_launch.merge_parts
     monkeypatch.setattr(triton_launch, "merge_parts", lambda *args: counted.append(args) or merge(*args))
@@ -264,7 +264,7 @@ def recorded(work):
 
 
 def test_sizes_that_are_called_ahead(monkeypatch):
-    from cag_kernels import triton_overlap
+    from cag_kernels.triton import overlap as triton_overlap
 
     weight = torch.zeros(6144, 4096, dtype=torch.bfloat16)
     assert triton_overlap.ahead_sizes(weight) == (0, 0, 0)  # no such device

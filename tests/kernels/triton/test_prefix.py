@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cag_kernels.triton_launch import attend
-from cag_kernels.triton_prefix import plan_splits
+from cag_kernels.triton.launch import attend
+from cag_kernels.triton.prefix import plan_splits
 from oracle import check_prefix_attention as check
 from oracle import make_prefix, moved, normal
 

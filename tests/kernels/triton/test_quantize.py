@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cag_kernels.quantize import Coded, dequantize_reference, quantize_reference
-from cag_kernels.triton_quantize import dequantize_on_device, quantize_on_device
+from cag_kernels.triton.quantize import dequantize_on_device, quantize_on_device
 from oracle import normal
 
 GROUPS = [(64, 1), (48, 1), (1, 64), (1, 40), (1, 1000)]  # tokens, channels

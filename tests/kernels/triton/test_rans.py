@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cag_kernels.rans import RansSegments, RansSide, count_blocks, decode_segments, decode_segments_reference
-from cag_kernels.triton_rans import decode_on_device
+from cag_kernels.triton.rans import decode_on_device
 
 NUM_TABLES = 5
 LOW_BITS = np.array([3, 1, 0, 0, 0, 2], np.int8)

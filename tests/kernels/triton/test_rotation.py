@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cag_kernels.rotation import angles, move_keys_reference
-from cag_kernels.triton_rotation import rotate
+from cag_kernels.triton.rotation import rotate
 from oracle import assert_close, normal
 
 

@@ -5,7 +5,7 @@ import torch
 
 from cag_kernels.rows import add_and_norm, gate, rotate_and_store, rotate_and_store_reference
 from cag_kernels.rows_reference import add_and_norm_reference, gate_reference
-from cag_kernels.triton_rows import add_and_norm_on_device, gate_on_device, rotate_and_store_on_device
+from cag_kernels.triton.rows import add_and_norm_on_device, gate_on_device, rotate_and_store_on_device
 from oracle import normal
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

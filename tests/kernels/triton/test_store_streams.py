@@ -5,7 +5,7 @@ import torch
 
 from cag_kernels.inverse import inverse_transform
 from cag_kernels.rans import RansSegments, RansSide, count_blocks, decode_segments
-from cag_kernels.triton_rans import decode_on_device
+from cag_kernels.triton.rans import decode_on_device
 from cag_store.codecs.transform.product import product_reference
 from cag_store.codecs.transform.rans import Layout, Tables, encode_codes
 from cag_store.testing.bases import frequencies

@@ -1,0 +1,1 @@
+"""From documents to a stored cache: reading, encoding, and measuring what a codec has cost in answers."""

@@ -1,0 +1,129 @@
+"""What a build is told and what it tells: options, progress, report. Knows no model and no store."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cag.building.fidelity import Fidelity
+from cag.building.ladder import DEFAULT_MAX_KL
+from cag.errors import UsageError
+from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT
+from cag_store import codec_from_config, codec_ids
+
+AUTO = "auto"
+
+
+def check_codec(codec: str) -> None:
+    """Before a model is there. Raises: UnknownCodec: neither "auto" nor the id of a codec."""
+    if codec != AUTO and codec not in codec_ids():
+        codec_from_config(codec)
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is. `stage` is "reuse", "prefill", "calibrate", "encode", "measure" or "commit"; the tokens are
+    of the prefix."""
+
+    stage: str
+    done_tokens: int
+    total_tokens: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What decides a cache besides model and documents.
+
+    Attributes:
+        codec: id or configuration, or "auto": the smallest within `max_kl`.
+        max_kl: bound of the mean KL divergence from the uncompressed cache, in nats; a cache that misses it is refused.
+            None: no bound, and `DEFAULT_MAX_KL` for "auto".
+        force: keep a cache that misses its bound.
+        keep: with "auto", a configuration that is taken without a search if it stays within the bound.
+    """
+
+    codec: str | dict[str, Any] = "lossless"
+    system_text: str = SYSTEM_TEXT
+    closing_text: str = CLOSING_TEXT
+    max_kl: float | None = None
+    force: bool = False
+    keep: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl >= 0):
+            raise UsageError(f"max_kl is {self.max_kl}; it is a number of nats from 0 on.")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the codec is searched."""
+        return self.codec == AUTO
+
+    @property
+    def bound(self) -> float | None:
+        """`max_kl`, or its default where the codec is searched."""
+        return DEFAULT_MAX_KL if self.max_kl is None and self.chooses else self.max_kl
+
+
+@dataclass(frozen=True)
+class BuildSeconds:
+    """Where the time of a build went.
+
+    Attributes:
+        prefill_s: forwards over the corpus.
+        encode_s: writing the exact chunks, and those of the codec that was kept.
+        measure_s: the probes behind the exact values and behind the codec that was kept.
+        search_s: everything else that was tried to choose the codec, calibration included.
+    """
+
+    prefill_s: float = 0.0
+    encode_s: float = 0.0
+    measure_s: float = 0.0
+    search_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did. `reused_tokens` were taken from the store, `computed_tokens` were prefilled; of these,
+    `recomputed_tokens` had only lossy chunks left, which nothing is computed behind.
+
+    `codec_choice` is how "auto" chose `codec`, None when it was named. `added`, `changed` and `removed` are ids of the
+    documents in which an update differs from the cache before.
+    """
+
+    name: str
+    digest: str
+    num_documents: int
+    num_tokens: int
+    reused_tokens: int
+    computed_tokens: int
+    recomputed_tokens: int
+    raw_bytes: int
+    stored_bytes: int
+    codec: dict[str, Any]
+    codec_choice: dict[str, Any] | None
+    max_kl: float | None
+    fidelity: Fidelity
+    prefill_s: float
+    encode_s: float
+    measure_s: float
+    search_s: float
+    total_s: float
+    duplicates: tuple[tuple[str, str], ...] = ()
+    empty: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `cag build --json` prints."""
+        ratio = self.raw_bytes / self.stored_bytes
+        rate = self.computed_tokens / self.prefill_s if self.prefill_s else None
+        worked_out = {
+            "raw_over_stored": round(ratio, 4),
+            "prefill_tokens_per_s": rate,
+            "warnings": list(self.fidelity.warnings),
+        }
+        return asdict(self) | worked_out

@@ -1,0 +1,337 @@
+"""Keys and values of one sequence while it runs: an immutable prefix that may be shared, and a tail of its own.
+
+The prefix is attended where it lies; only the tail grows. A tail lies in one piece (`Tail`), as a prefix that is being
+built does, or in pages of a pool (`cag.forward.pages.PagedTail`), as those of sessions do; whoever attends sees pages
+in both. Knows kernels and tensors; knows no text, no model and no store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cag_kernels import (
+    DensePrefix,
+    QuantizedPrefix,
+    choose_prefix_path,
+    dequantize_prefix,
+    merge_segments,
+    prefix_attention,
+    rows_stay_apart,
+    segment_attention,
+)
+
+MIN_TAIL_TOKENS = 128
+
+PrefixSegment = DensePrefix | QuantizedPrefix
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """Keys and values of one layer: `[num_kv_heads, num_tokens, head_dim]` each."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How a layer attends: factor of the scores, sliding window and cap of the scores (None where it has none)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def first_seen(self, num_tokens: int) -> int:
+        """The first token of a prefix of so many that a query behind it can see; `num_tokens` where it sees none."""
+        return 0 if self.window is None else min(max(0, num_tokens - self.window + 1), num_tokens)
+
+
+class PrefixLayers(Protocol):
+    """What a sequence needs of the prefix it stands behind.
+
+    The segments of a layer follow each other and end with the prefix. They need not begin with it: a layer with a
+    window may have only what queries behind the prefix can see. So places are counted from the end.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all layers are there, or will not come."""
+
+    def segments(self, index: int) -> tuple[PrefixSegment, ...]:
+        """Keys and values of a layer, at least of all tokens that are seen behind the prefix, as segments that follow
+        each other; waits until they have arrived, and where `shares_cores` until all have."""
+
+    def places(self, index: int) -> tuple[PrefixSegment, ...]:
+        """As `segments`, without waiting: where the layer lies, or will lie."""
+
+    shares_cores: bool
+    """Whether its loading needs the cores that a forward would run on."""
+
+    def wait_for(self, index: int) -> None:
+        """Wait until a layer is there, whether or not that is a good moment to compute."""
+
+    def wait(self) -> None:
+        """Wait until all layers are there."""
+
+
+class SequenceTail(Protocol):
+    """Growing keys and values of one sequence: pages of `page_tokens` tokens, the last one not always full."""
+
+    pages: list[int]
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+
+    def reserve(self, num_tokens: int, used: int) -> None:
+        """Make room for `num_tokens` in all, keeping the first `used`."""
+
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that `pages` counts in, `[num_pages, num_kv_heads, page_tokens, head_dim]`, borrowed."""
+
+    def gathered(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The first tokens side by side, `[num_kv_heads, num_tokens, head_dim]`; a copy where they do not lie so."""
+
+    def store(self, layer: int, place: int, keys: Tensor, values: Tensor) -> None:
+        """Put `[num_kv_heads, num_new, head_dim]`, rounded to the tail's dtype, at token `place` and behind it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+
+class Tail:
+    """One page that grows by doubling: a pair of buffers a layer, in the storage dtype of the cache."""
+
+    def __init__(self, shapes: list[KvShape], dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+        self.shapes = shapes
+        self.capacity = capacity
+        self.pages = [0]
+        self.keys = [torch.empty(s.num_kv_heads, capacity, s.head_dim, dtype=dtype, device=device) for s in shapes]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+
+    @property
+    def page_tokens(self) -> int:
+        """All that there is room for."""
+        return self.capacity
+
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Of a layer, as one page `[1, num_kv_heads, capacity, head_dim]`."""
+        return self.keys[layer][None], self.values[layer][None]
+
+    def gathered(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The first tokens of a layer, borrowed."""
+        return self.keys[layer][:, :num_tokens], self.values[layer][:, :num_tokens]
+
+    def store(self, layer: int, place: int, keys: Tensor, values: Tensor) -> None:
+        """See `SequenceTail`."""
+        end = place + keys.shape[1]
+        self.keys[layer][:, place:end], self.values[layer][:, place:end] = keys, values
+
+    def reserve(self, num_tokens: int, used: int) -> None:
+        """Make room for `num_tokens` in all, keeping the first `used`."""
+        if num_tokens <= self.capacity:
+            return
+        self.capacity = max(num_tokens, 2 * self.capacity, MIN_TAIL_TOKENS)
+        for buffers in (self.keys, self.values):
+            for index, old in enumerate(buffers):
+                buffers[index] = old.new_empty(old.shape[0], self.capacity, old.shape[2])
+                buffers[index][:, :used] = old[:, :used]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
+
+class SequenceState:
+    """One sequence: `num_prefix` tokens of a shared prefix, then `num_tail` tokens of its own."""
+
+    def __init__(self, tail: SequenceTail, prefix: PrefixLayers | None = None) -> None:
+        self.prefix = prefix
+        self.tail = tail
+        self.num_prefix = prefix.num_tokens if prefix is not None else 0
+        self.num_tail = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are there."""
+        return self.num_prefix + self.num_tail
+
+    def begin(self, num_tokens: int) -> None:
+        """Make room for a forward of `num_tokens` tokens."""
+        self.tail.reserve(self.num_tail + num_tokens, used=self.num_tail)
+
+    def finish(self, num_tokens: int) -> None:
+        """Count the tokens of a forward that went through all layers."""
+        self.num_tail += num_tokens
+
+    def rewind(self, num_tail: int) -> None:
+        """Forget the tokens of the tail behind the first `num_tail`."""
+        assert 0 <= num_tail <= self.num_tail
+        self.num_tail = num_tail
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Store the keys and values of new tokens, and attend to everything up to each of them.
+
+        Args:
+            layer: index of the layer.
+            query: `[num_q_heads, num_new, head_dim]`, after RoPE.
+            keys: `[num_kv_heads, num_new, head_dim]`, after RoPE; rounded to the tail's dtype before anyone sees them.
+            values: as `keys`.
+            scale: factor of the scores.
+            window: sliding window of the layer, or None.
+            softcap: cap of the scores, or None.
+
+        Returns:
+            `[num_q_heads, num_new, head_dim]` in the query's dtype.
+        """
+        self.tail.store(layer, self.num_tail, keys, values)
+        rule: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        places = range(self.num_tail, self.num_tail + query.shape[1])
+        parts = [segment_attention(query, *self.tail.gathered(layer, places.stop), offset=places.start, **rule)]
+        if self.prefix is not None and window is None and softcap is None:
+            parts += attend_prefix(query, self.prefix.segments(layer), scale)
+        elif self.prefix is not None:
+            parts += attend_end(query, self.prefix.segments(layer), [places], **rule)
+        return merge_segments(parts).to(query.dtype)
+
+
+class WholeState(SequenceState):
+    """A sequence whose own tokens lie in one piece, as those of a prefix that is being built."""
+
+    tail: Tail
+
+
+def attend_prefix(query: Tensor, segments: Sequence[PrefixSegment], scale: float) -> list[tuple[Tensor, Tensor]]:
+    """What queries `[num_q_heads, num_new, head_dim]` behind a whole prefix find in each of its segments: outputs and
+    log-sum-exps, as `cag_kernels.segment_attention` gives them."""
+    return [
+        prefix_attention(query, segment, scale=scale)
+        if isinstance(segment, QuantizedPrefix)
+        else segment_attention(query, *segment, scale=scale, offset=segment.num_tokens)
+        for segment in segments
+    ]
+
+
+def attend_end(
+    query: Tensor,
+    segments: Sequence[PrefixSegment],
+    places: Sequence[range],
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """As `attend_prefix`, with a window or a cap, for queries of several sequences side by side.
+
+    Args:
+        query: `[num_q_heads, num_rows, head_dim]`.
+        segments: of a layer: they end where the tails begin.
+        places: of the rows of each sequence, in its tail.
+        scale, window, softcap: as in `SequenceState.attend`.
+    """
+    rule: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    found, behind = [], sum(segment.num_tokens for segment in segments)
+    for segment in segments:
+        counted = [range(part.start + behind, part.stop + behind) for part in places]  # from the segment's first key
+        found.append(_attend_segment(query, segment, counted, rule))
+        behind -= segment.num_tokens
+    return found
+
+
+def _attend_segment(
+    query: Tensor, segment: PrefixSegment, places: Sequence[range], rule: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """See `attend_end`; `places` are counted from the segment's first key. In one operation where a row's result does
+    not depend on how many there are, else sequence by sequence."""
+    path = choose_prefix_path(query, segment, window=rule["window"], softcap=rule["softcap"])
+    if len(places) > 1 and (path == "torch" or not rows_stay_apart(query, segment, window=rule["window"])):
+        rows = torch.split_with_sizes(query, list(map(len, places)), dim=1)
+        parts = [_attend_segment(own, segment, [part], rule) for own, part in zip(rows, places, strict=True)]
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+    if len(places) == 1 and (path == "torch" or isinstance(segment, DensePrefix)):
+        return segment_attention(query, *numbers_of(segment), offset=places[0].start, **rule)
+    positions = torch.cat([torch.arange(part.start, part.stop, dtype=torch.int32) for part in places])
+    return prefix_attention(query, segment, positions=positions.to(query.device), **rule)
+
+
+def numbers_of(segment: PrefixSegment) -> DensePrefix:
+    """A segment as numbers: borrowed, or made from codes."""
+    return segment if isinstance(segment, DensePrefix) else DensePrefix(*dequantize_prefix(segment, torch.bfloat16))
+
+
+class BranchedState:
+    """Several sequences behind one prefix, for one forward over all of them: a token sees the prefix and what stands
+    before it in its own branch. Nothing is kept.
+
+    The tokens of the forward are those of the branches one behind the other, `branch_tokens[i]` of each.
+    """
+
+    def __init__(self, prefix: PrefixLayers, branch_tokens: Sequence[int]) -> None:
+        self.prefix = prefix
+        self.branches = [slice(first, last) for first, last in pairwise(accumulate(branch_tokens, initial=0))]
+
+    def positions(self) -> Tensor:
+        """Of all tokens, `[num_tokens]` int64: each branch begins right behind the prefix."""
+        return torch.cat([torch.arange(part.stop - part.start) for part in self.branches]) + self.prefix.num_tokens
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """As `SequenceState.attend`, each branch apart; keys and values are used as they come, unrounded."""
+        attend = partial(segment_attention, scale=scale, window=window, softcap=softcap)
+        visible = self._visible(layer, window)
+        # one pass over the prefix serves all branches, unless a window hides other keys from each
+        shared = [attend(query, *segment, offset=behind) for segment, behind in visible] if window is None else None
+        merged = []
+        for part in self.branches:
+            own = query[:, part]
+            if shared is None:
+                before = [attend(own, *segment, offset=behind) for segment, behind in visible]
+            else:
+                before = [(out[:, part], lse[:, part]) for out, lse in shared]
+            merged.append(merge_segments([attend(own, keys[:, part], values[:, part], offset=0), *before]))
+        return torch.cat(merged, dim=1).to(query.dtype)
+
+    def _visible(self, layer: int, window: int | None) -> list[tuple[DensePrefix, int]]:
+        """What any branch can see of the prefix, and how many tokens there are from each segment's first to the
+        prefix's end."""
+        found, segments = [], self.prefix.segments(layer)
+        behind = sum(segment.num_tokens for segment in segments)
+        for segment in segments:
+            hidden = 0 if window is None else min(max(behind - window, 0), segment.num_tokens)
+            if hidden < segment.num_tokens:
+                numbers = DensePrefix(*(side[:, hidden:] for side in numbers_of(segment)))
+                found.append((numbers, behind - hidden))
+            behind -= segment.num_tokens
+        return found

@@ -1,0 +1,375 @@
+"""How a network's weights lie in memory on a CPU that computes in float32: as few bytes as were stored.
+
+A checkpoint in bfloat16 stays bfloat16: linear layers packed for a question's few rows (`cag_kernels.PackedWeight`),
+embeddings widened row by row. Widening is exact, so the numbers are those of a network in float32, which would take
+twice the memory and twice the reading for each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cag.machine.huge_pages import move_weights
+from cag.machine.runtime import RuntimePlan
+from cag_kernels import (
+    PackedProduct,
+    PackedWeight,
+    can_pack,
+    has_compiler,
+    linear_without_packing,
+    pack_weight,
+    packed_linear,
+    tile_linear_serves,
+    tile_product,
+)
+from cag_kernels.packed import PANEL
+
+if TYPE_CHECKING:
+    from cag_kernels.cpu.products.tile_linear import TileProduct
+    from cag_kernels.cpu.products.tile_mlp import TileMlp
+
+FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
+_PIECE_WEIGHTS = 1 << 22  # widened at once
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kept side by side: one product serves all
+
+
+class Product(Protocol):
+    """A linear layer, or several side by side, over few rows: contiguous float32 `[num_rows, in_features]`.
+
+    Attributes:
+        in_features, out_features: sizes of a row.
+        is_recordable: whether `into` is made of compiled steps (`cag_kernels.cpu.tape`).
+    """
+
+    in_features: int
+    out_features: int
+    is_recordable: bool
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`[num_rows, out_features]` float32, contiguous."""
+
+    def into(self, rows: Tensor, out: Tensor) -> None:
+        """The same to `out`."""
+
+
+class LibraryProduct:
+    """A `Product` by torch's own multiplication, over a weight in 16 bits."""
+
+    is_recordable = False
+
+    def __init__(self, multiply: Callable[..., Tensor], weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._multiply, self._weight, self._bias = multiply, weight, bias
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See `Product`."""
+        product = self._multiply(rows.to(self._weight.dtype), self._weight).float()
+        return product if self._bias is None else product.add_(self._bias)
+
+    def into(self, rows: Tensor, out: Tensor) -> None:
+        """See `Product`."""
+        out.copy_(self(rows))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed weight; computes in float32."""
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight `[out_features, in_features]`, unpacked anew at each access, in the dtype it is kept in."""
+        return self.packed.unpacked()
+
+    def forward(self, block: Tensor) -> Tensor:
+        """`[..., in_features]` float32 to `[..., out_features]`."""
+        return packed_linear(block, self.packed, self.bias)
+
+
+class WidenedEmbedding(nn.Module):
+    """An embedding kept in bfloat16 whose rows come out in float32, times `scale`."""
+
+    def __init__(self, embedding: nn.Embedding, scale: float) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.padding_idx = embedding.padding_idx
+        self.scale = scale
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """`[...]` to `[..., hidden_size]`."""
+        rows = nn.functional.embedding(token_ids, self.weight).float()
+        return rows if self.scale == 1 else rows * self.scale
+
+
+def _scale_of(embedding: nn.Embedding) -> float | None:
+    """What an embedding in float32 makes of a row of ones; None if that is not one number."""
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    kept = embedding.weight, embedding.padding_idx
+    embedding.weight = nn.Parameter(torch.ones(1, embedding.weight.shape[1], dtype=torch.float32), requires_grad=False)
+    embedding.padding_idx = None  # which would be beyond the only row
+    try:
+        row = embedding(torch.zeros(1, dtype=torch.long))[0]
+    finally:
+        embedding.weight, embedding.padding_idx = kept
+    return float(row[0]) if row.dtype == torch.float32 and bool((row == row[0]).all()) else None
+
+
+class _TransposedLinear(nn.Linear):
+    """A linear layer with another order of the product for a question's few rows."""
+
+    def forward(self, block: Tensor) -> Tensor:
+        if block.shape[-2] in FEW_ROWS and block.dtype == self.weight.dtype:
+            return linear_without_packing(block, self.weight, self.bias)
+        return super().forward(block)
+
+
+class Float32Products(TorchFunctionMode):
+    """A context manager: inside of it, embeddings and linear layers over 16-bit weights compute in float32.
+
+    A weight is widened a piece at a time, so memory holds no second copy of it; nothing of the network is changed.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See torch."""
+        if func is nn.functional.linear:
+            return _widened_linear(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        return result.float() if func in (nn.functional.embedding, torch.embedding) else result
+
+
+class SequencesApart:
+    """Lets the linear layers of a network multiply the rows of each sequence by themselves, as if it were alone.
+
+    A library's product of many rows rounds otherwise than the same rows' products one by one, so that what a sequence
+    is answered would depend on who else is there. Calling it gives a context manager; without a network it does
+    nothing. One thread at a time.
+    """
+
+    def __init__(self, network: nn.Module | None) -> None:
+        self._counts: Sequence[int] | None = None
+        for module in network.modules() if network is not None else ():
+            if isinstance(module, nn.Linear | PackedLinear):
+                module.forward = partial(self._forward, module.forward)  # type: ignore[method-assign]
+
+    @contextmanager
+    def __call__(self, counts: Sequence[int]) -> Iterator[None]:
+        """Around a forward of `counts[i]` rows of sequence `i`, side by side."""
+        self._counts = counts if len(counts) > 1 else None
+        try:
+            yield
+        finally:
+            self._counts = None
+
+    def _forward(self, forward: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
+        counts = self._counts
+        if counts is None:
+            return forward(block)
+        if block.shape[-2] == len(counts):  # one row of each, as the output matrix has
+            counts = [1] * len(counts)
+        return torch.cat([forward(part) for part in torch.split_with_sizes(block, list(counts), dim=-2)], dim=-2)
+
+
+def _widened_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`nn.functional.linear`, whose names these are, in float32."""
+    rows = max(1, _PIECE_WEIGHTS // weight.shape[1])
+    wide = input.float()
+    product = wide.new_empty(*wide.shape[:-1], weight.shape[0])
+    for first in range(0, weight.shape[0], rows):
+        product[..., first : first + rows] = wide @ weight[first : first + rows].float().t()
+    return product if bias is None else product.add_(bias)
+
+
+def use_transposed_products(network: nn.Module) -> None:
+    """Let linear layers use `linear_without_packing` for few rows."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _TransposedLinear
+
+
+def loses_in_bfloat16(network: nn.Module) -> bool:
+    """Whether a network that was loaded in bfloat16 has numbers besides its parameters that were rounded with it. One
+    that its module keeps unrounded besides is put back."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                kept = [value for value in vars(module).values() if _is_rounded_to(value, buffer)]
+                if not kept:
+                    return True
+                setattr(module, name, torch.tensor(kept[0], dtype=torch.float32))
+    return False
+
+
+def _is_rounded_to(value: Any, buffer: Tensor) -> bool:
+    return isinstance(value, float) and buffer.ndim == 0 and bool(torch.tensor(value, dtype=buffer.dtype) == buffer)
+
+
+def pack_network(network: nn.Module) -> None:
+    """Turn a network in bfloat16, in place, into one that computes in float32 over bfloat16 weights."""
+    for parent in list(network.modules()):
+        for names in _groups(parent):
+            layers = [getattr(parent, name) for name in names]
+            for name, packed in zip(names, _packed_together(layers), strict=True):
+                setattr(parent, name, packed)
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Embedding) and (scale := _scale_of(child)) is not None:
+                setattr(parent, name, WidenedEmbedding(child, scale))
+    _widen_the_rest(network)
+
+
+def lay_out_weights(network: nn.Module, plan: RuntimePlan, compute_dtype: torch.dtype, *, packs: bool) -> None:
+    """Lay weights that were just read out as `plan` multiplies them, in place; packed where `packs`."""
+    if packs:
+        pack_network(network)
+        return
+    if plan.device == "cpu":
+        move_weights(network)  # in order: what is joined lies side by side then, where rows fill lines
+        if compute_dtype == torch.bfloat16:
+            join_network(network)
+    use_products(network, plan)
+
+
+def use_products(network: nn.Module, plan: RuntimePlan) -> None:
+    """Let the linear layers of a network multiply few rows as `plan` does, in place."""
+    if plan.product in ("transposed", "tiles"):
+        use_transposed_products(network)
+
+
+def join_network(network: nn.Module) -> None:
+    """Lay weights that read the same input side by side, in place: each becomes a view of the joined one. Those that
+    lie so already stay where they are."""
+    for parent in network.modules():
+        children = dict(parent.named_children())
+        for names in TOGETHER:
+            found = (children.get(name) for name in names)
+            layers = [child for child in found if isinstance(child, nn.Linear)]
+            if len(layers) == len(names) and _spanned([layer.weight.detach() for layer in layers]) is None:
+                _join(layers)
+
+
+def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
+    """One product for layers that lie side by side, outputs side by side too; None if they do not.
+
+    `kind` (of `RuntimePlan.product`) says how plain weights in bfloat16 are multiplied: "plain", "transposed" or
+    "tiles", where tiles cannot serve a weight as "transposed".
+    """
+    bias = _joined_bias(layers)
+    if all(isinstance(layer, PackedLinear) for layer in layers):
+        panels = _spanned([layer.packed.panels for layer in layers])
+        packed = None if panels is None else PackedWeight(panels, sum(layer.out_features for layer in layers))
+        return None if packed is None else PackedProduct(packed, bias)
+    if not all(isinstance(layer, nn.Linear) and layer.weight.dtype == torch.bfloat16 for layer in layers):
+        return None
+    weight = _spanned([layer.weight.detach() for layer in layers])
+    if weight is None:
+        return None
+    if kind == "tiles" and tile_linear_serves(weight):
+        return tile_product(weight, bias)
+    multiply = nn.functional.linear if kind == "plain" else linear_without_packing
+    return LibraryProduct(multiply, weight, bias)
+
+
+def tile_mlp(gate_and_up: Product, down: Product, activation: str) -> TileMlp | None:
+    """Both products and the gate between them in one, if both multiply by tiles and have no bias; `activation` of
+    `rows_reference.ACTIVATIONS`."""
+    if not is_tile_product(gate_and_up) or not is_tile_product(down):
+        return None
+    from cag_kernels.cpu.products.tile_mlp import TileMlp, serves
+
+    weights = cast("TileProduct", gate_and_up), cast("TileProduct", down)
+    if any(product.bias is not None for product in weights) or not serves(*(product.weight for product in weights)):
+        return None
+    return TileMlp(weights[0].weight, weights[1].weight, activation)
+
+
+def is_tile_product(product: Product) -> bool:
+    """Whether it multiplies by tiles, which give a row the same bits whatever other rows there are."""
+    if not has_compiler():
+        return False
+    from cag_kernels.cpu.products.tile_linear import TileProduct
+
+    return isinstance(product, TileProduct)
+
+
+def plain_weight(product: Product) -> Tensor | PackedWeight | None:
+    """The weight of a product by compiled code that adds no bias: plain where tiles multiply, else packed; None for any
+    other product."""
+    if isinstance(product, PackedProduct):
+        return product.packed if product.bias is None else None
+    tiles = cast("TileProduct", product) if is_tile_product(product) else None
+    return None if tiles is None or tiles.bias is not None else tiles.weight
+
+
+def joined_weight(layers: Sequence[Any]) -> Tensor | None:
+    """The weights of linear layers as the one `[out_features, in_features]` that they are views of, or None."""
+    if not all(type(layer) is nn.Linear for layer in layers):
+        return None
+    return _spanned([layer.weight.detach() for layer in layers])
+
+
+def _spanned(parts: Sequence[Tensor]) -> Tensor | None:
+    """One view over parts of one memory that follow each other along the first axis; None if they do not."""
+    for before, behind in pairwise(parts):
+        same = before.untyped_storage().data_ptr() == behind.untyped_storage().data_ptr()
+        if not same or before.data_ptr() + before.nbytes != behind.data_ptr():
+            return None
+    first, count = parts[0], sum(part.shape[0] for part in parts)
+    return first.as_strided((count, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    parts = [
+        torch.zeros(layer.out_features, dtype=torch.float32) if layer.bias is None else layer.bias.detach()
+        for layer in layers
+    ]
+    return torch.cat([part.float() for part in parts])
+
+
+def _join(layers: Sequence[nn.Linear]) -> None:
+    whole = torch.cat([layer.weight.detach() for layer in layers])
+    parts = torch.split_with_sizes(whole, [layer.out_features for layer in layers])
+    for layer, part in zip(layers, parts, strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+
+
+def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Names of linear layers of `parent` that are packed in one piece."""
+    linear = {name for name, child in parent.named_children() if type(child) is nn.Linear and can_pack(child.weight)}
+    for names in TOGETHER:
+        layers = [getattr(parent, name) for name in names if name in linear]
+        if len(layers) == len(names) and all(layer.out_features % PANEL == 0 for layer in layers):
+            linear -= set(names)
+            yield names
+    yield from ((name,) for name in sorted(linear))
+
+
+def _packed_together(layers: list[nn.Linear]) -> Iterator[PackedLinear]:
+    whole = pack_weight(*(layer.weight for layer in layers))
+    first = 0
+    for layer in layers:
+        num_panels = -(-layer.out_features // PANEL)
+        yield PackedLinear(PackedWeight(whole.panels[first : first + num_panels], layer.out_features), layer.bias)
+        first += num_panels
+
+
+def _widen_the_rest(network: nn.Module) -> None:
+    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, WidenedEmbedding)}
+    for parameter in network.parameters():
+        if parameter.is_floating_point() and id(parameter) not in embeddings:
+            parameter.data = parameter.data.float()

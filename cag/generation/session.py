@@ -1,0 +1,281 @@
+"""A session behind a prefix: turns of question and answer, each answer with its proof.
+
+A session owns only its tail, in pages of the model's pool; the prefix is shared. Later questions stand behind the
+earlier ones, whose keys and values are kept, so they count as cached. While nobody asks, a session can let go of the
+prefix and go on behind it when it has been opened again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from cag.errors import UsageError
+from cag.generation.answer import Answer, CacheOrigin, Timings, Usage
+from cag.generation.generate import Generation, SamplingOptions
+from cag.generation.scheduler import Request, Scheduler
+from cag.generation.speculation import Drafter
+from cag.prompt import conversation_ids, next_question_ids
+
+if TYPE_CHECKING:
+    from cag.prefix import Prefix
+
+
+class AnswerStream:
+    """Iterates over pieces of text, once; `answer` is there when the iteration has ended.
+
+    Iterating raises UsageError the second time, while another answer of the session is running, and when one has begun
+    since the stream was made: the question stands behind what was there then.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        history: Sequence[tuple[str, str]],
+        question: str,
+        generation: Generation,
+        was_resident: bool,
+    ) -> None:
+        self._session = session
+        self._history = history
+        self._question = question
+        self._generation = generation
+        self._cached_tokens = session.num_cached_tokens
+        self._was_resident = was_resident
+        self._has_begun = False
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        self._begin()
+        try:
+            yield from self._generation
+        finally:
+            self._session.end_turn(self._generation)
+        self._end()
+
+    def submit(self, scheduler: Scheduler, on_piece: Callable[[str], None]) -> Request:
+        """Let `scheduler` make the answer, together with others; `finish` behind it.
+
+        Raises: UsageError: as iterating.
+        """
+        self._begin()
+        try:
+            return scheduler.submit(self._generation, on_piece)
+        except BaseException:
+            self._session.end_turn(self._generation)
+            raise
+
+    def finish(self, request: Request) -> Answer | None:
+        """Wait until a submitted answer has left the scheduler. None: it was cancelled. Raises what went wrong. Either
+        way an answer that is not whole leaves the session as if the question had not been asked."""
+        request.wait()
+        try:
+            if request.error is not None:
+                raise request.error
+            if self._generation.finished:
+                self._end()
+        finally:
+            self._session.end_turn(self._generation, keep=self._answer is not None)
+        return self._answer
+
+    def _begin(self) -> None:
+        if self._has_begun:
+            raise UsageError("this stream was read before.", hint="Make a stream for each question.")
+        self._session.begin_turn(self._cached_tokens)
+        self._has_begun = True
+
+    def _end(self) -> None:
+        self._answer = self._compose()
+        self._session.turns.extend([*self._history, (self._question, self._answer.text)])
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer.
+
+        Raises:
+            UsageError: the stream has not been read to its end.
+        """
+        if self._answer is None:
+            raise UsageError("the answer is not complete yet.", hint="Read the stream to its end first.")
+        return self._answer
+
+    def _compose(self) -> Answer:
+        generation, prefix = self._generation, self._session.prefix
+        resident = prefix.resident
+        tier, load_s = ("device", 0.0) if self._was_resident else (resident.tier, resident.load_s)
+        computed = len(generation.suffix_ids)
+        timings = Timings(load_s, generation.prefill_s, generation.ttft_s, generation.tpot_s, generation.total_s)
+        return Answer(
+            text=generation.text.strip(),
+            citations=prefix.cite(self._question, generation.text),
+            usage=Usage(
+                self._cached_tokens + computed,
+                self._cached_tokens,
+                computed,
+                len(generation.token_ids),
+                generation.drafted_tokens,
+                generation.accepted_tokens,
+            ),
+            timings=timings,
+            cache=CacheOrigin(prefix.name, prefix.digest, tier),
+            model=prefix.model.model_id,
+            finish_reason=generation.finish_reason,
+            token_ids=tuple(generation.token_ids),
+        )
+
+
+class Session:
+    """Turns behind one prefix. Not for use by several threads at once; open one session for each.
+
+    Attributes:
+        turns: (question, answer) pairs so far.
+    """
+
+    def __init__(self, prefix: Prefix) -> None:
+        self._prefix: Prefix | None = prefix
+        self._digest = prefix.digest
+        self.turns: list[tuple[str, str]] = []
+        self._state = prefix.model.new_session_state(prefix.resident)
+        self._busy = False
+        self._begun_at = 0  # tokens of the tail before the running answer
+        self._answered = False
+        self._read: list[int] = []  # tokens of the tail
+        self._unread: list[int] = []  # tokens of the last answer that no forward has seen yet
+
+    @property
+    def prefix(self) -> Prefix:
+        """What it stands behind. Raises: UsageError: it has let go of it."""
+        if self._prefix is None:
+            raise UsageError("the session was suspended or closed.", hint="Resume it, or open another one.")
+        return self._prefix
+
+    def suspend(self) -> None:
+        """Keep the tail and nothing else, until `resume`: the prefix may leave memory meanwhile.
+
+        Raises:
+            UsageError: an answer is running.
+        """
+        self._check_idle()
+        self._prefix = self._state.prefix = None
+        self._state.tail.shrink(self._state.num_tail)
+
+    def resume(self, prefix: Prefix) -> None:
+        """Go on behind `prefix`, the same version of the cache in whatever memory it is now.
+
+        Raises:
+            UsageError: another version.
+        """
+        if prefix.digest != self._digest:
+            raise UsageError("a session can only go on behind the version of the cache that it was opened with.")
+        self._prefix, self._state.prefix = prefix, prefix.resident
+
+    def close(self) -> None:
+        """Give the tail's pages back; without, they go back when nothing refers to the session any more.
+
+        Raises:
+            UsageError: an answer is running.
+        """
+        self._check_idle()
+        self._prefix = self._state.prefix = None
+        self._state.tail.close()
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prefix and of earlier turns whose keys and values are there."""
+        return self._state.num_tokens
+
+    def begin_turn(self, cached_tokens: int) -> None:
+        """Before an answer to a question that was laid out behind `cached_tokens`; `end_turn` behind it.
+
+        Raises:
+            UsageError: another answer of the session is still running, or has begun since.
+        """
+        self._check_idle()
+        if self.num_cached_tokens != cached_tokens:
+            raise UsageError(
+                "another answer of the session has begun since this stream was made.",
+                hint="Make the stream of a question when the answer before it is there.",
+            )
+        self._busy, self._begun_at = True, self._state.num_tail
+
+    def end_turn(self, generation: Generation, *, keep: bool = True) -> None:
+        """However an answer has ended, the session is ready for the next question. What has been said so far is
+        remembered, unless `keep` is False."""
+        forwarded = self._state.num_tail - self._begun_at - len(generation.suffix_ids)
+        if forwarded < 0 or not keep:  # not all of the question was read, or nobody heard: it was not asked
+            self._state.rewind(self._begun_at)
+        else:
+            self._answered = True
+            forwarded = min(forwarded, len(generation.token_ids))  # more if an interrupt came before a draft was judged
+            self._state.rewind(self._begun_at + len(generation.suffix_ids) + forwarded)
+            self._read += generation.suffix_ids + generation.token_ids[:forwarded]
+            self._unread = generation.token_ids[forwarded:]
+        self._busy = False
+
+    def ask(
+        self,
+        question: str,
+        options: SamplingOptions | None = None,
+        *,
+        started_at: float | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> Answer:
+        """Answer a question behind the prefix and the earlier turns. Raises as `stream`."""
+        stream = self.stream(question, options, started_at=started_at, history=history)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self,
+        question: str,
+        options: SamplingOptions | None = None,
+        *,
+        started_at: float | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> AnswerStream:
+        """Start an answer; iterate over the result for its text.
+
+        Args:
+            question: the user's words.
+            options: sampling and stop rules.
+            started_at: `time.perf_counter()` from which the first token is counted; the time of the call if None.
+            history: (question, answer) turns that were held elsewhere, to be read before the question.
+
+        Raises:
+            UsageError: an empty question, or a history for a session that has turns of its own.
+            RequestTooLong: no room left in the model's window.
+        """
+        begin = time.perf_counter() if started_at is None else started_at
+        if not question.strip():
+            raise UsageError("the question is empty.")
+        if history and self._answered:
+            raise UsageError("the session has turns of its own.", hint="Replay a history in a new session.")
+        self.prefix.check_open()
+        was_resident = started_at is None and self.prefix.resident.is_loaded
+        options, suffix = options or SamplingOptions(), self._suffix(question, history)
+        generation = Generation(
+            self.prefix.model,
+            self._state,
+            suffix,
+            options,
+            started_at=begin,
+            drafter=self._drafter(suffix, options.speculate),
+        )
+        return AnswerStream(self, history, question, generation, was_resident)
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise UsageError("another answer of the session is still running.", hint="Open a second session.")
+
+    def _drafter(self, suffix: list[int], speculate: bool | None) -> Drafter | None:
+        model, resident = self.prefix.model, self.prefix.resident
+        wanted = model.rows_stay_apart if speculate is None else speculate
+        return Drafter(lambda: resident.ngrams, [*self._read, *suffix]) if wanted else None
+
+    def _suffix(self, question: str, history: Sequence[tuple[str, str]]) -> list[int]:
+        tokenizer, template = self.prefix.model.tokenizer, self.prefix.template
+        if not self._answered:
+            return conversation_ids(tokenizer, template, history, question)
+        return self._unread + next_question_ids(tokenizer, template, question)

@@ -1,0 +1,299 @@
+"""A prefix on the device: keys and values of all layers, shared by all sessions and never changed.
+
+A prefix may be used while it is still loading: whoever needs a layer waits for that layer only, so the question's
+forward runs through the first layers while later ones are read and decoded. A layer that attends through a window holds
+the end of the prefix only, the chunks in which queries behind it see anything.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cag.errors import UsageError
+from cag.forward.state import numbers_of
+from cag.ngrams import NgramIndex
+from cag.residency.buffers import CodedBuffers, HostBuffers
+from cag.residency.host_copies import HostCopy
+from cag.residency.stream_buffers import StreamBuffers, can_decode
+from cag.residency.uploads import Uploads
+from cag_kernels import DensePrefix
+from cag_kernels.device import serves_codes
+from cag_kernels.prefixes import Codes
+from cag_store.codecs import CodedShape
+
+if TYPE_CHECKING:
+    from cag.forward.state import AttentionRule, KvShape, PrefixSegment, Tail
+    from cag_store import CacheReader
+
+Buffers = HostBuffers | CodedBuffers | StreamBuffers
+
+
+def _attended(keys: CodedShape, values: CodedShape, device: torch.device) -> bool:
+    codes = Codes(keys.bits, values.bits, keys.group_tokens, values.group_channels)
+    return serves_codes(device, keys.head_dim, codes)
+
+
+def _codes(
+    reader: CacheReader, first_tokens: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Buffers | None:
+    """Room for the codes of a cache; None where it has none that the device attends to."""
+    shapes = reader.coded_shapes(first_tokens) if dtype == torch.bfloat16 else None
+    if shapes is None or not all(_attended(*both, device) for both in shapes):
+        return None
+    return CodedBuffers(shapes, device, through_host=device.type != "cpu")
+
+
+def _streams(
+    reader: CacheReader, first_tokens: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Buffers | None:
+    """Room for the undecoded segments of a cache; None where the codec or the kernels have no such way."""
+    shapes = reader.stream_shapes(first_tokens) if str(dtype) == f"torch.{reader.header.context.dtype}" else None
+    return None if shapes is None or not can_decode(shapes) else StreamBuffers(shapes, dtype, device)
+
+
+def _numbers(
+    reader: CacheReader,
+    first_tokens: Sequence[int],
+    shapes: Sequence[KvShape],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HostBuffers:
+    """Room for the numbers of a cache."""
+    pairs = zip(shapes, first_tokens, strict=True)
+    sizes = [(shape.num_kv_heads, reader.num_tokens - first, shape.head_dim) for shape, first in pairs]
+    return HostBuffers.of(sizes, dtype, device)
+
+
+class ResidentPrefix:
+    """Keys and values of `num_tokens` tokens, `[num_kv_heads, num_tokens, head_dim]` a layer and side.
+
+    `layers` has the segments of each layer, one behind the other: numbers, or codes with what is exact behind them. All
+    end with the prefix; those of a layer with a window may begin behind its first token.
+
+    Attributes:
+        token_ids: `[num_tokens]` int64.
+        load_s: seconds from the start of loading until the last layer was there; 0 for a prefix that was computed here.
+        tier: the slowest place that the layers were loaded from: "memory", "disk" or "object-store".
+        shares_cores: whether loading needs the cores that a forward would run on.
+    """
+
+    def __init__(self, layers: Sequence[tuple[PrefixSegment, ...]], token_ids: NDArray[np.int64]) -> None:
+        self._layers = layers
+        self.token_ids = token_ids
+        self.load_s = 0.0
+        self.tier = "memory"
+        self.shares_cores = False
+        self._uploads: Uploads | None = None
+        self._reread: Callable[[int], DensePrefix] | None = None  # a whole layer, where not all of it may be here
+        self._confirm: Callable[[int], None] | None = None  # while layers arrive that may prove damaged
+        self._ready = [threading.Event() for _ in layers]
+        self._error: BaseException | None = None
+        self._given_up = False
+
+    @classmethod
+    def from_tail(cls, tail: Tail, token_ids: NDArray[np.int64]) -> ResidentPrefix:
+        """A prefix that was just computed; takes over the tail's buffers without a copy."""
+        prefix = cls([(pair,) for pair in map(DensePrefix, tail.keys, tail.values)], token_ids)
+        prefix.mark_loaded()
+        return prefix
+
+    @classmethod
+    def load(
+        cls,
+        reader: CacheReader,
+        shapes: list[KvShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        rules: Sequence[AttentionRule] | None = None,
+        overlap: bool = True,
+        in_codes: bool = False,
+        in_streams: bool = False,
+        on_host_copy: Callable[[HostCopy], None] | None = None,
+    ) -> ResidentPrefix:
+        """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed. The reader stays
+        open as long as `layer` may be called.
+
+        `rules` say how each layer attends: whole chunks that its window hides from all that stands behind the prefix
+        are not loaded, unless layers that share segments with it need them.
+
+        With `in_codes` the prefix takes the bytes of its codec where that has codes that this device attends to. With
+        `in_streams` the device decodes what the store verified, where the codec's kernels can do that.
+
+        `on_host_copy` is given what lies in pinned memory when all layers are on a GPU.
+
+        With `overlap` a layer can be used as soon as it is there, and the first ones come soon. Without it, `segments`
+        gives all layers together: where loading needs the very cores that the forward runs on, one after the other is
+        sooner.
+        """
+        seen = [0] * len(shapes) if rules is None else [rule.first_seen(reader.num_tokens) for rule in rules]
+        # at least a chunk: no layer is without segments
+        firsts = reader.first_tokens([min(first, reader.num_tokens - 1) for first in seen])
+        host = _streams(reader, firsts, dtype, device) if in_streams else None
+        host = host or (_codes(reader, firsts, dtype, device) if in_codes else None)
+        host = host or _numbers(reader, firsts, shapes, dtype, device)
+        prefix = cls(host.layers(), reader.token_ids().astype(np.int64))
+        prefix.shares_cores = not overlap
+        prefix._reread = partial(_whole_layer, reader, shapes, dtype, device)
+        prefix._start(host, partial(prefix._read, reader, firsts, host), on_host_copy)
+        return prefix
+
+    @classmethod
+    def promote(
+        cls, copy: HostCopy, reader: CacheReader, shapes: list[KvShape], dtype: torch.dtype, device: torch.device
+    ) -> ResidentPrefix:
+        """Start to send to the device what an earlier load of this cache left in the host's memory. Returns at once, as
+        `load`."""
+        host = copy.again()
+        prefix = cls(host.layers(), reader.token_ids().astype(np.int64))
+        prefix._reread = partial(_whole_layer, reader, shapes, dtype, device)
+        prefix._start(host, partial(prefix._send, host), None)
+        return prefix
+
+    def _start(self, host: Buffers, work: Callable[[], None], on_host_copy: Callable[[HostCopy], None] | None) -> None:
+        self._uploads = host.uploads
+        self._confirm = host.confirm if isinstance(host, StreamBuffers) else None
+        arguments = (host, work, on_host_copy)
+        # no daemon: such a thread must not be caught in compiled code when the process ends
+        threading.Thread(target=self._load, args=arguments, name="cag-load").start()
+
+    def _load(
+        self,
+        host: Buffers,
+        work: Callable[[], None],
+        on_host_copy: Callable[[HostCopy], None] | None,
+    ) -> None:
+        start = time.perf_counter()
+        try:
+            try:
+                work()
+            finally:
+                if host.uploads is not None:  # after an error too: the memory must not go while it is written to
+                    host.uploads.finish()
+            if self._confirm is not None:
+                for layer in range(len(self._ready)):
+                    self._confirm(layer)
+            if host.uploads is not None and on_host_copy is not None:
+                on_host_copy(host.host_copy())
+            self.load_s = time.perf_counter() - start
+        except BaseException as error:  # handed to whoever waits for a layer
+            self._error = error
+        finally:
+            self._confirm = None  # behind the error: `wait_for` looks at both in the other order
+            self.mark_loaded()
+
+    def _read(self, reader: CacheReader, first_tokens: Sequence[int], host: Buffers) -> None:
+        arrived, soon = partial(self._arrived, host=host), not self.shares_cores
+        reader.load(host.views(), arrived, first_layer_soon=soon, first_tokens=first_tokens)
+        self.tier = reader.tier
+
+    def _send(self, host: Buffers) -> None:
+        for layer in range(len(self._ready)):
+            self._arrived(layer, host)
+
+    def _arrived(self, layer: int, host: Buffers) -> None:
+        if self._given_up:
+            raise UsageError("the cache was closed while it was loading.", hint="Keep it open until answers are there.")
+        host.arrived(layer)
+        if layer < len(self._ready) - 1:  # the last layer is set with `load_s`
+            self._ready[layer].set()
+
+    def give_up(self) -> None:
+        """Load no further layers: nobody wants them any more. Who waits for one all the same gets a UsageError."""
+        self._given_up = True
+
+    def mark_loaded(self) -> None:
+        """All layers are there."""
+        for event in self._ready:
+            event.set()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.token_ids)
+
+    @cached_property
+    def ngrams(self) -> NgramIndex:
+        """Where runs of its tokens stand, for drafts; made when it is first asked for."""
+        return NgramIndex(self.token_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values that are held on the device, as numbers or as codes with their scales."""
+        segments = [segment for layer in self._layers for segment in layer]
+        return sum(part.nbytes for segment in segments for part in segment if isinstance(part, Tensor))
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all layers are there, or will not come."""
+        return self._ready[-1].is_set()
+
+    def segments(self, index: int) -> tuple[PrefixSegment, ...]:
+        """Keys and values of a layer, borrowed; waits for it.
+
+        Raises:
+            StoreError: what went wrong while loading.
+        """
+        self.wait_for(len(self._layers) - 1 if self.shares_cores else index)
+        if self._uploads is not None:
+            self._uploads.wait(index)
+        return self._layers[index]
+
+    def places(self, index: int) -> tuple[PrefixSegment, ...]:
+        """As `segments`, without waiting: where the layer lies, or will lie when it has arrived."""
+        return self._layers[index]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as numbers, `[num_kv_heads, num_tokens, head_dim]`: borrowed, or made from codes,
+        or read from the store again where the device holds only what is seen through a window.
+
+        Raises:
+            StoreError: what went wrong while loading, or in reading again.
+        """
+        segments = self.segments(index)
+        if sum(segment.num_tokens for segment in segments) < self.num_tokens:
+            assert self._reread is not None, "only a load leaves tokens out"
+            keys, values = self._reread(index)
+            return keys, values
+        dense = list(map(numbers_of, segments))
+        if len(dense) == 1:
+            return dense[0].keys, dense[0].values
+        return torch.cat([segment.keys for segment in dense], 1), torch.cat([segment.values for segment in dense], 1)
+
+    def wait_for(self, index: int) -> None:
+        """Wait until a layer is there. Raises: StoreError."""
+        self._ready[index].wait()
+        confirm = self._confirm
+        if self._error is not None:
+            raise self._error
+        if confirm is not None:
+            confirm(index)
+
+    def wait(self) -> None:
+        """Wait until all layers are there."""
+        self.segments(len(self._ready) - 1)
+
+    def wait_quietly(self) -> None:
+        """Wait until loading has ended, whatever came of it."""
+        self._ready[-1].wait()
+
+
+def _whole_layer(
+    reader: CacheReader, shapes: Sequence[KvShape], dtype: torch.dtype, device: torch.device, index: int
+) -> DensePrefix:
+    """All tokens of a layer, decoded anew. Raises: StoreError."""
+    num_tokens = reader.num_tokens
+    firsts = reader.first_tokens([0 if layer == index else num_tokens for layer in range(len(shapes))])
+    host = _numbers(reader, firsts, shapes, dtype, torch.device("cpu"))
+    reader.load(host.views(), first_tokens=firsts)
+    (numbers,) = host.layers()[index]
+    return DensePrefix(*(side.to(device) for side in numbers_of(numbers)))

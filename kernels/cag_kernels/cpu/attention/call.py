@@ -1,0 +1,99 @@
+"""The call that compiled attention serves: its fields in memory, and a function under construction that reads them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from cag_kernels.cpu.attention.panel import Blocking
+from cag_kernels.cpu.emit import INT64, POINTER, Emitter, Value
+
+
+class Field(IntEnum):
+    """Places in the array of int64 that describes a call to the compiled code; `QUERY` to `LOGSUMEXPS`: addresses."""
+
+    NEXT_TASK = 0
+    QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32 (bfloat16 for tiles)
+    KEYS = 2
+    VALUES = 3
+    SCALED = 4  # [num_kv_heads, head_dim, num_lanes] float32: the query transposed, scaled, padded with zeros
+    MAXIMUM = 5  # [num_kv_heads, num_ranges, num_lanes] float32; range 0 of a head holds the result in the end
+    DENOMINATOR = 6  # as MAXIMUM
+    WEIGHTED = 7  # [num_kv_heads, num_ranges, head_dim, num_lanes] float32
+    OUT = 8  # as QUERY, float32
+    LOGSUMEXPS = 9  # [num_kv_heads, num_rows] float32
+    NUM_KV_HEADS = 10
+    NUM_KEYS = 11
+    NUM_ROWS = 12
+    NUM_LANES = 13  # rows rounded up to whole vectors
+    NUM_RANGES = 14
+    KEYS_STRIDE = 15  # elements from one head to the next
+    VALUES_STRIDE = 16
+    SCALE = 17  # the bits of a float32
+    # of windows (`cpu.attention.window_call`); zeros where there are none:
+    POSITIONS = 18  # address of int32 [num_queries]
+    FIRST_KEYS = 19  # address of int32 [num_lanes], which `prepare` writes
+    NUM_QUERIES = 20  # row r of a head is query r % NUM_QUERIES
+    OFFSET = 21  # added to positions
+    WINDOW = 22
+    BEGIN = 23  # written by `prepare`: key from which on any row sees one
+    # of a prefix in codes (`cpu.attention.dequantize`), where KEYS and VALUES are codes and their strides bytes:
+    NUM_GROUPS = 24  # groups of keys along the tokens
+    NUM_EXACT = 25  # first tokens that stand in EXACT_KEYS and EXACT_VALUES
+    KEY_SCALES = 26  # [num_kv_heads, num_groups, head_dim] bfloat16
+    KEY_OFFSETS = 27
+    VALUE_SCALES = 28  # [num_kv_heads, num_keys, num_channel_groups] bfloat16
+    VALUE_OFFSETS = 29
+    EXACT_KEYS = 30  # [num_kv_heads, num_exact, head_dim] bfloat16
+    EXACT_VALUES = 31
+
+
+_ADDRESSES = {*range(Field.QUERY, Field.NUM_KV_HEADS), Field.POSITIONS, Field.FIRST_KEYS, *range(Field.KEY_SCALES, 32)}
+
+
+class Call:
+    """A function under construction and the fields of the call that it serves; of windows and of codes only when
+    there are some."""
+
+    def __init__(
+        self,
+        module: ir.Module,
+        name: str,
+        head_dim: int,
+        blocking: Blocking,
+        *,
+        has_window: bool = False,
+        has_codes: bool = False,
+    ) -> None:
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
+        self.head_dim = head_dim
+        self.blocking = blocking
+        self.has_window = has_window
+        self.emit = self.make_emitter()
+        last = Field.EXACT_VALUES if has_codes else Field.BEGIN
+        fields = [field for field in list(Field)[1:] if field <= last]
+        self._fields: dict[Field, Value] = {field: self._read(field) for field in fields}
+
+    def make_emitter(self) -> Emitter:
+        """What the function's instructions are made with."""
+        return Emitter(self.function, self.blocking.lanes)
+
+    def _read(self, field: Field) -> Value:
+        value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
+        return self.emit.builder.inttoptr(value, POINTER) if field in _ADDRESSES else value
+
+    def place(self, field: Field) -> Value:
+        """Address of a field."""
+        return self.emit.at(self.function.args[0], int(field), INT64)
+
+    def __getitem__(self, field: Field) -> Value:
+        return self._fields[field]
+
+    def index(self, first: Value, *pairs: tuple[Value | int, Value | int]) -> Value:
+        """`((first * size + offset) * size + offset) ...` over `(size, offset)` pairs."""
+        builder = self.emit.builder
+        for size, offset in pairs:
+            size, offset = (self.emit.integer(part) if isinstance(part, int) else part for part in (size, offset))
+            first = builder.add(builder.mul(first, size), offset)
+        return first

@@ -1,0 +1,130 @@
+"""A tile of a prefix in codes as integer products want it, on the stack of the function that serves a call's tasks.
+
+In: a call whose keys and values are codes with scales and offsets (`prefixes.QuantizedPrefix`). Out: codes in 16 bits,
+scales and offsets in float32, once for all rows that meet them (`cpu.attention.code_panel`).
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from cag_kernels.cpu.attention.call import Call, Field
+from cag_kernels.cpu.attention.dequantize import SIDES
+from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, Value
+from cag_kernels.prefixes import Codes
+
+CHUNK = 16  # codes that are widened at once, and channels of values side by side
+_CODES = ir.VectorType(INT8, CHUNK)
+_WIDE = ir.VectorType(INT16, CHUNK)
+
+
+def num_channel_groups(head_dim: int, codes: Codes) -> int:
+    """Groups of values along the channels."""
+    return -(-head_dim // codes.group_channels)
+
+
+class CodeTile:
+    """Memory of one tile, and how it is filled.
+
+    keys: int16 `[tile, head_dim]`. values: int16 `[head_dim / CHUNK, tile / 2, CHUNK, 2]`, codes of two keys side by
+    side. key_parameters: float32 `[2, head_dim]`, scales and offsets; value_parameters: float32 `[2, tile, groups]`,
+    zeros behind the last key. Codes behind the last key are any.
+    """
+
+    def __init__(self, call: Call, codes: Codes) -> None:
+        self.call, self.emit, self.builder, self.codes = call, call.emit, call.emit.builder, codes
+        self.tile, self.head_dim = call.blocking.tile, call.head_dim
+        self.num_groups = num_channel_groups(call.head_dim, codes)
+        self.keys, self.values = (self.emit.scratch(self.tile * self.head_dim // 2) for _ in range(2))
+        self.key_parameters = self.emit.scratch(2 * self.head_dim)
+        self.value_parameters = self.emit.scratch(2 * self.tile * self.num_groups)
+
+    def emit_tile(self, head: Value, first: Value, count: Value) -> None:
+        """Tokens `[first, first + count)` of a head, of which `first` is a multiple of the tile."""
+        self._emit_keys(head, first, count)
+        self._emit_values(head, first, count)
+        self._emit_key_parameters(head, first)
+        self._emit_value_parameters(head, first, count)
+
+    def row_bytes(self, side: int) -> int:
+        """Bytes of a token's key (0) or value (1)."""
+        return self.head_dim * (self.codes.key_bits, self.codes.value_bits)[side] // 8
+
+    def place(self, side: int, head: Value, token: Value) -> Value:
+        """Where the codes of a key (0) or a value (1) lie in memory."""
+        skipped = self.builder.mul(token, self.emit.integer(self.row_bytes(side)))
+        return self.emit.at(
+            self.call[SIDES[side].codes], self.call.index(head, (self.call[SIDES[side].stride], skipped)), INT8
+        )
+
+    def _emit_keys(self, head: Value, first: Value, count: Value) -> None:
+        emit, builder, bits = self.emit, self.builder, self.codes.key_bits
+        source = self.place(0, head, first)
+        with emit.loop(emit.integer(0), count, 1) as token:
+            row = emit.at(source, builder.mul(token.index, emit.integer(self.row_bytes(0))), INT8)
+            target = emit.at(self.keys, builder.mul(token.index, emit.integer(self.head_dim)), INT16)
+            for byte in range(0, self.row_bytes(0), CHUNK):
+                load = builder.load(emit.at(row, byte, INT8), typ=_CODES, align=1)
+                for channel, codes in self._channels(load, byte, bits):
+                    builder.store(self._wide(codes, bits), emit.at(target, channel, INT16), align=2)
+
+    def _emit_values(self, head: Value, first: Value, count: Value) -> None:
+        """Two rows at a time; the last one beside itself where it has none."""
+        emit, builder, bits = self.emit, self.builder, self.codes.value_bits
+        source, last = self.place(1, head, first), builder.sub(count, emit.integer(1))
+        turns = [
+            ir.Constant(ir.VectorType(INT32, CHUNK), [half + lane // 2 + lane % 2 * CHUNK for lane in range(CHUNK)])
+            for half in (0, CHUNK // 2)
+        ]
+        with emit.loop(emit.integer(0), count, 2) as token:
+            tokens = [token.index, emit.minimum(builder.add(token.index, emit.integer(1)), last)]
+            rows = [emit.at(source, builder.mul(index, emit.integer(self.row_bytes(1))), INT8) for index in tokens]
+            target = emit.at(self.values, builder.mul(token.index, emit.integer(CHUNK // 2)))
+            for byte in range(0, self.row_bytes(1), CHUNK):
+                loads = [builder.load(emit.at(row, byte, INT8), typ=_CODES, align=1) for row in rows]
+                halves = zip(*(self._channels(load, byte, bits) for load in loads), strict=True)
+                for (channel, even), (_, odd) in halves:
+                    place = emit.at(target, channel * self.tile // 2)
+                    for half, both in enumerate(turns):
+                        codes = self._wide(builder.shuffle_vector(even, odd, both), bits)
+                        builder.store(codes, emit.at(place, half * CHUNK // 2), align=2)
+
+    def _wide(self, codes: Value, bits: int) -> Value:
+        return self.builder.sext(codes, _WIDE) if bits == 8 else self.builder.zext(codes, _WIDE)
+
+    def _channels(self, load: Value, byte: int, bits: int) -> list[tuple[int, Value]]:
+        """First channel and codes, one a byte, of what was loaded from a place in a row."""
+        if bits == 8:
+            return [(byte, load)]
+        low = self.builder.and_(load, ir.Constant(_CODES, [15] * CHUNK))
+        high = self.builder.lshr(load, ir.Constant(_CODES, [4] * CHUNK))
+        return [(byte, low), (self.head_dim // 2 + byte, high)]
+
+    def _emit_key_parameters(self, head: Value, first: Value) -> None:
+        emit, builder = self.emit, self.builder
+        group = builder.udiv(first, emit.integer(self.codes.group_tokens))
+        index = self.call.index(head, (self.call[Field.NUM_GROUPS], group), (self.head_dim, 0))
+        for part, field in enumerate((Field.KEY_SCALES, Field.KEY_OFFSETS)):
+            source = emit.at(self.call[field], index, INT16)
+            for channel in range(0, self.head_dim, emit.lanes):
+                target = emit.at(self.key_parameters, part * self.head_dim + channel)
+                emit.store(emit.load_bfloat16(emit.at(source, channel, INT16)), target)
+
+    def _emit_value_parameters(self, head: Value, first: Value, count: Value) -> None:
+        """As they lie in memory; of the last tile one by one, with zeros behind them."""
+        emit, builder, size = self.emit, self.builder, self.tile * self.num_groups
+        index = self.call.index(head, (self.call[Field.NUM_KEYS], first), (self.num_groups, 0))
+        is_whole = builder.icmp_signed("==", count, emit.integer(self.tile))
+        for part, field in enumerate((Field.VALUE_SCALES, Field.VALUE_OFFSETS)):
+            source = emit.at(self.call[field], index, INT16)
+            target = emit.at(self.value_parameters, part * size)
+            with emit.when(is_whole), emit.loop(emit.integer(0), emit.integer(size), emit.lanes) as place:
+                emit.store(emit.load_bfloat16(emit.at(source, place.index, INT16)), emit.at(target, place.index))
+            with emit.when(builder.not_(is_whole)):
+                with emit.loop(emit.integer(0), emit.integer(size), emit.lanes) as place:
+                    emit.store(emit.constant(0.0), emit.at(target, place.index))
+                with emit.loop(emit.integer(0), builder.mul(count, emit.integer(self.num_groups)), 1) as place:
+                    half = builder.load(emit.at(source, place.index, INT16), typ=INT16, align=2)
+                    pattern = builder.shl(builder.zext(half, INT32), ir.Constant(INT32, 16))
+                    number = builder.bitcast(pattern, FLOAT)
+                    builder.store(number, emit.at(target, place.index), align=4)

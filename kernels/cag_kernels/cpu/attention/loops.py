@@ -1,0 +1,211 @@
+"""The compiled functions of one call: `prepare` the query, `attend` task by task, `finish` by merging the ranges.
+
+A task is one range of keys of one key/value head. Threads take tasks from a shared counter, so they are busy alike; the
+ranges have a fixed number of keys and are merged in order, so the threads do not show in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from cag_kernels.cpu.attention.call import Call, Field
+from cag_kernels.cpu.attention.code_ranges import serve_by_code_panels
+from cag_kernels.cpu.attention.panel import Blocking
+from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_few, serve_by_panels
+from cag_kernels.cpu.attention.window_call import emit_first_keys, emit_range_bounds, emit_seeing
+from cag_kernels.cpu.emit import FLOAT, INT32, UNSEEN, Value, function_blocks
+from cag_kernels.prefixes import Codes
+
+
+def attention_module(
+    head_dim: int,
+    blocking: Blocking,
+    few_rows: int | None = None,
+    codes: Codes | None = None,
+    has_window: bool = False,
+    by_integers: bool = False,
+) -> ir.Module:
+    """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
+
+    Over numbers, or over codes: these meet 16-bit integers if `by_integers`, else a range of them is turned into
+    numbers where it is attended to. For any number of rows, with a window or without; or, without integers, for exactly
+    `few_rows` of one query, without a window.
+    """
+    module = ir.Module(name=f"attention_{head_dim}")
+    prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
+    _emit_prepare(prepare)
+    if has_window:
+        emit_first_keys(prepare, blocking.tile)
+    prepare.emit.builder.ret_void()
+    attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
+    if by_integers:
+        assert few_rows is None and codes is not None
+        serve = serve_by_code_panels(attend, codes)
+    elif few_rows is None:
+        serve = serve_by_panels(attend, codes)
+    else:
+        serve = serve_by_few(attend, few_rows, codes)
+    emit_tasks(attend, lambda task: _emit_task(attend, serve, task))
+    attend.emit.builder.ret_void()
+    _emit_finish(Call(module, "finish", head_dim, blocking, has_window=has_window))
+    return module
+
+
+def _emit_prepare(call: Call) -> None:
+    """Write the query transposed: so many rows by as many channels at a time, in registers."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
+    num_lanes = call[Field.NUM_LANES]
+    with (
+        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
+        emit.loop(zero, num_lanes, emit.lanes) as vector,
+    ):
+        rows = [_Row(call, head.index, builder.add(vector.index, emit.integer(lane))) for lane in range(emit.lanes)]
+        with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
+            numbers = []
+            for row in rows:
+                number = emit.load(row.place(Field.QUERY, channel.index))
+                numbers.append(builder.select(row.exists, builder.fmul(number, scale), emit.constant(0.0)))
+            for offset, column in enumerate(emit.transposed(numbers)):
+                place = builder.add(channel.index, emit.integer(offset))
+                target = call.index(head.index, (call.head_dim, place), (num_lanes, vector.index))
+                emit.store(column, emit.at(call[Field.SCALED], target))
+
+
+class _Row:
+    """A row of a head's queries; behind the last one, which it stands for then, there is none."""
+
+    def __init__(self, call: Call, head: Value, row: Value) -> None:
+        self._call, self._head = call, head
+        emit, last = call.emit, call.emit.builder.sub(call[Field.NUM_ROWS], call.emit.integer(1))
+        self.exists = emit.builder.icmp_signed("<=", row, last)
+        self.row = emit.minimum(row, last)
+
+    def place(self, field: Field, channel: Value) -> Value:
+        """Of the query or of the output."""
+        call = self._call
+        index = call.index(self._head, (call[Field.NUM_ROWS], self.row), (call.head_dim, channel))
+        return call.emit.at(call[field], index)
+
+
+def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
+    """Take tasks, numbered head by head and range by range, from the call's counter until none is left."""
+    emit, builder = call.emit, call.emit.builder
+    num_tasks = builder.mul(call[Field.NUM_RANGES], call[Field.NUM_KV_HEADS])
+    take, work, done = function_blocks(call.function, "take", "work", "done")
+    builder.branch(take)
+    builder.position_at_end(take)
+    task = builder.atomic_rmw("add", call.place(Field.NEXT_TASK), emit.integer(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", task, num_tasks), work, done)
+    builder.position_at_end(work)
+    emit_task(task)
+    builder.branch(take)
+    builder.position_at_end(done)
+
+
+def _emit_task(call: Call, serve: Serve, task: Value) -> None:
+    emit, builder = call.emit, call.emit.builder
+    head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
+    first, stop = emit_range_bounds(call, part)
+    channels, lanes = emit.integer(call.head_dim), call[Field.NUM_LANES]
+    query, *sums = [
+        emit.at(call[field], builder.mul(index, lanes))
+        for field, index in (
+            (Field.SCALED, builder.mul(head, channels)),
+            (Field.MAXIMUM, task),
+            (Field.DENOMINATOR, task),
+            (Field.WEIGHTED, builder.mul(task, channels)),
+        )
+    ]
+    serve(Range(head, first, builder.sub(stop, first), query, sums))
+
+
+def _emit_finish(call: Call) -> None:
+    """Join the ranges of every head and write the result, so many rows by as many channels at a time; maxima and
+    denominators end in range 0."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    with (
+        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
+        emit.loop(zero, call[Field.NUM_LANES], emit.lanes) as vector,
+    ):
+        base = builder.mul(head.index, call[Field.NUM_RANGES])
+        largest, total = emit_factors(call, base, vector.index)
+        rows = [_Row(call, head.index, builder.add(vector.index, emit.integer(lane))) for lane in range(emit.lanes)]
+        with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
+            columns = _emit_joined(call, base, channel.index, vector.index)
+            for row, numbers in zip(rows, emit.transposed(columns), strict=True):
+                with emit.when(row.exists):
+                    emit.store(numbers, row.place(Field.OUT, channel.index))
+        emit.store(largest, _row_place(call, Field.MAXIMUM, base, zero, vector.index))
+        emit.store(total, _row_place(call, Field.DENOMINATOR, base, zero, vector.index))
+    emit_logsumexps(call)
+    builder.ret_void()
+
+
+def _emit_joined(call: Call, base: Value, channel: Value, row: Value) -> list[Value]:
+    """As many channels of a vector of rows as it has lanes: weighted sums of all ranges, by the ranges' factors."""
+    emit, builder = call.emit, call.emit.builder
+    channels = [builder.add(channel, emit.integer(offset)) for offset in range(emit.lanes)]
+    with emit.loop(emit.integer(0), call[Field.NUM_RANGES], 1, [emit.constant(0.0)] * emit.lanes) as part:
+        factor = emit.load(_row_place(call, Field.MAXIMUM, base, part.index, row))
+        task = builder.add(base, part.index)
+        part.following = [
+            emit.multiply_add(factor, emit.load(_weighted_at(call, task, place, row)), value)
+            for place, value in zip(channels, part.values, strict=True)
+        ]
+    return list(part.following)
+
+
+def emit_logsumexps(call: Call) -> None:
+    """From the maximum and the denominator in range 0 of each head."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    logarithm = call.function.module.declare_intrinsic("llvm.log.f32", fnty=ir.FunctionType(FLOAT, [FLOAT]))
+    with (
+        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
+        emit.loop(zero, call[Field.NUM_ROWS], 1) as row,
+    ):
+        base = builder.mul(head.index, call[Field.NUM_RANGES])
+        maximum, denominator = (
+            builder.load(_row_place(call, field, base, zero, row.index), typ=FLOAT, align=4)
+            for field in (Field.MAXIMUM, Field.DENOMINATOR)
+        )
+        target = call.index(head.index, (call[Field.NUM_ROWS], row.index))
+        found = builder.fadd(builder.call(logarithm, [denominator]), maximum)
+        builder.store(found, emit.at(call[Field.LOGSUMEXPS], target), align=4)
+
+
+def _weighted_at(call: Call, task: Value, channel: Value, row: Value) -> Value:
+    index = call.index(task, (call.head_dim, channel), (call[Field.NUM_LANES], row))
+    return call.emit.at(call[Field.WEIGHTED], index)
+
+
+def emit_factors(call: Call, base: Value, row: Value) -> tuple[Value, Value]:
+    """Maximum and denominator of a vector of rows over the ranges from task `base` on; each range's place of its
+    maximum then holds what its weighted sums are multiplied by."""
+    emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
+    num_ranges = call[Field.NUM_RANGES]
+    with emit.loop(zero, num_ranges, 1, [emit.constant(UNSEEN)]) as part:
+        maximum = emit.load(_row_place(call, Field.MAXIMUM, base, part.index, row))
+        part.following = [emit.larger(part.values[0], maximum)]
+    largest = part.following[0]
+    with emit.loop(zero, num_ranges, 1, [emit.constant(0.0)]) as part:
+        place = _row_place(call, Field.MAXIMUM, base, part.index, row)
+        factor = emit.exponential(builder.fsub(emit.load(place), largest))
+        emit.store(factor, place)
+        denominator = emit.load(_row_place(call, Field.DENOMINATOR, base, part.index, row))
+        part.following = [emit.multiply_add(factor, denominator, part.values[0])]
+    total = part.following[0]
+    if call.has_window:
+        total, inverse = emit_seeing(call, row, total)
+    else:
+        inverse = builder.fdiv(emit.constant(1.0), total)
+    with emit.loop(zero, num_ranges, 1) as part:
+        place = _row_place(call, Field.MAXIMUM, base, part.index, row)
+        emit.store(builder.fmul(emit.load(place), inverse), place)
+    return largest, total
+
+
+def _row_place(call: Call, field: Field, base: Value, part: Value, row: Value) -> Value:
+    return call.emit.at(call[field], call.index(call.emit.builder.add(base, part), (call[Field.NUM_LANES], row)))

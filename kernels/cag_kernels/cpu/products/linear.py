@@ -1,0 +1,261 @@
+"""A linear layer over a few rows, compiled for this processor, over a weight that was packed for it once.
+
+A panel of the packed weight holds 16 output features, for each input feature side by side. So the weight streams
+through once in the order in which it lies, each number of it meets every row of the block in registers, and nothing is
+added up across lanes. A bfloat16 weight is half as much to read and is widened on the way. Threads share panels out
+(`cpu.team`); no number depends on which thread computes it, nor on how many rows there are: a row's sums take the same
+turns alone and in company.
+"""
+
+from __future__ import annotations
+
+import threading
+from enum import IntEnum
+from functools import cache
+
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from torch import Tensor
+
+from cag_kernels.cpu.attention.panel import host_blocking
+from cag_kernels.cpu.emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Value, function_blocks
+from cag_kernels.cpu.passes import emit_passes
+from cag_kernels.cpu.program import Program
+from cag_kernels.cpu.tape import CompiledStep, Reads, new_call
+from cag_kernels.cpu.team import Share
+from cag_kernels.packed import PANEL
+
+MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
+TILE = 64  # input features of one sum, a multiple of 16
+FEATURES = 4  # input features of one turn of the loop
+AHEAD = 16  # input features ahead of which the weight is asked for
+
+_lock = threading.Lock()
+
+
+class Field(IntEnum):
+    """Places in the array of int64 that describes a call to the compiled code; all but counts are addresses."""
+
+    NEXT_TASK = 0
+    BLOCK = 1  # [num_rows, in_features] float32
+    WEIGHT = 2  # [num_panels, in_features, PANEL] float32 or bfloat16
+    BIAS = 3  # [out_features] float32, anything where HAS_BIAS is 0
+    OUT = 4  # [num_rows, out_features] float32
+    NUM_ROWS = 5
+    IN_FEATURES = 6  # a multiple of 16
+    OUT_FEATURES = 7
+    HAS_BIAS = 8  # 0 or 1
+
+
+class LinearKernel:
+    """Machine code for every shape and one type of weight, run on several threads."""
+
+    def __init__(self, is_bfloat16: bool) -> None:
+        program = Program(linear_module, host_blocking().lanes, is_bfloat16)
+        self._number_bytes = 2 if is_bfloat16 else 4
+        self._multiply = CompiledStep(program.address("linear"), program)
+
+    def run(self, fields: tuple[int, ...], memory: tuple[Tensor, ...]) -> None:
+        """Serve one call; `fields` are `Field` in order, `memory` is what their addresses are of."""
+        weight, in_features, out_features = (fields[i] for i in (Field.WEIGHT, Field.IN_FEATURES, Field.OUT_FEATURES))
+        reads = Reads(weight, out_features, self._number_bytes * in_features, PANEL)
+        self._multiply.shared(new_call(fields, memory), -(-out_features // PANEL), reads)
+
+
+def compiled_linear(
+    rows: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, out: Tensor | None = None
+) -> Tensor:
+    """`rows [num_rows, in_features] @ weight.T + bias`, all contiguous, rows and bias float32, nothing empty; into
+    `out [num_rows, out_features]` float32 if given."""
+    num_rows, in_features = rows.shape
+    out = rows.new_empty(num_rows, out_features) if out is None else out
+    start = 0 if bias is None else bias.data_ptr()
+    pointers = (rows.data_ptr(), panels.data_ptr(), start, out.data_ptr())
+    kernel = compiled_kernel(panels.dtype == torch.bfloat16)
+    fields = (0, *pointers, num_rows, in_features, out_features, int(bias is not None))
+    kernel.run(fields, (rows, panels, out) if bias is None else (rows, panels, bias, out))
+    return out
+
+
+def compiled_kernel(is_bfloat16: bool) -> LinearKernel:
+    """The kernel for a type of weight, compiled once a process."""
+    with _lock:
+        return _compile(is_bfloat16)
+
+
+@cache
+def _compile(is_bfloat16: bool) -> LinearKernel:
+    return LinearKernel(is_bfloat16)
+
+
+def linear_module(lanes: int, is_bfloat16: bool) -> ir.Module:
+    """Module with `linear`, of one pointer to the fields of a call."""
+    module = ir.Module(name="linear")
+    passes = [_Pass(module, lanes, rows, is_bfloat16).function for rows in range(1, MAX_ROWS[lanes] + 1)]
+    _Linear(module, lanes, passes, is_bfloat16)
+    return module
+
+
+class _Pass:
+    """`rows` rows of the block by one panel.
+
+    Arguments: the panel, the first row of the block, the panel's first bias and its first number out; then features
+    from a row of the block to the next, those of out, how many biases there are, and how many features of the panel.
+    """
+
+    def __init__(self, module: ir.Module, lanes: int, rows: int, is_bfloat16: bool) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 4)
+        self.function = ir.Function(module, kind, name=f"rows_{rows}")
+        self.function.linkage = "internal"
+        self.emit = Emitter(self.function, lanes)
+        self.rows = range(rows)
+        self.vectors = range(PANEL // lanes)
+        self.is_bfloat16 = is_bfloat16
+        self.panel, self.block, self.bias, self.out = self.function.args[:4]
+        self.stride, self.out_stride, self.num_bias, self.num_out = self.function.args[4:]
+        self._emit_features()
+
+    def _emit_features(self) -> None:
+        """Sum tile by tile: one long sum would round each addition against all before it."""
+        emit, builder = self.emit, self.emit.builder
+        totals = [emit.scratch(emit.lanes) for _ in self.rows for _ in self.vectors]
+        for total in totals:
+            emit.store(emit.constant(0.0), total)
+        with emit.loop(emit.integer(0), self.stride, TILE) as tile:
+            stop = emit.minimum(builder.add(tile.index, emit.integer(TILE)), self.stride)
+            for total, value in zip(totals, self._emit_tile(tile.index, stop), strict=True):
+                emit.store(builder.fadd(emit.load(total), value), total)
+        self._emit_end([emit.load(total) for total in totals])
+
+    def _emit_tile(self, start: Value, stop: Value) -> list[Value]:
+        """Sums stay in registers, one for each vector out. With few of them additions wait for each other, which
+        reading the weight hides."""
+        emit, builder = self.emit, self.emit.builder
+        places = [emit.at(self.block, builder.mul(self.stride, emit.integer(row))) for row in self.rows]
+        nothing = [emit.constant(0.0)] * (len(self.rows) * len(self.vectors))
+        with emit.loop(start, stop, FEATURES, nothing) as feature:
+            sums = feature.values
+            for step in range(FEATURES):
+                index = builder.add(feature.index, emit.integer(step))
+                weights = self._weights(index)
+                numbers = [emit.spread(emit.at(place, index)) for place in places]
+                products = [(number, weight) for number in numbers for weight in weights]
+                sums = [emit.multiply_add(*product, total) for product, total in zip(products, sums, strict=True)]
+            feature.following = sums
+        return list(sums)
+
+    def _weights(self, feature: Value) -> list[Value]:
+        """A panel's numbers for one input feature; those some way ahead are asked for."""
+        emit, element = self.emit, INT16 if self.is_bfloat16 else FLOAT
+        place = emit.at(self.panel, emit.builder.mul(feature, emit.integer(PANEL)), element)
+        emit.prefetch(emit.at(place, AHEAD * PANEL, element))
+        load = emit.load_bfloat16 if self.is_bfloat16 else emit.load
+        return [load(emit.at(place, vector * emit.lanes, element)) for vector in self.vectors]
+
+    def _emit_end(self, sums: list[Value]) -> None:
+        """Add the biases and write. A whole panel is written plainly: stores by a mask are slow on some processors."""
+        emit, builder = self.emit, self.emit.builder
+        biases = self._biases()
+        results = [
+            (row, vector, builder.fadd(sums[row * len(self.vectors) + vector], biases[vector]))
+            for vector in self.vectors
+            for row in self.rows
+        ]
+        whole, part = function_blocks(self.function, "whole", "part")
+        builder.cbranch(builder.icmp_signed("==", self.num_out, emit.integer(PANEL)), whole, part)
+        for block in (whole, part):
+            builder.position_at_end(block)
+            for row, vector, result in results:
+                first = emit.integer(vector * emit.lanes)
+                place = emit.at(self.out, builder.add(builder.mul(self.out_stride, emit.integer(row)), first))
+                if block is whole:
+                    emit.store(result, place)
+                else:
+                    _store_some(emit, result, place, builder.sub(self.num_out, first))
+            builder.ret_void()
+
+    def _biases(self) -> list[Value]:
+        """Of each vector of the panel. Where there are none nothing is asked for: a processor takes long to find out
+        that no lane of a load from nowhere was wanted."""
+        emit, builder = self.emit, self.emit.builder
+        before = builder.block
+        some, behind = function_blocks(self.function, "biases", "summed")
+        builder.cbranch(builder.icmp_signed(">", self.num_bias, emit.integer(0)), some, behind)
+        builder.position_at_end(some)
+        places = [emit.integer(vector * emit.lanes) for vector in self.vectors]
+        loads = [_load_some(emit, emit.at(self.bias, at), builder.sub(self.num_bias, at)) for at in places]
+        builder.branch(behind)
+        builder.position_at_end(behind)
+        found = [builder.phi(emit.vector) for _ in loads]
+        for phi, load in zip(found, loads, strict=True):
+            phi.add_incoming(load, some)
+            phi.add_incoming(emit.constant(0.0), before)
+        return found
+
+
+def _inside(emit: Emitter, count: Value) -> Value:
+    """Lanes below `count`."""
+    builder, undefined = emit.builder, ir.Constant(emit.integers, ir.Undefined)
+    first = builder.insert_element(undefined, builder.trunc(count, INT32), ir.Constant(INT32, 0))
+    spread = builder.shuffle_vector(first, first, ir.Constant(emit.integers, [0] * emit.lanes))
+    return builder.icmp_signed("<", ir.Constant(emit.integers, list(range(emit.lanes))), spread)
+
+
+def _load_some(emit: Emitter, pointer: Value, count: Value) -> Value:
+    """The first `count` numbers from memory, zeros behind them."""
+    mask = ir.VectorType(ir.IntType(1), emit.lanes)
+    kind = ir.FunctionType(emit.vector, [POINTER, INT32, mask, emit.vector])
+    name = f"llvm.masked.load.v{emit.lanes}f32.p0"
+    function = emit.function.module.declare_intrinsic(name, fnty=kind)
+    return emit.builder.call(function, [pointer, ir.Constant(INT32, 4), _inside(emit, count), emit.constant(0.0)])
+
+
+def _store_some(emit: Emitter, value: Value, pointer: Value, count: Value) -> None:
+    """The first `count` numbers to memory."""
+    mask = ir.VectorType(ir.IntType(1), emit.lanes)
+    kind = ir.FunctionType(ir.VoidType(), [emit.vector, POINTER, INT32, mask])
+    name = f"llvm.masked.store.v{emit.lanes}f32.p0"
+    function = emit.function.module.declare_intrinsic(name, fnty=kind)
+    emit.builder.call(function, [value, pointer, ir.Constant(INT32, 4), _inside(emit, count)])
+
+
+class _Linear:
+    """The function that threads run: task by task, panel by panel, pass by pass."""
+
+    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], is_bfloat16: bool) -> None:
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name="linear")
+        self.emit = Emitter(self.function, lanes)
+        self.passes = passes
+        self.element = INT16 if is_bfloat16 else FLOAT
+        fields = {field: self._read(field) for field in list(Field)[1:]}
+        self.block, self.weight, self.bias, self.out = (fields[field] for field in list(Field)[1:5])
+        self.num_rows, self.in_features, self.out_features, self.has_bias = (fields[field] for field in list(Field)[5:])
+        self._emit_tasks()
+
+    def _read(self, field: Field) -> Value:
+        value = self.emit.builder.load(self.emit.at(self.function.args[0], int(field), INT64), typ=INT64, align=8)
+        return self.emit.builder.inttoptr(value, POINTER) if Field.BLOCK <= field <= Field.OUT else value
+
+    def _emit_tasks(self) -> None:
+        emit, builder = self.emit, self.emit.builder
+        share = Share(emit, self.out_features, emit.integer(PANEL))
+        with share.units(emit, emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)) as unit:
+            first = builder.mul(unit, share.size)
+            stop = emit.minimum(builder.add(first, share.size), self.out_features)
+            with emit.loop(first, stop, PANEL) as feature:
+                self._emit_panel(feature.index)
+        builder.ret_void()
+
+    def _emit_panel(self, first: Value) -> None:
+        """All rows of the block by one panel."""
+        emit, builder = self.emit, self.emit.builder
+        num_out = emit.minimum(builder.sub(self.out_features, first), emit.integer(PANEL))
+        panel = emit.at(self.weight, builder.mul(first, self.in_features), self.element)
+        bias, num_bias = emit.at(self.bias, first), builder.mul(self.has_bias, num_out)
+
+        def arguments(row: Value) -> list[Value]:
+            block = emit.at(self.block, builder.mul(row, self.in_features))
+            out = emit.at(self.out, builder.add(builder.mul(row, self.out_features), first))
+            return [panel, block, bias, out, self.in_features, self.out_features, num_bias, num_out]
+
+        emit_passes(emit, self.num_rows, self.passes, arguments)

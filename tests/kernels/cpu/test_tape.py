@@ -1,0 +1,131 @@
+"""A tape gives what its steps give one by one, as often as it is run and whoever runs it."""
+
+import threading
+
+import pytest
+import torch
+
+from cag_kernels import pack_weight, packed_linear
+from cag_kernels.cpu import tape as cpu_tape
+from cag_kernels.cpu.attention.segments import cpu_attention, has_compiler
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs llvmlite")
+
+
+class Work:
+    """A product, attention over what it gives as queries, and another product: each needs the step before."""
+
+    def __init__(self, num_rows, seed=0):
+        torch.manual_seed(seed)
+        self.rows = torch.randn(num_rows, 64)
+        self.weights = [pack_weight(torch.randn(192, 64)), pack_weight(torch.randn(80, 192))]
+        self.keys, self.values = (torch.randn(3, 1100, 64).bfloat16() for _ in range(2))
+
+    def steps(self):
+        query = packed_linear(self.rows, self.weights[0]).view(3, -1, 64)
+        out, lse = cpu_attention(query, self.keys, self.values, scale=0.1, offset=1100)
+        return packed_linear(out.view(-1, 192), self.weights[1]), lse
+
+    def recorded(self, repetitions=1):
+        tape = cpu_tape.Tape()
+        with tape.recording():
+            for _ in range(repetitions):
+                found = self.steps()
+        return tape, found
+
+    def check(self, tape, found):
+        for part in found:
+            part.fill_(torch.nan)
+        tape.run()
+        for part, expected in zip(found, self.steps(), strict=True):
+            assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_rows", [1, 14])
+def test_it_gives_the_bits_of_its_steps_for_whatever_lies_in_their_memory(threads, num_threads, num_rows):
+    threads(num_threads)
+    work = Work(num_rows)
+    tape, found = work.recorded()
+    for _ in range(3):
+        work.check(tape, found)
+        work.rows.normal_()
+        work.keys.copy_(torch.randn_like(work.rows.new_empty(work.keys.shape)))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_any_part_of_it_runs_on_one_thread_or_on_all(threads, num_threads):
+    threads(num_threads)
+    work = Work(14)
+    tape, found = work.recorded()
+    spans = [(0, 1), (1, 1), (1, len(tape) - 2), (len(tape) - 2, None)]
+    for alone in ([True] * 4, [False] * 4, [True, False, True, False]):
+        for part in found:
+            part.fill_(torch.nan)
+        for (first, last), by_one in zip(spans, alone, strict=True):
+            tape.run(first, last, alone=by_one)
+        for part, expected in zip(found, work.steps(), strict=True):
+            assert torch.equal(part, expected)
+
+
+def test_steps_are_not_run_while_they_are_recorded_and_run_again_behind_it():
+    work = Work(2)
+    tape = cpu_tape.Tape()
+    with tape.recording():
+        out, _ = work.steps()
+        out.zero_()
+    assert out.count_nonzero() == 0
+    assert len(tape) == 5
+    work.steps()
+    assert len(tape) == 5
+    tape.run()
+    assert out.count_nonzero()
+
+
+def test_what_another_thread_does_meanwhile_is_not_recorded():
+    work, other = Work(3), Work(3, seed=1)
+    expected, found = other.steps(), []
+    tape = cpu_tape.Tape()
+    with tape.recording():
+        thread = threading.Thread(target=lambda: found.extend(other.steps()))
+        thread.start()
+        thread.join()
+        work.steps()
+    assert torch.equal(found[0], expected[0])
+    assert len(tape) == 5
+
+
+def test_threads_of_python_where_there_is_no_openmp_of_gnu(monkeypatch, threads):
+    threads(3)
+    monkeypatch.setattr(cpu_tape, "openmp_parallel", lambda: None)
+    works = [Work(4, seed) for seed in range(4)]
+    tapes = [work.recorded(repetitions=20) for work in works]
+    runners = [threading.Thread(target=tape.run) for tape, _ in tapes]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join(60)
+        assert not runner.is_alive()
+    for work, (_, found) in zip(works, tapes, strict=True):
+        assert torch.equal(found[0], work.steps()[0])
+
+
+def test_tapes_of_several_threads_at_once(threads):
+    threads(2)
+    works = [Work(4, seed) for seed in range(4)]
+    tapes = [work.recorded(repetitions=20) for work in works]
+    runners = [threading.Thread(target=lambda tape=tape: [tape.run() for _ in range(20)]) for tape, _ in tapes]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join(60)
+        assert not runner.is_alive()
+    for work, (_, found) in zip(works, tapes, strict=True):
+        assert torch.equal(found[0], work.steps()[0])
+
+
+def test_an_empty_tape_runs_and_one_is_not_recorded_within_another():
+    tape = cpu_tape.Tape()
+    with tape.recording(), pytest.raises(AssertionError), cpu_tape.Tape().recording():
+        pass
+    tape.run()
