@@ -16,8 +16,7 @@ import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
 from cag.forward.weights import lay_out_weights, loses_in_bfloat16
-from cag.machine.memory_limits import available_memory_bytes
-from cag.machine.runtime import RuntimePlan
+from cag.machine.runtime import RuntimePlan, free_memory_bytes
 from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
 
@@ -173,7 +172,7 @@ def check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, dev
     """Raises: InsufficientResources: the weights need more memory than is free."""
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     needed = weights // stored.itemsize * compute.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+    free = free_memory_bytes(device)
     if needed > free:
         raise InsufficientResources(
             f"the model needs {needed / 1e9:.1f} GB of memory in {compute}, and {free / 1e9:.1f} GB are free.",

@@ -22,9 +22,9 @@ FORBIDDEN = {
 MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it.
 WALK = [
-    "home", "errors", "machine", "stores", "models", "corpus", "retrieval", "prompt", "ngrams", "forward", "model_files",
-    "starts", "model", "prefill", "residency", "generation", "prefix", "fresh", "first_steps", "calibration", "building",
-    "engine", "describe", "server", "cli",
+    "home", "errors", "machine", "stores", "models", "corpus", "retrieval", "prompt", "ngrams", "forward",
+    "model_files", "starts", "model", "prefill", "residency", "generation", "prefix", "fresh", "first_steps",
+    "calibration", "building", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 # The walk through those of its packages that are stages of their own.
 WALKS = {

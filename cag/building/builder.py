@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 import cag_store
 from cag.building.chunks import PrefixChunks
 from cag.building.fidelity import Fidelity
@@ -26,8 +24,7 @@ from cag.building.trials import CodecTrials
 from cag.corpus import Document
 from cag.errors import BuildInterrupted, CorpusTooLarge, FidelityMissed, InsufficientResources, UsageError
 from cag.machine.allocator import large_blocks_apart
-from cag.machine.memory_limits import available_memory_bytes
-from cag.machine.runtime import processor_name, usable_cores
+from cag.machine.runtime import free_memory_bytes, processor_name, usable_cores
 from cag.machine.versions import installed_versions
 from cag.model import LanguageModel
 from cag.prompt import PrefixLayout, lay_out
@@ -326,8 +323,7 @@ def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:
 
 def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
     needed = len(layout.token_ids) * model.kv_bytes_per_token
-    on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else available_memory_bytes()
+    free = free_memory_bytes(model.device)
     if needed > free:
         raise InsufficientResources(
             f"the cache needs {needed / 1e9:.2f} GB of memory for {len(layout.token_ids)} tokens, "

@@ -94,6 +94,7 @@ class StepReplays:
         self._run, self._pool, self._device, self._captures = run, pool, device, capture
         self._recordings: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._memory: Any = None  # of all recordings; not to be used again once the last of them is gone
+        self._stream: torch.cuda.Stream | None = None  # that they are made in, and nothing else runs in
         self._behind: weakref.WeakKeyDictionary[Any, _Steps] = weakref.WeakKeyDictionary()
         self._behind_nothing = _Steps()
         self.num_replayed = 0
@@ -171,8 +172,19 @@ class StepReplays:
         graph = torch.cuda.CUDAGraph()
         if not self._recordings:
             self._memory = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        stream = self._stream = self._stream or _stream_of_recordings(self._device)
+        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # a thread can't make its first in a recording
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
             return graph, self._run(step.tensors, step.state)
+
+
+def _stream_of_recordings(device: torch.device) -> torch.cuda.Stream:
+    """A stream in which nothing runs but what is recorded.
+
+    torch has 32 streams of each priority and gives them out in turn, so one of the usual priority would come to a
+    prefix that loads, too, and its copies into the recording. What is recorded here goes before what loads.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 class _Step:

@@ -27,6 +27,7 @@ import torch
 
 from cag.errors import UsageError
 from cag.home import cag_home, write_atomically
+from cag.machine.memory_limits import available_memory_bytes
 from cag_kernels import (
     has_compiler,
     linear_without_packing,
@@ -89,6 +90,14 @@ def choose_device(device: str = "auto") -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here.", hint="Use --device cpu.")
     return chosen
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory of a device that this process can still take: on a GPU also what torch keeps there and nobody uses."""
+    if device.type == "cpu":
+        return available_memory_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def plan_runtime(device: torch.device, *, measure_again: bool = False) -> RuntimePlan:

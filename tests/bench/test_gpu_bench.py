@@ -21,7 +21,7 @@ from cag_bench.gpu.shapes import SMALL
 from cag_bench.gpu.table import bars
 from cag_bench.gpu.transform import geometric_slots
 from cag_bench.gpu.tuning import attend_cut
-from cag_bench.gpu.ways import apart, attention_ways, step_way_row, step_ways
+from cag_bench.gpu.ways import apart, attention_ways, step_way_row, step_ways, ways_rows
 from cag_kernels import DensePrefix, decode_segments
 from cag_kernels.prefix_reference import prefix_attention_reference
 from cag_kernels.triton.launch_ways import launch_ways
@@ -89,6 +89,62 @@ def test_a_part_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch):
     found = {bar["name"]: bar["found"] for bar in summary["bars"]}
     assert found["bf16 attention / int4 attention, worst of the sizes"] is None
     assert found["RAG / first token"] > 0
+
+
+def test_a_figure_that_fails_leaves_those_behind_it_their_rows(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error\nmore of it")
+
+    monkeypatch.setattr(answers.Answers, "first_token_ways", broken)
+    monkeypatch.setattr(answers.Answers, "decoding_apart", broken)
+    summary = run_gpu(CPU, replace(SMALL, samples=1), tmp_path, quiet)
+    failed = {row["name"]: row["failed"] for row in summary["rows"] if "failed" in row}
+    assert failed == dict.fromkeys(
+        ["launch ways, first token, bf16", "decode, session by session"], "RuntimeError: CUDA error more of it"
+    )
+    names = [row["name"] for row in summary["rows"]]
+    assert {"decode, bf16", "first token, int4", "answers through the scheduler"} <= set(names)
+
+
+def test_a_device_that_is_lost_leaves_rows_and_summary(tmp_path, monkeypatch):
+    """Behind the second part nothing works any more, not even to give memory back."""
+    parts = []
+
+    def released(_device):
+        parts.append(1)
+        if len(parts) > 2:
+            raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(run, "released", released)
+    run_gpu(CPU, replace(SMALL, samples=1), tmp_path, quiet)
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    lost = [row["name"] for row in rows if "failed" in row]
+    assert lost == ["attention", "launch ways", "transform", "load transform", "tuning"]
+    assert "first token, int4" in (tmp_path / "table.md").read_text()
+
+
+def test_a_way_that_fails_leaves_the_others(monkeypatch):
+    def samples():
+        if not launch_ways().overlaps:
+            raise RuntimeError("not so")
+        return [1.0]
+
+    row = step_way_row("a step", samples, list, Budget(60))
+    assert set(row["variants_s"]) | set(row["variants_failed"]) == set(step_ways())
+    assert row["variants_failed"] == dict.fromkeys(["launches not overlapped", "as it was"], "RuntimeError: not so")
+    prepared = kernel_clock.WallClock.prepared
+
+    def fails_once(clock, work):
+        if not launched:
+            launched.append(work)
+            raise RuntimeError("not so")
+        return prepared(clock, work)
+
+    launched = []
+    monkeypatch.setattr(kernel_clock.WallClock, "prepared", fails_once)
+    row = next(ways_rows(CPU, kernel_clock.clock_for(CPU), SMALL, Budget(60)))
+    assert row["variants_failed"] == {"as it is": "RuntimeError: not so"}
+    assert list(row["variants_s"]) == list(attention_ways())[1:]
 
 
 def test_a_load_is_checked_before_it_is_timed(monkeypatch):

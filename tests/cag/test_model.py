@@ -61,7 +61,7 @@ def test_caps_and_fused_projections_load_and_run(kind, tmp_path):
 def test_too_little_memory_is_said_before_loading(tiny_model_dir, monkeypatch):
     from cag import model_files
 
-    monkeypatch.setattr(model_files, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(model_files, "free_memory_bytes", lambda _device: 1000)
     with pytest.raises(InsufficientResources, match="GB of memory"):
         LanguageModel.load(tiny_model_dir, model_id="tiny")
 

@@ -5,12 +5,17 @@ Callables in, seconds out.
 
 from __future__ import annotations
 
+import gc
 import time
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from cag_bench.figures import percentiles
+
+MOST_LETTERS = 300  # of an error
 
 
 class Budget:
@@ -54,6 +59,23 @@ def peak_bytes(device: torch.device) -> int | None:
     most = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return most
+
+
+def released(device: torch.device) -> None:
+    """Give back the memory of the device that nobody uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def failure(name: str, error: Exception) -> dict[str, Any]:
+    """The row of what could not be measured. Inside of an `except`."""
+    return {"name": name, "failed": reason(error), "traceback": traceback.format_exc()}
+
+
+def reason(error: Exception) -> str:
+    """An error in a line of a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:MOST_LETTERS]
 
 
 def median_of(samples: list[float]) -> float:

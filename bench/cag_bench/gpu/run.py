@@ -7,18 +7,19 @@ that says so; the others go on, and every row is written when it is there.
 from __future__ import annotations
 
 import gc
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cag.residency.resident import ResidentPrefix
 from cag_bench.figures import percentiles
 from cag_bench.gpu.answers import Answers, Part, check_steps
 from cag_bench.gpu.attention import attention_rows
-from cag_bench.gpu.clock import Budget, median_of, peak_bytes
+from cag_bench.gpu.clock import Budget, failure, median_of, peak_bytes, released
 from cag_bench.gpu.loads import load_row
 from cag_bench.gpu.model import KINDS, random_model, random_prefix
 from cag_bench.gpu.retrieval import retrieval_samples
@@ -55,13 +56,10 @@ def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Prog
         }
         for name, part in parts.items():
             progress(name, 0, 0)
-            for row in _guarded(name, part, budget):
+            for row in _guarded(name, part, device, budget):
                 row |= {"peak_device_bytes": peak_bytes(device), "load_average": load_average()}
                 results.write_row("gpu", row)
                 rows.append(row)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
         facts = {"options": asdict(options), "copy_bytes_per_s": bandwidth, "left_s": budget.left_s, "bars": bars(rows)}
         results.write_run(facts)
     summary = {**origin, **facts, "rows": rows}
@@ -70,15 +68,24 @@ def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Prog
     return summary
 
 
-def _guarded(name: str, part: Part, budget: Budget) -> Iterator[Row]:
+def _guarded(name: str, part: Part, device: torch.device, budget: Budget) -> Iterator[Row]:
     """The rows of a part, and a row for what went wrong."""
     if budget.left_s < MIN_PART_S:
         yield {"name": name, "skipped": f"only {budget.left_s:.0f} s were left"}
         return
     try:
+        released(device)  # of what the part before took; a device that it broke fails here
         yield from part()
     except Exception as error:  # one part must not take the others' figures with it
-        yield {"name": name, "failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        yield failure(name, error)
+
+
+def _measured(name: str, measure: Callable[[], Row]) -> Row:
+    """The row of a figure, or one for what went wrong."""
+    try:
+        return measure()
+    except Exception as error:  # nor one figure those behind it
+        return failure(name, error)
 
 
 def _checks(device: torch.device, options: GpuOptions) -> Iterator[Row]:
@@ -100,20 +107,24 @@ def _answers(
     retrieval = retrieval_samples(options.prefix_tokens, options.samples, budget)
     retrieve_s = None if retrieval is None else median_of(retrieval)
     yield {"name": "retrieve, bm25", "seconds": percentiles(retrieval or []), "samples_s": retrieval}
-    yield answers.rag_first_token(retrieve_s)
+    yield _measured("first token, RAG", partial(answers.rag_first_token, retrieve_s))
     for kind in KINDS:
         if kind != "bf16" and budget.left_s < MIN_PART_S:
             yield {"name": f"first token, {kind}", "skipped": "no time left"}
             continue
         progress(f"answers behind {kind}", 0, 0)
-        prefix = random_prefix(model, options.prefix_tokens, kind, options.seed)
-        yield answers.first_token(kind, prefix)
-        if kind == "bf16":
-            yield answers.first_token_ways(kind, prefix)
-        yield answers.decoding(kind, prefix)
-        if kind == "bf16":
-            yield answers.decoding_apart(prefix)
-        if kind == "int4":
-            yield answers.scheduled(prefix)
-        del prefix
+        yield from _answers_behind(answers, kind, random_prefix(model, options.prefix_tokens, kind, options.seed))
         gc.collect()
+
+
+def _answers_behind(answers: Answers, kind: str, prefix: ResidentPrefix) -> Iterator[Row]:
+    measures: dict[str, Callable[[], Row]] = {f"first token, {kind}": partial(answers.first_token, kind, prefix)}
+    if kind == "bf16":
+        measures[f"launch ways, first token, {kind}"] = partial(answers.first_token_ways, kind, prefix)
+    measures[f"decode, {kind}"] = partial(answers.decoding, kind, prefix)
+    if kind == "bf16":
+        measures["decode, session by session"] = partial(answers.decoding_apart, prefix)
+    if kind == "int4":
+        measures["answers through the scheduler"] = partial(answers.scheduled, prefix)
+    for name, measure in measures.items():
+        yield _measured(name, measure)

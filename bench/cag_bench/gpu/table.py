@@ -109,6 +109,7 @@ def _cells(row: Row) -> list[str]:
     ]
     more += [str(row[key]) for key in ("skipped", "failed") if key in row]
     more += [f"{cut}: {value * 1e6:.0f} us" for cut, value in row.get("variants_s", {}).items()]
+    more += [f"{cut} failed: {why}" for cut, why in row.get("variants_failed", {}).items()]
     if "quicker_bf16_over" in row:
         more.append(f"bf16 / this {row['quicker_bf16_over']['p50']:.2f}")
     cells = [row["name"], shape, *times, "" if floor_s is None else f"{floor_s * 1e3:.3f}"]

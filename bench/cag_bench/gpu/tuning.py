@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cag_bench.gpu.clock import Budget, median_of
+from cag_bench.gpu.clock import Budget, median_of, reason
 from cag_bench.gpu.model import KINDS
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.gpu.transform import CODED_SHARE
@@ -23,7 +23,8 @@ from cag_kernels.prefixes import Prefix
 
 NUM_SAMPLES = 7
 MIN_VARIANT_S = 12.0  # one more is compiled and timed only with so much left
-CUTS = [(4, 3, 4), (2, 3, 6), (1, 3, 8), (4, 2, 4), (4, 4, 4), (4, 3, 6), (2, 4, 6)]  # warps, stages, programs at once
+# warps, stages, programs at once; over 16 bits three stages of 72 KB leave room for three programs, two for five
+CUTS = [(4, 3, 4), (4, 3, 3), (4, 2, 4), (4, 2, 5), (2, 3, 6), (1, 3, 8), (4, 4, 4), (4, 3, 6), (2, 4, 6)]
 WIDE_CUTS = [(8, 3, 1), (4, 3, 2), (8, 2, 1), (8, 4, 1)]
 INVERSE_CUTS = [(8, 3, 216), (8, 3, None), (8, 3, 200), (8, 4, 216), (8, 2, 216)]  # warps, stages, registers
 
@@ -88,5 +89,5 @@ def _timed(works: Mapping[str, Work], clock: Clock, budget: Budget) -> Row:
         try:
             seconds[name] = median_of([sample() for sample in NUM_SAMPLES * [clock.prepared(work)]])
         except Exception as error:  # too much shared memory, say
-            failed[name] = f"{type(error).__name__}: {error}"[:200]
+            failed[name] = reason(error)
     return {"variants_s": seconds, "variants_failed": failed}

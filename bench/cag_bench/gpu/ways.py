@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cag_bench.gpu.clock import Budget, median_of
+from cag_bench.gpu.clock import Budget, median_of, reason
 from cag_bench.gpu.model import KINDS
 from cag_bench.gpu.shapes import GpuOptions
 from cag_bench.kernel_clock import Clock, Work
@@ -85,30 +85,39 @@ def _attending(query: Tensor, prefix: Prefix, arrivals: Tensor, ways: LaunchWays
 
 
 def _timed(works: Mapping[str, Work], clock: Clock, budget: Budget) -> Row:
-    """Median seconds of each, in turn; as many ways as there is time for."""
-    prepared = {}
+    """Median seconds of each, in turn; as many ways as there is time for. One that fails says why."""
+    prepared: dict[str, Callable[[], float]] = {}
+    failed: dict[str, str] = {}
     for name, work in works.items():
         if budget.left_s >= MIN_WAY_S:
-            prepared[name] = clock.prepared(work)
+            try:
+                prepared[name] = clock.prepared(work)
+            except Exception as error:  # on this device; the other ways are there to be compared
+                failed[name] = reason(error)
     samples: dict[str, list[float]] = {name: [] for name in prepared}
     for _ in range(NUM_SAMPLES):
         for name, sample in prepared.items():
             samples[name].append(sample())
-    return {"variants_s": {name: median_of(found) for name, found in samples.items()}, "variants_samples_s": samples}
+    return _row(samples, failed)
 
 
 def step_way_row(name: str, samples_of: Callable[[], list[float]], forget: Callable[[], None], budget: Budget) -> Row:
     """Seconds of a step in each way, as often as `samples_of` takes it; `forget` drops what was recorded before."""
     found: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
     for way, ways in step_ways().items():
         if budget.left_s < MIN_WAY_S:
             break
         forget()
-        with launching(ways):
-            found[way] = samples_of()
+        try:
+            with launching(ways):
+                found[way] = samples_of()
+        except Exception as error:
+            failed[way] = reason(error)
     forget()
-    return {
-        "name": name,
-        "variants_s": {way: median_of(samples) for way, samples in found.items()},
-        "variants_samples_s": found,
-    }
+    return {"name": name} | _row(found, failed)
+
+
+def _row(samples: dict[str, list[float]], failed: dict[str, str]) -> Row:
+    medians = {name: median_of(found) for name, found in samples.items()}
+    return {"variants_s": medians, "variants_samples_s": samples, "variants_failed": failed}

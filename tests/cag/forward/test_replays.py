@@ -3,6 +3,9 @@
 On a CPU the padded steps run one by one, which is all of them but recording and replaying; on a GPU they are recorded.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -165,6 +168,46 @@ def test_where_overlapping_launches_are_not_recorded_others_are(never, tmp_path,
     assert launch_ways().overlaps
     assert model.replays.num_replayed == (0 if never else 2)
     assert model.replays.refusal == ("not while capturing" if never else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_any_thread_records_in_a_stream_that_nobody_else_gets(tmp_path, monkeypatch):
+    """The first thing that the thread computes is what it records."""
+    model = model_of("llama", torch.device("cuda"), tmp_path, monkeypatch)
+    state = model.new_session_state(prefix_of(model, "numbers"))
+    expected = model.forward([3], state)
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(2):
+            state.rewind(0)
+            assert_same(thread.submit(model.forward, [3], state).result(), expected)
+    assert model.replays.refusal is None
+    assert model.replays.num_replayed == 2
+    others = {torch.cuda.Stream().cuda_stream for _ in range(64)}  # more than torch has
+    assert model.replays._stream.cuda_stream not in others
+
+
+def test_recordings_have_a_stream_of_their_own_and_a_handle_that_was_there(tmp_path, monkeypatch):
+    """What torch would do on a GPU is only written down."""
+    model = model_of("llama", torch.device("cpu"), tmp_path, monkeypatch)
+    model.run_in_steps(capture=True)
+    asked = []
+
+    @contextmanager
+    def graph(_graph, *, pool, stream, capture_error_mode):
+        asked.append(("record", stream, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: asked.append(priority) or "own stream")
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: asked.append("handle"))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    prefix = prefix_of(model, "numbers")
+    for count in (1, 1, 5, 5):  # two steps, each as it is and recorded
+        model.forward([3] * count, model.new_session_state(prefix))
+    assert asked[0] < 0  # streams of loads have the usual priority
+    assert asked[1:] == ["handle", ("record", "own stream", "thread_local")] * 2
 
 
 @pytest.mark.parametrize("kind", [8, 4])

@@ -13,7 +13,7 @@ import torch
 from cag import engine
 from cag.errors import UsageError
 from cag.machine import runtime
-from cag.machine.runtime import LARGE_ROWS, SMALL_ROWS, choose_device, plan_runtime
+from cag.machine.runtime import LARGE_ROWS, SMALL_ROWS, choose_device, free_memory_bytes, plan_runtime
 
 CPU = torch.device("cpu")
 
@@ -176,6 +176,14 @@ def test_no_cuda_here():
     assert choose_device("auto") == CPU
     with pytest.raises(UsageError, match="no CUDA"):
         choose_device("cuda")
+
+
+def test_what_torch_keeps_of_a_gpu_for_itself_is_free(monkeypatch):
+    for name, found in (("mem_get_info", (3, 90)), ("memory_reserved", 50), ("memory_allocated", 8)):
+        monkeypatch.setattr(torch.cuda, name, lambda _device, found=found: found)
+    assert free_memory_bytes(torch.device("cuda")) == 3 + 42
+    monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 7)
+    assert free_memory_bytes(torch.device("cpu")) == 7
 
 
 def test_nothing_of_our_own_runs_while_the_machine_is_measured(tiny_model_dir, tmp_path, monkeypatch):

@@ -78,8 +78,14 @@ def resources(compiled):
     stores = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     stored = {int(numbers or 1) * int(bits) // 8 for numbers, bits in stores}
     found = {"registers": registers, "spilled_bytes": stack + local, "stored_bytes": sorted(stored)}
-    found |= {"arrivals": arrival_order(compiled.asm["ptx"]), "waits": "griddepcontrol.wait" in compiled.asm["ptx"]}
+    found |= {"arrivals": arrival_order(compiled.asm["ptx"]), "waits": waits_first(compiled.asm["ptx"])}
     return found | {"shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+
+
+def waits_first(ptx):
+    """Whether a program waits for the launch before it, ahead of every access to global memory; hints are none."""
+    first = re.search(r"griddepcontrol\.wait|(ld|st|red)\.global|atom\.|cp\.async\.(?!bulk\.prefetch)", ptx)
+    return first is not None and first[0] == "griddepcontrol.wait"
 
 
 def arrival_order(ptx):
