@@ -4,7 +4,8 @@
 #   bench/gpu_session.sh OUT [SECONDS_FOR_TESTS] [SECONDS_FOR_THE_BENCHMARK]
 #
 # Needs a Python with torch (a CUDA build), Triton, transformers, pytest, pytest-timeout and hypothesis, and of the
-# project's own requirements zstandard, xxhash, platformdirs, filelock, typer, rich, psutil, obstore, bm25s and PyStemmer.
+# project's own requirements zstandard, xxhash, platformdirs, filelock, typer (and what it
+# imports), rich, psutil, obstore, bm25s and PyStemmer.
 # Nothing is installed or fetched, the project runs from this checkout. With pytest-xdist, kernels compile side by side.
 set -u -o pipefail
 out=${1:?the folder for results}
@@ -31,7 +32,8 @@ for name in ("zstandard", "xxhash", "platformdirs", "filelock", "typer", "rich",
 CHECK
 
 workers=()
-"$python" -c "import xdist" 2>/dev/null && workers=(-n "${WORKERS:-8}")
+cores=$(nproc)
+"$python" -c "import xdist" 2>/dev/null && workers=(-n "${WORKERS:-$((cores < 15 ? cores : 15))}")  # a context each
 echo "== tests, ${test_seconds} s at most"
 timeout --signal=INT --kill-after=10 "$test_seconds" "$python" -m pytest -m gpu -vv -W default -p no:cacheprovider -ra --timeout 120 \
     "${workers[@]}" tests/kernels $(grep -rl "mark\.gpu" tests/cag) 2>&1 | tee "$out/tests.log"
