@@ -15,9 +15,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import interpreting
 from object_server import BUCKET, ENVIRONMENT, Proxy, s3_server
+
+# No test depends on time: an example may be held still for seconds.
+settings.register_profile("cag", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cag")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from typing import Any
 import cag_store
 from cag.building.chunks import PrefixChunks
 from cag.building.fidelity import Fidelity
-from cag.building.ladder import CodecChoice, Rung, Trial, choose, describe_codec
+from cag.building.ladder import CodecChoice, Rung, Trial, choose, describe_codec, smallest_finer
 from cag.building.options import BuildOptions, BuildProgress, BuildReport, BuildSeconds
 from cag.building.probes import NUM_PROBES, make_probes
 from cag.building.rungs import REFINED, codec_of, ladder_of
@@ -175,12 +175,10 @@ class Build:
 
     def _named(self, trials: CodecTrials, lossless: Trial, codec: dict[str, Any]) -> Trial:
         """The codec that was named; where `int4` alone misses the bound, with the keys of some layers in 8 bits."""
-        bound = self.options.bound
-        if bound is None or self.options.force or self.options.codec not in REFINED:
-            return trials(codec)
-        _, first, *finer = choose(trials, [Rung(codec, refines=True)], lossless, bound, trials.finer).tried
-        within = [trial for trial in (first, *finer) if trial.outcome == "within"]
-        return min(within, key=lambda trial: trial.stored_bytes or 0) if within else first
+        first, bound = trials(codec), self.options.bound
+        if bound is None or first.outcome == "within" or self.options.force or self.options.codec not in REFINED:
+            return first
+        return smallest_finer(trials, trials.finer(codec), lossless, bound) or first
 
     def _check_bound(self, trial: Trial, fidelity: Fidelity) -> None:
         bound = self.options.bound
@@ -246,6 +244,7 @@ def build_cache(
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
         InsufficientResources: too little memory for one copy of the cache, said before anything is computed.
         FidelityMissed: the cache misses the bound that was given; the name still refers to what it referred to.
+        UnencodableArray: the codec that was named cannot hold the values.
         StoreError: the store cannot take the cache; the same holds.
         BuildInterrupted: Ctrl-C; chunks that are whole are kept, and the next build goes on behind them.
     """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cag.building.probes import NUM_PROBES, Branch
-from cag.errors import InsufficientResources
+from cag.errors import InsufficientResources, UnsupportedModel
 from cag.model import LanguageModel
 from cag.residency.resident import ResidentPrefix
 
@@ -106,7 +106,10 @@ class FidelityProbe:
         self._exact.close()
 
     def measure(self) -> Fidelity:
-        """Run the probes on what the prefix holds now. At least one branch."""
+        """Run the probes on what the prefix holds now. At least one branch.
+
+        Raises: UnsupportedModel: predictions that are not numbers.
+        """
         self._exact.seek(0)
         num_probes = sum(len(branch.targets) for branch in self._branches)
         # made before the blocks: what stays of each would lie between the memory of one and the next, and split it
@@ -117,6 +120,11 @@ class FidelityProbe:
                 last = first + len(block[0])
                 divergence[first:last], same[first:last], nll_change[first:last] = block
                 first = last
+        if not divergence.isfinite().all():
+            raise UnsupportedModel(
+                "what the model predicts behind the cache is not numbers (NaN), so no loss can be measured.",
+                hint="Compute in another type (`--dtype`); `--codec lossless` needs no measure.",
+            )
         return Fidelity(
             mean_kl=float(divergence.mean()),
             p95_kl=float(divergence.quantile(0.95)),

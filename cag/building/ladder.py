@@ -77,7 +77,8 @@ class Trial:
 
 
 TryCodec = Callable[[dict[str, Any], "int | None"], Trial]
-"""Tries a configuration; breaks off when it becomes as large as the given number of bytes."""
+"""Tries a configuration; breaks off when it becomes as large as the given number of bytes. Without one, the trial comes
+to its end. Raises: UnencodableArray: the codec refuses the values, and there is no limit."""
 
 Refine = Callable[[dict[str, Any]], "Sequence[dict[str, Any]]"]
 """Finer configurations of a codec for the cache at hand, the smallest and worst first."""
@@ -152,6 +153,14 @@ def choose(
         elif search.judge(rung.codec).outcome == "over" and rung.refines and refine is not None:
             search.find_finer(refine(rung.codec))
     return CodecChoice(search.best, max_kl, tuple(search.tried))
+
+
+def smallest_finer(attempt: TryCodec, codecs: Sequence[dict[str, Any]], lossless: Trial, max_kl: float) -> Trial | None:
+    """The smallest of `codecs`, each larger and better than the one before, that stays within `max_kl` and is smaller
+    than `lossless`; None when there is none."""
+    search = _Search(attempt, max_kl, [lossless])
+    search.find_finer(codecs)
+    return None if search.best is lossless else search.best
 
 
 @dataclass

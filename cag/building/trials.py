@@ -84,7 +84,7 @@ class CodecTrials:
         return Trial(codec, size, 0, fidelity, "within", tuple(self._exact), measure_s=seconds)
 
     def __call__(self, codec: dict[str, Any], limit_bytes: int | None = None) -> Trial:
-        """Try `codec`; see `cag.building.ladder.TryCodec`. Raises: UnknownCodec, StoreError."""
+        """Try `codec`; see `cag.building.ladder.TryCodec`. Raises: UnknownCodec, UnencodableArray, StoreError."""
         config = codec_from_config(codec).config()
         try:
             return self._tried(config, limit_bytes)
@@ -108,6 +108,8 @@ class CodecTrials:
         try:
             entries, size = self._encoded(context, self._text_bytes + basis_bytes, limit_bytes)
         except UnencodableArray:
+            if limit_bytes is None:
+                raise
             return Trial(config, None, basis_bytes, None, "refused", encode_s=time.perf_counter() - begin)
         encode_s = time.perf_counter() - begin
         self._forget(config)  # decoding prepares other things than encoding

@@ -12,7 +12,7 @@ StoreError
 ├── EntryConflict (ValueError)        the same address with other bytes than the ones to be stored
 ├── EntryPinned (RuntimeError)         a pinned cache that is to be removed without force
 ├── BackendUnavailable (OSError)      a server that cannot be reached, refuses, or keeps failing
-├── UnsupportedBackend (ValueError)   a URL nobody serves, or a server that cannot keep a store safe
+├── UnsupportedBackend (ValueError)   a URL nobody serves, or a server or file system that cannot keep a store safe
 └── InvalidName (ValueError)          a name or key the store does not accept
 
 Every error says what was expected against what was found, where, and what to do.
@@ -78,7 +78,7 @@ class BackendUnavailable(StoreError, OSError):
 
 
 class UnsupportedBackend(StoreError, ValueError):
-    """A URL that no backend serves, or a server that cannot keep a store safe."""
+    """A URL that no backend serves, or a server or file system that cannot keep a store safe."""
 
 
 class InvalidName(StoreError, ValueError):

@@ -24,7 +24,14 @@ from cag_store.blob import MAX_BLOB_BYTES, pack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
 from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
 from cag_store.codecs import Codec, codec_from_config
-from cag_store.errors import CorruptEntry, EntryNotFound, EntryPinned, StoreFull, UnsupportedFormat
+from cag_store.errors import (
+    CorruptEntry,
+    EntryNotFound,
+    EntryPinned,
+    StoreFull,
+    UnsupportedBackend,
+    UnsupportedFormat,
+)
 from cag_store.gc import GcReport, collect
 from cag_store.jsontext import canonical_bytes
 from cag_store.keys import ChunkContext, TokenIds
@@ -37,6 +44,7 @@ from cag_store.usage import StoreUsage, measure, record_use
 from cag_store.verify import VerifyReport, verify_cache
 
 _KEPT_CODECS = 4  # a codec may hold a basis of megabytes
+_ONLY_READ = StoreFull, UnsupportedBackend  # no permission, no space or no locks: a cache can be read all the same
 
 
 def default_workers() -> int:
@@ -378,12 +386,12 @@ class Store:
     def _gc_kept_out(self) -> Iterator[None]:
         """Hold the lock `gc` shared; on a store that may only be read, whoever runs gc must know its readers."""
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(StoreFull):
+            with contextlib.suppress(*_ONLY_READ):
                 stack.enter_context(self.backend.locked("gc", shared=True))
             yield
 
     def _reader_lease(self, digests: Sequence[str]) -> Lease | None:
         """A lease, under `_gc_kept_out`; None on a store that may only be read."""
-        with contextlib.suppress(StoreFull):
+        with contextlib.suppress(*_ONLY_READ):
             return self._new_lease(digests, "reader")
         return None

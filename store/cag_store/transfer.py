@@ -1,8 +1,10 @@
 """Copying a cache from one store to another: blobs and chunks, then manifest and ref. Nothing of the source is trusted.
 
 Each chunk is read once, checked as a reader checks it (size, header against the manifest, ids against the key, every
-segment's checksum), and then written; what the destination has already is checked by its header and left alone. So a
-copy that was killed is resumed by the same call, and the destination's names change in the last step or not at all.
+segment's checksum), and then written; what the destination has already is checked too and left alone when it is whole:
+every byte, but for an object store, from which it would have to be fetched, the header only. So a copy that was killed
+is resumed by the same call, one mends what was damaged, and the destination's names change in the last step or not at
+all.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cag_store.blob import MAX_BLOB_FILE_BYTES
 from cag_store.chunk import ChunkEntry
-from cag_store.chunk_files import OpenChunk, check_segment, open_chunk, read_entry
+from cag_store.chunk_files import OpenChunk, check_segment, check_segments, open_chunk, read_entry
 from cag_store.errors import CorruptEntry, EntryConflict, EntryNotFound
 from cag_store.manifest import Manifest
 from cag_store.paths import blob_path, chunk_path
@@ -165,6 +167,8 @@ def _protected(destination: Store, entry: ChunkEntry) -> OpenChunk | None:
     """The chunk, touched; None when it is missing. Raises: CorruptEntry."""
     with contextlib.suppress(EntryNotFound):
         chunk = open_chunk(destination.backend, entry)
+        if destination.backend.tier != "object-store":
+            check_segments(destination.backend, chunk, decode=False)
         destination.backend.touch(chunk.path)
         return chunk
     return None

@@ -1,12 +1,16 @@
+import errno
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from cag_store import Store
 from cag_store.backends import LocalBackend, MemoryBackend
-from cag_store.errors import StoreError, StoreFull, UnsupportedFormat
+from cag_store.errors import StoreError, StoreFull, UnsupportedBackend, UnsupportedFormat
 from cag_store.testing import BackendConformance
+from torture import in_child
 
 
 class TestMemory(BackendConformance):
@@ -120,6 +124,43 @@ def test_a_killed_process_holds_no_lease(tmp_path):
         process.kill()
     assert list(backend.live_leases()) == []
     assert not list((tmp_path / "store" / "leases").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_neither_keeps_a_lock_nor_ends_a_lease(tmp_path):
+    backend, other = (LocalBackend(tmp_path / "store") for _ in range(2))
+    lease = backend.acquire_lease({"kind": "build"})
+    reading, writing = os.pipe()
+    with backend.locked("gc"):
+        child = in_child(lambda: (lease.release(), os.write(writing, b"released"), signal.pause()))
+    try:
+        assert os.read(reading, 8) == b"released"
+        assert list(other.live_leases()) == [{"kind": "build"}]
+        with other.locked("gc", timeout_s=0):
+            lease.release()
+        assert list(other.live_leases()) == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_store_on_a_file_system_without_locks_is_read_and_not_written(tmp_path, small, monkeypatch):
+    small().build(Store.open(tmp_path / "store"))
+
+    def flock(_descriptor, _kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    store = Store.open(tmp_path / "store")
+    with store.open_reader("small")[2] as reader:
+        buffers = small().buffers()
+        reader.load(buffers)
+        small().check(buffers)
+    assert store.verify("small").ok
+    for change in (store.gc, lambda: store.pin("small"), lambda: small(seed=1).build(store, "other")):
+        with pytest.raises(UnsupportedBackend, match="has no locks"):
+            change()
+    assert store.names() == ["small"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock is there on POSIX only")

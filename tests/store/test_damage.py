@@ -361,7 +361,7 @@ def test_files_that_are_not_what_they_should_be(small, data):
         store.backend.replace(path, kept)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=300), st.integers(0, 1 << 64))
 def test_fuzzed_headers(data, size):
     for header in (data, b"12345678" + b'{"__metadata__":' + data):
@@ -376,7 +376,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_fuzzed_chunk_facts(small_index, data):
     value, tensors, size = small_index

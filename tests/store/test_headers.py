@@ -95,7 +95,7 @@ def test_a_hostile_table_is_left_to_be_refused(small, row):
         parse_index(forged, entry.stored_bytes, "second")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.data())
 def test_fuzzed_headers_behind_another(small_chunks, data):
     """Runs of bytes replaced by anything, or by a piece of the header itself."""

@@ -80,7 +80,7 @@ def check_agreement(objects, store, built, cache, name="small"):
         assert same_bits(pair[1], expected[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     codec=st.sampled_from(CODECS),
     dtype=st.sampled_from(sorted(independent_reader.ITEM)),
@@ -96,7 +96,7 @@ def test_random_caches(small_class, codec, dtype, num_tokens, chunk_tokens, seed
     check_agreement(objects, store, built, cache)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     joint_layers=st.integers(1, 3),
     pairing=st.sampled_from(["halves", "adjacent"]),

@@ -114,7 +114,7 @@ JSON = st.recursive(
 OPAQUE = {"layout", "versions", "machine", "build", "fidelity", "codec", "created_at"}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_fuzzed_manifests(manifest, data):
     value = json.loads(manifest.to_bytes())
@@ -133,7 +133,7 @@ def test_fuzzed_manifests(manifest, data):
     assert Manifest.from_bytes(found.to_bytes()) == found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_fuzzed_bytes(data):
     with pytest.raises((CorruptEntry, UnsupportedFormat)):

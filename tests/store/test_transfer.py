@@ -214,9 +214,14 @@ def test_other_bytes_under_the_same_key_are_a_conflict_and_damage_is_replaced(so
     assert {path: data for path, data in objects(destination).items() if path in before} == before
     damaged = Store.open(tmp_path / "damaged")
     copy_cache(source, damaged, "small")
-    path = tmp_path / "damaged" / chunk_path(source.resolve("small")[1].chunks[0].key)
-    path.write_bytes(b"\0" * path.stat().st_size)
-    copy_cache(source, damaged, "small")
+    manifest = source.resolve("small")[1]
+    for number, chunk in enumerate(manifest.chunks[:3]):
+        path = tmp_path / "damaged" / chunk_path(chunk.key)
+        data = bytearray(path.read_bytes())
+        data[(0, chunk.header_bytes, -1)[number]] ^= 1  # in the header, the token ids, the last segment
+        path.write_bytes(data)
+    report = copy_cache(source, damaged, "small")
+    assert report.copied_bytes == sum(chunk.stored_bytes for chunk in manifest.chunks[:3])
     assert damaged.verify("small").ok
 
 

@@ -41,7 +41,7 @@ def held(path: Path, shared: bool, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, kind: int, deadline: float) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor, holder = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), os.getpid()
     try:
         while not _try_lock(descriptor, kind):
             if time.monotonic() > deadline:
@@ -51,6 +51,8 @@ def _locked(path: Path, kind: int, deadline: float) -> Iterator[None]:
             time.sleep(_POLL_S)
         yield
     finally:
+        if os.getpid() == holder:  # closing is not enough where a process was forked meanwhile, which has it open too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -89,7 +91,8 @@ def remove_unlocked(directory: Path, dry_run: bool) -> list[tuple[Path, os.stat_
 
 
 class FileLease(Lease):
-    """A file in `directory` that stays flocked until `release`; `temporary` is a folder for `locked_temporary`."""
+    """A file in `directory` that stays flocked until `release`; `temporary` is a folder for `locked_temporary`. It is
+    the process' that made it: one that was forked from it leaves the file where it is."""
 
     def __init__(self, directory: Path, temporary: Path, content: dict[str, Any]) -> None:
         self._descriptor: int | None = None  # what was not made has nothing to close
@@ -102,14 +105,15 @@ class FileLease(Lease):
             hidden.unlink(missing_ok=True)
             os.close(descriptor)
             raise
-        self._descriptor = descriptor
+        self._descriptor, self._holder = descriptor, os.getpid()
 
     def release(self) -> None:
         """See `Lease`."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
-            with contextlib.suppress(OSError):  # a lease file that stays behind is stale, and gc removes it
-                self._path.unlink()
+            if os.getpid() == self._holder:
+                with contextlib.suppress(OSError):  # a lease file that stays behind is stale, and gc removes it
+                    self._path.unlink()
             os.close(descriptor)
 
     def __del__(self) -> None:

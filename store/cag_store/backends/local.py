@@ -1,7 +1,7 @@
 """A backend in a local directory: temporary file, fsync, link or rename, fsync of the directory.
 
 Errors of the operating system are translated here: no space, quota or permission -> StoreFull;
-missing -> EntryNotFound.
+missing -> EntryNotFound; no locks -> UnsupportedBackend.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from cag_store.backends import flocks, page_cache
 from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path
-from cag_store.errors import CorruptEntry, EntryNotFound, StoreError, StoreFull, UnsupportedFormat
+from cag_store.errors import CorruptEntry, EntryNotFound, StoreError, StoreFull, UnsupportedBackend, UnsupportedFormat
 
 FORMAT_TEXT = "cag-store 1\n"
 
@@ -24,6 +24,7 @@ _TEMPORARY = "tmp"
 _FOLDERS = ("chunks", "blobs", "manifests", "refs", "leases", "locks", _TEMPORARY)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
 
 
@@ -316,6 +317,12 @@ def _translate(error: OSError, where: str) -> StoreError:
     if error.errno in _NO_PERMISSION:
         return StoreFull(
             f"no permission for {where}: {error.strerror}; change its owner or mode, or put the store elsewhere",
+            path=where,
+        )
+    if error.errno in _NO_LOCKS:
+        return UnsupportedBackend(
+            f"the file system of {where} has no locks ({error.strerror}), so a store on it can only be read: write on "
+            "a local disk, or mount it with locks",
             path=where,
         )
     return StoreError(f"{where}: {error.strerror or error}", path=where)

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from cag.building.builder import build_cache
 from cag.building.ladder import DEFAULT_MAX_KL
 from cag.building.options import BuildOptions
 from cag.building.rungs import LADDER, basis_bytes
+from cag.corpus import load_corpus
 from cag.engine import Engine
-from cag.errors import BuildInterrupted, FidelityMissed, UsageError
+from cag.errors import BuildInterrupted, FidelityMissed, UnsupportedModel, UsageError
 from cag.prefill import BLOCK_TOKENS
+from cag_store.errors import UnencodableArray
 
 LOSSY = [codec["id"] for codec in LADDER]
 
@@ -180,6 +183,36 @@ def test_a_named_codec_over_its_bound_is_refused_and_the_store_is_as_it_was(engi
     assert forced.fidelity.mean_kl == caught.value.facts["mean_kl"]
     assert engine.find("a")[1].build["forced"] is True
     assert engine.store.verify("a").ok
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_a_named_codec_that_cannot_hold_the_values_says_so(engine, corpus, codec):
+    with torch.no_grad():
+        engine.model.network.model.layers[1].self_attn.k_proj.weight[0].mul_(1e38)
+    with pytest.raises(UnencodableArray, match=f"'{codec}'.*use 'lossless'"):
+        engine.build([corpus], name="a", codec=codec, max_kl=1.0)
+    assert engine.store.names() == []
+    assert engine.build([corpus], name="a").fidelity.method == "bits"
+
+
+def test_a_loss_that_is_no_number_is_an_error(engine, corpus):
+    with torch.no_grad():
+        engine.model.network.lm_head.weight[0] = float("nan")
+    with pytest.raises(UnsupportedModel, match="not numbers"):
+        engine.build([corpus], name="a", codec="int8")
+    assert engine.store.names() == []
+
+
+def test_a_named_codec_is_kept_where_lossless_is_smaller(tiny_model_dir, tmp_path):
+    """Of so few tokens `int4` keeps most exact, in 16 bits each, and has scales besides."""
+    engine = Engine.load(str(tiny_model_dir), store=tmp_path / "store", device="cpu", dtype="bfloat16")
+    (tmp_path / "a.txt").write_text("It is so.")
+    documents = load_corpus([tmp_path / "a.txt"]).documents
+    options = BuildOptions(codec="int4", system_text="x", closing_text="x", max_kl=10.0)
+    report = build_cache(engine.model, engine.store, "a", documents, options)
+    assert report.codec["id"] == "int4"
+    lossless = build_cache(engine.model, engine.store, "b", documents, replace(options, codec="lossless"))
+    assert report.stored_bytes > lossless.stored_bytes
 
 
 def test_a_bound_that_is_kept_is_no_matter(engine, corpus):

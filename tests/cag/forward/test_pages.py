@@ -69,7 +69,7 @@ def test_memory_goes_back_when_nobody_has_a_page():
     pool.check_integrity([])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90)), min_size=1, max_size=30), st.integers(0, 99))
 def test_paged_tails_hold_what_plain_ones_hold(steps, seed):
     """Tokens that come in any order of sessions, against a tail in one piece for each."""
