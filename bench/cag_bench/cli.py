@@ -33,7 +33,7 @@ StoreOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")]
-SeedOption = Annotated[int, typer.Option(help="Of the order of the arms and of the bootstrap.")]
+SeedOption = Annotated[int, typer.Option(help="Of the order of the arms.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
@@ -259,7 +259,7 @@ def _counts(option: str, text: str) -> list[int]:
     """Whole numbers with commas between. Raises: UsageError."""
     from cag.errors import UsageError
 
-    if not all(part.strip().isdigit() for part in text.split(",")):
+    if not all(part.strip().isdecimal() for part in text.split(",")):
         raise UsageError(f"--{option} is {text!r}, not numbers with commas between.")
     return [int(part) for part in text.split(",")]
 

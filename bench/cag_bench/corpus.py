@@ -16,6 +16,7 @@ from typing import Any
 
 from cag.corpus import CorpusReport, Document, load_corpus
 from cag.corpus.normalization import normalize_text
+from cag.errors import UsageError
 from cag.retrieval import Passage, split_passages
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -60,14 +61,22 @@ class _PassageSource:
 
 
 def read_corpus(paths: Sequence[str]) -> BenchCorpus:
-    """Read files, folders or JSON lines of documents. Raises as `cag.corpus.load_corpus`."""
+    """Read files, folders or JSON lines of documents.
+
+    Raises: as `cag.corpus.load_corpus`; `UsageError` for a paragraph that is no part of its document.
+    """
     report = load_corpus(paths)
     rows = {
         path: _rows_by_id(Path(path)) for path in dict.fromkeys(d.path for d in report.documents) if _is_lines(path)
     }
     sources = [_source(document, rows.get(document.path, {})) for document in report.documents]
-    digest = hashlib.sha256("\n".join(document.sha256 for document in report.documents).encode()).hexdigest()
+    digest = documents_sha256(report.documents)
     return BenchCorpus(tuple(map(str, paths)), report, tuple(split_passages(sources)), digest)
+
+
+def documents_sha256(documents: Sequence[Document]) -> str:
+    """One digest over all texts, in their order."""
+    return hashlib.sha256("\n".join(document.sha256 for document in documents).encode()).hexdigest()
 
 
 def _is_lines(path: str) -> bool:
@@ -92,6 +101,7 @@ def _placed_paragraphs(text: str, row: Mapping[str, Any]) -> tuple[dict[str, Any
     """The row's paragraphs with offsets into the normalised `text`; none when one of them cannot be found there."""
     placed, position = [], 0
     for paragraph in row.get("paragraphs") or ():
+        _check_paragraph(paragraph, row)
         wanted = normalize_text(row["text"][paragraph["start"] : paragraph["end"]]).strip()
         start = text.find(wanted, position)
         if start < 0:
@@ -99,3 +109,14 @@ def _placed_paragraphs(text: str, row: Mapping[str, Any]) -> tuple[dict[str, Any
         position = start + len(wanted)
         placed.append({"pid": paragraph["pid"], "start": start, "end": position})
     return tuple(placed)
+
+
+def _check_paragraph(paragraph: Any, row: Mapping[str, Any]) -> None:
+    """Raises: `UsageError`. A paragraph that is nowhere would take its text from the RAG arms and from no other."""
+    match paragraph:
+        case {"pid": _, "start": int(start), "end": int(end)} if 0 <= start <= end <= len(row["text"]):
+            return
+    raise UsageError(
+        f"document {row['doc_id']!r} has a paragraph {paragraph!r} that is no part of its text.",
+        hint='Each is {"pid": ..., "start": ..., "end": ...}, characters of the text as the line has it.',
+    )

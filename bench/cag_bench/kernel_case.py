@@ -59,7 +59,7 @@ def measure_case(case: KernelCase, clock: Clock, bandwidth: float, num_samples: 
         "floor_s": floor_s,
         "arms": {name: _figures(values, floor_s) for name, values in samples.items()},
         "ratios": {
-            f"{name}/{kernel}": paired_ratio(list(zip(samples[name], samples[kernel], strict=True)), seed)
+            f"{name}/{kernel}": paired_ratio(list(zip(samples[name], samples[kernel], strict=True)))
             for name in references
         },
     }

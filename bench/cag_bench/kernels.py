@@ -18,6 +18,7 @@ from cag_bench.kernel_cases_cpu import CpuSizes, cpu_cases
 from cag_bench.kernel_clock import clock_for
 from cag_bench.provenance import commit, device_facts, load_average, versions
 from cag_bench.rows import TABLE, ResultRows
+from cag_bench.table import ratio_cell
 
 GPU_TOKENS, CPU_TOKENS = 85_000, 4_096
 NEEDS_GPU = (
@@ -94,7 +95,7 @@ def table_rows(summary: dict[str, Any]) -> list[list[str]]:
             ratio = row["ratios"].get(f"{name}/{kernel}")
             spread = (arm["seconds"][key] * 1e6 for key in ("p50", "p90"))
             cells = [row["name"], shape, name, *(f"{value:.1f}" for value in spread), f"{row['floor_s'] * 1e6:.1f}"]
-            cells += [f"{arm['p50_over_floor']:.2f}", "" if ratio is None else f"{ratio['p50']:.2f}"]
+            cells += [f"{arm['p50_over_floor']:.2f}", "" if ratio is None else ratio_cell(ratio)]
             lines.append([*cells, "" if ratio else f"{row['error']:.1e}"])
     return lines
 
@@ -113,7 +114,7 @@ def origin_lines(summary: dict[str, Any]) -> list[str]:
         f"machine: {machine['gpu'] or machine['processor']}, {machine['cores']} cores",
         f"code: {summary['commit']}",
         f"floor: bytes read and written once, at the {summary['copy_bytes_per_s'] / 1e9:.1f} GB/s that a copy moves",
-        "times in microseconds; ratios are medians of pairs",
+        "times in microseconds; ratios are medians of pairs [95 % CI] (n)",
     ]
     if summary["needs_gpu"]:
         lines.append("one layer may stay in a processor's cache, so a figure may lie below the floor of its memory")

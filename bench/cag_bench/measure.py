@@ -26,7 +26,7 @@ class Sample:
     """One question answered by one arm.
 
     Seconds end in `_s`; `tpot_s` is None when no second token was computed. `position` is the arm's place among the
-    arms of the question, from 0. Scores are None for questions without accepted answers. What only RAG arms have
+    arms of the question, from 0. Scores are None for questions without accepted `answers`. What only RAG arms have
     (`retrieved_*`, `gold_retrieved`: all gold documents are among them) and only `cag-disk` has is None elsewhere.
     """
 
@@ -51,6 +51,7 @@ class Sample:
     f1: float | None
     rouge_l: float | None
     containment: float | None
+    answers: tuple[str, ...]
     retrieved_doc_ids: tuple[str, ...] | None
     retrieved_passage_ids: tuple[str, ...] | None
     gold_retrieved: bool | None
@@ -135,7 +136,8 @@ def to_sample(arm: str, index: int, position: int, question: Question, answered:
         cached_tokens=usage.cached_tokens,
         computed_tokens=usage.computed_tokens,
         completion_tokens=usage.completion_tokens,
-        **_scores(answer.text, question.answers),
+        **_scores(answer.text, question),
+        answers=question.answers,
         **_retrieved(answered, question),
         page_cache_dropped=answered.page_cache_dropped,
         read_s=answered.read_s,
@@ -144,9 +146,12 @@ def to_sample(arm: str, index: int, position: int, question: Question, answered:
     )
 
 
-def _scores(text: str, answers: Sequence[str]) -> dict[str, Any]:
-    metrics = {"em": exact_match, "f1": token_f1, "rouge_l": rouge_l, "containment": containment}
-    return {name: metric(text, answers) if answers else None for name, metric in metrics.items()}
+def _scores(text: str, question: Question) -> dict[str, Any]:
+    if not question.answers:
+        return dict.fromkeys(("em", "f1", "rouge_l", "containment"))
+    metrics = {"em": exact_match, "f1": token_f1, "rouge_l": rouge_l}
+    scores = {name: metric(text, question.answers) for name, metric in metrics.items()}
+    return {**scores, "containment": containment(text, question.answers, question.all_of)}
 
 
 def _retrieved(answered: ArmAnswer, question: Question) -> dict[str, Any]:

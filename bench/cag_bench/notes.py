@@ -7,7 +7,6 @@ from typing import Any
 
 from cag_bench.arm_names import DISK, FULL_PREFILL, HOT, RAM
 from cag_bench.cache import BenchCache
-from cag_bench.figures import NUM_RESAMPLES
 from cag_bench.measure import MeasurePlan, Sample
 from cag_bench.questions import Question
 
@@ -19,14 +18,15 @@ def run_notes(
     cache: BenchCache | None,
     warm_up_arms: Sequence[str],
     loading: Mapping[str, Any] | None,
+    num_with_gold: int,
 ) -> list[str]:
-    """The notes of a run, in a stable order."""
+    """The notes of a run, in a stable order. `num_with_gold`: questions whose supporting texts are in the corpus."""
     notes = [
         _warm_up(warm_up_arms, plan),
         f"For each question all arms were asked, in an order drawn for it (seed {plan.seed}); greedy, at most "
         f"{plan.sampling.max_tokens} tokens.",
-        f"Ratios are medians of first-token times divided question by question; intervals: {NUM_RESAMPLES} bootstrap "
-        f"resamples, seed {plan.seed}.",
+        "Ratios are medians of first-token times divided question by question; intervals are those of the median by "
+        "order statistics, from 6 questions on.",
     ]
     if cache is not None:
         notes.append(_build(cache))
@@ -43,7 +43,28 @@ def run_notes(
     unanswerable = sum(not question.answers for question in questions)
     if unanswerable:
         notes.append(f"{unanswerable} of {len(questions)} questions have no accepted answer: timed, but not scored.")
-    return notes
+    return notes + _without_gold(questions, num_with_gold) + _cut_answers(groups, plan)
+
+
+def _without_gold(questions: Sequence[Question], num_with_gold: int) -> list[str]:
+    named = sum(bool(question.doc_ids or question.passage_ids) for question in questions)
+    if num_with_gold == named:
+        return []
+    return [
+        f"{named - num_with_gold} of {len(questions)} questions name supporting texts that are not in the corpus, cut "
+        "off or left out as duplicates of others: retrieval is not scored on them."
+    ]
+
+
+def _cut_answers(groups: Mapping[str, Sequence[Sample]], plan: MeasurePlan) -> list[str]:
+    samples = [sample for group in groups.values() for sample in group]
+    cut = sum(sample.finish_reason == "length" for sample in samples)
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(samples)} answers were cut at {plan.sampling.max_tokens} tokens: EM, F1 and contains are those "
+        "of their beginnings."
+    ]
 
 
 def _warm_up(names: Sequence[str], plan: MeasurePlan) -> str:

@@ -46,7 +46,7 @@ def plot_ttft(ttft_s: Mapping[str, Sequence[float]], title: str, path: Path) -> 
     axes.set_xlim(left, right * (right / left) ** LABEL_ROOM)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}" if _is_narrow(ttft_s) else "")
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), [f"{name} (n = {len(ttft_s[name])})" for name in arms])
     axes.set_ylim(len(arms) - 0.4, -0.7)
     axes.set_xlabel("time to the first token in seconds (line: median)")
     axes.set_title(title, fontsize=9, loc="left")

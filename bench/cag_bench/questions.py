@@ -17,18 +17,19 @@ _GZIP_MAGIC = b"\x1f\x8b"
 @dataclass(frozen=True)
 class Question:
     """A question. Without `answers` it is unanswerable and its answer is not scored; without `doc_ids` and
-    `passage_ids` the retrieval is not scored."""
+    `passage_ids` the retrieval is not scored. `all_of`: what an answer must contain, all of it."""
 
     qid: str
     question: str
     answers: tuple[str, ...]
     doc_ids: tuple[str, ...]
     passage_ids: tuple[str, ...]
+    all_of: tuple[str, ...] = ()
 
 
 def load_questions(path: Path) -> list[Question]:
     """The questions of `path`, in file order: one object a line with `question`, and where known `qid`, `answers`,
-    `doc_ids` and `pids` (ids of the supporting documents and of their paragraphs).
+    `doc_ids` and `pids` (ids of the supporting documents and of their paragraphs), and `all_of`.
 
     Raises: `UsageError` for a file that cannot be read, holds no question, or a line that is none.
     """
@@ -44,7 +45,7 @@ def _read_text(path: Path) -> str:
         content = path.read_bytes()
         if content.startswith(_GZIP_MAGIC):
             content = gzip.decompress(content)
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"the questions in {path} cannot be read: {error}.", path=str(path)) from error
 
@@ -56,7 +57,7 @@ def _question(path: Path, number: int, line: str) -> Question:
         raise _refused(path, number, f"is not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
         raise _refused(path, number, 'has no "question"')
-    lists = [_strings(path, number, row, key) for key in ("answers", "doc_ids", "pids")]
+    lists = [_strings(path, number, row, key) for key in ("answers", "doc_ids", "pids", "all_of")]
     return Question(str(row.get("qid", number)), row["question"], *lists)
 
 

@@ -51,20 +51,26 @@ def needs_embedder(kinds: set[str]) -> bool:
 def retrieval_quality(
     retriever: Retriever, questions: Sequence[Question], passages: Sequence[Passage]
 ) -> dict[str, Any] | None:
-    """Mean Recall@1/3/5/10, MRR and nDCG@10 in 0..1 over the questions whose gold items are in the corpus.
-
-    The `unit` is the passage where all those questions name passages that exist, else the document (ranked by its
-    best passage). None when no question names anything that exists.
+    """Mean Recall@1/3/5/10, MRR and nDCG@10 in 0..1 over `questions_with_gold`. The `unit` is the passage or the
+    document (ranked by its best passage). None when no question names anything that exists.
     """
-    known_passages = {passage.passage_id for passage in passages}
-    known_documents = {passage.doc_id for passage in passages}
-    scored = [q for q in questions if q.doc_ids and known_documents.issuperset(q.doc_ids)]
-    by_passage = bool(scored) and all(q.passage_ids and known_passages.issuperset(q.passage_ids) for q in scored)
+    scored, by_passage = questions_with_gold(questions, passages)
     if not scored:
         return None
     rows = [_figures(retriever, question, by_passage=by_passage) for question in scored]
     figures = {name: mean([row[name] for row in rows]) for name in rows[0]}
     return {"unit": "passage" if by_passage else "document", "n": len(rows), **figures}
+
+
+def questions_with_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> tuple[list[Question], bool]:
+    """The questions all of whose gold items are in the corpus, and whether these items are passages: they are where a
+    question names passages that exist, else they are documents."""
+    known = {passage.passage_id for passage in passages}
+    found = [question for question in questions if question.passage_ids and known.issuperset(question.passage_ids)]
+    if found:
+        return found, True
+    known = {passage.doc_id for passage in passages}
+    return [question for question in questions if question.doc_ids and known.issuperset(question.doc_ids)], False
 
 
 def _figures(retriever: Retriever, question: Question, *, by_passage: bool) -> dict[str, float]:

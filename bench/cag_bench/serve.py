@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,16 @@ def run_serve(
     with ResultRows(out, origin) as results, engine.open(cache.name) as prefix, lengths:
         prefix.resident.wait()
         for size in options.sessions:
-            prefix.ask_all(_asked(questions, size, 0), max_tokens=WARM_UP_TOKENS)
+            for arm in options.arms:
+                _answers(prefix, _asked(questions, size, 0), arm, replace(options, max_tokens=WARM_UP_TOKENS))
         for row in _measured(prefix, questions, options, progress):
             results.write_row("round", row)
             rows.append(row)
-        facts = {"cache": cache.facts(), "options": asdict(options), "load_average_end": load_average()}
+        facts: dict[str, Any] = {"cache": cache.facts(), "options": asdict(options), "load_average_end": load_average()}
+        facts |= {"model": engine.model.model_id, "model_fingerprint": engine.model.fingerprints.weights}
+        facts |= {"corpus": corpus.facts(), "num_questions": len(questions)}
         results.write_run(facts)
-    summary = {**origin, **facts, "model": engine.model.model_id, "sessions": _figures(rows, options)}
+    summary = {**origin, **facts, "sessions": _figures(rows, options)}
     write_json(out / SUMMARY, summary)
     (out / TABLE).write_text(markdown(summary), encoding="utf-8")
     return summary
@@ -159,7 +162,7 @@ def _figures(rows: list[dict[str, Any]], options: ServeOptions) -> list[dict[str
         speeds = {arm: [row["tokens_per_s"] for row in of_arm] for arm, of_arm in arms.items()}
 
         def ratio(arm: str, base: str, of: dict[str, list[float]] = speeds) -> dict[str, Any] | None:
-            return paired_ratio(list(zip(of[arm], of[base], strict=True)), options.seed)
+            return paired_ratio(list(zip(of[arm], of[base], strict=True)))
 
         entry: dict[str, Any] = {
             "sessions": size,

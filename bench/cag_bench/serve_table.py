@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cag_bench.table import ratio_cell
+
 HEADER = ["sessions", "arm", "tokens/s", "first token p50", "p90", "per token p50", "together / alone", "same answers"]
 DRAFT_HEADER = ["drafts / none", "guessed of answers", "of guesses right"]
 
@@ -22,7 +24,8 @@ def markdown(summary: dict[str, Any]) -> str:
         f"- {summary['model']}, prefix of {cache['num_tokens']} tokens, codec {cache['codec']['id']}; answers of "
         f"{f'{limit} tokens' if speculate else exactly}; {options['rounds']} rounds",
         "- alone: one question behind the other, first tokens from the beginning of each; together: all at once; "
-        "milliseconds, ratios are medians of pairs",
+        "milliseconds, ratios are medians of pairs [95 % CI] (n)",
+        "- warm-up, not counted: every size and arm once, two tokens an answer",
         "",
     ]
     header = HEADER + (DRAFT_HEADER if speculate else [])
@@ -35,16 +38,16 @@ def _table_rows(summary: dict[str, Any]) -> Iterator[list[str]]:
     for entry in summary["sessions"]:
         drafts = entry.get("drafts_over_none", {})
         for arm, figures in entry["arms"].items():
-            ratio = f"{entry['together_over_alone']['p50']:.2f}" if arm == "together" else ""
+            ratio = ratio_cell(entry["together_over_alone"]) if arm == "together" else ""
             same = f"{entry['same_answers']} of {entry['answers']}" if arm == "together" else ""
             times = (figures["ttft_s"]["p50"], figures["ttft_s"]["p90"], figures["tpot_s"]["p50"])
             cells = [str(entry["sessions"]), arm, f"{figures['tokens_per_s']:.1f}"]
             cells += [*(f"{seconds * 1e3:.1f}" for seconds in times), ratio, same]
             plain = arm.removesuffix(", drafts")
-            yield cells + (_draft_cells(figures, drafts[plain]["p50"]) if plain != arm else [""] * len(DRAFT_HEADER))
+            yield cells + (_draft_cells(figures, drafts[plain]) if plain != arm else [""] * len(DRAFT_HEADER))
 
 
-def _draft_cells(figures: dict[str, Any], ratio: float) -> list[str]:
+def _draft_cells(figures: dict[str, Any], ratio: dict[str, Any]) -> list[str]:
     accepted, drafted = figures["accepted_tokens"], figures["drafted_tokens"]
     shares = (accepted / max(1, figures["completion_tokens"]), accepted / max(1, drafted))
-    return [f"{ratio:.2f}", *(f"{share:.0%}" for share in shares)]
+    return [ratio_cell(ratio), *(f"{share:.0%}" for share in shares)]

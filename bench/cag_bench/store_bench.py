@@ -82,7 +82,8 @@ def run_store(
             row["encode_over_prefill"] = row["encode"][str(max(options.cores))]["p50"] / prefill_s
             results.write_row("store", row)
             rows.append(row)
-        facts = {"model": engine.model.model_id, "num_tokens": len(ids), "prefill_s": prefill_s}
+        facts: dict[str, Any] = {"model": engine.model.model_id, "model_fingerprint": engine.model.fingerprints.weights}
+        facts |= {"corpus": corpus.facts(), "num_tokens": len(ids), "prefill_s": prefill_s}
         facts |= {"load_average": load_average(), "cores_bound": can_pin()}
         facts["options"] = {"num_samples": options.num_samples, "seed": options.seed}
         results.write_run(facts)
@@ -232,7 +233,7 @@ class TimedCodec:
     def _over_longer(self, taken: dict[str, list[float]], load: str, read: str, work: str) -> dict[str, object] | None:
         """A load over the longer of `read` and `work`, sample by sample."""
         longer = [max(pair) for pair in zip(taken[read], taken[work], strict=True)]
-        return paired_ratio(list(zip(taken[load], longer, strict=True)), self._options.seed)
+        return paired_ratio(list(zip(taken[load], longer, strict=True)))
 
     def _kept_codes(self, codec: Codec, encoded: Encoded, entries: Sequence[ChunkEntry]) -> KeptCodes | None:
         """None where the engine keeps no codes: of other codecs, and of other types than bfloat16. Raises:

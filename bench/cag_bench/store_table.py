@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cag_bench.table import ratio_cell
+
 
 def header(summary: Mapping[str, Any]) -> list[str]:
     """Columns: encode and decode for each number of cores, then loads."""
@@ -33,17 +35,12 @@ def table_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
             f"{row['encode_over_prefill']:.2f}",
             *times,
             f"{1e3 * row['first_load_s']:.0f}",
-            _ratio(row["cold_over_longer"]),
-            _ratio(row["cold_over_longer_of_files"]),
+            ratio_cell(row["cold_over_longer"]),
+            ratio_cell(row["cold_over_longer_of_files"]),
             "" if codes is None else f"{1e3 * codes['p50']:.0f}",
-            "" if codes is None else _ratio(row["codes_over_longer"]),
-            "" if codes is None else _ratio(row["codes_over_longer_of_files"]),
+            "" if codes is None else ratio_cell(row["codes_over_longer"]),
+            "" if codes is None else ratio_cell(row["codes_over_longer_of_files"]),
         ]
-
-
-def _ratio(ratio: Mapping[str, Any]) -> str:
-    interval = "" if ratio["ci95"] is None else f" [{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}]"
-    return f"{ratio['p50']:.2f}{interval} ({ratio['n']})"
 
 
 def notes(rows: Sequence[Mapping[str, Any]], bound: bool) -> list[str]:

@@ -56,26 +56,26 @@ def ttft_by_question(samples: Sequence[Sample]) -> dict[int, float]:
     return {sample.question_index: sample.ttft_s for sample in samples}
 
 
-def ratios(groups: Mapping[str, Sequence[Sample]], seed: int) -> dict[str, Any]:
+def ratios(groups: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """First-token time of each arm over `cag-hot` and over `cag-disk`, question by question: "ARM/BASE" -> figures."""
     found = {}
     for base in RATIO_BASES:
         for name in groups:
             if base in groups and name != base:
                 pairs = paired(ttft_by_question(groups[name]), ttft_by_question(groups[base]))
-                ratio = paired_ratio(pairs, seed)
+                ratio = paired_ratio(pairs)
                 if ratio is not None:
                     found[f"{name}/{base}"] = ratio
     return found
 
 
-def loading_ratio(groups: Mapping[str, Sequence[Sample]], seed: int) -> dict[str, Any] | None:
+def loading_ratio(groups: Mapping[str, Sequence[Sample]]) -> dict[str, Any] | None:
     """First-token time of `cag-disk` over that of `cag-hot` and what reading the cache's files took by itself, question
     by question."""
     reads = {sample.question_index: sample.read_s for sample in groups.get(DISK, ())}
     hot = ttft_by_question(groups.get(HOT, ()))
     floor = {index: hot[index] + read for index, read in reads.items() if read is not None and index in hot}
-    return paired_ratio(paired(ttft_by_question(groups.get(DISK, ())), floor), seed)
+    return paired_ratio(paired(ttft_by_question(groups.get(DISK, ())), floor))
 
 
 def break_even(groups: Mapping[str, Sequence[Sample]], build_s: float | None) -> dict[str, dict[str, int | None]]:

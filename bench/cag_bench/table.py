@@ -104,7 +104,7 @@ def _row(name: str, arm: Mapping[str, Any], summary: Mapping[str, Any]) -> list[
         *(_milliseconds(arm[key]) for key in ("retrieve_s", "load_s", "prefill_s", "tpot_s")),
         *(_text(arm[key], "{:d}") for key in ("cached_tokens", "computed_tokens")),
         *(_text(arm[key], "{:.2f}") for key in ("em", "f1", "containment")),
-        *(_ratio(summary["ratios"].get(f"{name}/{base}")) for base in _bases(summary)),
+        *(ratio_cell(summary["ratios"].get(f"{name}/{base}")) for base in _bases(summary)),
     ]
 
 
@@ -116,7 +116,8 @@ def _milliseconds(seconds: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _ratio(ratio: Mapping[str, Any] | None) -> str:
+def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
+    """Median, interval where there is one, and the number of pairs."""
     if ratio is None:
         return MISSING
     interval = "" if ratio["ci95"] is None else f" [{ratio['ci95'][0]:.2f}, {ratio['ci95'][1]:.2f}]"

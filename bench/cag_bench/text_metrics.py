@@ -34,8 +34,11 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     return _best(_word_f1, normalize_answer(prediction), [normalize_answer(answer) for answer in answers])
 
 
-def containment(prediction: str, answers: Sequence[str]) -> float:
-    """1 when the words of a normalized answer stand, in order and without gap, in the normalized prediction, else 0."""
+def containment(prediction: str, answers: Sequence[str], all_of: Sequence[str] = ()) -> float:
+    """1 when the words of a normalized answer stand, in order and without gap, in the normalized prediction, else 0.
+    With `all_of`, when those of each of these do, wherever."""
+    if all_of:
+        return min(containment(prediction, [part]) for part in all_of)
     return _best(_contains, normalize_answer(prediction), [normalize_answer(answer) for answer in answers])
 
 
@@ -71,7 +74,7 @@ def _word_f1(prediction: str, answer: str) -> float:
 def _subsequence_f1(prediction: str, answer: str) -> float:
     predicted, expected = ROUGE_TOKEN.findall(prediction), ROUGE_TOKEN.findall(answer)
     if not predicted or not expected:
-        return float(predicted == expected)
+        return _equal(prediction.strip(), answer.strip())  # other scripts have no such words, which makes none equal
     return _f1(_longest_common_subsequence(predicted, expected), len(predicted), len(expected))
 
 

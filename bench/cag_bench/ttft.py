@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from cag_bench.notes import run_notes
 from cag_bench.plot import plot_ttft, require_matplotlib
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.questions import Question
-from cag_bench.retrieval import build_retrievers, load_embedder, needs_embedder, retrieval_quality
+from cag_bench.retrieval import build_retrievers, load_embedder, needs_embedder, questions_with_gold, retrieval_quality
 from cag_bench.rows import PLOT, SUMMARY, TABLE, ResultRows, write_json
 from cag_bench.summary import arm_details, arm_figures, break_even, by_arm, loading_ratio, ratios
 from cag_bench.table import markdown_table
@@ -106,7 +106,7 @@ def run_ttft(
         progress("warm-up", 0, 0)
         warmed = warm_up(arms, run.spare, run.plan)
         total = num_samples([arm.name for arm in arms], len(run.asked), run.plan)
-        samples = measure(arms, run.asked, run.plan, _SampleSink(rows, progress, total))
+        samples = measure(arms, run.scored(), run.plan, _SampleSink(rows, progress, total))
         machine |= {"load_average_end": load_average()}
         groups = by_arm(samples, [spec.name for spec in options.arms])
         facts = run.facts(groups, warmed)
@@ -131,6 +131,11 @@ class _PreparedRun:
     index_s: float
     plan: MeasurePlan
 
+    def scored(self) -> list[Question]:
+        """The questions; those whose supporting texts the corpus has not name none, as nobody can find them."""
+        with_gold, _ = questions_with_gold(self.asked, self.corpus.passages)
+        return [q if q in with_gold else replace(q, doc_ids=(), passage_ids=()) for q in self.asked]
+
     def facts(self, groups: dict[str, list[Sample]], warmed: list[str]) -> dict[str, Any]:
         """The row of the run, origin left out."""
         quality = {
@@ -144,7 +149,13 @@ class _PreparedRun:
             "options": self.options.to_json() | {"num_questions": len(self.asked)},
             "retrieval": {"index_s": self.index_s, "quality": quality} if quality else {},
             "notes": run_notes(
-                groups, self.asked, self.plan, self.cache, warmed, loading_ratio(groups, self.options.seed)
+                groups,
+                self.asked,
+                self.plan,
+                self.cache,
+                warmed,
+                loading_ratio(groups),
+                len(questions_with_gold(self.asked, self.corpus.passages)[0]),
             ),
         }
 
@@ -152,8 +163,8 @@ class _PreparedRun:
         """What the summary adds to the facts."""
         return {
             "arms": {name: arm_figures(group) | arm_details(group) for name, group in groups.items()},
-            "ratios": ratios(groups, self.options.seed),
-            "disk_over_hot_and_read": loading_ratio(groups, self.options.seed),
+            "ratios": ratios(groups),
+            "disk_over_hot_and_read": loading_ratio(groups),
             "break_even_questions": break_even(groups, self.cache.build_s if self.cache else None),
         }
 

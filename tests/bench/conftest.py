@@ -81,6 +81,7 @@ def make_sample():
             "f1": 1.0,
             "rouge_l": 1.0,
             "containment": 1.0,
+            "answers": ("!",),
             "retrieved_doc_ids": None,
             "retrieved_passage_ids": None,
             "gold_retrieved": None,

@@ -37,6 +37,16 @@ def test_paragraphs_that_are_not_found_in_order_give_way_to_windows(tmp_path):
     assert [p.passage_id for p in read_corpus([str(tmp_path / "d.jsonl")]).passages] == ["d#0"]
 
 
+@pytest.mark.parametrize(
+    "wrong", ["p0", {"pid": "p0"}, {"pid": "p0", "start": -3, "end": 5}, {"pid": "p0", "start": 0, "end": 999}]
+)
+def test_paragraphs_that_are_no_part_of_the_text_are_refused(tmp_path, wrong):
+    """One that is left out would be missing from the RAG arms' index, and from no other arm."""
+    (tmp_path / "d.jsonl").write_text(json.dumps(row(paragraphs=[wrong])))
+    with pytest.raises(UsageError, match="no part of its text"):
+        read_corpus([str(tmp_path / "d.jsonl")])
+
+
 def test_folders_are_split_into_windows_and_every_document_counts_in_the_digest(corpus_dir):
     before = read_corpus([str(corpus_dir)])
     assert {p.doc_id for p in before.passages} == {"alpha.md", "beta.txt", "delta.md", "omega.txt"}
@@ -77,6 +87,17 @@ def test_quality_is_by_passage_where_questions_name_passages(tmp_path):
         "mrr": 0.75,
         "ndcg@10": pytest.approx((1 + 1 / 1.584962500721156) / 2),
     }
+
+
+def test_questions_whose_passages_are_not_there_make_no_documents_of_the_others(tmp_path):
+    """By document, one document would be found for every question."""
+    (tmp_path / "d.jsonl").write_text(json.dumps(row()))
+    passages = read_corpus([str(tmp_path / "d.jsonl")]).passages
+    bm25 = build_retrievers({"bm25"}, passages, None)["bm25"]
+    wrong = Question("1", "Which pumps are green?", ("green",), ("d",), ("p1",))
+    cut_off = Question("2", "Which pipes are red?", ("red",), ("d",), ("p2",))
+    quality = retrieval_quality(bm25, [wrong, cut_off], passages)
+    assert (quality["unit"], quality["n"], quality["recall@1"]) == ("passage", 1, 0.0)
 
 
 def test_quality_is_by_document_otherwise_and_none_without_known_gold(corpus_dir):

@@ -10,16 +10,19 @@ from cag_bench.questions import Question, load_questions
 
 ROWS = [
     {"qid": "a", "question": "Why?", "answers": ["so"], "doc_ids": ["d1"], "pids": ["d1#0"], "level": "hard"},
-    {"question": "How?"},
+    {"question": "How?", "all_of": ["this", "that"]},
 ]
-EXPECTED = [Question("a", "Why?", ("so",), ("d1",), ("d1#0",)), Question("2", "How?", (), (), ())]
+EXPECTED = [
+    Question("a", "Why?", ("so",), ("d1",), ("d1#0",)),
+    Question("2", "How?", (), (), (), ("this", "that")),
+]
 
 
 def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, b"\xef\xbb\xbf".__add__])
 def test_plain_and_gzip_files_give_the_same_questions(tmp_path, pack):
     path = tmp_path / "questions"
     path.write_bytes(pack(lines(ROWS)))

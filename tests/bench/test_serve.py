@@ -33,6 +33,9 @@ def test_a_run_compares_answers_and_writes_its_files(tiny_engine, corpus_dir, qu
         assert len(row["ttft_s"]) == row["sessions"]
         assert all(0 < first <= row["seconds"] for first in row["ttft_s"])
         assert row["commit"]
+    assert rows[-1]["corpus"]["num_documents"] == 4
+    assert rows[-1]["model_fingerprint"] == tiny_engine.model.fingerprints.weights
+    assert "warm-up, not counted: every size and arm once" in markdown(summary)
     for entry in summary["sessions"]:
         assert entry["same_answers"] == entry["answers"] == 2 * entry["sessions"]
         assert entry["together_over_alone"]["n"] == 2

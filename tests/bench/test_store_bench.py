@@ -39,6 +39,7 @@ def summary(tiny_engine, corpus_dir, tmp_path):
 def test_every_figure_has_its_samples_and_its_bytes(summary, tiny_engine):
     rows = {row["label"]: row for row in summary["rows"]}
     assert list(rows) == ["lossless", "int8", "int4"]
+    assert summary["corpus"]["num_documents"] == 4
     raw_bytes = summary["num_tokens"] * tiny_engine.model.kv_bytes_per_token
     for row in rows.values():
         assert row["raw_bytes"] == raw_bytes

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import string
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +72,13 @@ def test_containment_is_of_whole_words(prediction, answers, expected):
     assert containment(prediction, answers) == expected
 
 
+def test_containment_of_several_wants_all_of_them_in_any_order():
+    wanted = ("61117", "18877", "16533")
+    assert containment("16533, 61117 and 18877.", ["61117, 18877, 16533"]) == 0.0
+    assert containment("16533, 61117 and 18877.", ["61117, 18877, 16533"], wanted) == 1.0
+    assert containment("61117, 18877", ["61117, 18877, 16533"], wanted) == 0.0
+
+
 @pytest.mark.parametrize(
     ("prediction", "answers", "expected"),
     [
@@ -80,6 +89,10 @@ def test_containment_is_of_whole_words(prediction, answers, expected):
         ("A-B", ["a b"], 1.0),
         ("cat", ["dog"], 0.0),
         ("?", ["dog"], 0.0),
+        # No word of the package's alphabet on either side: equal texts agree, others do not.
+        ("上海", ["北京"], 0.0),
+        ("北京 ", ["上海", "北京"], 1.0),
+        ("?", ["Ж"], 0.0),
         ("", [], 1.0),
     ],
 )
@@ -97,3 +110,33 @@ def test_values_stay_in_bounds_and_agree(prediction, answers):
 @given(st.text(alphabet="aZé日 0.-\n\u0130 the", max_size=60))
 def test_every_metric_gives_a_text_full_marks_against_itself(text):
     assert all(metric(text, ["zzz", text]) == 1.0 for metric in METRICS)
+
+
+WORDS = st.lists(
+    st.sampled_from(["The", "an", "cat", "cat.", "DOG", "1,999", "U.S.", "Beyoncé", "x_y", "-"]), max_size=8
+)
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
+def test_exact_match_and_f1_are_those_of_squad_written_down_another_way(words, answers):
+    """Characters and lists instead of patterns and counters, precision and recall instead of one fraction."""
+
+    def kept(text):
+        letters = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+        return [word for word in letters.split() if word not in ("a", "an", "the")]
+
+    def f1(predicted, expected):
+        rest, common = list(expected), 0
+        for word in predicted:
+            if word in rest:
+                rest.remove(word)
+                common += 1
+        if not common:
+            return float(predicted == expected)
+        precision, recall = common / len(predicted), common / len(expected)
+        return 2 * precision * recall / (precision + recall)
+
+    prediction, accepted = " ".join(words), [" ".join(answer) for answer in answers]
+    pairs = [(kept(prediction), kept(answer)) for answer in accepted]
+    assert exact_match(prediction, accepted) == max(float(left == right) for left, right in pairs)
+    assert token_f1(prediction, accepted) == pytest.approx(max(f1(*pair) for pair in pairs))

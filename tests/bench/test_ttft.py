@@ -65,6 +65,7 @@ def test_a_run_measures_every_arm_and_writes_its_files(run, tiny_engine, tmp_pat
 def test_a_corpus_can_be_cut_to_a_number_of_tokens(run, corpus_dir):
     whole = read_corpus([str(corpus_dir)])
     summary = run(arms=parse_arms("cag-hot,rag-bm25@1"), prefix_tokens=600).summary
+    assert summary["corpus"]["sha256"] != whole.sha256
     assert summary["corpus"]["num_tokens"] == 600
     assert 0 < summary["corpus"]["num_passages"] < len(whole.passages)  # none from behind the cut
     assert summary["options"]["prefix_tokens"] == 600
@@ -140,6 +141,16 @@ def test_notes_say_what_was_left_out(run):
     assert "1 of 3 questions have no accepted answer" in notes
     assert "cag-disk: the page cache" in notes
     assert "Warm-up, not counted: one question each of cag-hot" in notes
+    assert "13 of 13 answers were cut at 4 tokens" in notes
+    assert "supporting texts" not in notes
+
+
+def test_questions_whose_texts_are_not_in_the_corpus_are_told_and_not_held_against_retrieval(run, corpus_dir):
+    (corpus_dir / "beta.txt").unlink()
+    result = run(arms=parse_arms("rag-bm25@1"))
+    assert "1 of 3 questions name supporting texts that are not in the corpus" in "\n".join(result.summary["notes"])
+    assert [sample.gold_retrieved for sample in result.samples] == [True, None, None]  # the last names no document
+    assert result.summary["arms"]["rag-bm25@1"]["gold_retrieved"] == 1.0
 
 
 def test_without_cached_arms_nothing_is_built(run, tiny_engine):

@@ -23,7 +23,7 @@ from cag_bench.arms.cached import HotArm, StoredArm
 from cag_bench.cache import BenchCache, build_bench_cache
 from cag_bench.corpus import BenchCorpus
 from cag_bench.exact_prefix import cut_corpus
-from cag_bench.figures import NUM_RESAMPLES, percentiles
+from cag_bench.figures import percentiles
 from cag_bench.peers.measure import PeerSample, SessionsSample, measure_questions, measure_sessions
 from cag_bench.peers.parties import (
     DISK,
@@ -121,7 +121,7 @@ def run_peers(
             machine |= {"load_average_end": load_average()}
             facts = _facts(engine, cut, asked, bench, specs, options, samples)
             rows.write_row("run", facts)
-    figures = _figures(engine, asked, samples, rounds, options.seed)
+    figures = _figures(engine, asked, samples, rounds)
     summary = {**origin, **facts, **figures}
     write_json(out / SUMMARY, summary)
     (out / TABLE).write_text(markdown(summary), encoding="utf-8")
@@ -251,7 +251,7 @@ def _notes(specs: Sequence[PeerSpec], options: PeersOptions, samples: Sequence[P
         "Same token ids for all, greedy, answers of exactly "
         f"{options.num_tokens} tokens; for each question all parties were asked, one at a time, in an order drawn for "
         f"it (seed {options.seed}). Warm-up, not counted: one question and two tokens of all sessions each.",
-        f"Ratios are medians of pairs; intervals: {NUM_RESAMPLES} bootstrap resamples, seed {options.seed}.",
+        "Ratios are medians of pairs; intervals are those of the median by order statistics, from 6 pairs on.",
         "Prefix on disk: opening, loading and first token, the page cache dropped for the files before each question"
         + (f", which failed {kept} times." if kept else "."),
         "Sessions: all questions arrive at once; the clock ends with the last token. Ours and vLLM share the prefix, "
@@ -265,7 +265,6 @@ def _figures(
     asked: Sequence[AskedQuestion],
     samples: Sequence[PeerSample],
     rounds: Sequence[SessionsSample],
-    seed: int,
 ) -> dict[str, Any]:
     """What the summary adds to the facts. `reference` of agreement is our first codec in memory."""
     groups = grouped(samples)
@@ -276,9 +275,9 @@ def _figures(
         ends = [place for place, token in enumerate(token_ids) if token in stop_ids]
         return str(tokenizer.decode(list(token_ids[: ends[0] if ends else None]), skip_special_tokens=True))
 
-    ratios = question_ratios(samples, seed)
+    ratios = question_ratios(samples)
     if rounds:
-        ratios["tokens_per_s"] = sessions_ratios(rounds, seed)
+        ratios["tokens_per_s"] = sessions_ratios(rounds)
     return {
         "parties": {name: party_figures(group, reference, asked, text_of) for name, group in groups.items()},
         "sessions": {name: sessions_figures(group) for name, group in grouped(rounds).items()},

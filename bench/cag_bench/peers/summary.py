@@ -60,7 +60,7 @@ def grouped(samples: Sequence[Any]) -> dict[str, list[Any]]:
     return {name: [sample for sample in samples if sample.party == name] for name in names}
 
 
-def question_ratios(samples: Sequence[PeerSample], seed: int) -> dict[str, dict[str, Any]]:
+def question_ratios(samples: Sequence[PeerSample]) -> dict[str, dict[str, Any]]:
     """`ttft_s` and `tpot_s` of each party of ours over each peer with its prefix in the same place."""
     found: dict[str, dict[str, Any]] = {}
     for name in ("ttft_s", "tpot_s"):
@@ -71,18 +71,18 @@ def question_ratios(samples: Sequence[PeerSample], seed: int) -> dict[str, dict[
         source = {sample.party: sample.source for sample in samples}
         pairs = [(ours, peer) for ours in values for peer in values if _compared(ours, peer)]
         found[name] = {
-            f"{ours}/{peer}": paired_ratio(paired(values[ours], values[peer]), seed)
+            f"{ours}/{peer}": paired_ratio(paired(values[ours], values[peer]))
             for ours, peer in pairs
             if source[ours] == source[peer]
         }
     return found
 
 
-def sessions_ratios(samples: Sequence[SessionsSample], seed: int) -> dict[str, Any]:
+def sessions_ratios(samples: Sequence[SessionsSample]) -> dict[str, Any]:
     """Tokens a second of each party of ours over each peer, round by round."""
     values = {party: {s.round_index: s.tokens_per_s for s in group} for party, group in grouped(samples).items()}
     return {
-        f"{ours}/{peer}": paired_ratio(paired(values[ours], values[peer]), seed)
+        f"{ours}/{peer}": paired_ratio(paired(values[ours], values[peer]))
         for ours in values
         for peer in values
         if _compared(ours, peer)
