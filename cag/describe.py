@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from cag.building.probes import warnings_about
 from cag_store import Manifest, Ref
 
 
@@ -24,6 +25,7 @@ def describe_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
         "raw_over_stored": manifest.raw_bytes / manifest.stored_bytes,
         "codec_choice": codec_choice(manifest),
         "fidelity": dict(manifest.fidelity) if manifest.fidelity is not None else None,
+        "warnings": _warnings(manifest),
         "expires_at": ref.expires_at,
         "pinned": ref.pinned,
         "documents": [asdict(document) for document in manifest.documents],
@@ -37,8 +39,13 @@ def codec_choice(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def summarize_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
-    """One row of a list of caches: without documents, and of the codec only its id."""
+    """One row of a list of caches: as `describe_cache`, without the documents and how the codec was chosen."""
     whole = describe_cache(ref, manifest)
-    kept = ("name", "digest", "created_at", "num_tokens", "num_documents", "raw_bytes", "stored_bytes")
-    row = {field: whole[field] for field in (*kept, "raw_over_stored", "fidelity", "pinned", "expires_at")}
-    return row | {"codec": manifest.codec["id"]}
+    return {field: value for field, value in whole.items() if field not in ("documents", "codec_choice")}
+
+
+def _warnings(manifest: Manifest) -> list[str]:
+    """As a build has said them; none where nothing was measured, or another version noted it in another way."""
+    found = manifest.fidelity or {}
+    num_probes = found.get("num_probes")
+    return list(warnings_about(str(found.get("method")), num_probes)) if isinstance(num_probes, int) else []

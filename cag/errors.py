@@ -163,7 +163,7 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     CacheMismatch: ErrorRow(32, 409, "cache_mismatch"),
     FidelityMissed: ErrorRow(33, 422, "fidelity_missed"),
     RequestError: ErrorRow(40, 400, "request_error"),
-    RequestTooLong: ErrorRow(41, 413, "request_too_long"),
+    RequestTooLong: ErrorRow(41, 400, "context_length_exceeded"),
     QueueFull: ErrorRow(42, 429, "queue_full"),
     SessionNotFound: ErrorRow(45, 404, "session_not_found"),
     SessionBusy: ErrorRow(46, 409, "session_busy"),

@@ -109,19 +109,22 @@ class Prefix:
             started_at: as in `Session.stream`.
             **sampling: fields of `SamplingOptions`, in place of `options`.
         """
-        return self.session().ask(question, options or SamplingOptions(**sampling), started_at=started_at)
+        return self.session().ask(question, options, started_at=started_at, **sampling)
 
     def stream(self, question: str, options: SamplingOptions | None = None, **sampling: Any) -> AnswerStream:
         """As `ask`, piece by piece."""
-        return self.session().stream(question, options or SamplingOptions(**sampling))
+        return self.session().stream(question, options, **sampling)
 
     def ask_all(
         self, questions: Sequence[str], options: SamplingOptions | None = None, **sampling: Any
     ) -> list[Answer]:
         """Answer questions at the same time, each in a session of its own; the same answers as one by one, sooner.
 
-        Raises: as `ask`, for the first question that fails; the others are answered first.
+        Raises: UsageError: one text in place of several; as `ask`, for the first question that fails: the others are
+            answered first.
         """
+        if isinstance(questions, str):
+            raise UsageError("the questions are one text; give a list of them.")
         scheduler = Scheduler(self.model)
         streams = [self.stream(question, options, **sampling) for question in questions]
         requests = [stream.submit(scheduler, lambda _piece: None) for stream in streams]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cag.building.probes import NUM_PROBES, Branch
+from cag.building.probes import Branch, warnings_about
 from cag.errors import InsufficientResources, UnsupportedModel
 from cag.model import LanguageModel
 from cag.residency.resident import ResidentPrefix
@@ -50,15 +50,12 @@ class Fidelity:
     @property
     def is_judged(self) -> bool:
         """Whether it says what a cache loses: equal bits do, and `NUM_PROBES` probes; fewer are a hint at most."""
-        return self.method == "bits" or self.num_probes >= NUM_PROBES
+        return not self.warnings
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What users have to know about the figures."""
-        few = (
-            f"the loss was measured at {self.num_probes} positions, not at {NUM_PROBES} or more: the text is too short"
-        )
-        return () if self.is_judged else (few,)
+        return warnings_about(self.method, self.num_probes)
 
     def to_json(self) -> dict[str, Any]:
         """As manifests keep it."""

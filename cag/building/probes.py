@@ -51,6 +51,13 @@ _ONWARD = (
 """Answered by the text behind the words."""
 
 
+def warnings_about(method: str, num_probes: int) -> tuple[str, ...]:
+    """What users have to know about a loss: whether it was measured at so few positions that it is a hint at most.
+    Equal bits need none."""
+    few = f"the loss was measured at {num_probes} positions, not at {NUM_PROBES} or more: the text is too short"
+    return (few,) if method != "bits" and num_probes < NUM_PROBES else ()
+
+
 @dataclass(frozen=True)
 class Branch:
     """A sequence behind the prefix. The predictions of its last `len(targets)` tokens are probed; `targets` are the

@@ -62,6 +62,7 @@ app.command()(caches.rm)
 app.command()(housekeeping.gc)
 app.command()(caches.pin)
 app.command()(caches.unpin)
+app.command()(caches.expire)
 app.command()(transfer.export)
 app.command("import")(transfer.import_)
 app.command()(serve)
@@ -112,6 +113,7 @@ def _run(arguments: list[str]) -> int:
     except typer.Abort:
         result = INTERRUPTED
     except Exception as error:
+        sys.stdout.flush()  # what stdout did not take the first time, it does not take now
         return report_error(error, **said)
     if result == INTERRUPTED:  # typer turns Ctrl-C into this number, or into Abort
         return report_error(KeyboardInterrupt(), **said)

@@ -150,11 +150,16 @@ def _read_question(*, as_json: bool) -> str:
 def _print_answer(answering: AnswerStream, *, as_json: bool, stream: bool) -> None:
     """Run an answer to its end and print it with citations and timings."""
     begun = False
-    for piece in answering:
-        if stream and not as_json:
-            text = printable(piece) if begun else printable(piece).lstrip()
-            begun = begun or bool(text)
-            print(text, end="", flush=True)
+    try:
+        for piece in answering:
+            if stream and not as_json:
+                text = printable(piece) if begun else printable(piece).lstrip()
+                begun = begun or bool(text)
+                print(text, end="", flush=True)
+    except BaseException:
+        if begun:
+            print(flush=True)  # what is said of it begins a line
+        raise
     answer = answering.answer
     if as_json:
         print_json(answer.to_json())
@@ -171,9 +176,10 @@ def print_proof(answer: Answer) -> None:
     usage, timings = answer.usage, answer.timings
     speed = f" at {1 / timings.tpot_s:.1f} tokens/s" if timings.tpot_s else ""
     drafted = f" ({usage.accepted_tokens} of {usage.drafted_tokens} guessed right)" if usage.drafted_tokens else ""
+    load = f", beside a load of {timings.load_s:.2f} s from {answer.cache.tier}" if timings.load_s else ""
     print(
-        f"-- first token {timings.ttft_s:.2f} s (load {timings.load_s:.2f} s from {answer.cache.tier}, "
-        f"question {timings.prefill_s:.2f} s); {usage.completion_tokens} tokens{drafted}{speed}; "
+        f"-- first token {timings.ttft_s:.2f} s (question {timings.prefill_s:.2f} s{load}); "
+        f"{usage.completion_tokens} tokens{drafted}{speed}; "
         f"total {timings.total_s:.2f} s; "
         f"prompt {usage.prompt_tokens:,} tokens: {usage.cached_tokens:,} cached, {usage.computed_tokens:,} computed"
     )

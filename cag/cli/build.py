@@ -37,6 +37,7 @@ from cag.cli.progress import Report, shown_progress
 
 if TYPE_CHECKING:
     from cag.building.options import BuildProgress, BuildReport
+    from cag.corpus import CorpusReport
 
 
 def build(
@@ -83,14 +84,13 @@ def build(
 ) -> None:
     """Read documents, prefill, compress, store."""
     import cag_store
-    from cag.corpus import load_corpus
 
     cag_store.checked_name(name)
     if codec is not None:
         from cag.building.options import check_codec
 
         check_codec(codec)
-    corpus = load_corpus(paths, skip_errors=skip_errors)
+    corpus = _corpus_of(paths, skip_errors)
     engine = load_engine(store_at(store), ModelChoice(model, adapter, device, dtype), verbose=verbose)
     options = given(codec=codec, max_kl=max_kl, force=force or None, system_text=system, ttl_s=ttl)
     note_configuration(verbose, skip_errors=skip_errors, **options)
@@ -124,15 +124,25 @@ def update(
 
     PATHs are all of its documents: those that they no longer name go.
     """
-    from cag.corpus import load_corpus
-
-    corpus = load_corpus(paths, skip_errors=skip_errors)
+    corpus = _corpus_of(paths, skip_errors)
     engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
     options = given(ttl_s=ttl, force=force or None)
     with shown_progress("tokens") as report:
         built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress), **options)
     keep_below(engine.store, max_bytes, name)
     _print_report(built, as_json=as_json)
+
+
+def _corpus_of(paths: list[str], skip_errors: bool) -> CorpusReport:
+    """The documents. Raises: as `load_corpus`, with what this command can do about it."""
+    from cag.corpus import load_corpus
+    from cag.errors import UnreadableDocument
+
+    try:
+        return load_corpus(paths, skip_errors=skip_errors)
+    except UnreadableDocument as error:
+        hint = f"{error.hint} --skip-errors goes on without it, and says so.".strip()
+        raise UnreadableDocument(error.message, hint=hint, **error.facts) from error
 
 
 def _tell(report: Report, progress: BuildProgress) -> None:

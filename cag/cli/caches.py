@@ -1,4 +1,4 @@
-"""`cag show`, `verify`, `rm`, `pin`, `unpin`: one cache of a store. No model is loaded here."""
+"""`cag show`, `verify`, `rm`, `pin`, `unpin`, `expire`: one cache of a store. No model is loaded here."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from cag.cli.output import (
     print_json,
     print_table,
 )
+from cag.cli.quantities import duration_s
 
 if TYPE_CHECKING:
     from cag_store import Ref, Store, VerifyReport
+
+NEVER = "never"
 
 
 def show(
@@ -60,8 +63,9 @@ def _shown_facts(cache: dict[str, Any]) -> dict[str, str]:
         "size": f"{bytes_text(cache['raw_bytes'])} -> {bytes_text(cache['stored_bytes'])} "
         f"({cache['raw_over_stored']:.2f}x)",
         "fidelity": fidelity_text(cache["fidelity"]) if cache["fidelity"] else "not measured",
+        **({"warning": "; ".join(cache["warnings"])} if cache["warnings"] else {}),
         "pinned": "yes" if cache["pinned"] else "no",
-        "expires": cache["expires_at"] or "never",
+        "expires": cache["expires_at"] or NEVER,
     }
 
 
@@ -132,10 +136,25 @@ def unpin(name: NameArgument, store: StoreOption = None, as_json: JsonOption = F
     _change(store_at(store), name, lambda opened: opened.unpin(name), as_json=as_json)
 
 
+def expire(
+    name: NameArgument,
+    after: Annotated[
+        str, typer.Argument(metavar="DURATION", help="From now: 90s, 30m, 12h, 7d, 2w; or never.", show_default=False)
+    ],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a cache expire after a while, or never; one that has expired comes back, until `cag gc`."""
+    ttl_s = None if after == NEVER else duration_s(after)
+    _change(store_at(store), name, lambda opened: opened.set_ttl(name, ttl_s), as_json=as_json)
+
+
 def _change(store: Store, name: str, change: Callable[[Store], Ref], *, as_json: bool) -> None:
     with missing_names_translated():
         ref = change(store)
     if as_json:
         print_json({"name": name, "digest": ref.manifest, "pinned": ref.pinned, "expires_at": ref.expires_at})
     else:
-        print(f"{name} is {'pinned' if ref.pinned else 'not pinned'}")
+        pinned = "pinned" if ref.pinned else "not pinned"
+        expires = f"expires at {ref.expires_at}" if ref.expires_at else "never expires"
+        print(f"{name} is {pinned} and {expires}{', once it is unpinned' if ref.pinned and ref.expires_at else ''}")

@@ -19,6 +19,7 @@ LIST_COLUMNS = (
     "name", "tokens", "documents", "model", "codec", "stored", "own", "ratio", "created", "machine", "used", "pinned",
     "expires",
 )  # fmt: skip
+LIST_SPARE = ("machine", "created", "own", "ratio", "used", "documents", "pinned", "expires")  # goes first, ..., last
 LIST_NUMBERS = ("tokens", "documents", "stored", "own", "ratio")
 
 
@@ -32,7 +33,10 @@ def ls(store: StoreOption = None, cache_bytes: CacheBytesOption = None, as_json:
         print_json({"store": opened.backend.url, "caches": caches, "totals": totals})
         return
     if caches:
-        print_table(LIST_COLUMNS, [_list_row(cache) for cache in caches], right=LIST_NUMBERS)
+        rows = [_list_row(cache) for cache in caches]
+        left_out = print_table(LIST_COLUMNS, rows, right=LIST_NUMBERS, spare=LIST_SPARE)
+        if left_out:
+            note(f"no room here for {', '.join(left_out)}; `cag ls --json` has them")
         loose = usage.total_bytes - usage.held_bytes
         rest = f", {bytes_text(loose)} that no readable cache holds" if loose else ""
         hold = "1 cache holds" if len(caches) == 1 else f"{len(caches)} caches hold"
@@ -55,7 +59,7 @@ def _listed(store: Store, name: str, usage: CacheUsage | None) -> dict[str, Any]
         manifest = store.manifest(ref.manifest)
     except StoreError as error:
         return {"name": name, "damaged": True, "error": error_facts(error)}
-    origin = {"model": manifest.model.id, "machine": dict(manifest.machine)}
+    origin = {"machine": dict(manifest.machine)}
     use = {
         "own_bytes": usage and usage.own_bytes,
         "shared_bytes": usage and usage.shared_bytes,
@@ -72,8 +76,8 @@ def _list_row(cache: dict[str, Any]) -> tuple[str, ...]:
         cache["name"],
         f"{cache['num_tokens']:,}",
         f"{cache['num_documents']:,}",
-        cache["model"],
-        cache["codec"],
+        cache["model"]["id"],
+        cache["codec"]["id"],
         bytes_text(cache["stored_bytes"]),
         "" if cache["own_bytes"] is None else bytes_text(cache["own_bytes"]),
         f"{cache['raw_over_stored']:.2f}",

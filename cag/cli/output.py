@@ -76,19 +76,45 @@ def fidelity_text(fidelity: Mapping[str, Any]) -> str:
     return text.replace(" nats", f" (standard error {error:.6f}) nats", 1) if error and "mean_kl" in numbers else text
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """A table on stdout; the columns named in `right` are numbers."""
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
+) -> list[str]:
+    """A table on stdout; the columns named in `right` are numbers. Returns those of `spare` that a terminal had no room
+    for: empty ones went first, then the others in their order."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+    left_out = _left_out(columns, rows, spare, console.width)
+    rows = [[cell for column, cell in zip(columns, row, strict=True) if column not in left_out] for row in rows]
+    columns = [column for column in columns if column not in left_out]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         numeric = column in right
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*(Text(one_line(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False).print(table)
+    console.print(table)
+    return left_out
+
+
+def _left_out(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str], num_characters: int
+) -> list[str]:
+    from rich.cells import cell_len
+
+    cells = {column: [one_line(row[place]) for row in rows] for place, column in enumerate(columns)}
+    widths = {column: max(map(cell_len, (column, *cells[column]))) + 2 for column in columns}
+    left_out: list[str] = []
+    for column in sorted(spare, key=lambda column: any(cells[column])):
+        if sum(widths.values()) - sum(widths[other] for other in left_out) - 2 > num_characters:
+            left_out.append(column)
+    return left_out
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

@@ -65,6 +65,14 @@ def serve(
             show_default="$CAG_HOME/tenants",
         ),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin",
+            help="Web pages of this origin may ask from a browser, like https://chat.example.org; may be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     max_resident_bytes: Annotated[
         int | None,
         typer.Option(
@@ -114,6 +122,7 @@ def serve(
         preload=tuple(preload or ()),
         api_keys=tuple(api_key or ()),
         tenant_keys=read_tenant_keys(tenant_keys) if tenant_keys is not None else None,
+        cors_origins=tuple(cors_origin or ()),
         tenant_stores=tenant_stores or (str(cag_home() / "tenants") if tenant_keys is not None else None),
         max_resident_bytes=max_resident_bytes,
         num_slots=slots,

@@ -33,11 +33,18 @@ _DECLARATION = re.compile(rb"(?:charset|encoding|coding)[ \t]*[=:][ \t]*[\"']?([
 _DECLARABLE = re.compile(r"(iso8859|cp125|cp874|ascii|utf-?8|shift_jis|cp932|euc|gb|big5|koi8|mac-roman).*")
 # The WHATWG encoding standard reads these labels as Windows-1252, which is what such pages hold.
 _READ_AS_CP1252 = {"iso8859-1", "ascii"}
+_NAME_IT = "Give it the extension of its real type, or save it as text."
+_CONVERT_IT = "Convert it to UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)."
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 class NotTextError(ValueError):
-    """The bytes are not text in an encoding that is known for certain; the message is the reason, for a user."""
+    """The bytes are not text in an encoding that is known for certain. For a user: the message is the reason, `hint`
+    what to do."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 def decode_text(content: bytes, *, allow_declared: bool = False) -> str:
@@ -49,11 +56,11 @@ def decode_text(content: bytes, *, allow_declared: bool = False) -> str:
     """
     for signature, kind in _SIGNATURES:
         if content.startswith(signature):
-            raise NotTextError(f"its content is {kind}, not text")
+            raise NotTextError(f"its content is {kind}, not text", _NAME_IT)
     text = _decode(content, allow_declared)
     num_controls = sum(1 for _ in _CONTROL.finditer(text))
     if "\x00" in text or num_controls > 8 + len(text) // 100:
-        raise NotTextError("its content is binary, not text")
+        raise NotTextError("its content is binary, not text", _NAME_IT)
     return text
 
 
@@ -66,11 +73,12 @@ def _decode(content: bytes, allow_declared: bool) -> str:
     except UnicodeDecodeError as error:
         declared = _declared_encoding(content) if allow_declared else None
         if declared is None:
-            raise NotTextError(f"byte {error.start} is not valid {error.encoding.upper()}") from error
+            raise NotTextError(f"byte {error.start} is not valid {error.encoding.upper()}", _CONVERT_IT) from error
     try:
         return content.decode(declared)
     except UnicodeDecodeError as error:
-        raise NotTextError(f"byte {error.start} is not valid {declared}, the encoding it declares") from error
+        reason = f"byte {error.start} is not valid {declared}, the encoding it declares"
+        raise NotTextError(reason, _CONVERT_IT) from error
 
 
 def _declared_encoding(content: bytes) -> str | None:

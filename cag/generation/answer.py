@@ -36,8 +36,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. `load_s`: waiting for the cache; `prefill_s`: computing the rest of the prompt and the first token's
-    logits; `ttft_s`: from the call to the first token; `tpot_s`: per further token; `retrieve_s`: retrieval, if any.
+    """Seconds. `load_s`: loading the cache; `prefill_s`: computing the rest of the prompt and the first token's logits,
+    waiting for layers that still load included, so the two overlap; `ttft_s`: from the call to the first token;
+    `tpot_s`: per further token; `retrieve_s`: retrieval, if any.
     """
 
     load_s: float

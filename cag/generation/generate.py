@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -47,16 +48,30 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))  # not a stop string a character
-        if "" in self.stop:
-            raise UsageError("a stop string is empty.")
-        if self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature}; it must be a finite number from 0 on.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must be in (0, 1].")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            raise UsageError(f"seed is {self.seed}; it must fit into 64 bits.")
+        strings = isinstance(self.stop, tuple | list) and all(isinstance(text, str) and text for text in self.stop)
+        _check("stop", self.stop, strings, "a string that is not empty, or several")
+        _check(
+            "max_tokens", self.max_tokens, _is_whole(self.max_tokens) and self.max_tokens >= 1, "a whole number above 0"
+        )
+        heat = _is_number(self.temperature) and 0 <= self.temperature < math.inf
+        _check("temperature", self.temperature, heat, "a finite number from 0 on")
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
+        fits = self.seed is None or (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64)
+        _check("seed", self.seed, fits, "a whole number of 64 bits, or None")
+        _check("speculate", self.speculate, self.speculate in (None, True, False), "True, False or None")
+
+
+def _check(name: str, value: object, is_right: bool, right: str) -> None:
+    if not is_right:
+        raise UsageError(f"{name} is {value!r}; it must be {right}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class Sampler:

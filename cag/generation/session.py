@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cag.errors import UsageError
 from cag.generation.answer import Answer, CacheOrigin, Timings, Usage
@@ -220,9 +220,10 @@ class Session:
         *,
         started_at: float | None = None,
         history: Sequence[tuple[str, str]] = (),
+        **sampling: Any,
     ) -> Answer:
-        """Answer a question behind the prefix and the earlier turns. Raises as `stream`."""
-        stream = self.stream(question, options, started_at=started_at, history=history)
+        """Answer a question behind the prefix and the earlier turns. Arguments and errors as of `stream`."""
+        stream = self.stream(question, options, started_at=started_at, history=history, **sampling)
         for _ in stream:
             pass
         return stream.answer
@@ -234,27 +235,32 @@ class Session:
         *,
         started_at: float | None = None,
         history: Sequence[tuple[str, str]] = (),
+        **sampling: Any,
     ) -> AnswerStream:
         """Start an answer; iterate over the result for its text.
 
         Args:
             question: the user's words.
-            options: sampling and stop rules.
+            options: sampling and stop rules; or give its fields as keywords (`max_tokens=64`).
             started_at: `time.perf_counter()` from which the first token is counted; the time of the call if None.
             history: (question, answer) turns that were held elsewhere, to be read before the question.
+            **sampling: fields of `SamplingOptions`, in place of `options`.
 
         Raises:
-            UsageError: an empty question, or a history for a session that has turns of its own.
+            UsageError: a question that is empty or no text, options out of their range or given in both ways, or a
+                history for a session that has turns of its own.
             RequestTooLong: no room left in the model's window.
         """
         begin = time.perf_counter() if started_at is None else started_at
+        if not isinstance(question, str):
+            raise UsageError(f"the question is {question!r}; it must be text.")
         if not question.strip():
             raise UsageError("the question is empty.")
         if history and self._answered:
             raise UsageError("the session has turns of its own.", hint="Replay a history in a new session.")
         self.prefix.check_open()
         was_resident = started_at is None and self.prefix.resident.is_loaded
-        options, suffix = options or SamplingOptions(), self._suffix(question, history)
+        options, suffix = _sampling(options, sampling), self._suffix(question, history)
         generation = Generation(
             self.prefix.model,
             self._state,
@@ -279,3 +285,11 @@ class Session:
         if not self._answered:
             return conversation_ids(tokenizer, template, history, question)
         return self._unread + next_question_ids(tokenizer, template, question)
+
+
+def _sampling(options: SamplingOptions | None, fields: dict[str, Any]) -> SamplingOptions:
+    if options is None:
+        return SamplingOptions(**fields)
+    if not isinstance(options, SamplingOptions) or fields:
+        raise UsageError("sampling is given as one `SamplingOptions`, or as keywords.")
+    return options

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from cag.engine import Engine
 from cag.server.cache_routes import cache_router
@@ -49,5 +50,13 @@ def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> Fas
         app.include_router(router)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(ApiKeys, owners=owners_of(settings.api_keys, settings.tenant_keys))
+    if settings.cors_origins:  # before keys are asked for: a browser's question whether it may ask has none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "PATCH", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("Location", "Retry-After"),
+        )
     app.add_middleware(RequestCount, count=service.metrics.count_request)
     return app

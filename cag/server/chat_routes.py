@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -10,15 +11,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from cag.engine import check_fingerprints
-from cag.errors import CacheMismatch
+from cag.errors import CacheMismatch, CacheNotFound, ModelNotFound
 from cag.server.chat_schema import ChatRequest, CompletionHead, proof
-from cag.server.errors import error_facts
+from cag.server.errors import error_facts, public_message
 from cag.server.listing import readable_caches
 from cag.server.running import AnswerRun
 from cag.server.service import AnswerService
 from cag.server.streaming import EventStream, event, while_connected
 from cag.server.tenants import Tenant
 from cag_store import Manifest, Ref, utc_now
+from cag_store.errors import InvalidName
 
 DONE = "[DONE]"
 
@@ -38,7 +40,8 @@ def chat_router(service: AnswerService) -> APIRouter:
     @router.get("/models/{name}")
     def get_model(name: str, tenant: Tenant) -> dict[str, Any]:
         """One of them."""
-        ref, manifest = service.tenants.engine(tenant).find(name)
+        with _called_models(name):
+            ref, manifest = service.tenants.engine(tenant).find(name)
         check_fingerprints(name, manifest, service.engine.model)
         return _model(ref, manifest)
 
@@ -47,13 +50,14 @@ def chat_router(service: AnswerService) -> APIRouter:
         """Answer a conversation behind a cache."""
         run = service.run(body.question(tenant, service.settings.default_max_tokens))
         head = CompletionHead(body.model)
-        if not body.stream:
-            return JSONResponse(head.completion(await while_connected(request, run.complete())))
-        try:
-            await while_connected(request, run.begin())
-        except BaseException:
-            run.cancel()
-            raise
+        with _called_models(body.model):
+            if not body.stream:
+                return JSONResponse(head.completion(await while_connected(request, run.complete())))
+            try:
+                await while_connected(request, run.begin())
+            except BaseException:
+                run.cancel()
+                raise
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(run, _chunks(run, head, include_usage))
 
@@ -77,6 +81,15 @@ async def _chunks(run: AnswerRun, head: CompletionHead, include_usage: bool) -> 
         last = head.usage_chunk(answer)
     yield event(last | extra)
     yield event(DONE)
+
+
+@contextmanager
+def _called_models(name: str) -> Iterator[None]:
+    """Clients of OpenAI know models, not caches. Raises: ModelNotFound: no cache has or can have this name."""
+    try:
+        yield
+    except (CacheNotFound, InvalidName) as error:
+        raise ModelNotFound(f"the model {name!r} does not exist: {public_message(error)}", param="model") from error
 
 
 def _model(ref: Ref, manifest: Manifest) -> dict[str, Any]:

@@ -25,10 +25,10 @@ MAX_DOCUMENTS = 10_000
 
 
 def _one_line(label: str) -> str:
-    """Labels are shown in terminals and citations."""
+    """Labels are shown in terminals and citations, without white space around them."""
     if not label.isprintable() or not label.strip():
         raise PydanticCustomError("no_label", "it must be one line of printable characters")
-    return label
+    return label.strip()
 
 
 Label = Annotated[Text, Field(min_length=1, max_length=1000), AfterValidator(_one_line)]
@@ -81,12 +81,12 @@ def job_router(service: AnswerService) -> APIRouter:
     router, builds = APIRouter(prefix="/v1", tags=["jobs"]), service.builds
 
     def whole(job: BuildJob) -> dict[str, Any]:
-        """A job with the cache that it has built, as long as its name means that one."""
-        cache = None
+        """A job with what it did, and the cache that it has built as long as its name means that one."""
+        cache, report = None, job.report
         with suppress(CacheNotFound, StoreError):  # removed since, or damaged, which its own route tells
             ref, manifest = service.tenants.engine(job.tenant).find(job.name)
-            cache = describe_cache(ref, manifest) if manifest.digest == job.digest else None
-        return job.to_json() | {"cache": cache}
+            cache = describe_cache(ref, manifest) if report and manifest.digest == report.digest else None
+        return job.to_json() | {"report": report and report.to_json(), "cache": cache}
 
     @router.post("/caches", status_code=202)
     def create_cache(body: NewCache, response: Response, tenant: Tenant) -> dict[str, Any]:

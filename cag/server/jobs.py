@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cag.building.options import BuildProgress
+from cag.building.options import BuildProgress, BuildReport
 from cag.corpus import CorpusReport, load_corpus
 from cag.errors import BuildInterrupted, JobNotFound
 from cag.server.errors import error_facts
@@ -49,8 +49,8 @@ class BuildOrder:
 
 @dataclass(eq=False)
 class BuildJob:
-    """One order on its way. Times are UTC; `order` is None once it is over, since it holds all texts; `digest` is that
-    of the cache that was built."""
+    """One order on its way. Times are UTC; `order` is None once it is over, since it holds all texts; `report` is that
+    of a build that has succeeded."""
 
     tenant: str
     name: str
@@ -61,7 +61,7 @@ class BuildJob:
     finished_at: str | None = None
     progress: JobProgress = field(default_factory=JobProgress)
     error: dict[str, Any] | None = None
-    digest: str | None = None
+    report: BuildReport | None = None
     is_cancelled: bool = False
 
     @property
@@ -207,7 +207,7 @@ class BuildJobs:
 
     def _run(self, job: BuildJob) -> Status:
         try:
-            job.digest = self._build(job)
+            job.report = self._build(job)
         except BuildInterrupted:
             return "cancelled"
         except Exception as error:  # whatever it is, the client is told as in a response
@@ -215,7 +215,7 @@ class BuildJobs:
             return "failed"
         return "succeeded"
 
-    def _build(self, job: BuildJob) -> str:
+    def _build(self, job: BuildJob) -> BuildReport:
         order, engine = job.order, self._tenants.engine(job.tenant)
         assert order is not None, "it is not over"
         chosen: dict[str, Any] = {
@@ -228,12 +228,12 @@ class BuildJobs:
             built = engine.build(read_documents(order.documents), name=order.name, on_progress=job.heed, **chosen)
         if order.pinned:
             engine.store.pin(order.name)
-        return built.digest
+        return built
 
 
 def read_documents(documents: Sequence[dict[str, str]]) -> CorpusReport:
     """Documents as `cag build` reads them from JSON Lines; their paths are what the client calls them, never places on
-    this machine. Raises: as `load_corpus`."""
+    this machine, and those that were left out are called by their ids. Raises: as `load_corpus`."""
     with tempfile.TemporaryDirectory(prefix="cag-documents-") as folder:
         file = Path(folder) / "documents.jsonl"
         fields = ("doc_id", "title", "text")
@@ -242,4 +242,6 @@ def read_documents(documents: Sequence[dict[str, str]]) -> CorpusReport:
         corpus = load_corpus([file])
     paths = {document["doc_id"]: document["path"] for document in documents if {"doc_id", "path"} <= document.keys()}
     kept = tuple(replace(found, path=paths.get(found.doc_id, found.doc_id)) for found in corpus.documents)
-    return CorpusReport(kept, (), (), ())
+    here = f"{corpus.documents[0].path}#"
+    duplicates = tuple((place.removeprefix(here), first.removeprefix(here)) for place, first in corpus.duplicates)
+    return CorpusReport(kept, duplicates, tuple(place.removeprefix(here) for place in corpus.empty), ())

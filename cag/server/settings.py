@@ -19,6 +19,7 @@ class ServerSettings(BaseModel):
             no other arrives in a header as it was meant.
         tenant_keys: keys of each tenant, which has a store of its own and sees no other caches.
         tenant_stores: directory or URL under which the tenants' stores lie, each by its tenant's name.
+        cors_origins: web pages of these origins (`https://chat.example.org`) may ask from a browser; "*": of all.
         preload: names of caches to load before `/readyz` says ready; `tenant/name` for a tenant's.
         max_resident_bytes: of keys and values of open caches; None: no limit. See `ResidentCaches`.
         num_slots: answers that are computed at the same time; they share forwards.
@@ -36,6 +37,7 @@ class ServerSettings(BaseModel):
     api_keys: tuple[SecretStr, ...] = ()
     tenant_keys: dict[str, tuple[SecretStr, ...]] = Field(default_factory=dict)
     tenant_stores: str | None = None
+    cors_origins: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     max_resident_bytes: int | None = Field(default=None, ge=1)
     num_slots: int = Field(default=16, ge=1, le=64)
@@ -55,6 +57,17 @@ class ServerSettings(BaseModel):
                 text = "API key {number} is empty, or has other characters than visible ASCII ones"
                 raise PydanticCustomError("unusable_key", text, {"number": number})
         return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+                text = (
+                    "{origin} is no origin: write it as browsers send it, like https://chat.example.org, or * for all"
+                )
+                raise PydanticCustomError("no_origin", text, {"origin": repr(origin)})
+        return origins
 
     @model_validator(mode="after")
     def _tenants_are_apart(self) -> ServerSettings:

@@ -57,7 +57,7 @@ def load_source(source: Source, format_name: str) -> list[Extract]:
     # Parsers meet hostile bytes here, and their libraries raise whatever the defect hits first.
     except Exception as error:
         reason = f"not a well-formed {format_name} file ({type(error).__name__}: {error})"
-        raise unreadable(source.name, reason, "Repair or convert it, or leave unreadable files out.") from error
+        raise unreadable(source.name, reason, "Repair or convert it.") from error
     for extract in extracts:
         check_text_size(source, len(extract.text.encode("utf-8", "replace")))
     return extracts

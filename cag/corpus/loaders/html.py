@@ -56,40 +56,65 @@ _CONTAINERS = (
     *("figcaption", "details", "summary", "form", "fieldset", "legend", "li", "dt", "dd", "caption", "tr", "td", "th"),
     *("tbody", "thead", "tfoot", "hgroup", "search", "dialog", "title"),
 )
-_BLOCKS = (*_HEADINGS, *_CONTAINERS, "pre", "ul", "ol", "menu", "dl", "table", "blockquote", "hr")
+_BLOCKS = frozenset((*_HEADINGS, *_CONTAINERS, "pre", "ul", "ol", "menu", "dl", "table", "blockquote", "hr"))
+_LEAVES = ("br", "img")
+_MAX_DEPTH = 512  # Chromium's
 _LANGUAGE = re.compile(r"(?:language|lang|highlight|brush)[-:]([\w+#.-]+)")
 _NOT_A_LANGUAGE = ("default", "none", "text", "notranslate")
 
 
+class _Page(BeautifulSoup):
+    """A page that is refused while it is read, once its elements nest deeper than browsers let them."""
+
+    def pushTag(self, tag: Tag) -> None:  # noqa: N802  (Beautiful Soup's name)
+        """Called for each element that begins. Raises: RecursionError."""
+        super().pushTag(tag)
+        if len(self.tagStack) > _MAX_DEPTH:
+            raise RecursionError
+
+
 def load(source: Source) -> list[Extract]:
-    """One text. Raises: UnreadableDocument for binary data and for encodings that are not certain."""
+    """One text. Raises: UnreadableDocument for binary data and for encodings that are not certain; RecursionError."""
     # Beautiful Soup warns about markup that looks like a file name, an address or XML; line ends prevent that.
-    soup = BeautifulSoup(f"\n{read_text(source, allow_declared=True)}\n", "lxml")
-    page_title = soup.title.get_text() if soup.title else ""
-    first_heading = soup.find(_HEADINGS)
+    page = _Page(f"\n{read_text(source, allow_declared=True)}\n", "lxml")
+    page_title = page.title.get_text() if page.title else ""
+    first_heading = page.find(_HEADINGS)
     title = page_title if page_title.strip() else first_heading.get_text() if first_heading else ""
-    for element in (*soup.find_all(_DROPPED), *soup.select(_NOISE)):
+    for element in (*page.find_all(_DROPPED), *page.select(_NOISE)):
         element.decompose()
-    mains = (markup.join_blocks(_blocks(element)) for element in soup.select(_MAIN)[:1])
-    return [Extract(next(filter(None, mains), "") or markup.join_blocks(_blocks(soup)), title)]
+    mains = (markup.join_blocks(_blocks(element)) for element in page.select(_MAIN)[:1])
+    return [Extract(next(filter(None, mains), "") or markup.join_blocks(_blocks(page)), title)]
 
 
 def _blocks(element: Tag) -> list[str]:
+    return _grouped(map(_rendered, element.children))
+
+
+def _rendered(node: PageElement) -> str | list[str]:
+    """Blocks, or the text of what stands within a line."""
+    if not isinstance(node, Tag) or node.name in _LEAVES:
+        return _inline(node)
+    if node.name in _BLOCKS:
+        return _RENDERERS.get(node.name, _blocks)(node)
+    parts = list(map(_rendered, node.children))
+    return _grouped(parts) if any(isinstance(part, list) for part in parts) else "".join(map(str, parts))
+
+
+def _grouped(parts: Iterable[str | list[str]]) -> list[str]:
+    """Blocks as they are, and the text between them as paragraphs."""
     blocks: list[str] = []
     run: list[str] = []
-    for child in element.children:
-        if isinstance(child, Tag) and (child.name in _BLOCKS or child.find(_BLOCKS)):
-            blocks += [_paragraph(run), *_block(child)]
-            run = []
+    for part in parts:
+        if isinstance(part, str):
+            run.append(part)
         else:
-            run.append(_inline(child))
+            blocks += [_paragraph(run), *part]
+            run = []
     return [block for block in (*blocks, _paragraph(run)) if block]
 
 
-def _block(element: Tag) -> Iterable[str]:
-    if element.name in _HEADINGS:
-        return [markup.heading(int(element.name[1]), _paragraph([_inline(element)]))]
-    return _RENDERERS.get(element.name, _blocks)(element)
+def _heading(element: Tag) -> list[str]:
+    return [markup.heading(int(element.name[1]), _paragraph([_inline(element)]))]
 
 
 def _paragraph(run: list[str]) -> str:
@@ -131,7 +156,7 @@ def _list(element: Tag) -> list[str]:
         start = str(element.get("start") or "1")
         first_number = int(start) if re.fullmatch(r"[0-9]{1,9}", start) else 1
     items = [
-        _blocks(child) if child.name == "li" else list(_block(child))
+        _blocks(child) if child.name == "li" else _grouped([_rendered(child)])
         for child in element.find_all(True, recursive=False)
     ]
     return [markup.bullets(items, first_number=first_number)]
@@ -161,6 +186,7 @@ def _quotation(element: Tag) -> list[str]:
 
 
 _RENDERERS: dict[str, Callable[[Tag], list[str]]] = {
+    **dict.fromkeys(_HEADINGS, _heading),
     "pre": _code,
     "ul": _list,
     "ol": _list,

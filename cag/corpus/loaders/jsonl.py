@@ -44,7 +44,7 @@ def _extract(source: Source, number: int, line: str, *, is_first: bool) -> Extra
     doc_id, title = record.get("doc_id"), record.get("title")
     for field, value in (("doc_id", doc_id), ("title", title)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-            raise unreadable(source.name, f"line {number}: {field} is neither a string nor a number")
+            raise unreadable(source.name, f"line {number}: {field} is neither a string nor a whole number")
     has_title = title is not None and str(title).strip()
     return Extract(
         text=record["text"],

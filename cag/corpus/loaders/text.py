@@ -26,8 +26,7 @@ def read_text(source: Source, *, allow_declared: bool = False) -> str:
     try:
         return decode_text(source.content, allow_declared=allow_declared)
     except NotTextError as error:
-        hint = "Give it the extension of its real type, or convert it (iconv -f WINDOWS-1252 -t UTF-8)."
-        raise unreadable(source.name, str(error), hint) from error
+        raise unreadable(source.name, str(error), error.hint) from error
 
 
 def _title(text: str) -> str:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from cag.cli.ask import _print_answer
+
 ANSWERED = {"answer", "citations", "usage", "timings", "cache", "model"}
 USAGE = {"prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"}
 TIMINGS = {"load_s", "prefill_s", "ttft_s", "tpot_s", "total_s"}
@@ -111,7 +113,7 @@ def test_a_chat_through_a_pipe_prints_answers_only(chat):
 
 def test_a_question_that_does_not_fit_ends_a_piped_chat(chat):
     finished = chat(f"{'why ' * 2500}\nWhen?\n", "--json")
-    assert (finished.exit_code, finished.error["code"]) == (41, "request_too_long")
+    assert (finished.exit_code, finished.error["code"]) == (41, "context_length_exceeded")
 
 
 def test_a_question_that_does_not_fit_is_said_at_a_terminal_and_the_chat_goes_on(cag, book, monkeypatch):
@@ -165,3 +167,13 @@ def write_adapter(model_dir, folder):
             torch.nn.init.normal_(parameter)
     network.save_pretrained(folder)
     return folder
+
+
+def test_what_is_said_of_an_interrupted_answer_begins_a_line(capsys):
+    def interrupted():
+        yield "Half of an"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _print_answer(interrupted(), as_json=False, stream=True)
+    assert capsys.readouterr().out == "Half of an\n"

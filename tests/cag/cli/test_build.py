@@ -221,3 +221,13 @@ def test_chunks_that_are_gone_are_said(build, cag, corpus, tmp_path):
 @pytest.mark.parametrize("bound", ["-1", "much"])
 def test_a_bound_that_is_none_is_refused(build, bound):
     assert build("--max-kl", bound).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["build", "--name", "book"], ["update", "book"]])
+def test_a_file_that_cannot_be_read_comes_with_what_to_do(cag, tmp_path, command):
+    (tmp_path / "cafe.txt").write_bytes(b"caf\xe9")
+    hint = cag(*command, tmp_path, "--json").error["hint"]
+    assert "iconv" in hint
+    assert "--skip-errors" in hint
+    (tmp_path / "cafe.txt").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
+    assert "iconv" not in cag(*command, tmp_path, "--json").error["hint"]

@@ -1,16 +1,19 @@
-"""`ls`, `show`, `verify`, `rm`, `gc`, `pin`, `unpin`: fields, effects, damage that is said and not hidden."""
+"""`ls`, `show`, `verify`, `rm`, `gc`, `pin`, `unpin`, `expire`: fields, effects, damage that is said and not hidden."""
 
+import re
 import shutil
+import sys
 
 import pytest
 
+from cag.cli.output import print_table
 from cag_store import Store
 
 FIDELITY = {"mean_kl", "mean_kl_se", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
 
 SHOWN = {
     "name", "digest", "created_at", "model", "num_tokens", "num_documents", "codec", "raw_bytes", "stored_bytes",
-    "raw_over_stored", "codec_choice", "fidelity", "expires_at", "pinned", "documents",
+    "raw_over_stored", "codec_choice", "fidelity", "warnings", "expires_at", "pinned", "documents",
 }  # fmt: skip
 
 
@@ -19,10 +22,12 @@ def test_ls_lists_each_cache_with_its_facts(cag, book, tiny_model_dir):
     listed = cag("ls", "--store", book, "--json").json
     assert [cache["name"] for cache in listed["caches"]] == ["again", "book"]
     cache = listed["caches"][1]
-    assert cache["model"] == str(tiny_model_dir)
-    assert cache["num_documents"] == 2
-    assert cache["codec"] == "lossless"
-    assert cache["raw_over_stored"] == cache["raw_bytes"] / cache["stored_bytes"]
+    shown = cag("show", "book", "--store", book, "--json").json
+    assert {field: cache[field] for field in SHOWN - {"documents", "codec_choice"}} == {
+        field: shown[field] for field in SHOWN - {"documents", "codec_choice"}
+    }
+    assert cache["model"]["id"] == str(tiny_model_dir)
+    assert (cache["num_documents"], cache["codec"]["id"]) == (2, "lossless")
     assert (cache["pinned"], cache["expires_at"], cache["expired"], cache["damaged"]) == (False, None, False, False)
     assert (cache["own_bytes"], cache["machine"]["device"]) == (0, "cpu")
     assert cache["shared_bytes"] > cache["stored_bytes"]
@@ -38,6 +43,18 @@ def test_ls_prints_a_row_a_cache(cag, book):
         "pinned", "expires",
     ]  # fmt: skip
     assert row.split()[0] == "book"
+
+
+@pytest.mark.parametrize(("width", "left_out"), [("400", []), ("80", ["pinned", "expires", "machine"])])
+def test_a_terminal_shows_the_columns_that_it_has_room_for(capsys, monkeypatch, width, left_out):
+    columns = ("name", "model", "stored", "machine", "created", "pinned", "expires")
+    row = ("handbook", "qwen2.5-coder-1.5b-instruct", "22.0 MB", "AMD EPYC " * 3, "2026-11-27T12:19:06Z", "", "")
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert print_table(columns, [row], spare=("machine", "created", "pinned", "expires")) == left_out
+    header, line = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert header.split() == [column for column in columns if column not in left_out]
+    assert line.split()[:2] == ["handbook", "qwen2.5-coder-1.5b-instruct"]
 
 
 def test_ls_of_an_empty_store(cag, tmp_path):
@@ -77,6 +94,17 @@ def test_show_has_the_fields_of_the_contract(cag, book, corpus, tiny_model_dir):
         {"doc_id", "title", "path", "sha256", "start", "end"}
     ] * 2
     assert shown["raw_over_stored"] == shown["raw_bytes"] / shown["stored_bytes"]
+
+
+def test_show_says_when_a_loss_was_measured_at_too_few_positions(cag, tmp_path, tiny_model_dir):
+    (tmp_path / "short.txt").write_text("Yes.")
+    store = ("--store", tmp_path / "store")
+    built = cag(
+        "build", tmp_path / "short.txt", "--name", "short", "--codec", "int8", "--model", tiny_model_dir, *store
+    )
+    (warning,) = cag("show", "short", *store, "--json").json["warnings"]
+    assert f"warning: {warning}" in built.stderr
+    assert warning in cag("show", "short", *store).stdout
 
 
 def test_show_prints_facts_and_documents(cag, book):
@@ -138,6 +166,18 @@ def test_a_pinned_cache_is_removed_by_force_only(cag, book):
     assert "force" in refused.error["message"]
     assert cag("ls", "--store", book, "--json").json["caches"][0]["pinned"] is True
     assert cag("rm", "book", "--force", "--store", book).exit_code == 0
+
+
+def test_expire_sets_when_a_cache_goes_and_takes_it_back(cag, book):
+    before = cag("show", "book", "--store", book, "--json").json["created_at"]
+    set_to = cag("expire", "book", "2w", "--store", book, "--json").json["expires_at"]
+    assert before < set_to == cag("show", "book", "--store", book, "--json").json["expires_at"]
+    assert f"expires at {set_to}, once it is unpinned" in cag("pin", "book", "--store", book).stdout
+    cag("unpin", "book", "--store", book)
+    Store.open(book).set_ttl("book", -1)
+    finished = cag("expire", "book", "never", "--store", book)
+    assert "not pinned and never expires" in finished.stdout
+    assert cag("show", "book", "--store", book, "--json").json["expires_at"] is None
 
 
 def test_unpin_lets_a_cache_go(cag, book):

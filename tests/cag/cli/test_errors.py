@@ -33,6 +33,8 @@ def test_each_error_of_the_table_has_its_exit_code_and_word(kind, capsys):
         (["rm", "nix"], 31, "cache_not_found"),
         (["pin", "nix"], 31, "cache_not_found"),
         (["unpin", "nix"], 31, "cache_not_found"),
+        (["expire", "nix", "7d"], 31, "cache_not_found"),
+        (["expire", "nix", "soon"], 2, "invalid_request"),
         (["ask", "nix", "Why?"], 31, "cache_not_found"),
         (["chat", "nix"], 31, "cache_not_found"),
         (["update", "nix", "."], 31, "cache_not_found"),
@@ -47,7 +49,7 @@ def test_each_error_of_the_table_has_its_exit_code_and_word(kind, capsys):
         (["build", "", "--name", "b"], 2, "invalid_request"),
         (["export", "book", ""], 2, "invalid_request"),
         (["pull", ""], 11, "model_not_found"),
-        (["ask", "book", "why " * 2500], 41, "request_too_long"),
+        (["ask", "book", "why " * 2500], 41, "context_length_exceeded"),
         (["gc", "--grace-seconds", "-1"], 2, "invalid_request"),
         (["show"], 2, "invalid_request"),
         (["show", "book", "--nix"], 2, "invalid_request"),
@@ -160,8 +162,8 @@ def test_every_command_has_json_and_says_what_it_does():
 
     commands = get_command(app).commands
     assert set(commands) == {
-        "pull", "build", "update", "ask", "chat", "ls", "show", "verify", "rm", "gc", "pin", "unpin", "serve", "bench",
-        "doctor", "export", "import",
+        "pull", "build", "update", "ask", "chat", "ls", "show", "verify", "rm", "gc", "pin", "unpin", "expire", "serve",
+        "bench", "doctor", "export", "import",
     }  # fmt: skip
     for name, command in commands.items():
         assert command.get_short_help_str(60)

@@ -1,5 +1,6 @@
 import pytest
 
+from cag.corpus.loaders import html
 from cag.errors import UnreadableDocument
 
 PAGE = """<!DOCTYPE html><html><head><title>Keys &mdash; Manual</title><style>p {color: red}</style>
@@ -103,10 +104,20 @@ def test_a_declared_encoding(load_one):
         load_one("b.html", b"<p>caf\xe9")
 
 
-@pytest.mark.parametrize("depth", [20_000])
-def test_huge_nesting_is_a_typed_error(load_one, depth):
+@pytest.mark.parametrize("tag", ["<div>", "<b>", "<table><tr><td>", "<ul><li>"])
+def test_huge_nesting_is_refused_while_it_is_read(load_one, monkeypatch, tag):
+    num_opened = 0
+
+    class Counted(html._Page):
+        def pushTag(self, tag):
+            nonlocal num_opened
+            num_opened += 1
+            super().pushTag(tag)
+
+    monkeypatch.setattr(html, "_Page", Counted)
     with pytest.raises(UnreadableDocument, match="nested too deeply"):
-        load_one("a.html", "<div>" * depth + "deep")
+        load_one("a.html", tag * 20_000 + "deep")
+    assert num_opened <= 2 * html._MAX_DEPTH
 
 
 def test_reasonable_nesting_is_read(load_one):

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -198,11 +199,53 @@ def test_a_temperature_that_no_number_can_be_divided_by_is_greedy(built):
         {"top_p": 1.1},
         {"seed": 2**64},
         {"stop": ""},
+        {"max_tokens": 2.5},
+        {"max_tokens": "3"},
+        {"max_tokens": None},
+        {"max_tokens": True},
+        {"temperature": "hot"},
+        {"temperature": None},
+        {"top_p": None},
+        {"seed": 1.5},
+        {"stop": None},
+        {"stop": 5},
+        {"stop": ["a", 5]},
+        {"stop": ["a", ""]},
+        {"speculate": "no"},
     ],
 )
-def test_bad_sampling_options_are_refused(bad):
-    with pytest.raises(UsageError):
+def test_bad_sampling_options_are_refused_by_name(bad):
+    (name,) = bad
+    with pytest.raises(UsageError, match=f"^{name} is .*; it must be "):
         SamplingOptions(**bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = SamplingOptions(max_tokens=np.int64(3), temperature=np.float32(0.5), seed=np.uint64(2**63))
+    assert (options.max_tokens, options.temperature) == (3, 0.5)
+
+
+def test_sampling_is_given_in_one_way(built):
+    with built.open("handbook") as prefix:
+        session = prefix.session()
+        assert session.ask(QUESTION, max_tokens=2).usage.completion_tokens == 2
+        assert len("".join(session.stream(QUESTION, max_tokens=1))) > 0
+        for ask in (prefix.ask, prefix.stream, session.ask):
+            with pytest.raises(UsageError, match="or as keywords"):
+                ask(QUESTION, SamplingOptions(max_tokens=2), max_tokens=3)
+            with pytest.raises(UsageError, match="one `SamplingOptions`"):
+                ask(QUESTION, {"max_tokens": 2})
+
+
+@pytest.mark.parametrize("question", [None, 5, b"Who?", ["Who?"]])
+def test_a_question_that_is_no_text_is_refused(built, question):
+    with built.open("handbook") as prefix, pytest.raises(UsageError, match="must be text"):
+        prefix.ask(question)
+
+
+def test_questions_that_are_one_text_are_refused(built):
+    with built.open("handbook") as prefix, pytest.raises(UsageError, match="a list of them"):
+        prefix.ask_all(QUESTION)
 
 
 def test_an_empty_question_and_one_beyond_the_window_are_refused(built):

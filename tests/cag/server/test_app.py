@@ -2,7 +2,9 @@
 
 import asyncio
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from cag.errors import QueueFull
@@ -243,3 +245,55 @@ def test_trimmed_pieces_join_to_the_stripped_text(whole, size):
     trim = EdgeTrimmer()
     pieces = [trim(whole[start : start + size]) for start in range(0, len(whole), size)]
     assert "".join(pieces) == whole.strip()
+
+
+PAGE = "https://chat.example.org"
+PREFLIGHT = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+}
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+async def test_pages_of_the_chosen_origins_may_ask_from_a_browser(serving, mounted):
+    """Preflights carry no key; a refusal for want of one can be read by the page, too."""
+    async with serving(api_keys=("sk-one",), cors_origins=(PAGE,), max_body_bytes=100) as served:
+        outer = FastAPI()
+        outer.mount("/behind", served.app)
+        prefix, app = ("/behind", outer) if mounted else ("", served.app)
+        url, key = f"{prefix}/v1/chat/completions", {"Authorization": "Bearer sk-one"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            before = await client.options(url, headers=PREFLIGHT)
+            listed = await client.get(f"{prefix}/v1/models", headers=key | {"Origin": PAGE})
+            keyless = await client.get(f"{prefix}/v1/models", headers={"Origin": PAGE})
+            too_long = await client.post(url, headers=key | {"Origin": PAGE}, content=b" " * 200)
+            stranger = await client.get(f"{prefix}/v1/models", headers=key | {"Origin": "https://else.example.org"})
+            asks = await client.options(url, headers=PREFLIGHT | {"Origin": "https://else.example.org"})
+    answers = [before, listed, keyless, too_long, stranger, asks]
+    assert [answer.status_code for answer in answers] == [200, 200, 401, 413, 200, 400]
+    allowed = [answer.headers.get("Access-Control-Allow-Origin") for answer in answers]
+    assert allowed == [PAGE, PAGE, PAGE, PAGE, None, None]
+    assert "x-stainless-lang" in before.headers["Access-Control-Allow-Headers"]
+    assert "Retry-After" in listed.headers["Access-Control-Expose-Headers"]
+
+
+async def test_no_page_may_ask_when_no_origin_is_chosen(serving):
+    async with serving() as served:
+        before = await served.client.options("/v1/chat/completions", headers=PREFLIGHT)
+        listed = await served.client.get("/v1/models", headers={"Origin": PAGE})
+    assert before.status_code == 405
+    assert not [name for answer in (before, listed) for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://a.example/", "https://A.example", "a.example", "https://u@a", "", "https://"]
+)
+def test_what_no_browser_sends_as_an_origin_is_refused(origin):
+    with pytest.raises(ValidationError, match="is no origin"):
+        ServerSettings(cors_origins=(PAGE, origin))
+
+
+def test_origins_as_browsers_send_them():
+    origins = ("*", "http://localhost:3000", "http://[::1]:5173", "chrome-extension://abc")
+    assert ServerSettings(cors_origins=origins).cors_origins == origins

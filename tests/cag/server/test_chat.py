@@ -191,10 +191,10 @@ async def test_fields_that_ask_for_nothing_and_unknown_ones_are_ignored(serving)
 @pytest.mark.parametrize(
     ("change", "status", "code"),
     [
-        ({"model": "nobody"}, 404, "cache_not_found"),
-        ({"model": "a/b"}, 400, "invalid_name"),
+        ({"model": "nobody"}, 404, "model_not_found"),
+        ({"model": "a/b"}, 404, "model_not_found"),
         ({"messages": [user("  ")]}, 400, "invalid_request"),
-        ({"messages": [user("far too long " * 1000)]}, 413, "request_too_long"),
+        ({"messages": [user("far too long " * 1000)]}, 400, "context_length_exceeded"),
     ],
 )
 async def test_errors_before_the_first_token_are_statuses_in_streams_too(serving, stream, change, status, code):

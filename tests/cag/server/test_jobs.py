@@ -58,9 +58,29 @@ async def test_a_cache_is_built_and_asked(serving, engine):
         assert shown == [("valves", "Valves", "docs/valves.md"), ("2", "2", "2")]
         answer = await served.client.post("/v1/caches/built/ask", json={"question": "Which fan?", "max_tokens": 4})
         assert answer.json()["usage"]["cached_tokens"] == cache["num_tokens"]
-        assert (await served.client.get("/v1/jobs")).json()["data"] == [{k: job[k] for k in job if k != "cache"}]
+        assert (job["report"]["digest"], job["report"]["warnings"]) == (cache["digest"], [])
+        listed = {field: job[field] for field in job if field not in ("report", "cache")}
+        assert (await served.client.get("/v1/jobs")).json()["data"] == [listed]
         await served.client.delete("/v1/caches/built?force=true")
         assert (await served.client.get(f"/v1/jobs/{job['id']}")).json() == job | {"cache": None}
+
+
+async def test_a_job_says_what_it_left_out_and_what_its_figures_are_worth(serving):
+    texts = {"fan": "Fan.", "again": "Fan.\n", "blank": " \n"}
+    order = {"name": "built", "codec": "int8", "documents": [{"text": texts[key], "doc_id": key} for key in texts]}
+    async with serving() as served:
+        job = await over(served.client, (await served.client.post("/v1/caches", json=order)).json())
+    report = job["report"]
+    assert (report["duplicates"], report["empty"], report["skipped"]) == ([["again", "fan"]], ["blank"], [])
+    assert ["positions" in warning for warning in report["warnings"]] == [True]
+    assert job["cache"]["warnings"] == report["warnings"]
+
+
+async def test_ids_that_differ_by_white_space_alone_are_one(serving):
+    async with serving() as served:
+        documents = [{"text": "a", "doc_id": "fan"}, {"text": "b", "doc_id": " fan "}]
+        response = await served.client.post("/v1/caches", json={"name": "built", "documents": documents})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "documents")
 
 
 async def test_the_next_question_is_answered_by_the_new_version(serving):

@@ -79,7 +79,7 @@ def test_errors_are_the_clients_own_classes(client, address):
 
     with pytest.raises(openai.NotFoundError) as missing:
         ask(model="nobody")
-    assert missing.value.code == "cache_not_found"
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as refused:
         ask(n=2)
     assert refused.value.param == "n"

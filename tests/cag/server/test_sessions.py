@@ -344,7 +344,7 @@ async def test_what_is_longer_than_the_window_is_refused_and_forgotten(serving, 
         first = (await asked(served.client, session, TURNS[0])).json()
         refused = await asked(served.client, session, "x" * 9000)
         second = (await asked(served.client, session, TURNS[1])).json()
-    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_long")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert all(map(same, [first, second], in_python(engine, "handbook", TURNS[:2])))
 
 

@@ -61,7 +61,9 @@ async def test_what_is_anothers_is_as_if_it_were_not_there(tenants):
                 await client.post("/v1/chat/completions", json=chat, headers=key("key-a")),
             ]
             bodies = [(answer.status_code, answer.json()["error"]["message"]) for answer in answers]
-            assert bodies == [(404, f"no cache is called '{name}'.")] * 6
+            cache = (404, f"no cache is called '{name}'.")
+            model = (404, f"the model '{name}' does not exist: no cache is called '{name}'.")
+            assert bodies == [cache, model, cache, cache, cache, model]
         assert await names(client, "key-b") == ["manual"]
 
 
