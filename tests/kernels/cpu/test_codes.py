@@ -9,13 +9,13 @@ import torch
 from cag_kernels import (
     DensePrefix,
     choose_prefix_path,
-    cpu,
     dequantize_prefix,
     has_compiler,
     prefix_attention,
     quantize_prefix,
     segment_attention_reference,
 )
+from cag_kernels.cpu.attention import segments as cpu
 from cag_kernels.cpu.attention.segments import cpu_attention, has_tiles
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")

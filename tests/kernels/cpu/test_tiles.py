@@ -232,7 +232,7 @@ def test_permission_was_asked_for():
 def test_code_from_a_file_asks_for_permission_too():
     """A process that finds its code made emits nothing, and yet no tile may be its first."""
     text = (
-        "import torch; from cag_kernels import cpu; q = torch.ones(3, 1, 64).bfloat16();"
+        "import torch; from cag_kernels.cpu.attention import segments as cpu; q = torch.ones(3, 1, 64).bfloat16();"
         "k = torch.ones(1, 70, 64).bfloat16(); print(cpu.cpu_attention(q, k, k, scale=0.1, offset=70)[0].sum().item())"
     )
     for _ in range(2):

@@ -10,13 +10,13 @@ from cag_kernels import (
     cascade_attention,
     choose_path,
     choose_prefix_path,
-    cpu,
     dequantize_prefix,
     prefix_attention,
     quantize_prefix,
     rows_stay_apart,
     segment_attention,
 )
+from cag_kernels.cpu.attention import segments as cpu
 from cag_kernels.cpu.attention.segments import CompiledKernel, cpu_attention, cpu_quantized_attention, has_tiles
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.prefix_reference import cascade_attention_reference, prefix_attention_reference
