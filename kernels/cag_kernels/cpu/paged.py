@@ -215,27 +215,62 @@ def _attend_block(
     total: Array,
     out: Array,
 ) -> None:
-    """One row over tokens `[first, last)` of a block; `maximum`, `total` and the weighted sum in `out` go on."""
-    head_dim = query.shape[0]
+    """One row over tokens `[first, last)` of a block; `maximum`, `total` and the weighted sum in `out` go on.
+
+    Views that begin at 0 let loops over them fill vectors, as numba minds negative indices.
+    """
+    weights = scores[first:last]
+    _score(query, wide[0, first:last], scale, weights)
     largest = maximum[0]
-    for key in range(first, last):
-        score = np.float32(0)
-        for index in range(head_dim):
-            score += query[index] * wide[0, key, index]
-        scores[key] = score * scale
-        largest = max(largest, scores[key])
+    for key in range(weights.shape[0]):
+        largest = max(largest, weights[key])
     correction = exponential(maximum[0] - largest)
     added = np.float32(0)
-    for key in range(first, last):
-        scores[key] = exponential(scores[key] - largest)
-        added += scores[key]
-    for index in range(head_dim):
+    for key in range(weights.shape[0]):
+        weights[key] = exponential(weights[key] - largest)
+        added += weights[key]
+    for index in range(out.shape[0]):
         out[index] *= correction
-    for key in range(first, last):
-        for index in range(head_dim):
-            out[index] += scores[key] * wide[1, key, index]
+    _add_weighted(weights, wide[1, first:last], out)
     maximum[0] = largest
     total[0] = total[0] * correction + added
+
+
+@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
+def _score(query: Array, keys: Array, scale: Any, scores: Array) -> None:
+    """Scores of keys `[num_keys, head_dim]`, four at a time: sums that do not wait for each other."""
+    in_fours = scores.shape[0] // 4 * 4
+    for key in range(0, in_fours, 4):
+        one, two, three, four = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for index in range(query.shape[0]):
+            channel = query[index]
+            one += channel * keys[key, index]
+            two += channel * keys[key + 1, index]
+            three += channel * keys[key + 2, index]
+            four += channel * keys[key + 3, index]
+        scores[key], scores[key + 1], scores[key + 2], scores[key + 3] = (
+            one * scale, two * scale, three * scale, four * scale,
+        )  # fmt: skip
+    for key in range(in_fours, scores.shape[0]):
+        score = np.float32(0)
+        for index in range(query.shape[0]):
+            score += query[index] * keys[key, index]
+        scores[key] = score * scale
+
+
+@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
+def _add_weighted(weights: Array, values: Array, out: Array) -> None:
+    """Add weighted values `[num_keys, head_dim]`, four at a time: sums are read and written a quarter as often."""
+    in_fours = weights.shape[0] // 4 * 4
+    for key in range(0, in_fours, 4):
+        one, two, three, four = weights[key], weights[key + 1], weights[key + 2], weights[key + 3]
+        for index in range(out.shape[0]):
+            out[index] += (one * values[key, index] + two * values[key + 1, index]) + (
+                three * values[key + 2, index] + four * values[key + 3, index]
+            )
+    for key in range(in_fours, weights.shape[0]):
+        for index in range(out.shape[0]):
+            out[index] += weights[key] * values[key, index]
 
 
 @numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
