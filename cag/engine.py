@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cag_store
 from cag.building.builder import build_cache
 from cag.building.options import AUTO, BuildOptions, BuildProgress, BuildReport
 from cag.corpus import CorpusReport, Document, load_corpus
-from cag.errors import CacheMismatch
+from cag.errors import CacheMismatch, InsufficientResources
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
 from cag.machine.memory_limits import total_memory_bytes
@@ -226,6 +228,7 @@ class Engine:
         Raises:
             CacheNotFound: no cache of that name.
             CacheMismatch: the cache belongs to another model, adapter, tokenizer or chat template.
+            InsufficientResources: the cache takes more memory than is free.
             StoreError: a damaged manifest or chunk; chunk errors surface when the layer is needed.
         """
         if share and self._open:
@@ -251,8 +254,13 @@ class Engine:
                 in_streams=model.decodes_streams,
                 on_host_copy=partial(self.host_copies.put, manifest.digest),
             )
-        except BaseException:
+        except BaseException as error:
             reader.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise InsufficientResources(
+                    f"the cache {name!r} takes more memory of the device {model.device} than is free: {error}",
+                    hint="Close another one, or build it with a smaller codec.",
+                ) from error
             raise
         opened = _OpenCache(manifest, resident, reader)
         with self._lock:

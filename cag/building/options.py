@@ -119,10 +119,9 @@ class BuildReport:
 
     def to_json(self) -> dict[str, Any]:
         """The object that `cag build --json` prints."""
-        ratio = self.raw_bytes / self.stored_bytes
         rate = self.computed_tokens / self.prefill_s if self.prefill_s else None
         worked_out = {
-            "raw_over_stored": round(ratio, 4),
+            "raw_over_stored": self.raw_bytes / self.stored_bytes,
             "prefill_tokens_per_s": rate,
             "warnings": list(self.fidelity.warnings),
         }

@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 def checked_name(name: str) -> str:
     """`name` when a ref can have it. Raises: InvalidName."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidName(
             f"{name!r} cannot name a cache: use 1 to 128 of A-Z a-z 0-9 . _ -, not beginning with . or -",
             found=name,

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from cag.engine import Engine
 from cag.errors import CacheMismatch, InsufficientResources
+from cag.residency.resident import ResidentPrefix
 from cag_store.chunk import ChunkHeader
 from cag_store.errors import CorruptEntry
 from cag_store.keys import ROOT, chunk_key
@@ -103,6 +105,17 @@ def test_a_document_that_is_no_text(built):
     commit(engine, manifest, documents=documents, blob_bytes=size)
     with engine.open("bad") as prefix, pytest.raises(CorruptEntry, match="UTF-8"):
         prefix.ask("What?", max_tokens=2)
+
+
+def test_a_cache_that_the_device_has_no_memory_for(built, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 10 GiB")
+
+    engine, _ = built
+    monkeypatch.setattr(ResidentPrefix, "load", full)
+    with pytest.raises(InsufficientResources, match=r"'good' .* 10 GiB"):
+        engine.open("good")
+    assert not engine.store.backend.live_leases()
 
 
 def test_a_cache_for_which_there_is_no_memory(built, monkeypatch):

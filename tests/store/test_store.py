@@ -183,7 +183,9 @@ def test_commit_needs_every_part(store, small):
     assert store.names() == []
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "-x", ".x", "a/b", "a b", "a\\b", "ü", "x" * 129, "a\n", "a\0"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "-x", ".x", "a/b", "a b", "a\\b", "ü", "x" * 129, "a\n", "a\0", None, 5]
+)
 def test_names_that_are_refused(store, small, name):
     manifest = small().put(store)
     for call in (lambda: store.commit(name, manifest), lambda: store.resolve(name), lambda: store.remove(name)):
