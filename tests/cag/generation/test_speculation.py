@@ -20,7 +20,7 @@ from cag.ngrams import NgramIndex
 from cag_kernels import has_tiles
 
 USER_HOME = user_home()
-HANDBOOK = Path(__file__).parents[2] / "examples" / "handbook"
+HANDBOOK = Path(__file__).parents[3] / "examples" / "handbook"
 
 
 class Copying:
