@@ -81,6 +81,7 @@ INTERRUPTED = """
 import os, signal, sys
 import cag.cli.build
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born without it
 tell = cag.cli.build._tell
 
 def tell_and_interrupt(report, progress):
