@@ -4,9 +4,9 @@
 #   bench/gpu_session.sh OUT [SECONDS_FOR_TESTS] [SECONDS_FOR_THE_BENCHMARK]
 #
 # Needs a Python with torch (a CUDA build), Triton, transformers, pytest, pytest-timeout and hypothesis, and of the
-# project's own requirements zstandard, xxhash, platformdirs, filelock, typer (and what it
-# imports), rich, psutil, obstore, bm25s and PyStemmer.
-# Nothing is installed or fetched, the project runs from this checkout. With pytest-xdist, kernels compile side by side.
+# project's own requirements zstandard, xxhash, platformdirs, filelock, typer (and what it imports), rich, psutil,
+# obstore, bm25s and PyStemmer. Nothing is installed or fetched, the project runs from this checkout. With pytest-xdist,
+# kernels compile side by side.
 set -u -o pipefail
 out=${1:?the folder for results}
 test_seconds=${2:-240}

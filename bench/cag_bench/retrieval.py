@@ -63,14 +63,15 @@ def retrieval_quality(
 
 
 def questions_with_gold(questions: Sequence[Question], passages: Sequence[Passage]) -> tuple[list[Question], bool]:
-    """The questions all of whose gold items are in the corpus, and whether these items are passages: they are where a
-    question names passages that exist, else they are documents."""
+    """The questions all of whose gold items are in the corpus, and whether these items are passages: they are where
+    every question that names anything names passages, some of which exist; else they are documents."""
+    named = [question for question in questions if question.doc_ids or question.passage_ids]
     known = {passage.passage_id for passage in passages}
-    found = [question for question in questions if question.passage_ids and known.issuperset(question.passage_ids)]
-    if found:
+    found = [question for question in named if question.passage_ids and known.issuperset(question.passage_ids)]
+    if found and all(question.passage_ids for question in named):
         return found, True
     known = {passage.doc_id for passage in passages}
-    return [question for question in questions if question.doc_ids and known.issuperset(question.doc_ids)], False
+    return [question for question in named if question.doc_ids and known.issuperset(question.doc_ids)], False
 
 
 def _figures(retriever: Retriever, question: Question, *, by_passage: bool) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,14 @@ class _PreparedRun:
     index_s: float
     plan: MeasurePlan
 
+    @cached_property
+    def with_gold(self) -> list[Question]:
+        """The questions whose supporting texts are in the corpus."""
+        return questions_with_gold(self.asked, self.corpus.passages)[0]
+
     def scored(self) -> list[Question]:
         """The questions; those whose supporting texts the corpus has not name none, as nobody can find them."""
-        with_gold, _ = questions_with_gold(self.asked, self.corpus.passages)
-        return [q if q in with_gold else replace(q, doc_ids=(), passage_ids=()) for q in self.asked]
+        return [q if q in self.with_gold else replace(q, doc_ids=(), passage_ids=()) for q in self.asked]
 
     def facts(self, groups: dict[str, list[Sample]], warmed: list[str]) -> dict[str, Any]:
         """The row of the run, origin left out."""
@@ -155,7 +160,7 @@ class _PreparedRun:
                 self.cache,
                 warmed,
                 loading_ratio(groups),
-                len(questions_with_gold(self.asked, self.corpus.passages)[0]),
+                len(self.with_gold),
             ),
         }
 

@@ -100,6 +100,16 @@ def test_questions_whose_passages_are_not_there_make_no_documents_of_the_others(
     assert (quality["unit"], quality["n"], quality["recall@1"]) == ("passage", 1, 0.0)
 
 
+def test_questions_that_name_documents_alone_are_scored_with_the_others(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(row()))
+    passages = read_corpus([str(tmp_path / "d.jsonl")]).passages
+    bm25 = build_retrievers({"bm25"}, passages, None)["bm25"]
+    by_passage = Question("1", "Which pumps are green?", ("green",), ("d",), ("p1",))
+    by_document = Question("2", "Which pumps are red?", ("red",), ("d",), ())
+    quality = retrieval_quality(bm25, [by_passage, by_document], passages)
+    assert (quality["unit"], quality["n"]) == ("document", 2)
+
+
 def test_quality_is_by_document_otherwise_and_none_without_known_gold(corpus_dir):
     passages = read_corpus([str(corpus_dir)]).passages
     bm25 = build_retrievers({"bm25"}, passages, None)["bm25"]
