@@ -19,10 +19,10 @@ from cag.forward.batch import TAIL_PAIRS, Batch, BatchState
 from cag.forward.decoder import FewRowsDecoder, recognize
 from cag.forward.device_decoder import DeviceDecoder, recognize_on_device
 from cag.forward.kernels_ahead import compile_kernels
-from cag.forward.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probed_layers
+from cag.forward.layer_probe import NUM_PROBES, Forward, ProbedNetwork, gives_the_same, probe_ids, probe_network
 from cag.forward.pages import PagedState, PagedTail, PagePool
 from cag.forward.replays import StepReplays
-from cag.forward.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
+from cag.forward.state import BranchedState, SequenceState, Tail, WholeState
 from cag.forward.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.forward.step_tensors import StepState, StepTensors
 from cag.forward.turns import ForwardTurns
@@ -89,9 +89,10 @@ class LanguageModel:
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
         self.template: PromptTemplate = start.prompt_template if start else guarded_template(tokenizer)
-        probe = started.layers if started else probed_layers(self.network, self.device)
-        self.kv_shapes = [shape for shape, _ in probe]
-        self.seen = [seen for _, seen in probe]
+        probed: ProbedNetwork = started.probed if started else probe_network(self.network, self.device)
+        self.kv_shapes, self.rules, self.seen = probed.kv_shapes, probed.rules, probed.seen
+        # None: each layer has keys and values of its own
+        self.places = probed.places if len(probed.kv_shapes) < len(probed.places) else None
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device)
         if self.device.type == "cpu" and self.kv_dtype == torch.bfloat16:
             heads = self._network.config.get_text_config().num_attention_heads
@@ -190,11 +191,6 @@ class LanguageModel:
         if self.device.type == "cuda":
             return triton_runs_on(self.device)
         return has_compiler() and all(rule.softcap is None for rule in self.rules)
-
-    @property
-    def rules(self) -> list[AttentionRule]:
-        """How each layer attends."""
-        return [seen.rule for seen in self.seen]
 
     @property
     def rows_stay_apart(self) -> bool:
@@ -350,6 +346,7 @@ class LanguageModel:
             logits_to_keep=num_logits,
             cag_state=state,
             cag_pause=self.turns.pause,
+            cag_places=self.places,
         )
         logits: Tensor = output.logits[0].float()
         return logits

@@ -33,7 +33,10 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder model; the engine serves decoder-only models.")
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
     if strange:
-        raise UnsupportedModel(f"{name} has layers of type {', '.join(strange)}, whose state is no keys and values.")
+        raise UnsupportedModel(
+            f"{name} has layers of type {', '.join(strange)}, which do not attend to all tokens before, "
+            "or to a window of them, by keys and values alone."
+        )
     parameters = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in nested or [parameters]:

@@ -30,8 +30,8 @@ WALK = [
 WALKS = {
     "machine": ["versions", "memory_limits", "huge_pages", "runtime", "allocator"],
     "forward": [
-        "state", "turns", "step_cost", "attention_hook", "pages", "step_tensors", "batch", "weights", "choices",
-        "decoder_layers", "recorded", "decoder", "replays", "device_decoder", "layer_probe", "kernels_ahead",
+        "state", "turns", "step_cost", "attention_hook", "mask_probe", "pages", "step_tensors", "batch", "weights",
+        "choices", "decoder_layers", "recorded", "decoder", "replays", "device_decoder", "layer_probe", "kernels_ahead",
     ],
     "residency": [
         "uploads", "host_copies", "buffers", "angles", "basis_tensors", "segment_tensors", "stream_decoding",

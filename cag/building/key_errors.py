@@ -32,7 +32,7 @@ def key_errors(
 
     def watch(layer: int, query: Tensor, scale: float) -> None:
         keys = prefix.layer(layer)[0].float()
-        found[layer] = float(moved_weights(query.float(), keys, decoded(layer).to(keys.device).float(), scale))
+        found[layer] += float(moved_weights(query.float(), keys, decoded(layer).to(keys.device).float(), scale))
 
     chosen = _first_tokens(branches)
     make_state = partial(_WatchedBranches, watch)

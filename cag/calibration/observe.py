@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cag.forward.state import KvPlace
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag_store.codecs.transform import Rotation
@@ -111,18 +112,30 @@ class _ObservedSequence:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
+        stores: bool = True,
     ) -> Tensor:
-        self.arrays[layer] = keys.detach(), values.detach()
-        errors = torch.zeros_like(keys, requires_grad=True), torch.zeros_like(values, requires_grad=True)
-        self.errors[layer] = errors
-        return _attention(query, keys + errors[0], values + errors[1], scale, window, softcap)
+        if stores:
+            self.arrays[layer] = keys.detach(), values.detach()
+            self.errors[layer] = (
+                torch.zeros_like(keys, requires_grad=True),
+                torch.zeros_like(values, requires_grad=True),
+            )
+        errors = self.errors[layer]
+        return _attention(query, keys + errors[0], values + errors[1], scale, window, softcap, sinks)
 
 
 def _attention(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     num_tokens = query.shape[1]
-    if softcap is None and (window is None or window >= num_tokens):
+    if softcap is None and sinks is None and (window is None or window >= num_tokens):
         return scaled_dot_product_attention(
             query[None], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=True
         )[0]
@@ -133,7 +146,10 @@ def _attention(
     distance = torch.arange(num_tokens, device=query.device)
     distance = distance[:, None] - distance
     hidden = (distance < 0) | (distance >= (window or num_tokens))
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values.repeat_interleave(groups, 0)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, num_tokens, 1)], -1)
+    return scores.softmax(-1)[..., :num_tokens] @ values.repeat_interleave(groups, 0)
 
 
 def observe(
@@ -221,9 +237,10 @@ def _gradients(
             input_ids=ids,
             position_ids=torch.arange(len(window), device=model.device)[None],
             use_cache=False,
-            logits_to_keep=len(window) - len(window) // 2,
+            logits_to_keep=torch.arange(len(window) // 2, len(window), device=model.device),
             cag_state=sequence,
             cag_pause=model.turns.pause,
+            cag_places=model.places,
         )
         likelihood = output.logits[0].float().log_softmax(-1)
         drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
@@ -249,10 +266,13 @@ def _readings(model: LanguageModel) -> list[Tensor | None]:
     num_q_heads = model.network.config.get_text_config().num_attention_heads
     found: list[Tensor | None] = [None] * len(model.kv_shapes)
     for module in model.network.modules():
-        layer = getattr(module, "layer_idx", None)
-        if type(layer) is not int or not 0 <= layer < len(found):
+        index = getattr(module, "layer_idx", None)
+        if type(index) is not int or not 0 <= index < len(model.seen):
             continue
-        shape = model.kv_shapes[layer]
+        place = model.places[index] if model.places is not None else KvPlace(index)
+        if not place.stores:
+            continue
+        layer, shape = place.layer, model.kv_shapes[place.layer]
         for child in module.children():
             if isinstance(child, torch.nn.Linear) and child.in_features == num_q_heads * shape.head_dim:
                 heads = child.weight.detach().double().cpu()

@@ -15,7 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cag.forward.state import AttentionRule, PrefixLayers, PrefixSegment, SequenceState, attend_end, attend_prefix
+from cag.forward.state import (
+    AttentionRule,
+    PrefixLayers,
+    PrefixSegment,
+    SequenceState,
+    attend_end,
+    attend_prefix,
+    sink_parts,
+)
 from cag.forward.step_tensors import StepSizes, StepState, StepTensors
 from cag_kernels import (
     DensePrefix,
@@ -138,12 +146,12 @@ class BatchState(Batch, StepState):
         self.tensors.fill(ids, self, wanted)
         return self.tensors
 
-    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
+    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule, sinks: Tensor | None = None) -> Tensor:
         """Attend; the keys and values of all rows are in their pages."""
         tails, masks = self.tensors.tails(*self.sides(layer)), asdict(rule)
-        if query.is_cuda and self.stands_behind_one:
+        if query.is_cuda and self.stands_behind_one and sinks is None:
             return cascade_attention(query, segments_of(self.states[0].prefix, layer), tails, **masks)
-        found = [paged_attention(query, tails, **masks), *self._before(layer, query, masks)]
+        found = [paged_attention(query, tails, **masks), *self._before(layer, query, masks), *sink_parts(query, sinks)]
         return merge_segments(found).to(query.dtype)
 
     def _before(self, layer: int, query: Tensor, rule: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -166,27 +174,27 @@ class BatchState(Batch, StepState):
             return []
         segments, counts = group.prefix.segments(layer), self._counts_of(group)
         if query.is_cuda:
-            return self._on_device(group, segments, query, rule)
+            return attend_on_device(group.prefix.num_tokens, segments, query, self.tensors.positions[group.rows], rule)
         if rule["window"] is None and rule["softcap"] is None:
             return attend_prefix_by_rows(query, segments, rule["scale"], counts)
         tails = zip(self.states[group.sequences], counts, strict=True)
         return attend_end(query, segments, [range(s.num_tail, s.num_tail + count) for s, count in tails], **rule)
 
-    def _on_device(
-        self, group: RowGroup, segments: Sequence[PrefixSegment], query: Tensor, rule: dict[str, Any]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """A group's rows over each segment of its prefix, read once for all of them, codes as they are."""
-        assert group.prefix is not None
-        missing = group.prefix.num_tokens - sum(segment.num_tokens for segment in segments)  # before the first segment
-        positions = self.tensors.positions[group.rows].int() - missing
-        found = []
-        for segment in segments:
-            found.append(prefix_attention(query, segment, positions=positions, **rule))
-            positions = positions - segment.num_tokens
-        return found
-
     def _counts_of(self, group: RowGroup) -> Sequence[int]:
         return self.counts[group.sequences]
+
+
+def attend_on_device(
+    num_prefix: int, segments: Sequence[PrefixSegment], query: Tensor, positions: Tensor, rule: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """What rows at `positions [num_rows]` find in each segment of a prefix of so many tokens, read once for all of
+    them, codes as they are; see `cag.forward.state.attend_prefix`."""
+    missing = num_prefix - sum(segment.num_tokens for segment in segments)  # before the first segment
+    positions, found = positions.int() - missing, []
+    for segment in segments:
+        found.append(prefix_attention(query, segment, positions=positions, **rule))
+        positions = positions - segment.num_tokens
+    return found
 
 
 def segments_of(prefix: PrefixLayers | None, layer: int) -> tuple[PrefixSegment, ...]:

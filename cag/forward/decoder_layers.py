@@ -66,11 +66,11 @@ Rotations = dict[Turning | None, tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class SeenLayer:
     """What a layer tells the attention: its rule, and how queries and keys were turned; None where they were not, and
-    `is_turned_otherwise` where no known way gives what was seen."""
+    `is_otherwise` where no known way gives what was seen, or the layer has sinks or the keys of another one."""
 
     rule: AttentionRule
     turning: Turning | None = None
-    is_turned_otherwise: bool = False
+    is_otherwise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ def _added_to_weight(module: Any, epsilon: float) -> float:
 
 
 def _layer(module: Any, seen: SeenLayer, norm_of: NormReader, kind: str) -> Layer:
-    if seen.is_turned_otherwise or seen.rule.softcap is not None or not parts_of(module) >= _BLOCKS:
+    if seen.is_otherwise or seen.rule.softcap is not None or not parts_of(module) >= _BLOCKS:
         raise Unknown(type(module))
     attention, mlp = module.self_attn, module.mlp
     projections, output = _products(attention, _PROJECTIONS, "o_proj", _HEAD_NORMS, kind)

@@ -113,7 +113,7 @@ def _layer(module: Any, seen: SeenLayer) -> DeviceLayer | None:
     if parts_of(module) != _LAYER or parts_of(module.self_attn) - _HEAD_NORMS != _ATTENTION:
         return None
     attention, mlp = module.self_attn, module.mlp
-    if seen.rule.softcap is not None or seen.is_turned_otherwise or seen.turning != Turning():
+    if seen.rule.softcap is not None or seen.is_otherwise or seen.turning != Turning():
         return None
     if parts_of(mlp) | {"act_fn"} != _MLP or activation_of(mlp) != "silu":
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cag.errors import UnsupportedModel
 from cag.forward.decoder import FAR, PROBED_LAYERS
 from cag.forward.decoder_layers import CLOSE, SeenLayer, Turning, relative_difference
-from cag.forward.state import AttentionRule, KvShape
+from cag.forward.state import AttentionRule, KvPlace, KvShape
 from cag_kernels.rows_reference import rotate_reference
 
 NUM_PROBES = 6  # tokens on which a quick forward is compared with the network's own
@@ -64,21 +64,50 @@ class LayerProbe:
     """
 
     def __init__(self) -> None:
-        self.shapes: dict[int, KvShape] = {}
         self.rules: dict[int, AttentionRule] = {}
         self.heads: dict[int, Tensor] = {}  # queries and keys, `[num_heads, num_positions, head_dim]`
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, kept so that others lie elsewhere
+        self.with_sinks: set[int] = set()
 
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor:
-        """See `cag.forward.state.SequenceState.attend`.
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        sinks: Tensor | None = None,
+        stores: bool = True,  # noqa: ARG002
+        **rule: Any,
+    ) -> Tensor:
+        """See `cag.forward.state.SequenceState.attend`. Raises: UnsupportedModel: a second time in one layer."""
+        if layer in self.given:
+            raise UnsupportedModel(f"layer {layer} attends more than once, which is not supported.")
+        self.given[layer], self.rules[layer] = (keys, values), AttentionRule(**rule)
+        self.heads[layer] = torch.cat([query, keys])
+        if sinks is not None:
+            self.with_sinks.add(layer)
+        return query[:, :1].expand_as(query)
+
+    def places(self) -> list[KvPlace]:
+        """In which layer's keys and values, counted among those that make their own, each layer finds its own.
 
         Raises:
-            UnsupportedModel: keys and values of different sizes.
+            UnsupportedModel: layers that share keys and values attend to them by other rules.
         """
-        if keys.shape != values.shape or keys.shape[-1] != query.shape[-1]:
-            raise UnsupportedModel(f"layer {layer} has keys {tuple(keys.shape)} and values {tuple(values.shape)}.")
-        self.shapes[layer], self.rules[layer] = KvShape(keys.shape[0], keys.shape[2]), AttentionRule(**rule)
-        self.heads[layer] = torch.cat([query, keys])
-        return query[:, :1].expand_as(query)
+        found: dict[tuple[int, int], int] = {}
+        places: list[KvPlace] = []
+        owners: list[int] = []
+        for layer, (keys, values) in sorted(self.given.items()):
+            place = found.setdefault((keys.data_ptr(), values.data_ptr()), len(found))
+            places.append(KvPlace(place, stores=place == len(owners)))
+            if place == len(owners):
+                owners.append(layer)
+            elif self.rules[layer] != self.rules[owners[place]]:
+                raise UnsupportedModel(
+                    f"layer {layer} shares the keys of layer {owners[place]}, but attends by another rule."
+                )
+        return places
 
 
 class RotationProbe:
@@ -114,35 +143,55 @@ class RotationProbe:
             self.turnings[index] = found
 
 
+@dataclass(frozen=True)
+class ProbedNetwork:
+    """What a network's layers attend with.
+
+    Attributes:
+        kv_shapes: keys and values of each layer that makes its own.
+        rules: how these are attended to.
+        places: of each layer of the network, in which of them it finds its own.
+        seen: of each layer of the network, how it attends and turns.
+    """
+
+    kv_shapes: list[KvShape]
+    rules: list[AttentionRule]
+    places: list[KvPlace]
+    seen: list[SeenLayer]
+
+
 @torch.inference_mode()
-def probed_layers(network: Any, device: torch.device) -> list[tuple[KvShape, SeenLayer]]:
-    """Shapes of keys and values in each layer and how it attends, seen in a forward of one token at two positions: the
-    first, and the last that the network has.
+def probe_network(network: Any, device: torch.device) -> ProbedNetwork:
+    """How each layer attends, seen in a forward of one token at two positions: the first, and the last that the network
+    has.
 
     Raises:
-        UnsupportedModel: not every layer attends with keys and values of its own.
+        UnsupportedModel: not every layer attends once, or a layer attends to other tokens than its rule says.
     """
+    from cag.forward.mask_probe import check_masks
+
     probe, rotations, config = LayerProbe(), RotationProbe(), network.config.get_text_config()
-    positions = torch.tensor([[0, config.max_position_embeddings - 1]], device=device)
+    num_layers, most = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        raise UnsupportedModel(f"{config.model_type} says nowhere how long a prompt may be (max_position_embeddings).")
+    positions = torch.tensor([[0, most - 1]], device=device)
+    ids, wanted = torch.full_like(positions, _loudest_probe(network)), positions.new_zeros(1)
     with rotations.watching(network):
-        network(
-            input_ids=torch.full_like(positions, _loudest_probe(network)),
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=1,
-            cag_state=probe,
-        )
-    num_layers, most = config.num_hidden_layers, config.max_position_embeddings
-    if sorted(probe.shapes) != list(range(num_layers)):
+        network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, cag_state=probe)
+    if sorted(probe.given) != list(range(num_layers)):
         raise UnsupportedModel(
-            f"of {num_layers} layers only {sorted(probe.shapes)} use standard attention; "
-            "layers that share or replace keys and values are not supported."
+            f"of the {num_layers} layers of {config.model_type} {sorted(probe.given) or 'none'} "
+            f"{'attend' if len(probe.given) != 1 else 'attends'} through transformers' attention interface."
         )
-    found = []
-    for index in range(num_layers):
-        rule, turning = _needed(probe.rules[index], most), rotations.turnings.get(index)
-        found.append((probe.shapes[index], _seen(rule, probe.heads[index], turning)))
-    return found
+    check_masks(network, int(ids[0, 0]))
+    rules = {layer: _needed(rule, most) for layer, rule in probe.rules.items()}
+    places = probe.places()
+    owners = [layer for layer, place in enumerate(places) if place.stores]
+    shapes = [KvShape(keys.shape[0], keys.shape[2]) for keys in (probe.given[layer][0] for layer in owners)]
+    seen = [_seen(rules[index], probe.heads[index], rotations.turnings.get(index)) for index in range(num_layers)]
+    for index in {*range(num_layers)} - {*owners} | probe.with_sinks:
+        seen[index] = replace(seen[index], is_otherwise=True)
+    return ProbedNetwork(shapes, [rules[layer] for layer in owners], places, seen)
 
 
 def probe_ids(network: Any) -> Tensor:
@@ -169,11 +218,11 @@ def _seen(rule: AttentionRule, heads: Tensor, given: tuple[tuple[Tensor, Tensor]
     if relative_difference(first, last) <= CLOSE:
         return SeenLayer(rule)
     if given is None or given[0][0].shape[-1] != first.shape[-1]:
-        return SeenLayer(rule, is_turned_otherwise=True)
+        return SeenLayer(rule, is_otherwise=True)
     (cosines, sines), turning = given
     turned = rotate_reference(first[:, None], cosines[0, 1:].float(), sines[0, 1:].float())[:, 0]
     is_same = relative_difference(last, turned / cosines[0, 0].float()) <= CLOSE  # at place 0 nothing is turned
-    return SeenLayer(rule, turning, is_turned_otherwise=not is_same)
+    return SeenLayer(rule, turning, is_otherwise=not is_same)
 
 
 def gives_the_same(network: Any, seen: Sequence[SeenLayer], own: Forward, other: Forward, *, exactly: bool) -> bool:

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cag.forward.batch import Batch, segments_of
+from cag.forward.batch import Batch, attend_on_device, segments_of
 from cag.forward.pages import PagedTail, PagePool
-from cag.forward.state import AttentionRule, PrefixSegment
+from cag.forward.state import AttentionRule, PrefixSegment, sink_parts
 from cag.forward.step_tensors import NUM_ARRIVALS, StepSizes, StepState, StepTensors
-from cag_kernels import cascade_attention
+from cag_kernels import cascade_attention, merge_segments, paged_attention
 from cag_kernels.triton.launch_ways import launch_ways, launching
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -63,8 +63,10 @@ class PaddedState(StepState):
     """What the rows of a padded step attend to; see `cag.forward.batch.BatchState`, of which it is the part for one
     prefix."""
 
-    def __init__(self, tensors: StepTensors, pool: PagePool, layers: Sequence[tuple[PrefixSegment, ...]]) -> None:
-        self.tensors, self._pool, self._layers = tensors, pool, layers
+    def __init__(
+        self, tensors: StepTensors, pool: PagePool, layers: Sequence[tuple[PrefixSegment, ...]], num_prefix: int
+    ) -> None:
+        self.tensors, self._pool, self._layers, self._num_prefix = tensors, pool, layers, num_prefix
 
     def sides(self, layer: int) -> tuple[Tensor, Tensor]:
         """The pages of a layer, keys and values."""
@@ -74,11 +76,15 @@ class PaddedState(StepState):
         """What stands before all rows."""
         return self._layers[layer]
 
-    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
+    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule, sinks: Tensor | None = None) -> Tensor:
         """Attend; the keys and values of all rows are in their pages."""
-        tails = self.tensors.tails(*self.sides(layer))
+        tails, segments = self.tensors.tails(*self.sides(layer)), self._layers[layer]
+        if sinks is not None:
+            before = attend_on_device(self._num_prefix, segments, query, self.tensors.positions, asdict(rule))
+            found = [paged_attention(query, tails, **asdict(rule)), *before, *sink_parts(query, sinks)]
+            return merge_segments(found).to(query.dtype)
         arrivals = self.tensors.arrivals if tails.keys.shape[1] <= NUM_ARRIVALS else None
-        return cascade_attention(query, self._layers[layer], tails, **asdict(rule), arrivals=arrivals)
+        return cascade_attention(query, segments, tails, **asdict(rule), arrivals=arrivals)
 
 
 class StepReplays:
@@ -146,7 +152,7 @@ class StepReplays:
         if step is None:
             tensors = StepTensors(sizes, self._device)
             layers = [segments_of(prefix, layer) for layer in range(len(self._pool.keys))]
-            step = _Step(tensors, PaddedState(tensors, self._pool, layers))
+            step = _Step(tensors, PaddedState(tensors, self._pool, layers, batch.states[0].num_prefix))
         steps.found[sizes] = step
         if len(steps.found) > MAX_STEPS:
             steps.found.popitem(last=False)

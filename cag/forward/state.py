@@ -53,6 +53,34 @@ class AttentionRule:
         return 0 if self.window is None else min(max(0, num_tokens - self.window + 1), num_tokens)
 
 
+@dataclass(frozen=True)
+class KvPlace:
+    """In which layer's keys and values a layer of a network finds its own, and whether it is the one that makes them;
+    layers may share them."""
+
+    layer: int
+    stores: bool = True
+
+
+class AttendingState(Protocol):
+    """What a forward's attention goes through; see `SequenceState.attend`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        stores: bool,
+    ) -> Tensor:
+        """Queries after RoPE to what each of them finds."""
+
+
 class PrefixLayers(Protocol):
     """What a sequence needs of the prefix it stands behind.
 
@@ -192,36 +220,54 @@ class SequenceState:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
+        stores: bool = True,
     ) -> Tensor:
         """Store the keys and values of new tokens, and attend to everything up to each of them.
 
         Args:
             layer: index of the layer.
-            query: `[num_q_heads, num_new, head_dim]`, after RoPE.
+            query: `[num_q_heads, num_queries, head_dim]`, after RoPE; of all new tokens, or of the last ones where a
+                network asks for no more.
             keys: `[num_kv_heads, num_new, head_dim]`, after RoPE; rounded to the tail's dtype before anyone sees them.
             values: as `keys`.
             scale: factor of the scores.
             window: sliding window of the layer, or None.
             softcap: cap of the scores, or None.
+            sinks: `[num_q_heads]` scores of a key that each query of a head sees besides, with a value of zeros; or
+                None.
+            stores: whether nobody has stored these keys and values in this forward, as a layer may have that shares
+                them.
 
         Returns:
-            `[num_q_heads, num_new, head_dim]` in the query's dtype.
+            `[num_q_heads, num_queries, head_dim]` in the query's dtype.
         """
-        self.tail.store(layer, self.num_tail, keys, values)
+        if stores:
+            self.tail.store(layer, self.num_tail, keys, values)
         rule: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        places = range(self.num_tail, self.num_tail + query.shape[1])
+        end = self.num_tail + keys.shape[1]
+        places = range(end - query.shape[1], end)
         parts = [segment_attention(query, *self.tail.gathered(layer, places.stop), offset=places.start, **rule)]
         if self.prefix is not None and window is None and softcap is None:
             parts += attend_prefix(query, self.prefix.segments(layer), scale)
         elif self.prefix is not None:
             parts += attend_end(query, self.prefix.segments(layer), [places], **rule)
-        return merge_segments(parts).to(query.dtype)
+        return merge_segments([*parts, *sink_parts(query, sinks)]).to(query.dtype)
 
 
 class WholeState(SequenceState):
     """A sequence whose own tokens lie in one piece, as those of a prefix that is being built."""
 
     tail: Tail
+
+
+def sink_parts(query: Tensor, sinks: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """What queries `[num_q_heads, num_new, head_dim]` find in the `sinks` of `SequenceState.attend`, as
+    `attend_prefix`."""
+    if sinks is None:
+        return []
+    out = query.new_zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    return [(out, sinks.to(out.dtype)[:, None].expand(out.shape[:2]))]
 
 
 def attend_prefix(query: Tensor, segments: Sequence[PrefixSegment], scale: float) -> list[tuple[Tensor, Tensor]]:
@@ -307,6 +353,8 @@ class BranchedState:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
+        stores: bool = True,  # noqa: ARG002 - nothing is stored
     ) -> Tensor:
         """As `SequenceState.attend`, each branch apart; keys and values are used as they come, unrounded."""
         attend = partial(segment_attention, scale=scale, window=window, softcap=softcap)
@@ -320,7 +368,8 @@ class BranchedState:
                 before = [attend(own, *segment, offset=behind) for segment, behind in visible]
             else:
                 before = [(out[:, part], lse[:, part]) for out, lse in shared]
-            merged.append(merge_segments([attend(own, keys[:, part], values[:, part], offset=0), *before]))
+            found = [attend(own, keys[:, part], values[:, part], offset=0), *before, *sink_parts(own, sinks)]
+            merged.append(merge_segments(found))
         return torch.cat(merged, dim=1).to(query.dtype)
 
     def _visible(self, layer: int, window: int | None) -> list[tuple[DensePrefix, int]]:

@@ -55,7 +55,7 @@ class StepState(ABC):
         """The pages of a layer, keys and values."""
 
     @abstractmethod
-    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
+    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule, sinks: Tensor | None = None) -> Tensor:
         """Attend; the keys and values of all rows are in their pages."""
 
     def attend(
@@ -68,12 +68,15 @@ class StepState(ABC):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
+        stores: bool = True,
     ) -> Tensor:
         """Store the keys and values of all rows, `[num_kv_heads, num_rows, head_dim]`, and attend; see
         `cag.forward.state.SequenceState.attend`."""
-        for side, new in zip(self.sides(layer), (keys, values), strict=True):
-            side[self.tensors.row_pages, :, self.tensors.row_places] = new.transpose(0, 1).to(side.dtype)
-        return self.attend_stored(layer, query, AttentionRule(scale, window, softcap))
+        if stores:
+            for side, new in zip(self.sides(layer), (keys, values), strict=True):
+                side[self.tensors.row_pages, :, self.tensors.row_places] = new.transpose(0, 1).to(side.dtype)
+        return self.attend_stored(layer, query, AttentionRule(scale, window, softcap), sinks)
 
 
 class StepTensors:

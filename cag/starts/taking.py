@@ -14,7 +14,8 @@ import torch
 
 from cag.errors import ModelError
 from cag.forward.decoder_layers import SeenLayer, Turning
-from cag.forward.state import AttentionRule, KvShape
+from cag.forward.layer_probe import ProbedNetwork
+from cag.forward.state import AttentionRule, KvPlace, KvShape
 from cag.forward.weights import PackedLinear, join_network, loses_in_bfloat16, use_products
 from cag.machine.runtime import RuntimePlan
 from cag.model_files import read_network, read_tokenizer
@@ -33,7 +34,7 @@ class StartedParts:
     network: PlainNetwork
     tokenizer: KeptTokenizer
     fingerprints: ModelFingerprints
-    layers: list[tuple[KvShape, SeenLayer]]
+    probed: ProbedNetwork
     load_network: Callable[[], Any]
 
 
@@ -48,10 +49,13 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
         return None
     try:
         network = PlainNetwork(start, weights_of(weights, start))
-        layers = [
-            (KvShape(*shape), SeenLayer(AttentionRule(**rule), Turning()))
-            for shape, rule in zip(start.kv_shapes, start.rules, strict=True)
-        ]
+        rules = [AttentionRule(**rule) for rule in start.rules]
+        probed = ProbedNetwork(
+            kv_shapes=[KvShape(*shape) for shape in start.kv_shapes],
+            rules=rules,
+            places=[KvPlace(layer) for layer in range(len(rules))],
+            seen=[SeenLayer(rule, Turning()) for rule in rules],
+        )
     except (KeyError, TypeError, ValueError):
         return None
     join_network(network)
@@ -60,7 +64,7 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
         network=network,
         tokenizer=KeptTokenizer(tables, lambda: _unchanged(read_tokenizer(directory), directory, fingerprints)),
         fingerprints=fingerprints,
-        layers=layers,
+        probed=probed,
         load_network=lambda: _unchanged(_whole_network(network, directory, plan), directory, fingerprints),
     )
 

@@ -52,14 +52,14 @@ def tiny_config(**changes) -> LlamaConfig:
 
 
 def write_tiny_model(
-    directory: Path, *, seed: int = 0, chat_template: str | None = CHATML, config=None, dtype=torch.float32
+    directory: Path, *, seed: int = 0, chat_template: str | None = CHATML, config=None, dtype=torch.float32, scale=0.3
 ) -> Path:
     """A Hugging Face directory of a random model, made in float32."""
     torch.manual_seed(seed)
     network = AutoModelForCausalLM.from_config(config or tiny_config(), dtype=torch.float32)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
+            parameter.copy_(torch.randn_like(parameter) * scale)
     network.to(dtype).save_pretrained(directory)
     tiny_tokenizer(chat_template).save_pretrained(directory)
     return directory

@@ -201,8 +201,9 @@ class AttendingApart(StepState):
         found: tuple[Tensor, Tensor] = self._state.sides(layer)
         return found
 
-    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
+    def attend_stored(self, layer: int, query: Tensor, rule: AttentionRule, sinks: Tensor | None = None) -> Tensor:
         """See `cag.forward.step_tensors.StepState`."""
+        assert sinks is None
         parts = [paged_attention(query, self.tensors.tails(*self.sides(layer)), scale=rule.scale)]
         for segment in self._state.segments(layer):
             found = [prefix_attention(row, segment, scale=rule.scale) for row in torch.split(query, 1, dim=1)]

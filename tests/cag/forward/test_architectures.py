@@ -1,0 +1,208 @@
+"""Families of networks behind one attention: what they give is what transformers gives, or they are refused by name.
+
+Sinks (gpt-oss), keys wider than values (DeepSeek's latent attention), layers that share keys and values (Gemma 3n and
+4), heads of another size in some layers, experts, learned positions, layers without positions: each through the store,
+in company, and in the padded steps of a GPU.
+"""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cag.engine import Engine
+from cag.errors import UnsupportedModel
+from cag.generation.generate import SamplingOptions
+from cag.generation.scheduler import Scheduler
+from cag.model import LanguageModel
+from cag.prompt import question_ids
+from tiny import write_tiny_model
+
+SHARED = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+SHARED |= {"pad_token_id": 257, "eos_token_id": 257, "bos_token_id": 256}
+HEADS = SHARED | {"head_dim": 16}
+LATENT = SHARED | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+LATENT |= {"v_head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+LATENT |= {"moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6, "sliding_window": 24}
+PER_LAYER_INPUT = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 258}
+
+FAMILIES = {
+    "cohere2": HEADS | {"sliding_window": 24},
+    "deepseek_v2": LATENT | {"topk_method": "greedy"},
+    "deepseek_v3": LATENT,
+    "gemma3n_text": HEADS
+    | ALTERNATING
+    | PER_LAYER_INPUT
+    | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": None, "laurel_rank": 8, "altup_num_inputs": 2},
+    "gemma4_text": HEADS | ALTERNATING | PER_LAYER_INPUT | {"num_kv_shared_layers": 2, "global_head_dim": 32},
+    "glm4_moe_lite": LATENT,
+    "gpt2": {"vocab_size": 258, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 2048, "eos_token_id": 257},
+    "gpt_oss": HEADS | {"sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": HEADS,
+    "olmo2": SHARED,
+    "phi": SHARED | {"partial_rotary_factor": 0.5},
+    "qwen3_moe": HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "smollm3": SHARED | {"no_rope_layer_interval": 2},
+}
+OWN_LAYERS = {"gemma3n_text": 4, "gemma4_text": 4}  # that make keys and values; the others share them
+TEXT = "The alpha gate opens at seven. Its code is 4711. The beta pump moves 30 litres an hour.\n"
+QUESTIONS = ["Who opens the gate?", "Why?", "How many litres does the pump move in a day, and who counts them? " * 2]
+
+
+def directory_of(family, root):
+    """A random model of a family; its numbers are large enough for sinks and masks to matter."""
+    return write_tiny_model(root / family, config=AutoConfig.for_model(family, **FAMILIES[family]))
+
+
+def plain_network(directory):
+    """The same weights behind transformers' own attention."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def assert_close(found, expected):
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def greedy(network, ids, num_tokens):
+    """Plain transformers, the whole prompt again for each token."""
+    ids = list(ids)
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            ids.append(int(network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(ids[-num_tokens:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_in_blocks_are_those_of_one_forward(family, tmp_path):
+    directory = directory_of(family, tmp_path)
+    model, plain = LanguageModel.load(directory, model_id=family), plain_network(directory)
+    ids = torch.randint(0, 250, (90,), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = plain(input_ids=ids[None], use_cache=False).logits[0]
+    for make_state in (model.new_state, model.new_session_state):
+        state = make_state()
+        assert_close(model.forward(ids[:40].tolist(), state), expected[39:40])
+        assert_close(model.forward(ids[40:70].tolist(), state, num_logits=0), expected[40:70])
+        for place in range(70, 75):
+            assert_close(model.forward([int(ids[place])], state), expected[place : place + 1])
+        assert_close(model.forward(ids[75:].tolist(), state, num_logits=4), expected[-4:])
+    assert len(model.kv_shapes) == OWN_LAYERS.get(family, len(model.seen))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_from_the_store_are_those_of_plain_transformers(family, tmp_path):
+    """Alone and in company; codes give answers as well, with their loss measured."""
+    directory = directory_of(family, tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    engine = Engine.load(str(directory), store=tmp_path / "store", device="cpu")
+    engine.model.stop_ids = frozenset()
+    options = SamplingOptions(max_tokens=12)
+    engine.build([tmp_path / "text.txt"], name="exact", codec="lossless")
+    engine.build([tmp_path / "text.txt"], name="int8", codec="int8")
+    with engine.open("exact") as prefix, engine.open("int8") as coded:
+        alone = [prefix.ask(question, options) for question in QUESTIONS]
+        plain = plain_network(directory)
+        for question, answer in zip(QUESTIONS, alone, strict=True):
+            suffix = question_ids(engine.model.tokenizer, prefix.template, question)
+            assert answer.token_ids == greedy(plain, [*prefix.token_ids.tolist(), *suffix], 12)
+            assert answer.usage.cached_tokens == len(prefix.token_ids)
+        scheduler = Scheduler(engine.model)
+        streams = [one.session().stream(question, options) for one in (prefix, coded) for question in QUESTIONS]
+        requests = [stream.submit(scheduler, lambda _piece: None) for stream in streams]
+        scheduler.run()
+        together = [s.finish(request).token_ids for s, request in zip(streams, requests, strict=True)]
+        assert together == [one.ask(question, options).token_ids for one in (prefix, coded) for question in QUESTIONS]
+        assert 0 <= coded.manifest.fidelity["mean_kl"] < 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_they_are_near(family, tmp_path):
+    """As checkpoints come: weights, keys and values in 16 bits, whatever this machine computes in."""
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    directory = write_tiny_model(tmp_path / family, config=config, dtype=torch.bfloat16, scale=0.1)
+    model, plain = LanguageModel.load(directory, model_id=family), plain_network(directory)
+    ids = torch.randint(0, 250, (60,), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = plain(input_ids=ids[None], use_cache=False).logits[0, -20:]
+    state = model.new_session_state()
+    model.forward(ids[:40].tolist(), state)
+    found = model.forward(ids[40:].tolist(), state, num_logits=0)
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "deepseek_v3"])
+def test_padded_steps_give_the_same(family, tmp_path):
+    """What a GPU runs and records, one by one."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    engine = Engine.load(str(directory_of(family, tmp_path)), store=tmp_path / "store", device="cpu")
+    engine.build([tmp_path / "text.txt"], name="text")
+    model, prefix = engine.model, engine.open("text").resident
+    ids = [torch.arange(count) * 7 % 250 for count in (5, 1, 12)]
+
+    def logits():
+        return model.forward_together([(part, model.new_session_state(prefix)) for part in ids])
+
+    expected = logits()
+    model.run_in_steps(capture=False)
+    assert model.replays is not None
+    assert_close(logits(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "deepseek_v3"])
+@pytest.mark.parametrize("codec", ["auto", "transform"])
+def test_codecs_that_look_at_the_model(family, codec, tmp_path):
+    directory = directory_of(family, tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT * 6)
+    engine = Engine.load(str(directory), store=tmp_path / "store", device="cpu")
+    report = engine.build([tmp_path / "text.txt"], name="text", codec=codec)
+    assert report.fidelity.mean_kl < 0.2
+    with engine.open("text") as prefix:
+        assert prefix.ask("Why?", SamplingOptions(max_tokens=3)).usage.cached_tokens == report.num_tokens
+
+
+REFUSED = {
+    "bert": ({}, "sees other tokens"),
+    "bloom": ({"n_layer": 2, "n_head": 4}, "none attend through"),
+    "deepseek_v32": ({}, "indexed_attention"),
+    "diffllama": ({}, "attends more than once"),
+    "doge": ({}, "sees other tokens"),
+    "falcon": ({}, "none attend through"),
+    "llama4_text": ({"num_local_experts": 2}, "chunked_attention"),
+    "stablelm": ({}, "hands no keywords"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_attends_in_another_way_is_refused_by_name(family, tmp_path):
+    """Rather than served wrongly."""
+    changes, told = REFUSED[family]
+    config = AutoConfig.for_model(family, **SHARED | changes)
+    directory = write_tiny_model(tmp_path / family, config=config)
+    with pytest.raises(UnsupportedModel, match=told):
+        LanguageModel.load(directory, model_id=family)
+
+
+@pytest.mark.parametrize("told", ["position_bias", "indices", "is_causal"])
+def test_what_a_network_tells_its_attention_and_we_do_not_know_is_refused(told, tiny_model_dir):
+    from cag.forward.attention_hook import _attend
+
+    model, heads = LanguageModel.load(tiny_model_dir, model_id="tiny"), torch.zeros(1, 2, 3, 16)
+    with pytest.raises(UnsupportedModel, match="way of its own"):
+        _attend(
+            model.network.model.layers[0].self_attn,
+            heads,
+            heads,
+            heads,
+            cag_state=model.new_state(capacity=8),
+            **{told: False if told == "is_causal" else torch.ones(1)},
+        )
+
+
+def test_quick_forwards_are_not_taken_where_a_layer_has_sinks(tmp_path):
+    """However small they are on the tokens that are compared."""
+    model = LanguageModel.load(write_tiny_model(tmp_path / "m", dtype=torch.bfloat16), model_id="tiny")
+    assert all(not seen.is_otherwise for seen in model.seen)
+    directory = directory_of("gpt_oss", tmp_path)
+    assert all(seen.is_otherwise for seen in LanguageModel.load(directory, model_id="gpt_oss").seen)
