@@ -254,7 +254,7 @@ def test_queries_that_positions_scale_are_noticed(kind, tmp_path, monkeypatch):
     attention = type(model.network.model.layers[2].self_attn)
     own = attention.forward
 
-    def stretched(self, *given, cag_state, **named):
+    def stretched(self, *given, cag_state=None, **named):
         far = named["position_embeddings"][1].abs().sum(-1, keepdim=True)[:, None] > 0
 
         class State:

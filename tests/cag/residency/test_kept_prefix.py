@@ -7,7 +7,7 @@ from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig
 
 from cag.calibration import CalibrationOptions, calibrate
 from cag.engine import Engine
-from cag.forward.batch import BatchState
+from cag.forward.batch import BatchState, attend_on_device
 from cag.forward.state import AttentionRule, BranchedState
 from cag.generation.generate import SamplingOptions
 from cag.model import LanguageModel
@@ -296,7 +296,8 @@ def test_steps_in_buckets_and_rows_on_a_device(tmp_path, documents, codec):
             masks = {"scale": rule.scale, "window": rule.window, "softcap": rule.softcap}
             (group,) = batch.groups
             apart = batch._group_before(group, layer, query, masks)
-            rows = batch._on_device(group, prefix.resident.segments(layer), query, masks)
+            segments, positions = prefix.resident.segments(layer), batch.tensors.positions
+            rows = attend_on_device(prefix.resident.num_tokens, segments, query, positions, masks)
             for mine, theirs in zip(rows, apart, strict=True):
                 torch.testing.assert_close(mine[1], theirs[1], rtol=0, atol=1e-2)
                 torch.testing.assert_close(mine[0], theirs[0], rtol=0, atol=2e-2)
