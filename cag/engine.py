@@ -154,15 +154,18 @@ class Engine:
 
         Documents that `paths` no longer name go. Everything before the first changed document is taken from the store,
         where its exact chunks are there still (`BuildReport.recomputed_tokens`). Codec, bound and texts are the old
-        ones; a codec that was searched is kept while it stays within the bound, and searched again when it does not.
-        The old expiry ends, `ttl_s` sets a new one. `force` keeps a cache that misses its bound.
+        ones, and the day that a chat template may name is that of the first build; a codec that was searched is kept
+        while it stays within the bound, and searched again when it does not. The old expiry ends, `ttl_s` sets a new
+        one. `force` keeps a cache that misses its bound.
         """
         manifest = self.find(name)[1]
         corpus = _read(paths, skip_errors)
         places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
         codec, layout = dict(manifest.codec), manifest.layout
-        template_from_json(layout)
+        template, rendered = self.model.template, template_from_json(layout)
+        if manifest.model.template_fingerprint == self.model.fingerprints.template:
+            template = replace(template, before=rendered.before, middle=rendered.middle)
         searched, max_kl = manifest.build.get("codec_choice") is not None, manifest.build.get("max_kl")
         options = BuildOptions(
             codec=AUTO if searched else codec,
@@ -171,6 +174,7 @@ class Engine:
             max_kl=max_kl if isinstance(max_kl, (int, float)) else None,
             force=force,
             keep=codec if searched else None,
+            template=template,
         )
         report = build_cache(self.model, self.store, name, documents, options, on_progress, ttl_s)
         return _with_changes(_with_corpus(report, corpus), manifest, documents)

@@ -29,6 +29,9 @@ CLOSING_TEXT = "These were all documents. Answer the question from them, in as f
 _tokenizer_lock = threading.Lock()
 _template_ids: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()  # of a tokenizer, by piece
 
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+"""What reasoning models put around what they think before they answer."""
+
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "\x02sys\x03", "\x02que\x03", "\x02ans\x03", "\x02nxt\x03"
 
 
@@ -152,19 +155,43 @@ def guarded_template(tokenizer: Any) -> PromptTemplate:
 
 
 def _cut(tokenizer: Any, opening: list[dict[str, str]]) -> PromptTemplate | None:
-    turns = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-    first = _render(tokenizer, opening)
-    both = _render(tokenizer, opening + turns)
-    if first is None or both is None:
+    first = _split(_render(tokenizer, opening), _SYSTEM, _QUESTION)
+    if first is None:
         return None
-    if any(first.count(mark) != 1 for mark in (_SYSTEM, _QUESTION)):
-        return None
-    if any(both.count(mark) != 1 for mark in (_ANSWER, _NEXT)):
-        return None
-    before, rest = first.split(_SYSTEM)
-    middle, after = rest.split(_QUESTION)
-    between = both.split(_ANSWER)[1].split(_NEXT)[0]
-    return PromptTemplate(before, middle, after, between)
+    before, middle, asked = first
+    # some templates move the system text to the last question, so that of later ones is looked for without any
+    for beginning in (opening, [{"role": "user", "content": _QUESTION}]):
+        turns = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+        later = _split(_render(tokenizer, beginning + turns), _QUESTION, _ANSWER, _NEXT)
+        if later is not None and _SYSTEM not in later[1] + later[2]:
+            return PromptTemplate(before, middle, _answer_opening(asked, later[1]), later[2])
+    return None
+
+
+def _split(text: str | None, *marks: str) -> list[str] | None:
+    """The text between marks that each stand in it once, in this order, and around them."""
+    pieces, rest = [], text or ""
+    for mark in marks:
+        if rest.count(mark) != 1:
+            return None
+        piece, rest = rest.split(mark)
+        pieces.append(piece)
+    return [*pieces, rest]
+
+
+def _answer_opening(asked: str, given: str) -> str:
+    """What stands before an answer: `asked` is what the template ends with when it asks for one, `given` what it has
+    before one that was given.
+
+    Where more stands before given ones (gpt-oss: the channel of answers; others: empty thoughts) it is put there, so
+    that an answer begins at once. Thoughts that the template opens are closed, for the same reason.
+    Source: thoughts that are closed before they begin, arXiv:2504.09858.
+    """
+    opening = given if given.startswith(asked) and given[len(asked) :].strip() else asked
+    for begin, end in THOUGHTS:
+        if opening.rfind(begin) > opening.rfind(end):
+            opening = f"{opening.rstrip()}\n\n{end}\n\n"
+    return opening
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:

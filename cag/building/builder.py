@@ -254,7 +254,11 @@ def build_cache(
     if ttl_s is not None:
         _check_ttl(ttl_s)
     layout = lay_out(
-        model.tokenizer, model.template, documents, system_text=options.system_text, closing_text=options.closing_text
+        model.tokenizer,
+        options.template or model.template,
+        documents,
+        system_text=options.system_text,
+        closing_text=options.closing_text,
     )
     _check_window(model, layout)
     _check_memory(model, layout)

@@ -9,7 +9,7 @@ from typing import Any
 from cag.building.fidelity import Fidelity
 from cag.building.ladder import DEFAULT_MAX_KL
 from cag.errors import UsageError
-from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT
+from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT, PromptTemplate
 from cag_store import codec_from_config, codec_ids
 
 AUTO = "auto"
@@ -42,6 +42,7 @@ class BuildOptions:
             None: no bound, and `DEFAULT_MAX_KL` for "auto".
         force: keep a cache that misses its bound.
         keep: with "auto", a configuration that is taken without a search if it stays within the bound.
+        template: in place of the model's, as a template may render otherwise every day.
     """
 
     codec: str | dict[str, Any] = "lossless"
@@ -50,6 +51,7 @@ class BuildOptions:
     max_kl: float | None = None
     force: bool = False
     keep: dict[str, Any] | None = None
+    template: PromptTemplate | None = None
 
     def __post_init__(self) -> None:
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl >= 0):

@@ -121,3 +121,48 @@ def test_layout_survives_json():
     tokenizer = tiny_tokenizer()
     layout = lay_out(tokenizer, read_template(tokenizer), DOCS)
     assert template_from_json(layout.to_json()) == layout.template
+
+
+TURN = "{{ '<|im_start|>' + message['role'] + '\n' + %s + '<|im_end|>\n' }}"
+FOR_ALL = "{%% for message in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}{{ '%s' }}{%% endif %%}"
+PLAIN_TURN = TURN % "message['content']"
+GIVEN = "('{0}' if message['role'] == 'assistant' else '') + message['content']"
+
+
+@pytest.mark.parametrize(
+    ("template", "after"),
+    [
+        # thoughts that are opened for each answer, as QwQ's and DeepSeek's distilled models have them
+        (FOR_ALL % (PLAIN_TURN, "<a>\n<think>\n"), "<|im_end|>\n<a>\n<think>\n\n</think>\n\n"),
+        (FOR_ALL % (PLAIN_TURN, "<a>[THINK]"), "<|im_end|>\n<a>[THINK]\n\n[/THINK]\n\n"),
+        # closed already, as Qwen 3 has them when it is asked not to think
+        (FOR_ALL % (PLAIN_TURN, "<a>\n<think>\n\n</think>\n\n"), "<|im_end|>\n<a>\n<think>\n\n</think>\n\n"),
+        # a channel of answers, as gpt-oss has it, and empty thoughts before answers that were given
+        (
+            FOR_ALL % (TURN % GIVEN.format("<|final|>"), "<|im_start|>assistant\n"),
+            "<|im_end|>\n<|im_start|>assistant\n<|final|>",
+        ),
+        (
+            FOR_ALL % (TURN % GIVEN.format("<think></think>"), "<|im_start|>assistant\n"),
+            "<|im_end|>\n<|im_start|>assistant\n<think></think>",
+        ),
+        # a blank alone would be a token that answers do not begin with
+        (FOR_ALL % (TURN % GIVEN.format(" "), "<|im_start|>assistant\n"), "<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+def test_an_answer_begins_at_once(template, after):
+    assert read_template(tiny_tokenizer(template)).after == after
+
+
+def test_a_system_text_that_templates_put_before_the_last_question_is_not_repeated():
+    """As Mistral's do: later questions came with the mark that stands for the system text."""
+    last = (
+        "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ '[INST]' + (system + '\n\n' if loop.last and system else '') }}"
+        "{{ message['content'] + '[/INST]' }}{% elif message['role'] == 'assistant' %}{{ message['content'] + '</s>' }}"
+        "{% endif %}{% endfor %}"
+    )
+    template = read_template(tiny_tokenizer(last))
+    assert template.between == "</s>[INST]"
+    assert (template.before, template.middle, template.after) == ("[INST]", "\n\n", "[/INST]")

@@ -3,9 +3,11 @@
 import errno
 import json
 import shutil
+from datetime import datetime
 
 import numpy as np
 import pytest
+from transformers.utils import chat_template_utils
 
 import cag_store
 from cag.building.builder import RESERVED_TOKENS, BuildOptions, build_cache
@@ -265,3 +267,31 @@ def test_a_codec_nobody_knows_is_refused_before_anything_is_computed(tiny_engine
         tiny_engine.build([corpus_dir], name="a", codec="zip")
     with pytest.raises((cag_store.errors.UnknownCodec, UsageError)):
         tiny_engine.build([corpus_dir], name="a", codec={"id": "int8", "nonsense": 1})
+
+
+def test_an_update_keeps_the_day_of_the_first_build(tmp_path, corpus_dir, monkeypatch):
+    """Some templates name the day, as Llama 3.2's and gpt-oss's do: then nothing of yesterday's could be used."""
+    dated = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+    directory = write_tiny_model(tmp_path / "model", chat_template=dated)
+
+    def engine_of(day):
+        class Today(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime(2026, 11, day, tzinfo=tz)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Today)
+        return Engine.load(str(directory), store=tmp_path / "store", device="cpu")
+
+    engine = engine_of(1)
+    first = engine.build([corpus_dir], name="gates")
+    assert "01 Nov 2026" in engine.model.template.before
+    engine = engine_of(2)
+    assert "02 Nov 2026" in engine.model.template.before
+    with engine.open("gates") as prefix:
+        assert "01 Nov 2026" in prefix.template.before
+        assert prefix.ask("Who?", max_tokens=2).usage.cached_tokens == first.num_tokens
+    (corpus_dir / "zz.md").write_text("# More\n\nThe gamma door is new.\n")
+    report = engine.update("gates", [corpus_dir])
+    assert report.reused_tokens > 0
+    assert engine.build([corpus_dir], name="gates").reused_tokens == 0  # a build of its own has its own day
