@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -129,7 +129,7 @@ def read_template(tokenizer: Any) -> PromptTemplate:
         UnsupportedModel: a template that changes or repeats what it is given, so that no prefix is stable.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return PLAIN_TEMPLATE
+        return replace(PLAIN_TEMPLATE, before=_text_start(tokenizer))
     system_turn = {"role": "system", "content": _SYSTEM}
     question = {"role": "user", "content": _QUESTION}
     for opening in ([system_turn, question], [{"role": "user", "content": f"{_SYSTEM}\n\n{_QUESTION}"}]):
@@ -140,6 +140,12 @@ def read_template(tokenizer: Any) -> PromptTemplate:
         "the chat template changes, repeats or drops what it is given, so no prefix of it is stable.",
         hint="Use a model with an ordinary chat template.",
     )
+
+
+def _text_start(tokenizer: Any) -> str:
+    """The token that a tokenizer puts before any text, which models expect there; empty if it has none."""
+    first = tokenizer("")["input_ids"][:1]
+    return str(tokenizer.bos_token) if tokenizer.bos_token and first == [tokenizer.bos_token_id] else ""
 
 
 def guarded_template(tokenizer: Any) -> PromptTemplate:

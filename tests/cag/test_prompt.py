@@ -1,9 +1,10 @@
 """The prompt: cut once at the question, tokenized apart, stable under added documents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from cag.errors import UnsupportedModel
 from cag.prompt import (
@@ -101,7 +102,19 @@ def test_turns_marked_by_ordinary_tokens_are_not_marked_by_documents_and_questio
 
 def test_no_chat_template_gives_the_plain_one():
     tokenizer = tiny_tokenizer(chat_template=None)
-    assert read_template(tokenizer) is PLAIN_TEMPLATE
+    assert read_template(tokenizer) == PLAIN_TEMPLATE
+
+
+def test_text_without_a_chat_template_begins_as_the_tokenizer_has_it():
+    """Base models answer badly where the token is missing that each of their texts began with."""
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert read_template(tokenizer) == PLAIN_TEMPLATE  # there is one, and nothing puts it there
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    template = read_template(tokenizer)
+    assert template == replace(PLAIN_TEMPLATE, before="<s>")
+    assert lay_out(tokenizer, template, DOCS).token_ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize(
