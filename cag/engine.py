@@ -27,6 +27,7 @@ from cag.prefix import Prefix
 from cag.prompt import template_from_json
 from cag.residency.host_copies import HostCopies
 from cag.residency.resident import ResidentPrefix
+from cag.short_model import with_rope
 from cag.starts.begin import Beginning
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_kernels import warm_up_largest
@@ -244,7 +245,7 @@ class Engine:
             manifest, reader = self._reader(name, version)
         try:
             check_fingerprints(name, manifest, self.model)
-            model = self.model
+            model = with_rope(self.model, manifest.kv.rope)
             _check_tokens(name, reader, model)
             overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
             resident = self._promoted(manifest.digest, reader) or ResidentPrefix.load(
@@ -305,7 +306,7 @@ class Engine:
             name,
             opened.manifest,
             opened.resident,
-            self.model,
+            with_rope(self.model, opened.manifest.kv.rope),
             load_documents=lambda: self._documents(opened.manifest),
             on_close=lambda: self._release(opened),
         )
@@ -338,6 +339,7 @@ def _warm_up() -> None:
 def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> None:
     """Refuse a cache that another model, adapter, tokenizer or chat template built, or one of whose prompt nothing is
     known. Raises: CacheMismatch."""
+    model = with_rope(model, manifest.kv.rope)
     built, loaded = manifest.model, model.fingerprints
     parts = {
         "model": (built.fingerprint, loaded.weights),

@@ -14,6 +14,7 @@ from cag.model import LanguageModel
 from cag.prefill import PROMPT_BLOCK_TOKENS
 from cag.prompt import SYSTEM_TEXT, PrefixLayout, lay_out, question_ids
 from cag.retrieval import Retriever
+from cag.short_model import for_length
 
 
 def ask_fresh(
@@ -27,10 +28,10 @@ def ask_fresh(
     """Compute the prefix of `layout` and the question, then answer. Nothing is cached: `cached_tokens` is 0."""
     begin = time.perf_counter() if started_at is None else started_at
     prompt = layout.token_ids.tolist() + question_ids(model.tokenizer, layout.template, question)
+    options = options or SamplingOptions()
+    model = for_length(model, len(prompt) + options.max_tokens)
     state = model.new_state(capacity=len(prompt))
-    generation = Generation(
-        model, state, prompt, options or SamplingOptions(), started_at=begin, block_tokens=PROMPT_BLOCK_TOKENS
-    ).run()
+    generation = Generation(model, state, prompt, options, started_at=begin, block_tokens=PROMPT_BLOCK_TOKENS).run()
     return Answer(
         text=generation.text.strip(),
         citations=(),

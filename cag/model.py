@@ -22,15 +22,17 @@ from cag.forward.kernels_ahead import compile_kernels
 from cag.forward.layer_probe import NUM_PROBES, Forward, ProbedNetwork, gives_the_same, probe_ids, probe_network
 from cag.forward.pages import PagedState, PagedTail, PagePool
 from cag.forward.replays import StepReplays
+from cag.forward.rope import rope_of
 from cag.forward.state import BranchedState, SequenceState, Tail, WholeState
 from cag.forward.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.forward.step_tensors import StepState, StepTensors
 from cag.forward.turns import ForwardTurns
 from cag.forward.weights import Float32Products, SequencesApart, join_network
 from cag.machine.runtime import RuntimePlan, choose_device, plan_runtime
-from cag.model_files import prepared, read_parts, stop_ids, turns_alike
+from cag.model_files import prepared, read_parts, stop_ids
 from cag.models.fingerprint import ModelFingerprints
 from cag.prompt import PromptTemplate, guarded_template
+from cag.short_model import short_model
 from cag.starts.begin import Beginning, begin, can_be_kept
 from cag.starts.keeping import StartKeeper, digest_of
 from cag.starts.record import Start, record_path
@@ -104,6 +106,7 @@ class LanguageModel:
         if self.device.type == "cuda":
             self.run_in_steps(capture=True)
         self.stop_ids = frozenset(start.stop_ids) if start else stop_ids(network, tokenizer, self.template)
+        self.short: LanguageModel | None = short_model(self)
 
     @classmethod
     def load(
@@ -135,9 +138,7 @@ class LanguageModel:
             model = cls._from_start(started, begun.start, model_id, plan)
             if model.decoder is not None:
                 return model
-        keeper = None
-        if can_be_kept(options.adapter, **wanted):
-            keeper = StartKeeper.before_reading(directory, path)
+        keeper = StartKeeper.before_reading(directory, path) if can_be_kept(options.adapter, **wanted) else None
         parts = read_parts(directory, plan, device, options.compute_dtype, options.adapter)
         model = cls(model_id=model_id, plan=plan, adapter=options.adapter, **vars(parts))
         if keeper is not None:
@@ -212,8 +213,7 @@ class LanguageModel:
     @property
     def rope(self) -> dict[str, Any]:
         """What positions mean in this model's keys; part of a cache's identity."""
-        config = self._network.config.get_text_config()
-        return {"parameters": getattr(config, "rope_parameters", None), "positions": "contiguous from 0"}
+        return rope_of(self._network)
 
     def new_state(self, prefix: Any = None, *, capacity: int = 0) -> WholeState:
         """An empty sequence behind `prefix` (or behind nothing), with room for `capacity` tokens of its own in one
@@ -360,7 +360,7 @@ class LanguageModel:
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device, has_scratch=True, kept_bytes=kept_bytes)
         join_network(self.network)
         self.device_decoder = self._checked_device_decoder()
-        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture and turns_alike(self.rope))
+        self.replays = StepReplays(self.run_step, self.pages, self.device, capture=capture)
 
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
+from cag.forward.rope import BY_LENGTH, settle_frequencies
 from cag.forward.weights import lay_out_weights, loses_in_bfloat16
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
 from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
@@ -22,7 +23,6 @@ from cag.prompt import PromptTemplate
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 NO_CODE = {"local_files_only": True, "trust_remote_code": False}
-UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -38,30 +38,21 @@ def refuse_unsupported(config: Any) -> None:
             "or to a window of them, by keys and values alone."
         )
     parameters = getattr(text, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    for rope in nested or [parameters]:
-        if rope.get("rope_type") in UNSTABLE_ROPE:
-            raise UnsupportedModel(
-                f"{name} uses {rope['rope_type']} RoPE scaling: keys of a prefix would change with the prompt's length."
-            )
+    for rope in parameters.values():
+        if isinstance(rope, dict) and rope.get("rope_type") in BY_LENGTH:
+            raise UnsupportedModel(f"{name} uses {rope['rope_type']} RoPE scaling, and another RoPE in other layers.")
 
 
 def prepared(network: Any) -> Any:
-    """A network that is to be run and not trained, with our attention. Raises: UnsupportedModel."""
+    """A network that is to be run and not trained, with our attention and one RoPE for all lengths. Raises:
+    UnsupportedModel."""
     from cag.forward.attention_hook import ATTENTION_NAME
 
     refuse_unsupported(network.config)
+    settle_frequencies(network)
     network = network.eval().requires_grad_(False)
     network.set_attn_implementation(ATTENTION_NAME)
     return network
-
-
-def turns_alike(rope: dict[str, Any]) -> bool:
-    """Whether rotary angles do not depend on how long a sequence is, which would have to be asked in each step; `rope`
-    is that of `LanguageModel`."""
-    parameters = rope["parameters"] or {}
-    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    return not any(part.get("rope_type") in UNSTABLE_ROPE for part in kinds)
 
 
 def stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:

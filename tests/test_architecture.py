@@ -23,8 +23,8 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it.
 WALK = [
     "home", "errors", "machine", "stores", "models", "corpus", "retrieval", "prompt", "ngrams", "forward",
-    "model_files", "starts", "model", "prefill", "residency", "generation", "prefix", "fresh", "first_steps",
-    "calibration", "building", "engine", "describe", "server", "cli",
+    "model_files", "starts", "short_model", "model", "prefill", "residency", "generation", "prefix", "fresh",
+    "first_steps", "calibration", "building", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 # The walk through those of its packages that are stages of their own.
 WALKS = {
@@ -32,6 +32,7 @@ WALKS = {
     "forward": [
         "state", "turns", "step_cost", "attention_hook", "mask_probe", "pages", "step_tensors", "batch", "weights",
         "choices", "decoder_layers", "recorded", "decoder", "replays", "device_decoder", "layer_probe", "kernels_ahead",
+        "rope",
     ],
     "residency": [
         "uploads", "host_copies", "buffers", "angles", "basis_tensors", "segment_tensors", "stream_decoding",

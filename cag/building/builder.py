@@ -28,6 +28,7 @@ from cag.machine.runtime import free_memory_bytes, processor_name, usable_cores
 from cag.machine.versions import installed_versions
 from cag.model import LanguageModel
 from cag.prompt import PrefixLayout, lay_out
+from cag.short_model import for_length
 from cag_store import (
     ROOT,
     ChunkContext,
@@ -260,6 +261,7 @@ def build_cache(
         system_text=options.system_text,
         closing_text=options.closing_text,
     )
+    model = for_length(model, len(layout.token_ids) + RESERVED_TOKENS)
     _check_window(model, layout)
     _check_memory(model, layout)
     with store.build_lease():

@@ -51,10 +51,12 @@ def model_codec(
 
 
 def basis_path(model: LanguageModel, options: CalibrationOptions) -> Path:
-    """Where the basis of these weights, and of this adapter, is kept; the same for all steps."""
+    """Where the basis of these weights, of this adapter and RoPE, is kept; the same for all steps."""
     prints = model.fingerprints
     made_from = {key: value for key, value in asdict(options).items() if key not in ("step", "exact_tokens")}
     made_from |= {"version": CALIBRATION_VERSION, "tokenizer": prints.tokenizer, "adapter": prints.adapter}
+    if factors := model.rope.get("factors"):  # of RoPE, which is taken off before the basis
+        made_from |= {"factors": factors}
     digest = hashlib.sha256(canonical_bytes(made_from)).hexdigest()
     return cag_home() / "bases" / f"{prints.weights[:32]}-{digest[:32]}.basis"
 

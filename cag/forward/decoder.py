@@ -8,6 +8,7 @@ structure and then checked: a network whose own forward gives other logits keeps
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,12 @@ class FewRowsDecoder:
         self._turnings = list(dict.fromkeys(layer.turning for layer in layers))
         self._recorded = RecordedForwards(layers, self._norm, head_dim, attends_in)
         self.rows_stay_apart = self._recorded.rows_stay_apart and head.is_recordable
+
+    def over(self, network: Any) -> FewRowsDecoder:
+        """The same layers, turned by the rotary embedding of another network over the same weights."""
+        other = copy.copy(self)
+        other._network = network
+        return other
 
     def serves(self, batch: Batch) -> bool:
         """Whether `forward` takes a batch."""

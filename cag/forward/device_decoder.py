@@ -7,6 +7,7 @@ Recognized by structure and then checked against the network's own logits, as `c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,12 @@ class DeviceDecoder:
         self._network, self._layers = network, layers
         self._norm = _norm(network.model.norm)
         self._dtype = network.lm_head.weight.dtype
+
+    def over(self, network: Any) -> DeviceDecoder:
+        """The same layers, turned by the rotary embedding of another network over the same weights."""
+        other = copy.copy(self)
+        other._network = network
+        return other
 
     def forward(self, tensors: StepTensors, state: StepState, chosen: Sequence[int] | None = None) -> Tensor:
         """Logits of the wanted rows, `[num_wanted, vocab_size]` float32; keys and values go to their pages.

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from cag.generation.generate import Generation, choices
 from cag.generation.speculation import share_rows
@@ -68,12 +69,19 @@ class Request:
         return prefix is None or prefix.is_loaded
 
 
+def _place(request: Request) -> tuple[int, int]:
+    """Of a request in a step: beside those of its model (one of two, `cag.short_model`) and of its prefix."""
+    generation = request.generation
+    return id(generation.model), id(generation.state.prefix)
+
+
 _Outcome = tuple[Request, Iterable[int]]
 """Who took part in a forward, and what is chosen behind its rows."""
 
 
 class Scheduler:
-    """Steps through the answers of one model. `submit` and `cancel` from any thread; `step` from one at a time.
+    """Steps through the answers of one model, those of its short sequences (`cag.short_model`) in forwards of their
+    own. `submit` and `cancel` from any thread; `step` from one at a time.
 
     Attributes:
         num_steps, num_rows: forwards so far, and tokens in them.
@@ -105,11 +113,12 @@ class Scheduler:
     def step(self) -> int:
         """Schedule, run, postprocess. Returns how many answers took part; 0 when there is nothing to do."""
         batch = self._schedule()
-        if batch:
+        for _, found in groupby(batch, lambda request: id(request.generation.model)):
+            together = list(found)
             self.num_steps += 1
-            self.largest_batch = max(self.largest_batch, len(batch))
-            self._draft([request.generation for request in batch])
-            self._postprocess(self._run(batch))
+            self.largest_batch = max(self.largest_batch, len(together))
+            self._draft([request.generation for request in together])
+            self._postprocess(self._run(together))
         return len(batch)
 
     def run(self) -> None:
@@ -149,7 +158,7 @@ class Scheduler:
         self._gave_turn = long is not None and not (self._gave_turn and batch)
         if self._gave_turn and long is not None:
             return [long]
-        return sorted(batch, key=lambda request: id(request.generation.state.prefix))
+        return sorted(batch, key=_place)
 
     def _readable(self) -> list[Request]:
         """Prompts whose prefix is there. Without any, and while nobody answers, the first prompt may compute as its

@@ -153,6 +153,8 @@ def _described(model: LanguageModel, tables: bytes) -> Start:
     )
     if any(seen != SeenLayer(seen.rule, Turning()) for seen in model.seen):
         raise ValueError("its layers turn in several ways.")
+    if model.short is not None:
+        raise ValueError("short sequences have another RoPE.")
     if getattr(network.model.embed_tokens, "scale", 1) != 1:
         raise ValueError("its embedding is scaled.")
     if start.rope_parameters != json.loads(json.dumps(start.rope_parameters)):

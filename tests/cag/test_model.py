@@ -22,9 +22,9 @@ def test_recurrent_layers_are_refused_by_name():
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_prompts_length_is_refused(rope_type):
+def test_rope_that_depends_on_the_prompts_length_is_refused_beside_another(rope_type):
     config = tiny_config()
-    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    config.rope_parameters = {"full_attention": {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}}
     with pytest.raises(UnsupportedModel, match=rope_type):
         refuse_unsupported(config)
 

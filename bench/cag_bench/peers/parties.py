@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cag.engine import Engine
 from cag.generation.generate import Generation, SamplingOptions
 from cag.generation.scheduler import Scheduler
 from cag.model import LanguageModel
@@ -105,12 +104,12 @@ class CagParty(Party):
 class CagSessions(SessionsParty):
     """Sessions of ours on one resident prefix, stepped together."""
 
-    def __init__(self, name: str, engine: Engine, prefix: Prefix) -> None:
-        self.name, self._engine, self._prefix = name, engine, prefix
+    def __init__(self, name: str, prefix: Prefix) -> None:
+        self.name, self._prefix = name, prefix
 
     def ask_all(self, questions: Sequence[AskedQuestion], num_tokens: int) -> SessionsReply:
         """See `SessionsParty.ask_all`. Raises what an answer failed with."""
-        model, options = self._engine.model, SamplingOptions(max_tokens=num_tokens, speculate=False)
+        model, options = self._prefix.model, SamplingOptions(max_tokens=num_tokens, speculate=False)
         begin = time.perf_counter()
         scheduler = Scheduler(model)
         requests = [

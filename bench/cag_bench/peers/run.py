@@ -163,7 +163,7 @@ def _opened(
                 stack.callback(arm.close)
                 bench.parties.append(CagParty(arm, codec, source))
             prefix = stack.enter_context(engine.open(cache.name))
-            bench.sessions.append(CagSessions(f"cag@{codec}", engine, prefix))
+            bench.sessions.append(CagSessions(f"cag@{codec}", prefix))
         longest = max(len(question.token_ids) for question in asked)
         room = len(layout.token_ids) + longest + options.num_tokens
         limits = PeerLimits(options.num_threads, -(-room // 256) * 256, max(1, options.num_sessions))
