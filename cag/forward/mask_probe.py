@@ -32,9 +32,23 @@ def check_masks(network: Any, token: int) -> None:
     ids = torch.full((1, _NUM_TOKENS), token, device=network.device)
     network.set_attn_implementation(_NAME)
     try:
-        network(input_ids=ids, use_cache=False, logits_to_keep=ids.new_zeros(1))
+        network(input_ids=ids, use_cache=False, logits_to_keep=ids.new_zeros(1), cag_state=_Compared())
     finally:
         network.set_attn_implementation(ATTENTION_NAME)
+
+
+class _Compared:
+    """Masks that layers were given, which have it from one another, and whether each was the one of a window."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int | None], tuple[Tensor, bool]] = {}
+
+    def is_same(self, mask: Tensor, window: int | None) -> bool:
+        """Whether a mask hides what comes later, and what is not in the window, and nothing else."""
+        key = id(mask), window
+        if key not in self._found:
+            self._found[key] = mask, _is_same(mask, window)
+        return self._found[key][1]
 
 
 def _compare_mask(
@@ -45,11 +59,13 @@ def _compare_mask(
     attention_mask: Tensor | None = None,
     *,
     sliding_window: int | None = None,
+    cag_state: _Compared | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: compares the mask, and gives zeros."""
-    is_same = getattr(module, "is_causal", True) if attention_mask is None else _is_same(attention_mask, sliding_window)
-    if not is_same:
+    compared = cag_state or _Compared()
+    hides_later = getattr(module, "is_causal", True)
+    if not (hides_later if attention_mask is None else compared.is_same(attention_mask, sliding_window)):
         window = "" if sliding_window is None else f", the last {sliding_window}"
         raise UnsupportedModel(
             f"a layer of type {type(module).__name__} sees other tokens than those before each token{window}."

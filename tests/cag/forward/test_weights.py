@@ -254,12 +254,15 @@ def test_queries_that_positions_scale_are_noticed(kind, tmp_path, monkeypatch):
     attention = type(model.network.model.layers[2].self_attn)
     own = attention.forward
 
-    def stretched(self, *given, cag_state=None, **named):
+    def stretched(self, *given, cag_state, **named):
         far = named["position_embeddings"][1].abs().sum(-1, keepdim=True)[:, None] > 0
 
         class State:
             def attend(_self, layer, query, *others, **rule):
                 return cag_state.attend(layer, torch.where(far[0], query * 1.1, query), *others, **rule)
+
+            def is_same(_self, mask, window):
+                return cag_state.is_same(mask, window)
 
         return own(self, *given, cag_state=State(), **named)
 
