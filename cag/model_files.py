@@ -22,10 +22,11 @@ from cag.errors import InsufficientResources, ModelError, UnsupportedModel, Usag
 from cag.forward.weights import lay_out_weights, loses_in_bfloat16
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
 from cag.models.checkpoint import NO_CODE, TAKE_ANOTHER, UNREADABLE, Checkpoint, left_over, read_checkpoint
-from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
-from cag.prompt import PromptTemplate
+from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, chat_template_text, model_fingerprint
+from cag.prompt import PromptTemplate, encode
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_COMPARED_TEXTS = ("Sum: 12,345.60  km", "of a\n\n\tline", "naïve 漢字 🎉", "def f(x):\n    return x")
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
 
@@ -189,13 +190,47 @@ def _refuse_other_weights(directory: Path, network: Any, found: dict[str, Any]) 
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """Its tokenizer. Raises: ModelError."""
+    """Its tokenizer, with the chat template that the directory has.
+
+    Raises:
+        ModelError: files that cannot be read, or not without a library that is missing.
+        UnsupportedModel: transformers makes other tokens of them than they do.
+    """
     from transformers import AutoTokenizer
 
+    pieces = None if (directory / "tokenizer.json").exists() else _sentencepiece(directory / "tokenizer.model")
     try:
-        return AutoTokenizer.from_pretrained(directory, mistral_format=False, **NO_CODE)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, mistral_format=False, **NO_CODE)
+    except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
+    texts = () if pieces is None else _COMPARED_TEXTS
+    if any(pieces.encode(text) != encode(tokenizer, text, special=False) for text in texts):
+        raise UnsupportedModel(
+            f"of tokenizer.model in {directory} transformers makes a tokenizer with other tokens.",
+            hint="Take a model with a tokenizer.json.",
+        )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template_text(directory)
+    return tokenizer
+
+
+def _sentencepiece(path: Path) -> Any:
+    """The vocabulary at `path` as the library reads it that it was made with; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        import google.protobuf  # noqa: F401  (which transformers reads it with)
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(path))
+    except ImportError as error:
+        raise ModelError(
+            f"the model in {path.parent} has a {path.name} and no tokenizer.json, and what reads that is missing: "
+            f"{error}.",
+            hint="Install sentencepiece and protobuf, or take a model with a tokenizer.json.",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
 
 
 def chosen_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.dtype:

@@ -129,10 +129,11 @@ def read_template(tokenizer: Any) -> PromptTemplate:
         return PLAIN_TEMPLATE
     system_turn = {"role": "system", "content": _SYSTEM}
     question = {"role": "user", "content": _QUESTION}
-    for opening in ([system_turn, question], [{"role": "user", "content": f"{_SYSTEM}\n\n{_QUESTION}"}]):
-        cut = _cut(tokenizer, opening)
-        if cut is not None:
-            return cut
+    for in_parts in (False, True):  # as templates want content that may hold images besides
+        for opening in ([system_turn, question], [{"role": "user", "content": f"{_SYSTEM}\n\n{_QUESTION}"}]):
+            cut = _cut(tokenizer, opening, in_parts=in_parts)
+            if cut is not None:
+                return cut
     raise UnsupportedModel(
         "the chat template changes, repeats or drops what it is given, so no prefix of it is stable.",
         hint="Use a model with an ordinary chat template.",
@@ -151,10 +152,10 @@ def guarded_template(tokenizer: Any) -> PromptTemplate:
     return template
 
 
-def _cut(tokenizer: Any, opening: list[dict[str, str]]) -> PromptTemplate | None:
+def _cut(tokenizer: Any, opening: list[dict[str, str]], *, in_parts: bool) -> PromptTemplate | None:
     turns = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-    first = _render(tokenizer, opening)
-    both = _render(tokenizer, opening + turns)
+    first = _render(tokenizer, opening, in_parts=in_parts)
+    both = _render(tokenizer, opening + turns, in_parts=in_parts)
     if first is None or both is None:
         return None
     if any(first.count(mark) != 1 for mark in (_SYSTEM, _QUESTION)):
@@ -167,11 +168,12 @@ def _cut(tokenizer: Any, opening: list[dict[str, str]]) -> PromptTemplate | None
     return PromptTemplate(before, middle, after, between)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, in_parts: bool) -> str | None:
+    given: list[Any] = list(messages)
+    if in_parts:
+        given = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     except Exception:  # templates raise whatever they like, jinja2's TemplateError for an unknown role
         return None
     return str(text)
