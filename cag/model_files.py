@@ -21,7 +21,8 @@ import torch
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
 from cag.forward.weights import lay_out_weights, loses_in_bfloat16
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
-from cag.models.checkpoint import NO_CODE, TAKE_ANOTHER, UNREADABLE, Checkpoint, left_over, read_checkpoint
+from cag.models.checkpoint import NO_CODE, UNREADABLE, Checkpoint, left_over, read_checkpoint
+from cag.models.directory import TAKE_ANOTHER
 from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, chat_template_text, model_fingerprint
 from cag.prompt import PromptTemplate, encode
 
@@ -203,8 +204,7 @@ def read_tokenizer(directory: Path) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, mistral_format=False, **NO_CODE)
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
-    texts = () if pieces is None else _COMPARED_TEXTS
-    if any(pieces.encode(text) != encode(tokenizer, text, special=False) for text in texts):
+    if pieces is not None and pieces != [encode(tokenizer, text, special=False) for text in _COMPARED_TEXTS]:
         raise UnsupportedModel(
             f"of tokenizer.model in {directory} transformers makes a tokenizer with other tokens.",
             hint="Take a model with a tokenizer.json.",
@@ -214,15 +214,16 @@ def read_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _sentencepiece(path: Path) -> Any:
-    """The vocabulary at `path` as the library reads it that it was made with; None where there is none."""
+def _sentencepiece(path: Path) -> list[list[int]] | None:
+    """Tokens of the compared texts by the library that the vocabulary at `path` was made with; None without a file."""
     if not path.exists():
         return None
     try:
         import google.protobuf  # noqa: F401  (which transformers reads it with)
         from sentencepiece import SentencePieceProcessor
 
-        return SentencePieceProcessor(model_file=str(path))
+        vocabulary: Any = SentencePieceProcessor(model_file=str(path))
+        return [list(vocabulary.encode(text)) for text in _COMPARED_TEXTS]
     except ImportError as error:
         raise ModelError(
             f"the model in {path.parent} has a {path.name} and no tokenizer.json, and what reads that is missing: "

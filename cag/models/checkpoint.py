@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from cag.errors import ModelError, UnsupportedModel
+from cag.models.directory import quantized_format
 
 NO_CODE = {"local_files_only": True, "trust_remote_code": False}
-UNPACKED = ("fp8", "compressed-tensors", "bitsandbytes")  # what is read of what `quant_method` may say
-TAKE_ANOTHER = f"Take the model unquantized, or in one of {', '.join(UNPACKED)}."
 HAVE_TEXT_PARTS = frozenset({"gemma3", "llava", "mistral3"})  # whose text part is a network of its own
 TEXT_NAMES = {  # of tensors, in the network with all parts and in the one of the text part
     r"^language_model\.lm_head\.": "lm_head.",
@@ -131,17 +130,14 @@ def _unpack(config: Any, directory: Path) -> str | None:
     )
     if described is None:
         return None
-    method = described.get("quant_method") if isinstance(described, dict) else described
-    if method not in UNPACKED:
-        message = f"the weights in {directory} are quantized as {method!r}, which is not read."
-        raise UnsupportedModel(message, hint=TAKE_ANOTHER, path=directory)
+    method = quantized_format(described, directory)
     if method == "compressed-tensors":
         _refuse_mixtures(described, directory)
     if method == "fp8":
         _refuse_cut_blocks(described.get("weight_block_size"), directory)
     if method != "bitsandbytes":
         config.quantization_config = described | {"dequantize": True}
-    return str(method)
+    return method
 
 
 def _refuse_mixtures(described: dict[str, Any], directory: Path) -> None:
