@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
+    GptOssConfig,
     LlavaConfig,
     Mistral3Config,
     Qwen3MoeConfig,
@@ -36,6 +37,7 @@ COMPRESSED = {
     "ignore": ["lm_head"],
     "config_groups": {"group_0": GROUP},
 }
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 IDS = torch.randint(0, 250, (70,), generator=torch.Generator().manual_seed(3))
 
 
@@ -135,6 +137,7 @@ def test_fp8_is_read_as_plain_weights(plain, tmp_path, kind, dtype):
     described, change = KINDS[kind]
     directory, weights = write_like(plain, tmp_path / "model", described, change)
     model = assert_computes_with(directory, plain, weights, compute_dtype=dtype)
+    assert torch.equal(*(logits(directory, compute_dtype=dtype)[0] for _ in range(2)))  # no start is kept of other bits
     assert model.kv_dtype == torch.bfloat16
     assert {parameter.dtype for parameter in model.network.parameters()} <= {torch.bfloat16, torch.float32}
 
@@ -175,6 +178,28 @@ def test_experts_are_read_as_plain_weights_with_their_scales(tmp_path):
         LanguageModel.load(directory, model_id="tiny")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mxfp4_is_read_as_plain_weights(tmp_path, dtype):
+    """Pairs of 4-bit numbers in a byte, and a power of two for each 32 of them."""
+    pytest.importorskip("accelerate")
+    write_tiny_model(tmp_path, config=GptOssConfig(**SMALL | {"intermediate_size": 64}, num_local_experts=2))
+    stored, expected = {}, {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = weight
+            continue
+        groups = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+        powers = groups.abs().amax(-1).log2().floor() - 2
+        codes = (groups[..., None] / powers.exp2()[..., None, None] - FP4).abs().argmin(-1).to(torch.uint8)
+        stored[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous()
+        stored[f"{name}_scales"] = (powers + 127).to(torch.uint8)
+        expected[name] = (FP4[codes.long()] * powers.exp2()[..., None]).flatten(-2).transpose(1, 2)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    set_fields(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    found = model_files.read_network(tmp_path, dtype).state_dict()
+    assert len(expected) == 4 and all(torch.equal(found[name].float(), expected[name]) for name in expected)
+
+
 def test_a_bias_that_the_configuration_does_not_know_is_refused(plain, tmp_path):
     def with_bias(name, weight):
         return {name: weight.bfloat16(), name.replace("weight", "bias"): torch.ones(len(weight))}, weight
@@ -185,7 +210,7 @@ def test_a_bias_that_the_configuration_does_not_know_is_refused(plain, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "method", ["gptq", "awq", "mxfp4", "torchao", "quanto", "modelopt", "gguf", "unheard-of", None, ["fp8"]]
+    "method", ["gptq", "awq", "nvfp4", "torchao", "quanto", "modelopt", "gguf", "unheard-of", None, ["fp8"]]
 )
 def test_other_formats_are_refused_by_name(plain, tmp_path, method):
     directory, _ = write_like(plain, tmp_path / "model", None, lambda name, weight: ({name: weight.bfloat16()}, weight))
