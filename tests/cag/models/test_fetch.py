@@ -269,6 +269,21 @@ def test_an_unusable_local_directory_is_named(local, name, content, message):
         fetch_model(local)
 
 
+def test_gguf_files_are_refused_by_name(local):
+    (local / "model.safetensors").rename(local / "model.gguf")
+    with pytest.raises(UnsupportedModel, match="as GGUF only"):
+        fetch_model(str(local))
+    with pytest.raises(UnsupportedModel, match="GGUF files by themselves are not read"):
+        fetch_model(str(local / "model.gguf"))
+
+
+def test_a_quantized_format_that_is_not_read_is_refused_by_name(local):
+    described = {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}}
+    (local / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UnsupportedModel, match="quantized as 'awq'"):
+        fetch_model(str(local))
+
+
 def test_pickled_weights_are_refused_by_name(local):
     (local / "model.safetensors").rename(local / "pytorch_model.bin")
     with pytest.raises(UnsupportedModel, match="pickled weights only, which are never read"):

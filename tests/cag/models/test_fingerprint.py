@@ -59,6 +59,10 @@ CHANGES = {
     "the first weight byte": (lambda model, adapter: flip_byte(model / "model-1.safetensors", 0), {"weights"}),
     "a weight file more": (lambda model, adapter: (model / "model-3.safetensors").write_bytes(b""), {"weights"}),
     "configuration": (lambda model, adapter: set_field(model / "config.json", "rope_theta", 2), {"weights"}),
+    "quantization": (
+        lambda model, adapter: set_field(model / "config.json", "quantization_config", {"quant_method": "fp8"}),
+        {"weights"},
+    ),
     "template": (
         lambda model, adapter: set_field(model / "tokenizer_config.json", "chat_template", "T2"),
         {"template"},

@@ -56,6 +56,7 @@ class FakeHub(BaseHTTPRequestHandler):
             "id": REPO,
             "sha": COMMIT,
             "siblings": siblings,
+            "config": self.server.config,
             "private": False,
             "tags": [],
             "downloads": 0,
@@ -82,7 +83,7 @@ def server(monkeypatch, tmp_path, tiny_files):
     """A hub with one repository that also holds code, a pickle and weights in a subfolder."""
     instance = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     instance.daemon_threads = True
-    instance.asked, instance.wrong_sha, instance.broken = [], None, set()
+    instance.asked, instance.wrong_sha, instance.broken, instance.config = [], None, set(), {}
     instance.files = {
         **tiny_files,
         "1_Pooling/config.json": b"{}",
@@ -146,6 +147,23 @@ def test_a_repository_of_pickles_is_refused_before_the_download(server):
     with pytest.raises(UnsupportedModel, match="no safetensors"):
         fetch_model(REPO)
     assert not any("resolve" in path for path in server.asked)
+
+
+def test_a_format_that_is_not_read_is_refused_before_the_download(server):
+    server.config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(UnsupportedModel, match="tiny-model are quantized as 'gptq'"):
+        fetch_model(REPO)
+    assert not any("resolve" in path for path in server.asked)
+    server.config = {"quantization_config": {"quant_method": "fp8"}}
+    assert fetch_model(REPO).source == "hub"
+
+
+def test_weights_that_a_repository_has_twice_are_fetched_once(server):
+    """As Mistral's and Meta's have them, and exports to other runtimes."""
+    names = ("consolidated.safetensors", "original/model.safetensors", "onnx/model.onnx", "model.Q8_0.gguf")
+    server.files |= dict.fromkeys(names, b"again")
+    files = fetch_model(REPO)
+    assert not any((files.directory / name).exists() for name in names)
 
 
 def test_an_unknown_repository_is_not_found(server):
