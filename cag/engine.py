@@ -16,7 +16,7 @@ import cag_store
 from cag.building.builder import build_cache
 from cag.building.options import AUTO, BuildOptions, BuildProgress, BuildReport
 from cag.corpus import CorpusReport, Document, load_corpus
-from cag.errors import CacheMismatch, InsufficientResources
+from cag.errors import CacheMismatch, InsufficientResources, UsageError
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
 from cag.machine.memory_limits import total_memory_bytes
@@ -91,7 +91,10 @@ class Engine:
 
         Raises:
             ModelError: see `LanguageModel.load` and `fetch_model`.
+            UsageError: an argument of a wrong type, or a device or type that is not there.
         """
+        if not isinstance(dtype, str) or not isinstance(adapter, str | Path | None):
+            raise UsageError(f"dtype is {dtype!r} and adapter {adapter!r}; they must be a name and a directory.")
         files = fetch_model(model, progress=progress)
         plan_runtime(choose_device(device))  # measures, perhaps: before any work of our own takes a core
         threading.Thread(target=_warm_up, name="cag-warm-up").start()  # the end of a process waits for compilers

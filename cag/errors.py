@@ -126,7 +126,7 @@ class SessionBusy(RequestError, RuntimeError):
 
 
 class JobNotFound(RequestError, LookupError):
-    """No job of that id, or not the caller's."""
+    """No job of that id, or not the caller's. Jobs do not outlive the server."""
 
 
 class ServerStopping(RequestError, RuntimeError):

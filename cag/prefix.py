@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +88,12 @@ class Prefix:
         The tensors may be the resident ones: do not change them. Of a layer with a window only the end is resident;
         then the whole layer is read from the store, each time.
 
-        Raises: StoreError: the cache is damaged.
+        Raises: StoreError: the cache is damaged; UsageError: no such layer.
         """
         self.check_open()
+        num_layers = len(self.model.kv_shapes)
+        if not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise UsageError(f"layer is {layer!r}; {self.model.model_id} has the layers 0 to {num_layers - 1}.")
         return self.resident.layer(layer)
 
     def session(self) -> Session:
@@ -123,8 +126,8 @@ class Prefix:
         Raises: UsageError: one text in place of several; as `ask`, for the first question that fails: the others are
             answered first.
         """
-        if isinstance(questions, str):
-            raise UsageError("the questions are one text; give a list of them.")
+        if isinstance(questions, str) or not isinstance(questions, Iterable):
+            raise UsageError(f"the questions are {questions!r}; give a list of texts.")
         scheduler = Scheduler(self.model)
         streams = [self.stream(question, options, **sampling) for question in questions]
         requests = [stream.submit(scheduler, lambda _piece: None) for stream in streams]

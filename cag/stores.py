@@ -17,13 +17,15 @@ def open_store(store: Store | str | Path | None = None, *, cache_bytes: int | No
     """A store as it is, the store in a directory or at a URL, or the user's own.
 
     What is read from an object store is kept on the local disk in at most `cache_bytes`; 0 keeps nothing.
-    Raises: UsageError: an empty text, as of a variable that is not set; UnsupportedFormat, UnsupportedBackend,
-    BackendUnavailable.
+    Raises: UsageError: no place, or an empty text, as of a variable that is not set; UnsupportedFormat,
+    UnsupportedBackend, BackendUnavailable.
     """
     if isinstance(store, Store):
         return store
     if store == "":
         raise UsageError("the place of the store is empty.", hint="Give a directory or a URL.")
+    if not isinstance(store, str | Path | None):
+        raise UsageError(f"the place of the store is {store!r}; it must be a directory, a URL or a `Store`.")
     if store is None:
         return Store.open(cag_home() / "store")
     if not is_url(store):

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ class BenchCorpus:
     def documents(self) -> tuple[Document, ...]:
         """The documents."""
         return self.report.documents
+
+    def cut_to(self, documents: Sequence[Document]) -> BenchCorpus:
+        """The corpus of these, some of its documents or beginnings of them. Passages that reach beyond go."""
+        kept = {document.doc_id: len(document.text) for document in documents}
+        passages = tuple(found for found in self.passages if found.end <= kept.get(found.doc_id, 0))
+        report = replace(self.report, documents=tuple(documents))
+        return replace(self, report=report, passages=passages, sha256=documents_sha256(documents))
 
     def facts(self) -> dict[str, Any]:
         """What rows and summary say of it."""

@@ -10,7 +10,7 @@ from cag.corpus import Document
 from cag.corpus.document import text_sha256
 from cag.errors import UsageError
 from cag.prompt import PromptTemplate, lay_out
-from cag_bench.corpus import BenchCorpus, documents_sha256
+from cag_bench.corpus import BenchCorpus
 
 MAX_STEPS = 12  # characters, either way: a token more or less comes with every few of them
 
@@ -32,10 +32,7 @@ def cut_corpus(corpus: BenchCorpus, tokenizer: Any, template: PromptTemplate, nu
     for first in range(len(corpus.documents)):
         cut = _cut(corpus.documents[first:], count, num_tokens)
         if cut is not None:
-            kept = {document.doc_id: len(document.text) for document in cut}
-            passages = tuple(found for found in corpus.passages if found.end <= kept.get(found.doc_id, 0))
-            report = replace(corpus.report, documents=cut)
-            return replace(corpus, report=report, passages=passages, sha256=documents_sha256(cut))
+            return corpus.cut_to(cut)
     raise UsageError(
         f"no cut of the corpus has exactly {num_tokens} tokens with its prompt.", hint="Take another size."
     )

@@ -1,6 +1,6 @@
 """`cag bench kernels`: every kernel of this machine against its references and the floor of its bytes.
 
-Sizes in; `results.jsonl` (a row a case, with machine, commit, versions and raw samples) and `table.md` out.
+Sizes in; `results.jsonl` (a row a case, with machine, commit, versions and raw samples), a table and a plot out.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from cag.errors import UsageError
 from cag_bench.kernel_case import KernelCase, measure_case
 from cag_bench.kernel_cases_cpu import CpuSizes, cpu_cases
 from cag_bench.kernel_clock import clock_for
+from cag_bench.plot import plot_kernels, require_matplotlib
 from cag_bench.provenance import commit, device_facts, load_average, versions
-from cag_bench.rows import TABLE, ResultRows
+from cag_bench.rows import KERNELS_PLOT, TABLE, ResultRows
 from cag_bench.table import ratio_cell
 
 GPU_TOKENS, CPU_TOKENS = 85_000, 4_096
@@ -55,7 +56,8 @@ def run_kernels(
     Raises:
         KernelWrong: a kernel whose result is not its reference's; the rows so far are written.
     """
-    origin = {"machine": device_facts(device), "commit": commit(), "versions": versions()}
+    require_matplotlib()
+    origin: dict[str, Any] = {"machine": device_facts(device), "commit": commit(), "versions": versions()}
     clock = clock_for(device)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), ResultRows(directory, origin) as results:
@@ -71,6 +73,7 @@ def run_kernels(
         results.write_row("run", {"copy_bytes_per_s": bandwidth, "needs_gpu": missing, "seed": options.seed})
     summary = {**origin, "copy_bytes_per_s": bandwidth, "needs_gpu": missing, "kernels": rows}
     (directory / TABLE).write_text(markdown(summary), encoding="utf-8")
+    plot_kernels(rows, origin["machine"]["gpu"] or origin["machine"]["processor"], directory / KERNELS_PLOT)
     return summary
 
 

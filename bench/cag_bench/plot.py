@@ -1,10 +1,11 @@
 """Results as pictures. First-token times: every sample a dot, the median a line, one row an arm, logarithmic seconds.
-Quality: loss over size, a line for the steps of a codec on a corpus."""
+Quality: loss over size, a line for the steps of a codec on a corpus. Store: speeds, one row a codec. Kernels: times
+over the floor of their bytes, one row a case."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def plot_quality(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["outcome"] == "measured" and row["fidelity"]["corpus"]["mean_kl"] > 0:
-            name = f"{row['codec']['id']}, {'/'.join(PurePath(row['corpus']['paths'][0]).parts[-2:])}"
+            name = f"{row['codec']['id']}, {row['corpus']['name']}"
             point = row["raw_over_stored"]["without_basis"], row["fidelity"]["corpus"]["mean_kl"]
             lines.setdefault(name, []).append(point)
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -81,6 +82,65 @@ def plot_quality(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     axes.grid(visible=True, which="both", alpha=0.25)
     if lines:
         axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_store(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw uncompressed GB a second of each codec's encoding, decoding and loads to a PNG file."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        most = max(row["encode"], key=int)
+        cores = f"{most} core{'s' if most != '1' else ''}"
+        seconds = {
+            f"encode, {cores}": row["encode"][most],
+            f"decode, {cores}": row["decode"][most],
+            "load cold": row["seconds"]["load_cold"],
+            "load warm": row["seconds"]["load_warm"],
+        }
+        label = f"{row['label']} ({row['raw_bytes'] / row['stored_bytes']:.2f}x smaller)"
+        found[label] = {
+            work: [row["raw_bytes"] / 1e9 / value for value in figure["samples"]] for work, figure in seconds.items()
+        }
+    _plot_rows(found, "GB of uncompressed keys and values a second", title, path)
+
+
+def plot_kernels(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw the times of all arms over the floor of their case to a PNG file. The first arm is the kernel."""
+    found = {}
+    for row in rows:
+        shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
+        found[f"{row['name']}: {shape}"] = {
+            arm if number else "the kernel": [value / row["floor_s"] for value in figures["samples_s"]]
+            for number, (arm, figures) in enumerate(row["arms"].items())
+        }
+    _plot_rows(found, "time over the floor of its bytes", title, path)
+
+
+def _plot_rows(rows: Mapping[str, Mapping[str, Sequence[float]]], what: str, title: str, path: Path) -> None:
+    """Samples as dots and their median as a line, `rows[label][series]`: a row a label and a colour a series."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(series for found in rows.values() for series in found))
+    figure = Figure(figsize=(10, 1.8 + 0.45 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, found in enumerate(rows.values()):
+        for series, values in found.items():
+            color, middle = f"C{names.index(series)}", float(np.median(values))
+            axes.plot(values, [place] * len(values), "o", markersize=4, alpha=0.4, color=color)
+            axes.plot([middle, middle], [place - 0.3, place + 0.3], color=color, linewidth=2)
+    for number, series in enumerate(names):
+        axes.plot([], [], "o", color=f"C{number}", label=series)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"{what} (line: median)")
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.grid(visible=True, axis="x", which="both", alpha=0.25)
+    if names:
+        figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 

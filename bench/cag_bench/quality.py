@@ -29,7 +29,7 @@ from cag_bench.corpus import BenchCorpus
 from cag_bench.plot import plot_quality, require_matplotlib
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.quality_corpus import CutCorpus, cut_corpus
-from cag_bench.quality_table import fronts, markdown, notes
+from cag_bench.quality_table import corpus_names, fronts, markdown, notes
 from cag_bench.rows import QUALITY_PLOT, SUMMARY, TABLE, ResultRows, write_json
 from cag_store import ROOT, ChunkEntry, codec_from_config, config_resources, object_paths
 from cag_store.paths import manifest_path, ref_path
@@ -65,9 +65,10 @@ def run_quality(
         progress("prepare codecs", 0, 0)
         codecs, basis_s = ready_codecs(engine, options.codecs)
         warm_up(engine)
-        for corpus in corpora:
+        for name, corpus in zip(corpus_names([corpus.paths for corpus in corpora]), corpora, strict=True):
             cut = cut_corpus(engine.model, corpus.documents, min(options.num_tokens, _room(engine)))
-            for row in MeasuredCorpus(engine, corpus, cut, progress).rows(codecs):
+            facts = corpus.cut_to(cut.documents).facts() | {"name": name}
+            for row in MeasuredCorpus(engine, facts, cut, progress).rows(codecs):
                 results.write_row("codec", row)
                 rows.append(row)
         facts = {"model": _model_facts(engine), "basis_s": basis_s, "options": {"num_tokens": options.num_tokens}}
@@ -82,12 +83,13 @@ def run_quality(
 class MeasuredCorpus:
     """One corpus, prefilled once. Its rows come codec by codec."""
 
-    def __init__(self, engine: Engine, corpus: BenchCorpus, cut: CutCorpus, progress: Progress) -> None:
+    def __init__(self, engine: Engine, facts: dict[str, Any], cut: CutCorpus, progress: Progress) -> None:
+        """facts: what the rows say of the corpus, its `name` and `sha256` among them."""
         self._model, self._store = engine.model, engine.store
-        self._corpus, self._cut, self._progress = corpus, cut, progress
+        self._facts, self._cut, self._progress = facts, cut, progress
         token_ids = cut.layout.token_ids
         self._chunks = PrefixChunks(self._model, self._store, token_ids, self._model.new_state(capacity=len(token_ids)))
-        self._name = f"quality-{corpus.sha256[:16]}"
+        self._name = f"quality-{facts['sha256'][:16]}"
         self._prefill_s = 0.0
 
     def rows(self, codecs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -117,18 +119,18 @@ class MeasuredCorpus:
                     yield self._row(trial, found, encode_s if is_lossless else trial.encode_s)
 
     def _prefill(self) -> None:
-        self._progress(f"prefill {self._corpus.paths[0]}", 0, 0)
+        self._progress(f"prefill {self._facts['name']}", 0, 0)
         begin = time.perf_counter()
         self._chunks.compute(lambda _: None)
         self._prefill_s = time.perf_counter() - begin
 
     def _report(self, stage: str, done: int) -> None:
-        self._progress(f"{stage} {self._corpus.paths[0]}, tokens", done, self._chunks.num_tokens)
+        self._progress(f"{stage} {self._facts['name']}, tokens", done, self._chunks.num_tokens)
 
     def _row(self, trial: Trial, following: Fidelity | None, encode_s: float) -> dict[str, Any]:
         raw_bytes = self._chunks.num_tokens * self._model.kv_bytes_per_token
         row = {
-            "corpus": self._corpus.facts() | {"num_tokens": self._chunks.num_tokens},
+            "corpus": self._facts | {"num_tokens": self._chunks.num_tokens},
             "codec": trial.codec,
             "label": codec_label(trial.codec),
             "outcome": "refused" if trial.fidelity is None else "measured",

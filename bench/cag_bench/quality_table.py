@@ -29,18 +29,27 @@ FRONT_HEADER = ("corpus", "probes", "mean KL at most", "codec", "basis apart", "
 MISSING = "-"
 
 
-def corpus_name(row: Mapping[str, Any]) -> str:
-    """The last two parts of a corpus' first path, and how many more there are."""
-    paths = row["corpus"]["paths"]
-    name = "/".join(PurePath(paths[0]).parts[-2:])
+def corpus_names(corpora: Sequence[Sequence[str]]) -> list[str]:
+    """What tells the corpora of a run apart, given their paths: the last two parts of each one's first path, or as many
+    more as it takes, and how many more paths there are."""
+    most = max(len(PurePath(paths[0]).parts) for paths in corpora)
+    for num_parts in range(2, max(2, most) + 1):
+        names = [_name(paths, num_parts) for paths in corpora]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _name(paths: Sequence[str], num_parts: int) -> str:
+    name = "/".join(PurePath(paths[0]).parts[-num_parts:])
     return name if len(paths) == 1 else f"{name} and {len(paths) - 1} more"
 
 
 def fronts(rows: Sequence[Mapping[str, Any]], limits: Sequence[float]) -> list[dict[str, Any]]:
     """For each corpus, kind of probes and limit the measured codec of the fewest bytes, the basis apart, within it."""
     found = []
-    for corpus in dict.fromkeys(row["corpus"]["sha256"] for row in rows):
-        measured = [row for row in rows if row["corpus"]["sha256"] == corpus and row["outcome"] == "measured"]
+    for corpus in dict.fromkeys(row["corpus"]["name"] for row in rows):
+        measured = [row for row in rows if row["corpus"]["name"] == corpus and row["outcome"] == "measured"]
         for probes in PROBES:
             judged = [row for row in measured if row["fidelity"][probes] is not None]
             for limit in limits if judged else ():
@@ -52,7 +61,7 @@ def fronts(rows: Sequence[Mapping[str, Any]], limits: Sequence[float]) -> list[d
 
 def _front(corpus: Mapping[str, Any], probes: str, limit: float, best: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
-        "corpus": corpus_name(corpus),
+        "corpus": corpus["corpus"]["name"],
         "probes": probes,
         "max_kl": limit,
         "label": best and best["label"],
@@ -74,7 +83,7 @@ def notes(rows: Sequence[Mapping[str, Any]], basis_s: float) -> list[str]:
     if basis_s:
         found.append(f"The model's basis was made, or found made, in {basis_s:.1f} s; no encoding time has it.")
     measured = [row for row in rows if row["outcome"] == "measured"]
-    ended = dict.fromkeys(corpus_name(row) for row in measured if row["fidelity"]["following"] is None)
+    ended = dict.fromkeys(row["corpus"]["name"] for row in measured if row["fidelity"]["following"] is None)
     if ended:
         found.append(f"Not cut, or too near to its end, so that nothing follows: {', '.join(ended)}.")
     return found
@@ -83,7 +92,7 @@ def notes(rows: Sequence[Mapping[str, Any]], basis_s: float) -> list[str]:
 def table_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
     """A row a corpus and codec."""
     for row in summary["rows"]:
-        start = [corpus_name(row), str(row["corpus"]["num_tokens"]), row["label"]]
+        start = [row["corpus"]["name"], str(row["corpus"]["num_tokens"]), row["label"]]
         times = f"{row['encode_s']:.1f} / {row['prefill_s']:.1f}"
         if row["outcome"] != "measured":
             yield [*start, *[MISSING] * (len(HEADER) - 4), row["outcome"]]

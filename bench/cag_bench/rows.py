@@ -14,6 +14,7 @@ from typing import Any
 from cag_bench.measure import Sample
 
 RESULTS, SUMMARY, TABLE, PLOT, QUALITY_PLOT = "results.jsonl", "summary.json", "table.md", "ttft.png", "quality.png"
+STORE_PLOT, KERNELS_PLOT = "store.png", "kernels.png"
 
 
 class ResultRows:

@@ -1,8 +1,8 @@
 """`cag bench store`: how fast codecs encode and decode, and what a load takes against its reading and its decoding.
 
-A loaded engine, a corpus and codecs in; a row a codec and a table out. One prefill gives the keys and values of all.
-From memory to memory codecs are called as the store calls them, without its files; loads go through the store's reader,
-with the files in the page cache and with them dropped from it.
+A loaded engine, a corpus and codecs in; a row a codec, a table and a plot out. One prefill gives the keys and values of
+all. From memory to memory codecs are called as the store calls them, without its files; loads go through the store's
+reader, with the files in the page cache and with them dropped from it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from cag_bench.corpus import BenchCorpus
 from cag_bench.errors import WrongValues
 from cag_bench.figures import paired_ratio, percentiles
 from cag_bench.kept_codes import Encoded, KeptCodes
+from cag_bench.plot import plot_store, require_matplotlib
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.quality import ready_codecs, warm_up
 from cag_bench.quality_corpus import cut_corpus
 from cag_bench.reading import Reader
-from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
+from cag_bench.rows import STORE_PLOT, SUMMARY, TABLE, ResultRows, write_json
 from cag_bench.store_table import markdown, notes
 from cag_store import ROOT, ChunkContext, ChunkEntry, Codec, Store
 from cag_store.codecs import CodedSide, EncodedSegment, Side, layer_groups
@@ -66,13 +67,15 @@ def run_store(
     engine: Engine, corpus: BenchCorpus, options: StoreOptions, directory: Path, progress: Progress
 ) -> dict[str, Any]:
     """Measure every codec and write the files; the object that `--json` prints. Raises: UsageError; StoreError."""
+    require_matplotlib()
     origin = {"machine": machine_facts(engine.model), "commit": commit(), "versions": versions()}
     rows: list[dict[str, Any]] = []
     with ResultRows(directory, origin) as results, engine.store.build_lease():
         progress("prepare codecs", 0, 0)
         codecs, _ = ready_codecs(engine, options.codecs)
         warm_up(engine)
-        ids = cut_corpus(engine.model, corpus.documents, options.num_tokens).layout.token_ids
+        cut = cut_corpus(engine.model, corpus.documents, options.num_tokens)
+        ids = cut.layout.token_ids
         chunks = PrefixChunks(engine.model, engine.store, ids, engine.model.new_state(capacity=len(ids)))
         progress("prefill", 0, 0)
         prefill_s = _seconds(lambda: chunks.compute(lambda _: None))
@@ -83,13 +86,14 @@ def run_store(
             results.write_row("store", row)
             rows.append(row)
         facts: dict[str, Any] = {"model": engine.model.model_id, "model_fingerprint": engine.model.fingerprints.weights}
-        facts |= {"corpus": corpus.facts(), "num_tokens": len(ids), "prefill_s": prefill_s}
+        facts |= {"corpus": corpus.cut_to(cut.documents).facts(), "num_tokens": len(ids), "prefill_s": prefill_s}
         facts |= {"load_average": load_average(), "cores_bound": can_pin()}
         facts["options"] = {"num_samples": options.num_samples, "seed": options.seed}
         results.write_run(facts)
     summary = origin | facts | {"rows": rows, "notes": notes(rows, can_pin())}
     write_json(directory / SUMMARY, summary)
     (directory / TABLE).write_text(markdown(summary), encoding="utf-8")
+    plot_store(rows, f"{engine.model.model_id}, {len(ids)} tokens", directory / STORE_PLOT)
     return summary
 
 

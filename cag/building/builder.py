@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import cag_store
@@ -306,11 +307,13 @@ def _previous(store: Store, name: str) -> Manifest | None:
 
 def _check_ttl(ttl_s: float) -> None:
     try:
-        ahead = ttl_s > 0 and cag_store.utc_after(ttl_s)
+        ahead = isinstance(ttl_s, Real) and ttl_s > 0 and cag_store.utc_after(ttl_s)
     except ValueError as error:
         raise UsageError(f"ttl_s is {ttl_s}: {error}.") from error
     if not ahead:
-        raise UsageError(f"ttl_s is {ttl_s}; it is a number of seconds above 0.", hint="Without one it never expires.")
+        raise UsageError(
+            f"ttl_s is {ttl_s!r}; it is a number of seconds above 0.", hint="Without one it never expires."
+        )
 
 
 def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:

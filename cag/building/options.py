@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 from cag.building.fidelity import Fidelity
@@ -54,8 +55,12 @@ class BuildOptions:
     template: PromptTemplate | None = None
 
     def __post_init__(self) -> None:
-        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl >= 0):
-            raise UsageError(f"max_kl is {self.max_kl}; it is a number of nats from 0 on.")
+        for name in ("system_text", "closing_text"):
+            if not isinstance(text := getattr(self, name), str):
+                raise UsageError(f"{name} is {text!r}; it must be text.")
+        is_number = self.max_kl is None or isinstance(self.max_kl, Real)
+        if not is_number or (self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl >= 0)):
+            raise UsageError(f"max_kl is {self.max_kl!r}; it is a number of nats from 0 on.")
 
     @property
     def chooses(self) -> bool:

@@ -64,6 +64,7 @@ def calibrate(
 
     Raises:
         UsageError: the texts are too short to calibrate on.
+        UnsupportedModel: what the model computes on them is not numbers.
         StoreFull: the store cannot take the basis.
     """
     options = options or CalibrationOptions()
@@ -74,7 +75,7 @@ def calibrate(
 
 
 def make_basis(model: LanguageModel, texts: Sequence[str], options: CalibrationOptions) -> tuple[Basis, int]:
-    """The basis of `calibrate`, and how many tokens it was made from. Raises: UsageError."""
+    """The basis of `calibrate`, and how many tokens it was made from. Raises: UsageError, UnsupportedModel."""
     corpus = token_windows(model, list(texts), options.corpus_windows, options.window_tokens) if texts else []
     general = own_texts() if options.own_texts or not texts else []
     windows = corpus + token_windows(model, general, options.num_windows, options.window_tokens)

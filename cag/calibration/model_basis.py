@@ -38,6 +38,7 @@ def model_codec(
         options: how the basis is made; `step` in it is not used.
 
     Raises:
+        UnsupportedModel: what the model computes is not numbers, so there is no basis.
         StoreFull: the store cannot take the basis.
         OSError: the folder of bases cannot be written.
     """

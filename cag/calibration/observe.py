@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cag.errors import UnsupportedModel
 from cag.forward.state import KvPlace
 from cag.model import LanguageModel
 from cag.prefill import prefill
@@ -165,6 +166,8 @@ def observe(
 
     `num_gradient_windows` of the windows, evenly spread, also give gradients, and some of those their rows. The second
     half of such a window is predicted; the gradients are those by its first half, which stands for a cache.
+
+    Raises: UnsupportedModel: what the model computes is not numbers.
     """
     groups = _empty_samples(model, joint_layers)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -186,7 +189,19 @@ def observe(
                 group.add([pair[side] for pair in plain[first : first + joint_layers]], keep)
         if gradients:
             _add_gradients(groups, gradients, len(window) // 2, rotations, layer_rotation)
+    for samples in (samples for sides in groups for samples in sides):
+        _check_numbers(samples.covariance, *(layer.metric for layer in samples.layers))
     return groups
+
+
+def _check_numbers(*tensors: Tensor) -> None:
+    """Raises: UnsupportedModel."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise UnsupportedModel(
+            "what the model computes on the texts of the calibration is not numbers (NaN, or beyond float32), so that "
+            "there is no basis for the codec `transform`.",
+            hint="Compute in another type (`--dtype`), or take another codec.",
+        )
 
 
 def _empty_samples(model: LanguageModel, joint_layers: int) -> list[tuple[GroupSamples, GroupSamples]]:
@@ -243,7 +258,9 @@ def _gradients(
             cag_places=model.places,
         )
         likelihood = output.logits[0].float().log_softmax(-1)
-        drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
+        chances = likelihood.detach().exp()
+        _check_numbers(chances)
+        drawn = torch.multinomial(chances, 1, generator=generator)
         errors = [error for layer in sorted(sequence.errors) for error in sequence.errors[layer]]
         gradients = torch.autograd.grad(likelihood.gather(1, drawn).sum(), errors)
     return sequence, gradients

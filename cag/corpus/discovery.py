@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
@@ -42,9 +42,11 @@ def find_files(arguments: Sequence[str | Path], on_error: OnError, on_skip: OnSk
     A string that is no existing path and has one of `* ? [` is a glob: `**` crosses folders, hidden names never match,
     and only files are taken. An empty string is an argument that is not set, not the current folder.
 
-    Raises: UsageError: an empty string.
+    Raises: UsageError: an empty string, or what is no path.
     """
     files: list[FoundFile] = []
+    if not isinstance(arguments, Iterable) or not all(isinstance(argument, str | Path) for argument in arguments):
+        raise UsageError(f"the paths are {arguments!r}; they must be texts or `Path`s.")
     for argument in arguments:
         if argument == "":
             raise UsageError("a path is empty.", hint="Name a file or a folder; `.` is the current one.")

@@ -83,7 +83,7 @@ def choose_device(device: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"unknown device {device!r}.", hint="Use auto, cpu or cuda.") from error
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r} is not supported.", hint="Use auto, cpu or cuda.")

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect
 
 from cag.errors import CacheNotFound, CagError, QueueFull, UsageError, error_row
@@ -79,10 +80,12 @@ def public_message(error: CagError | StoreError) -> str:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Let every error of `app` leave in the one shape."""
-    for cls in (CagError, StoreError, RequestValidationError, HTTPException, Exception):
+    """Let every error of `app` leave in the one shape. Middleware that is added later stands around all of them."""
+    for cls in (CagError, StoreError, RequestValidationError, HTTPException):
         app.add_exception_handler(cls, _respond)
     app.add_exception_handler(ClientDisconnect, _client_gone)
+    # a handler of `Exception` would stand outside of all middleware: no page of another origin could read its response
+    app.add_middleware(ServerErrorMiddleware, handler=_respond)
 
 
 async def _respond(_: Request, error: Exception) -> Response:

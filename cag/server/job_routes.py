@@ -82,6 +82,7 @@ def job_router(service: AnswerService) -> APIRouter:
 
     def whole(job: BuildJob) -> dict[str, Any]:
         """A job with what it did, and the cache that it has built as long as its name means that one."""
+        job = builds.as_now(job)
         cache, report = None, job.report
         with suppress(CacheNotFound, StoreError):  # removed since, or damaged, which its own route tells
             ref, manifest = service.tenants.engine(job.tenant).find(job.name)
@@ -98,7 +99,7 @@ def job_router(service: AnswerService) -> APIRouter:
     @router.get("/jobs")
     def list_jobs(tenant: Tenant) -> dict[str, Any]:
         """The caller's jobs, the newest first, without what they have built."""
-        return {"object": "list", "data": [job.to_json() for job in builds.of(tenant)]}
+        return {"object": "list", "data": [builds.as_now(job).to_json() for job in builds.of(tenant)]}
 
     @router.get("/jobs/{job_id}")
     def get_job(job_id: str, tenant: Tenant) -> dict[str, Any]:

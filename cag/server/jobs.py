@@ -79,9 +79,10 @@ class BuildJob:
         self.progress.tell(progress)
         self.check()
 
-    def end(self, status: Status) -> None:
+    def end(self, status: Status, report: BuildReport | None = None, error: dict[str, Any] | None = None) -> None:
         """It is over."""
-        self.status, self.finished_at, self.order = status, utc_now(), None
+        self.status, self.report, self.error = status, report, error
+        self.finished_at, self.order = utc_now(), None
 
     def to_json(self) -> dict[str, Any]:
         """The job as lists show it."""
@@ -152,12 +153,20 @@ class BuildJobs:
         with self._news:
             return list(reversed(self._jobs.get(tenant, {}).values()))
 
+    def as_now(self, job: BuildJob) -> BuildJob:
+        """A copy of a job at one moment: it ends in one step, with all that it has to tell."""
+        with self._news:
+            return replace(job)
+
     def get(self, tenant: str, job_id: str) -> BuildJob:
         """One of them. Raises: JobNotFound."""
         with self._news:
             job = self._jobs.get(tenant, {}).get(job_id)
         if job is None:
-            raise JobNotFound(f"there is no job {job_id!r}, or it ended long ago.")
+            raise JobNotFound(
+                f"there is no job {job_id!r}, or it ended long ago: jobs do not outlive the server.",
+                hint="What a cache is now, and whether it was built, is at /v1/caches/NAME.",
+            )
         return job
 
     def cancel(self, job: BuildJob) -> None:
@@ -190,10 +199,10 @@ class BuildJobs:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             began = time.perf_counter()
-            status = self._run(job)
+            outcome = self._run(job)
             with self._news:
                 self._running = None
-                job.end(status)
+                job.end(*outcome)
             logger.info("%s: %s after %.1f s", job.id, job.status, time.perf_counter() - began)
 
     def _next(self) -> BuildJob | None:
@@ -205,15 +214,14 @@ class BuildJobs:
                 job.status = "running"
             return job
 
-    def _run(self, job: BuildJob) -> Status:
+    def _run(self, job: BuildJob) -> tuple[Status, BuildReport | None, dict[str, Any] | None]:
+        """The arguments of `BuildJob.end`."""
         try:
-            job.report = self._build(job)
+            return "succeeded", self._build(job), None
         except BuildInterrupted:
-            return "cancelled"
+            return "cancelled", None, None
         except Exception as error:  # whatever it is, the client is told as in a response
-            job.error = error_facts(error).body()["error"]
-            return "failed"
-        return "succeeded"
+            return "failed", None, error_facts(error).body()["error"]
 
     def _build(self, job: BuildJob) -> BuildReport:
         order, engine = job.order, self._tenants.engine(job.tenant)

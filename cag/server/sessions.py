@@ -165,4 +165,5 @@ class KeptSession:
 
 def no_session() -> SessionNotFound:
     """The same words for every id that leads nowhere."""
-    return SessionNotFound("no session has this id: it has expired, was deleted, or never was.", hint="Open another.")
+    message = "no session has this id: it has expired, was deleted, ended with its server, or never was."
+    return SessionNotFound(message, hint="Open another.")

@@ -92,6 +92,7 @@ def test_the_command_writes_rows_and_says_what_needs_a_gpu(tmp_path):
         assert row["versions"]["torch"]
         assert all(len(arm["samples_s"]) == 2 for arm in row["arms"].values())
     table = (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "kernels.png").stat().st_size > 1000
     assert "a CUDA device is needed" in table
     assert all(name in table for name in ("segment attention", "packed linear", "decode, int8"))
     shown = CliRunner().invoke(app, arguments)

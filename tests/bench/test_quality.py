@@ -11,10 +11,10 @@ from cag.calibration import CalibrationOptions, calibrate
 from cag.errors import UsageError
 from cag_bench.cli import app
 from cag_bench.codec_list import LADDER, codec_label, parse_codecs
-from cag_bench.corpus import read_corpus
+from cag_bench.corpus import documents_sha256, read_corpus
 from cag_bench.quality import QualityOptions, run_quality
 from cag_bench.quality_corpus import cut_corpus
-from cag_bench.quality_table import fronts
+from cag_bench.quality_table import corpus_names, fronts
 from cag_store import object_paths
 
 SMALL = CalibrationOptions(joint_layers=2, num_windows=3, window_tokens=256, gradient_windows=2, least_step=-700)
@@ -65,6 +65,34 @@ def test_losses_are_in_order_and_both_kinds_of_probes_are_there(summary):
         assert all(fidelity[kind]["num_probes"] >= least for fidelity in rows.values())
     assert rows["lossless"]["following"]["method"] == "bits"
     assert rows["int8"]["following"]["method"] == "probes"
+
+
+def test_corpora_whose_paths_end_alike_stay_apart_and_rows_tell_what_was_cut(tiny_engine, tmp_path):
+    folders = [tmp_path / place / "product" / "docs" for place in ("one", "two")]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        for name in "ab":
+            (folder / f"{name}.txt").write_text("".join(f"Pump {number}{i} {name} hums. " for i in range(40)))
+    corpora = [read_corpus([str(folder)]) for folder in folders]
+    options = QualityOptions(parse_codecs(["int8"]), NUM_TOKENS, (10.0,))
+    summary = run_quality(tiny_engine, corpora, options, tmp_path / "out", lambda *_: None)
+    names = ["one/product/docs", "two/product/docs"]
+    assert [row["corpus"]["name"] for row in summary["rows"]] == names
+    assert list(dict.fromkeys(front["corpus"] for front in summary["fronts"])) == names
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in names)
+    for corpus, row in zip(corpora, summary["rows"], strict=True):
+        cut = cut_corpus(tiny_engine.model, corpus.documents, NUM_TOKENS).documents
+        assert row["corpus"]["num_characters"] == sum(len(document.text) for document in cut)
+        assert (row["corpus"]["num_documents"], len(corpus.documents)) == (len(cut), 2)
+        assert row["corpus"]["sha256"] == documents_sha256(cut) != corpus.sha256
+
+
+def test_names_of_corpora_are_as_long_as_it_takes():
+    assert corpus_names([["a/b/docs"], ["src"]]) == ["b/docs", "src"]
+    assert corpus_names([["a/x/docs", "more"], ["b/x/docs"]]) == ["x/docs and 1 more", "x/docs"]
+    assert corpus_names([["/a/x/docs"], ["/b/x/docs"], ["docs"]]) == ["a/x/docs", "b/x/docs", "docs"]
+    assert corpus_names([["x/docs"], ["x/docs"]]) == ["x/docs", "x/docs"]
 
 
 def test_a_corpus_is_prefilled_once(tiny_engine, long_corpus, tmp_path, monkeypatch):

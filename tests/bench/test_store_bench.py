@@ -40,6 +40,7 @@ def test_every_figure_has_its_samples_and_its_bytes(summary, tiny_engine):
     rows = {row["label"]: row for row in summary["rows"]}
     assert list(rows) == ["lossless", "int8", "int4"]
     assert summary["corpus"]["num_documents"] == 4
+    assert summary["corpus"]["num_characters"] < summary["num_tokens"], "what was cut off is not counted"
     raw_bytes = summary["num_tokens"] * tiny_engine.model.kv_bytes_per_token
     for row in rows.values():
         assert row["raw_bytes"] == raw_bytes
@@ -120,6 +121,7 @@ def test_the_command(tiny_model_dir, bench_home, corpus_dir, tmp_path):
     assert [line["kind"] for line in lines] == ["store", "run"]
     assert all({"machine", "commit", "versions"} <= set(line) for line in lines)
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert (tmp_path / "out" / "store.png").stat().st_size > 1000
     wrong = CliRunner().invoke(app, [str(part) for part in [*arguments, "--samples", "0"]])
     assert isinstance(wrong.exception, UsageError)
     wrong = CliRunner().invoke(app, [str(part) for part in [*arguments, "--cores", "1,9999"]])

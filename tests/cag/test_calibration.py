@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 from cag.calibration import CalibrationOptions, calibrate, model_basis, model_codec, rotation
 from cag.calibration.observe import observe
 from cag.calibration.rotation import find_rotations
 from cag.calibration.texts import own_texts, token_windows
-from cag.errors import UsageError
+from cag.errors import UnsupportedModel, UsageError
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag.residency.buffers import storage_view
@@ -151,6 +151,18 @@ def test_the_same_texts_give_the_same_basis(model):
     first, second = (calibrate(model, store, texts, options).codec for _ in range(2))
     assert first == second
     assert first != calibrate(model, store, ["Another one, quite different? " * 60], options).codec
+
+
+@pytest.mark.parametrize("number", [float("nan"), 1e30])
+def test_a_model_that_computes_no_numbers_has_no_basis(number, tmp_path, home_of_models):
+    network = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path / "model"))
+    with torch.no_grad():
+        network.lm_head.weight.fill_(number)  # predictions are NaN, or gradients by the cache are beyond float32
+    network.save_pretrained(tmp_path / "model")
+    model = LanguageModel.load(tmp_path / "model", model_id="tiny")
+    store = Store.open(tmp_path / "store")
+    with store.build_lease(), pytest.raises(UnsupportedModel, match="not numbers"):
+        calibrate(model, store, options=OPTIONS)
 
 
 def test_too_little_text_is_an_error(model):

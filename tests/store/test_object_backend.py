@@ -1,5 +1,7 @@
 """The object store's backend: the contract, conditions, locks, leases, and two writers of one ref."""
 
+import os
+import signal
 import threading
 import time
 import uuid
@@ -23,6 +25,7 @@ from cag_store.errors import (
 )
 from cag_store.testing import BackendConformance
 from object_server import BUCKET, QUICK
+from torture import in_child, outcome
 
 
 class TestMemory(BackendConformance):
@@ -172,6 +175,26 @@ def test_the_collector_waits_for_those_who_commit_and_they_for_it(s3_url):
     with second.locked("gc", timeout_s=5):
         pass
     assert list(first.list("locks")) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_neither_ends_a_lease_nor_a_lock(s3_url):
+    backend, other = open_backend(s3_url), open_backend(s3_url)
+    lease, lock = backend.acquire_lease({"kind": "build"}), backend.locked("gc")
+    lock.__enter__()
+
+    def work():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)  # a child that waits for threads that it does not have would not end
+        lease.release()
+        lock.__exit__(None, None, None)
+
+    assert outcome(in_child(work)) == 0
+    assert list(other.live_leases()) == [{"kind": "build"}]
+    assert [info.path for info in other.list("locks")] == ["locks/gc"]
+    lock.__exit__(None, None, None)
+    lease.release()
+    assert not [info for folder in ("locks", "leases") for info in other.list(folder)]
 
 
 def dead_holder(url):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
+from copy import copy
+from functools import cache
 
 from docutils import frontend, nodes, utils
 from docutils.parsers.rst import Parser
@@ -37,13 +39,20 @@ def load(source: Source) -> list[Extract]:
     return [Extract(markup.join_blocks(renderer.blocks(document)), renderer.title)]
 
 
-def _parse(text: str) -> nodes.document:
+@cache
+def _settings() -> frontend.Values:
+    """Those of every parse; docutils makes them by a parser of command lines, in milliseconds."""
     settings = frontend.get_default_settings(Parser)
     settings.file_insertion_enabled = False
     settings.raw_enabled = False
     settings.report_level = settings.halt_level = 5
     settings.warning_stream = io.StringIO()
     settings.syntax_highlight = "none"
+    return settings
+
+
+def _parse(text: str) -> nodes.document:
+    settings = copy(_settings())
     # docutils drops a whole document for one line over this limit; the size of the file is bounded already.
     settings.line_length_limit = len(text) + 1
     document = utils.new_document("document", settings)
@@ -189,8 +198,9 @@ class _Renderer:
             return [*blocks, markup.fence(directive.body, directive.language)]
         if directive.inline_lead:
             blocks = self._labelled_text(directive.label, directive.inline_lead) + blocks
-        nested = _Renderer(self._substitutions, self._level)
-        return [*blocks, *nested.blocks(_parse(directive.body))]
+        if directive.body:
+            blocks += _Renderer(self._substitutions, self._level).blocks(_parse(directive.body))
+        return blocks
 
     def _labelled_text(self, label: str, text: str) -> list[str]:
         line = " ".join(_Renderer(self._substitutions).blocks(_parse(text)))

@@ -31,10 +31,12 @@ _LOOK_AGAIN_S = 5.0  # a holder found dead is only found so by asking the server
 
 
 class Held:
-    """An object that this process keeps alive. `renewed_at` is of the clock that goes on while a machine sleeps."""
+    """An object that the process `holder` keeps alive. `renewed_at` is of the clock that goes on while a machine
+    sleeps."""
 
     def __init__(self, path: str, content: dict[str, Any], version: Version | None) -> None:
         self.path = path
+        self.holder = os.getpid()
         self.content = content
         self.version = version
         self.renewed_at = boot_time_s()
@@ -90,7 +92,10 @@ class Locks:
             )
 
     def let_go(self, held: Held) -> None:
-        """Give up what is held. Idempotent; what cannot be removed expires."""
+        """Give up what is held. Idempotent; what cannot be removed expires. A process that was forked from the holder
+        leaves it as it is: neither the guard nor the client's threads came along."""
+        if os.getpid() != held.holder:
+            return
         with self._guard:
             if self._held.pop(held.path, None) is None:
                 return

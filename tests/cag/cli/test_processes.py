@@ -39,10 +39,13 @@ def test_a_reader_that_has_gone_is_no_error(book):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["show", "nix", "--json"]])
-def test_a_full_disk_behind_stdout_is_said(book, command):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    line = [*CAG, *command, "--store", str(book)]
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # "" is as if it were not there
+@pytest.mark.parametrize(
+    "command", [["ls"], ["ls", "--json"], ["show", "nix", "--json"], ["--help"], ["bench", "store", "--help"]]
+)
+def test_a_full_disk_behind_stdout_is_said(book, command, unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    line = [*CAG, *command, *(["--store", str(book)] if "--help" not in command else [])]
     with Path("/dev/full").open("w") as full:
         process = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.returncode == 1

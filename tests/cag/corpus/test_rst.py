@@ -1,6 +1,7 @@
 """reStructuredText, plain and Sphinx-flavoured. What docutils does not know must not be lost, printed or run."""
 
 import pytest
+from docutils import frontend
 
 PAGE = """
 .. _top:
@@ -174,6 +175,16 @@ def test_a_default_role_does_not_reach_the_next_document(load_one):
 
 def test_code_that_holds_a_fence(load_one):
     assert load_one("a.rst", "::\n\n    ```\n    x\n    ```\n").text == "````\n```\nx\n```\n````"
+
+
+def test_settings_are_made_once_for_all_directives(load_one, monkeypatch):
+    """docutils makes them in milliseconds, and each directive that it does not know is a parse of its own."""
+    made = []
+    make = frontend.get_default_settings
+    monkeypatch.setattr(frontend, "get_default_settings", lambda *parts: made.append(1) or make(*parts))
+    page = "".join(f".. py:function:: f{number}(x)\n\n   Adds {number}.\n\n" for number in range(20))
+    assert load_one("a.rst", page).text.count("Adds") == 20
+    assert len(made) <= 1
 
 
 def test_deep_nesting_is_read_or_a_typed_error(load_one):

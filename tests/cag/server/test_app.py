@@ -13,6 +13,7 @@ from cag.server.running import EdgeTrimmer
 from cag.server.slots import Slots
 
 pytestmark = pytest.mark.anyio
+PAGE = "https://chat.example.org"
 
 
 async def test_ready_once_the_preloaded_caches_are_resident(serving, engine, monkeypatch):
@@ -146,14 +147,19 @@ async def test_of_many_mistakes_a_few_are_told(serving):
 
 
 async def test_an_unexpected_error_tells_nothing_of_itself(serving, engine, monkeypatch):
+    """And it is counted, and a page may read it, as any other answer."""
+
     def broken():
         raise RuntimeError("secret path")
 
     monkeypatch.setattr(engine.store, "names", broken)
-    async with serving() as served:
-        response = await served.client.get("/v1/models")
+    async with serving(cors_origins=(PAGE,)) as served:
+        response = await served.client.get("/v1/models", headers={"Origin": PAGE})
+        metrics = await served.client.get("/metrics")
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in response.text
+    assert response.headers["Access-Control-Allow-Origin"] == PAGE
+    assert 'cag_http_requests_total{method="GET",route="/v1/models",status="500"} 1' in metrics.text.splitlines()
 
 
 async def test_metrics_count_what_happened(serving):
@@ -247,7 +253,6 @@ def test_trimmed_pieces_join_to_the_stripped_text(whole, size):
     assert "".join(pieces) == whole.strip()
 
 
-PAGE = "https://chat.example.org"
 PREFLIGHT = {
     "Origin": PAGE,
     "Access-Control-Request-Method": "POST",

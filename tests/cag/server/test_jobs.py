@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -70,10 +71,31 @@ async def test_a_job_says_what_it_left_out_and_what_its_figures_are_worth(servin
     order = {"name": "built", "codec": "int8", "documents": [{"text": texts[key], "doc_id": key} for key in texts]}
     async with serving() as served:
         job = await over(served.client, (await served.client.post("/v1/caches", json=order)).json())
+    assert job["error"] is None
     report = job["report"]
     assert (report["duplicates"], report["empty"], report["skipped"]) == ([["again", "fan"]], ["blank"], [])
     assert ["positions" in warning for warning in report["warnings"]] == [True]
     assert job["cache"]["warnings"] == report["warnings"]
+
+
+async def test_a_job_that_ends_while_it_is_told_is_told_whole(serving, engine, gate, monkeypatch):
+    """Its success is not told without its report."""
+    async with serving() as served:
+        job = (await served.client.post("/v1/caches", json=new_order("told"))).json()
+        await gate.reached()
+        find, over = engine.find, []
+
+        def find_when_it_is_over(name):
+            gate.open()
+            while not (ended := served.service.builds.of("")[0].is_over):
+                time.sleep(0.01)
+            over.append(ended)
+            return find(name)
+
+        monkeypatch.setattr(engine, "find", find_when_it_is_over)
+        job = (await served.client.get(f"/v1/jobs/{job['id']}")).json()
+    assert over == [True]
+    assert (job["status"], job["finished_at"], job["report"]) == ("running", None, None)
 
 
 async def test_ids_that_differ_by_white_space_alone_are_one(serving):
@@ -142,7 +164,18 @@ async def test_jobs_that_wait_are_bounded_and_can_be_cancelled(serving, engine, 
         gate.open()
         assert (await over(served.client, first))["status"] == "cancelled"
         assert not {"built", "other"} & set(engine.store.names())
-        assert (await served.client.get("/v1/jobs/job-0")).json()["error"]["code"] == "job_not_found"
+
+
+async def test_a_job_of_an_earlier_server_is_not_found_and_its_cache_is(serving):
+    async with serving() as served:
+        job = await over(served.client, (await served.client.post("/v1/caches", json=ORDER)).json())
+    async with serving() as served:
+        response = await served.client.get(f"/v1/jobs/{job['id']}")
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "job_not_found")
+        assert "jobs do not outlive the server" in response.json()["error"]["message"]
+        assert "/v1/caches/NAME" in response.json()["error"]["message"]
+        assert (await served.client.get("/v1/caches/built")).json() == job["cache"]
+        assert (await served.client.get("/v1/jobs")).json()["data"] == []
 
 
 async def test_a_shutdown_ends_a_build(serving, engine, gate):
