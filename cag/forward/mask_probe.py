@@ -89,12 +89,19 @@ def _shown(num_tokens: int) -> Tensor:
 
 
 def _far_mask(*_: Any, mask_function: Callable[..., Tensor], config: Any, device: Any = "cpu", **__: Any) -> Tensor:
-    """transformers' mask interface: bool `[1, 1, 3, num_tokens]`, which tokens of the window some of them see."""
+    """transformers' mask interface: bool `[1, 1, 3, num_tokens]`, which tokens of the window some of them see; of the
+    tokens that are there alone where the function looks up something of them."""
     num_tokens = min(config.get_text_config().max_position_embeddings, _MOST)
-    rows = _shown(num_tokens).to(device)[None, None, :, None]
-    columns = torch.arange(num_tokens, device=device)[None, None, None]
-    first = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    return mask_function(first, first, rows, columns).expand(1, 1, _NUM_TOKENS, num_tokens)
+    for rows, columns in ((_shown(num_tokens), torch.arange(num_tokens)), (torch.arange(_NUM_TOKENS),) * 2):
+        first = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        try:
+            found = mask_function(
+                first, first, rows.to(device)[None, None, :, None], columns.to(device)[None, None, None]
+            )
+        except IndexError:
+            continue
+        return found.expand(1, 1, len(rows), len(columns))
+    raise UnsupportedModel("transformers masks tokens of the model in a way that cannot be asked about.")
 
 
 AttentionInterface.register(_NAME, _compare_mask)
