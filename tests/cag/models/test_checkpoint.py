@@ -182,7 +182,9 @@ def test_experts_are_read_as_plain_weights_with_their_scales(tmp_path):
 def test_mxfp4_is_read_as_plain_weights(tmp_path, dtype):
     """Pairs of 4-bit numbers in a byte, and a power of two for each 32 of them."""
     pytest.importorskip("accelerate")
-    write_tiny_model(tmp_path, config=GptOssConfig(**SMALL | {"intermediate_size": 64}, num_local_experts=2))
+    write_tiny_model(
+        tmp_path, config=GptOssConfig(**SMALL | {"intermediate_size": 64}, num_local_experts=2, num_experts_per_tok=2)
+    )
     stored, expected = {}, {}
     for name, weight in load_file(tmp_path / "model.safetensors").items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -196,8 +198,13 @@ def test_mxfp4_is_read_as_plain_weights(tmp_path, dtype):
         expected[name] = (FP4[codes.long()] * powers.exp2()[..., None]).flatten(-2).transpose(1, 2)
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     set_fields(tmp_path, quantization_config={"quant_method": "mxfp4"})
-    found = model_files.read_network(tmp_path, dtype).state_dict()
+    network = model_files.read_network(tmp_path, dtype)
+    found = network.state_dict()
     assert len(expected) == 4 and all(torch.equal(found[name].float(), expected[name]) for name in expected)
+    model, ids = LanguageModel.load(tmp_path, model_id="oss"), torch.arange(40) * 7 % 250
+    with torch.inference_mode():
+        logits = network(input_ids=ids[None], use_cache=False).logits[0].float()
+    assert (model.forward(ids, model.new_state(), num_logits=0) - logits).norm() < 0.03 * logits.norm()
 
 
 def test_a_bias_that_the_configuration_does_not_know_is_refused(plain, tmp_path):
