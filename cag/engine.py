@@ -17,6 +17,7 @@ from cag.building.builder import build_cache
 from cag.building.options import AUTO, BuildOptions, BuildProgress, BuildReport
 from cag.corpus import CorpusReport, Document, load_corpus
 from cag.errors import CacheMismatch, InsufficientResources
+from cag.forward.recurrent import States
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
 from cag.machine.memory_limits import total_memory_bytes
@@ -26,11 +27,12 @@ from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.prompt import template_from_json
 from cag.residency.host_copies import HostCopies
+from cag.residency.recurrent import loaded_states
 from cag.residency.resident import ResidentPrefix
 from cag.starts.begin import Beginning
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_kernels import warm_up_largest
-from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
+from cag_store import CacheReader, CopyReport, Manifest, Ref, Store, check_states
 from cag_store.codecs import warm_up
 from cag_store.errors import CorruptEntry
 
@@ -242,6 +244,7 @@ class Engine:
             check_fingerprints(name, manifest, self.model)
             model = self.model
             _check_tokens(name, reader, model)
+            recurrent = self._recurrent(manifest, reader)
             overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
             resident = self._promoted(manifest.digest, reader) or ResidentPrefix.load(
                 reader,
@@ -254,6 +257,7 @@ class Engine:
                 in_streams=model.decodes_streams,
                 on_host_copy=partial(self.host_copies.put, manifest.digest),
             )
+            resident.recurrent = recurrent
         except BaseException as error:
             reader.close()
             if isinstance(error, torch.OutOfMemoryError):
@@ -288,6 +292,14 @@ class Engine:
         if copy is None:
             return None
         return ResidentPrefix.promote(copy, reader, model.kv_shapes, model.kv_dtype, model.device)
+
+    def _recurrent(self, manifest: Manifest, reader: CacheReader) -> States:
+        """What the model's recurrent layers know behind the cache. Raises: CacheMismatch, StoreError."""
+        if self.model.recurrent is None or manifest.states is None:
+            return {}
+        check_states(manifest, reader.token_ids())
+        stored = self.store.states(manifest.states.snapshots[-1])
+        return loaded_states(stored, self.model.recurrent, self.model.device)
 
     def _has_cores_to_overlap(self) -> bool:
         """Whether loading and a question's forward can run beside each other without taking each other's cores."""
@@ -346,6 +358,7 @@ def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> N
             [(shape.num_kv_heads, shape.head_dim) for shape in model.kv_shapes],
         ),
         "key/value type": (manifest.kv.dtype, str(model.kv_dtype).removeprefix("torch.")),
+        "kind of layers (recurrent ones)": (manifest.states is not None, model.recurrent is not None),
     }
     for part, (expected, found) in parts.items():
         if expected != found:

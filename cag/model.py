@@ -21,6 +21,8 @@ from cag.forward.device_decoder import DeviceDecoder, recognize_on_device
 from cag.forward.kernels_ahead import compile_kernels
 from cag.forward.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probed_layers
 from cag.forward.pages import PagedState, PagedTail, PagePool
+from cag.forward.recurrent import by_sequence, has_recurrent_layers, remembering
+from cag.forward.recurrent_probe import check_pieces, find_recurrent_layers
 from cag.forward.replays import StepReplays
 from cag.forward.state import AttentionRule, BranchedState, SequenceState, Tail, WholeState
 from cag.forward.step_cost import ARITHMETIC, SHARED_READING, StepCost
@@ -89,7 +91,9 @@ class LanguageModel:
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
         self.template: PromptTemplate = start.prompt_template if start else guarded_template(tokenizer)
-        probe = started.layers if started else probed_layers(self.network, self.device)
+        recurs = has_recurrent_layers(self._network.config)
+        self.recurrent = find_recurrent_layers(self.network, self.device) if recurs else None
+        probe = started.layers if started else probed_layers(self.network, self.device, self.recurrent)
         self.kv_shapes = [shape for shape, _ in probe]
         self.seen = [seen for _, seen in probe]
         self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device)
@@ -100,8 +104,10 @@ class LanguageModel:
         self._apart = SequencesApart(self._network if self.device.type == "cpu" and self.decoder is None else None)
         self.device_decoder: DeviceDecoder | None = None
         self.replays: StepReplays | None = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.recurrent is None:
             self.run_in_steps(capture=True)
+        if self.recurrent is not None:
+            check_pieces(self, exactly=self.compute_dtype == torch.float32)
         self.stop_ids = frozenset(start.stop_ids) if start else stop_ids(network, tokenizer, self.template)
 
     @classmethod
@@ -211,7 +217,8 @@ class LanguageModel:
         """How many tokens of a sequence a forward may have that takes the place of single steps; `exactly`: whether
         each must have the bits of a single step, not only its numbers but for rounding."""
         most = min(FEW_ROWS, TAIL_PAIRS // max(1, state.num_tail))
-        return 1 if exactly and not self.rows_stay_apart else max(1, most)
+        alone = (exactly and not self.rows_stay_apart) or self.recurrent is not None  # which cannot go back a token
+        return 1 if alone else max(1, most)
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -222,11 +229,12 @@ class LanguageModel:
     def new_state(self, prefix: Any = None, *, capacity: int = 0) -> WholeState:
         """An empty sequence behind `prefix` (or behind nothing), with room for `capacity` tokens of its own in one
         piece."""
-        return WholeState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix)
+        tail = Tail(self.kv_shapes, self.kv_dtype, self.device, capacity)
+        return WholeState(tail, prefix, self.recurrent)
 
     def new_session_state(self, prefix: Any = None) -> PagedState:
         """An empty sequence whose own tokens take pages of the model's pool; several of them fit into one forward."""
-        return PagedState(PagedTail(self.pages), prefix)
+        return PagedState(PagedTail(self.pages), prefix, self.recurrent)
 
     def settle_pages(self) -> None:
         """Give back the memory of pages that nobody has, if nobody has any; for a moment without work."""
@@ -294,6 +302,8 @@ class LanguageModel:
         return chosen
 
     def _run(self, ids: Tensor, batch: BatchState, wanted: list[int]) -> Tensor:
+        if self.recurrent is not None and batch.num_sequences > 1:  # their rows would run into each other
+            return torch.cat([self._run(*alone) for alone in batch.by_sequence(ids, wanted)])
         if self.replays is not None and self.replays.serves(batch):
             return self.replays.forward(ids, batch, wanted)
         if self.decoder is not None and self.decoder.serves(batch):
@@ -330,6 +340,9 @@ class LanguageModel:
         Returns:
             `[len(rows), vocab_size]` float32.
         """
+        if self.recurrent is not None and len(branches) > 1:
+            parts = by_sequence(branches, rows)
+            return torch.cat([self.forward_branches(one, prefix, own, make_state) for one, own in parts])
         ids = torch.tensor([token for branch in branches for token in branch], dtype=torch.long, device=self.device)
         state = make_state(prefix, [len(branch) for branch in branches])
         with self.turns.turn(len(ids)), Float32Products():
@@ -343,14 +356,15 @@ class LanguageModel:
         state: SequenceState | BranchedState | StepState,
         num_logits: int | Tensor,
     ) -> Tensor:
-        output = self.network(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=num_logits,
-            cag_state=state,
-            cag_pause=self.turns.pause,
-        )
+        with remembering(state, self.recurrent) as attention:
+            output = self.network(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=num_logits,
+                cag_pause=self.turns.pause,
+                **attention,
+            )
         logits: Tensor = output.logits[0].float()
         return logits
 
@@ -368,7 +382,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:
         """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
-        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
+        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16 or self.recurrent is not None:
             return None
         decoder = recognize(self.network, self.kv_shapes[0].head_dim, self.seen, self.plan.product)
         if decoder is None:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
+from cag.forward.recurrent import ATTENDING, RECURRENT, STATELESS, has_recurrent_layers
 from cag.forward.weights import lay_out_weights, loses_in_bfloat16
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
 from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, model_fingerprint
 from cag.prompt import PromptTemplate
 
-SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})  # keys would depend on the length of the whole prompt
 
@@ -31,7 +31,8 @@ def refuse_unsupported(config: Any) -> None:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model; the engine serves decoder-only models.")
-    strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
+    known = ATTENDING | RECURRENT | STATELESS if has_recurrent_layers(config) else ATTENDING
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - known)
     if strange:
         raise UnsupportedModel(f"{name} has layers of type {', '.join(strange)}, whose state is no keys and values.")
     parameters = getattr(text, "rope_parameters", None) or {}

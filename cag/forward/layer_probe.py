@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cag.errors import UnsupportedModel
 from cag.forward.decoder import FAR, PROBED_LAYERS
 from cag.forward.decoder_layers import CLOSE, SeenLayer, Turning, relative_difference
+from cag.forward.recurrent import RecurrentLayers, RecurrentStep, attention_arguments
 from cag.forward.state import AttentionRule, KvShape
 from cag_kernels.rows_reference import rotate_reference
 
@@ -93,7 +94,7 @@ class RotationProbe:
         """Inside, forwards of the network are seen."""
         model: Any = getattr(network, "model", None)
         hooks = []
-        if hasattr(model, "rotary_emb") and hasattr(model, "layers"):
+        if getattr(model, "rotary_emb", None) is not None and hasattr(model, "layers"):
             hooks.append(model.rotary_emb.register_forward_hook(self._computes, with_kwargs=True))
             for index, layer in enumerate(model.layers):
                 hooks.append(layer.register_forward_pre_hook(partial(self._gives, index), with_kwargs=True))
@@ -115,24 +116,29 @@ class RotationProbe:
 
 
 @torch.inference_mode()
-def probed_layers(network: Any, device: torch.device) -> list[tuple[KvShape, SeenLayer]]:
+def probed_layers(
+    network: Any, device: torch.device, recurrent: RecurrentLayers | None = None
+) -> list[tuple[KvShape, SeenLayer]]:
     """Shapes of keys and values in each layer and how it attends, seen in a forward of one token at two positions: the
-    first, and the last that the network has.
+    first, and the last that the network has. Where there are `recurrent` layers, only of those that attend.
 
     Raises:
         UnsupportedModel: not every layer attends with keys and values of its own.
     """
     probe, rotations, config = LayerProbe(), RotationProbe(), network.config.get_text_config()
     positions = torch.tensor([[0, config.max_position_embeddings - 1]], device=device)
+    step = None if recurrent is None else RecurrentStep({}, probe, recurrent.numbers)
     with rotations.watching(network):
         network(
             input_ids=torch.full_like(positions, _loudest_probe(network)),
             position_ids=positions,
             use_cache=False,
             logits_to_keep=1,
-            cag_state=probe,
+            **attention_arguments(probe, step),
         )
     num_layers, most = config.num_hidden_layers, config.max_position_embeddings
+    if recurrent is not None:
+        num_layers = len(recurrent.numbers)
     if sorted(probe.shapes) != list(range(num_layers)):
         raise UnsupportedModel(
             f"of {num_layers} layers only {sorted(probe.shapes)} use standard attention; "

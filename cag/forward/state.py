@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cag.forward.recurrent import KeptStates, RecurrentLayers, States
 from cag_kernels import (
     DensePrefix,
     QuantizedPrefix,
@@ -63,6 +64,10 @@ class PrefixLayers(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of the prefix."""
+
+    @property
+    def recurrent(self) -> States:
+        """What recurrent layers know behind the prefix."""
 
     @property
     def is_loaded(self) -> bool:
@@ -156,30 +161,69 @@ class Tail:
 
 
 class SequenceState:
-    """One sequence: `num_prefix` tokens of a shared prefix, then `num_tail` tokens of its own."""
+    """One sequence: `num_prefix` tokens of a shared prefix, then `num_tail` tokens of its own.
 
-    def __init__(self, tail: SequenceTail, prefix: PrefixLayers | None = None) -> None:
+    With recurrent `layers` it goes back to its last `mark` only, or to its beginning.
+    """
+
+    def __init__(
+        self, tail: SequenceTail, prefix: PrefixLayers | None = None, layers: RecurrentLayers | None = None
+    ) -> None:
         self.prefix = prefix
         self.tail = tail
         self.num_prefix = prefix.num_tokens if prefix is not None else 0
         self.num_tail = 0
+        self._kept = None if layers is None else KeptStates({} if prefix is None else prefix.recurrent)
+        self._staged: States = {}
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose keys and values are there."""
         return self.num_prefix + self.num_tail
 
+    @property
+    def recurrent(self) -> States:
+        """What recurrent layers know behind the last token."""
+        return {} if self._kept is None else self._kept.behind(self.num_tail)
+
     def begin(self, num_tokens: int) -> None:
         """Make room for a forward of `num_tokens` tokens."""
         self.tail.reserve(self.num_tail + num_tokens, used=self.num_tail)
 
+    def stage(self, states: States) -> None:
+        """What recurrent layers know behind the tokens that `finish` will count."""
+        self._staged = states
+
     def finish(self, num_tokens: int) -> None:
         """Count the tokens of a forward that went through all layers."""
+        if self._kept is not None:
+            self._kept.add(self.num_tail + num_tokens, self._staged)
         self.num_tail += num_tokens
+        if self._kept is not None:
+            self._kept.settle(self.num_tail)
+
+    def leave_prefix(self) -> None:
+        """Hold the tail and nothing else, until `join_prefix`."""
+        self.prefix = None
+        if self._kept is not None and not self.num_tail:  # what the recurrent layers know is the prefix's own
+            self._kept = KeptStates({})
+
+    def join_prefix(self, prefix: PrefixLayers) -> None:
+        """Go on behind the prefix that was left, wherever it is now."""
+        self.prefix = prefix
+        if self._kept is not None and not self.num_tail:
+            self._kept = KeptStates(prefix.recurrent)
+
+    def mark(self) -> None:
+        """Go back no further than here from now on."""
+        if self._kept is not None:
+            self._kept.settle(self.num_tail, mark=True)
 
     def rewind(self, num_tail: int) -> None:
-        """Forget the tokens of the tail behind the first `num_tail`."""
+        """Forget the tokens of the tail behind the first `num_tail`: as many as there were at the last `mark`, or with
+        no recurrent layers any number."""
         assert 0 <= num_tail <= self.num_tail
+        assert self._kept is None or self._kept.has(num_tail), "recurrent layers know nothing of that place"
         self.num_tail = num_tail
 
     def attend(
@@ -292,6 +336,19 @@ class BranchedState:
     def __init__(self, prefix: PrefixLayers, branch_tokens: Sequence[int]) -> None:
         self.prefix = prefix
         self.branches = [slice(first, last) for first, last in pairwise(accumulate(branch_tokens, initial=0))]
+
+    @property
+    def recurrent(self) -> States:
+        """What recurrent layers know before a branch."""
+        return self.prefix.recurrent
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens before each branch."""
+        return self.prefix.num_tokens
+
+    def stage(self, states: States) -> None:
+        """Nothing is kept; see `SequenceState`."""
 
     def positions(self) -> Tensor:
         """Of all tokens, `[num_tokens]` int64: each branch begins right behind the prefix."""
