@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cag.forward.recurrent import RecurrentStep, attention_arguments
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag_store.codecs.transform import Rotation
@@ -216,14 +217,15 @@ def _gradients(
     """Gradients by keys and values, layer by layer, of the log-likelihood of tokens drawn from the model itself."""
     ids = torch.tensor(window, dtype=torch.long, device=model.device)[None]
     sequence = _ObservedSequence()
+    step = RecurrentStep({}, sequence, model.recurrent.numbers) if model.recurrent is not None else None
     with model.turns.turn(len(window)), torch.enable_grad():
         output: Any = model.network(
             input_ids=ids,
             position_ids=torch.arange(len(window), device=model.device)[None],
             use_cache=False,
             logits_to_keep=len(window) - len(window) // 2,
-            cag_state=sequence,
             cag_pause=model.turns.pause,
+            **attention_arguments(sequence, step),
         )
         likelihood = output.logits[0].float().log_softmax(-1)
         drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
@@ -248,9 +250,10 @@ def _readings(model: LanguageModel) -> list[Tensor | None]:
     query heads."""
     num_q_heads = model.network.config.get_text_config().num_attention_heads
     found: list[Tensor | None] = [None] * len(model.kv_shapes)
+    numbers = dict(enumerate(range(len(found)))) if model.recurrent is None else model.recurrent.numbers
     for module in model.network.modules():
-        layer = getattr(module, "layer_idx", None)
-        if type(layer) is not int or not 0 <= layer < len(found):
+        layer = numbers.get(getattr(module, "layer_idx", -1))
+        if layer is None:
             continue
         shape = model.kv_shapes[layer]
         for child in module.children():

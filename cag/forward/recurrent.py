@@ -8,7 +8,7 @@ among themselves. Knows no text, no store and no network's parts. See docs/desig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,10 +36,11 @@ def has_recurrent_layers(config: Any) -> bool:
 
 
 class Attends(Protocol):
-    """What attention layers are given: see `cag.forward.state.SequenceState.attend`."""
+    """What attention layers are given."""
 
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor:
-        """Store keys and values of new tokens, and attend."""
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """See `cag.forward.state.SequenceState.attend`."""
 
 
 class Recalls(Attends, Protocol):
@@ -83,7 +84,8 @@ class RecurrentStep:
         """See `Attends`. The layer is the one that gave its keys to `update` before: one module may serve several."""
         layer, self._layer = layer if self._layer is None else self._layer, None
         number = layer if self._numbers is None else self._numbers[layer]
-        return self._attention.attend(number, query, keys, values, **rule)
+        attended: Tensor = self._attention.attend(number, query, keys, values, **rule)
+        return attended
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of new tokens as they came: whoever attends stores them."""
