@@ -229,8 +229,7 @@ class LanguageModel:
     def new_state(self, prefix: Any = None, *, capacity: int = 0) -> WholeState:
         """An empty sequence behind `prefix` (or behind nothing), with room for `capacity` tokens of its own in one
         piece."""
-        tail = Tail(self.kv_shapes, self.kv_dtype, self.device, capacity)
-        return WholeState(tail, prefix, self.recurrent)
+        return WholeState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix, self.recurrent)
 
     def new_session_state(self, prefix: Any = None) -> PagedState:
         """An empty sequence whose own tokens take pages of the model's pool; several of them fit into one forward."""
@@ -326,19 +325,12 @@ class LanguageModel:
     def forward_branches(
         self, branches: Sequence[list[int]], prefix: Any, rows: list[int], make_state: MakeBranches = BranchedState
     ) -> Tensor:
-        """Run several sequences behind `prefix`, apart from each other, in one forward; nothing of them is kept.
+        """Run several sequences of token ids behind `prefix` (`PrefixLayers`), apart from each other, in one forward
+        (with recurrent layers one by one); nothing of them is kept.
 
         Computes in float32 whatever the model computes in: in 16 bits rounding alone makes any two runs differ by more
-        than a good codec does.
-
-        Args:
-            branches: token ids of each.
-            prefix: what they stand behind (`PrefixLayers`).
-            rows: of which tokens logits are wanted, counted over all branches one behind the other.
-            make_state: from prefix and numbers of tokens, where the state is to do more than attend.
-
-        Returns:
-            `[len(rows), vocab_size]` float32.
+        than a good codec does. Logits `[len(rows), vocab_size]` float32 are those of `rows`, ascending, counted over
+        all branches one behind the other. `make_state`: where the state is to do more than attend.
         """
         if self.recurrent is not None and len(branches) > 1:
             parts = by_sequence(branches, rows)
@@ -346,16 +338,10 @@ class LanguageModel:
         ids = torch.tensor([token for branch in branches for token in branch], dtype=torch.long, device=self.device)
         state = make_state(prefix, [len(branch) for branch in branches])
         with self.turns.turn(len(ids)), Float32Products():
-            positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device)
+            positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device).long()
             return self._network_forward(ids, positions, state, wanted)
 
-    def _network_forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        state: SequenceState | BranchedState | StepState,
-        num_logits: int | Tensor,
-    ) -> Tensor:
+    def _network_forward(self, ids: Tensor, positions: Tensor, state: Any, num_logits: int | Tensor) -> Tensor:
         with remembering(state, self.recurrent) as attention:
             output = self.network(
                 input_ids=ids[None],

@@ -29,7 +29,7 @@ def loaded_states(stored: Mapping[str, StateArray], layers: RecurrentLayers, dev
     if expected != found:
         raise CacheMismatch(
             "the cache holds states of other recurrent layers than the model has.",
-            hint="Build it again.",
+            hint="Remove it, run `cag gc`, and build it again.",  # with its snapshots there, a build would find them
             part="recurrent layers",
             expected=expected,
             found=found,
