@@ -23,6 +23,7 @@ def describe_cache(ref: Ref, manifest: Manifest) -> dict[str, Any]:
         "raw_bytes": manifest.raw_bytes,
         "stored_bytes": manifest.stored_bytes,
         "raw_over_stored": manifest.raw_bytes / manifest.stored_bytes,
+        "state_bytes": manifest.states.snapshots[-1].raw_bytes if manifest.states is not None else 0,
         "codec_choice": codec_choice(manifest),
         "fidelity": dict(manifest.fidelity) if manifest.fidelity is not None else None,
         "warnings": _warnings(manifest),

@@ -16,9 +16,11 @@ import cag_store
 from cag.building.builder import build_cache
 from cag.building.options import AUTO, BuildOptions, BuildProgress, BuildReport
 from cag.corpus import CorpusReport, Document, load_corpus
-from cag.errors import CacheMismatch, InsufficientResources, UsageError
+from cag.errors import InsufficientResources, UsageError
+from cag.forward.recurrent import States
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
+from cag.identity import check_fingerprints, check_tokens
 from cag.machine.memory_limits import total_memory_bytes
 from cag.machine.runtime import choose_device, plan_runtime, usable_cores
 from cag.model import LanguageModel, ModelOptions
@@ -26,12 +28,13 @@ from cag.models import DEFAULT_MODEL, fetch_model
 from cag.prefix import Prefix
 from cag.prompt import template_from_json
 from cag.residency.host_copies import HostCopies
+from cag.residency.recurrent import loaded_states
 from cag.residency.resident import ResidentPrefix
 from cag.short_model import with_rope
 from cag.starts.begin import Beginning
 from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
 from cag_kernels import warm_up_largest
-from cag_store import CacheReader, CopyReport, Manifest, Ref, Store
+from cag_store import CacheReader, CopyReport, Manifest, Ref, Store, check_states
 from cag_store.codecs import warm_up
 from cag_store.errors import CorruptEntry
 
@@ -249,7 +252,8 @@ class Engine:
         try:
             check_fingerprints(name, manifest, self.model)
             model = with_rope(self.model, manifest.kv.rope)
-            _check_tokens(name, reader, model)
+            check_tokens(name, reader, model)
+            recurrent = self._recurrent(manifest, reader)
             overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
             resident = self._promoted(manifest.digest, reader) or ResidentPrefix.load(
                 reader,
@@ -262,6 +266,7 @@ class Engine:
                 in_streams=model.decodes_streams,
                 on_host_copy=partial(self.host_copies.put, manifest.digest),
             )
+            resident.recurrent = recurrent
         except BaseException as error:
             reader.close()
             if isinstance(error, torch.OutOfMemoryError):
@@ -296,6 +301,14 @@ class Engine:
         if copy is None:
             return None
         return ResidentPrefix.promote(copy, reader, model.kv_shapes, model.kv_dtype, model.device)
+
+    def _recurrent(self, manifest: Manifest, reader: CacheReader) -> States:
+        """What the model's recurrent layers know behind the cache. Raises: CacheMismatch, StoreError."""
+        if self.model.recurrent is None or manifest.states is None:
+            return {}
+        check_states(manifest, reader.token_ids())
+        stored = self.store.states(manifest.states.snapshots[-1])
+        return loaded_states(stored, self.model.recurrent, self.model.device)
 
     def _has_cores_to_overlap(self) -> bool:
         """Whether loading and a question's forward can run beside each other without taking each other's cores."""
@@ -339,51 +352,6 @@ def _warm_up() -> None:
     warm_up_largest()
 
 
-def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> None:
-    """Refuse a cache that another model, adapter, tokenizer or chat template built, or one of whose prompt nothing is
-    known. Raises: CacheMismatch."""
-    model = with_rope(model, manifest.kv.rope)
-    built, loaded = manifest.model, model.fingerprints
-    parts = {
-        "model": (built.fingerprint, loaded.weights),
-        "adapter": (built.adapter_fingerprint, loaded.adapter),
-        "tokenizer": (built.tokenizer_fingerprint, loaded.tokenizer),
-        "chat template": (built.template_fingerprint, loaded.template),
-        "RoPE configuration": (dict(manifest.kv.rope), model.rope),
-        "shape of keys and values": (
-            list(zip(manifest.kv.num_kv_heads, manifest.kv.head_dim, strict=True)),
-            [(shape.num_kv_heads, shape.head_dim) for shape in model.kv_shapes],
-        ),
-        "key/value type": (manifest.kv.dtype, str(model.kv_dtype).removeprefix("torch.")),
-    }
-    for part, (expected, found) in parts.items():
-        if expected != found:
-            raise CacheMismatch(
-                f"cache {name!r} was built with another {part} ({built.id}: {_short(expected)}) than the one loaded "
-                f"({model.model_id}: {_short(found)}).",
-                hint=f"Load {built.id}, or build the cache again with `cag update {name} PATH...`.",
-                part=part,
-                expected=expected,
-                found=found,
-            )
-    template_from_json(manifest.layout)
-
-
-def _check_tokens(name: str, reader: CacheReader, model: LanguageModel) -> None:
-    """Refuse what no build of this model gives, before there is memory for it. Raises: CacheMismatch."""
-    largest = int(reader.token_ids().max())
-    bounds = {"token id": (model.vocab_size - 1, largest), "number of tokens": (model.window_tokens, reader.num_tokens)}
-    for part, (expected, found) in bounds.items():
-        if found > expected:
-            raise CacheMismatch(
-                f"cache {name!r} has a {part} of {found:,}, and {model.model_id} takes at most {expected:,}.",
-                hint="Build it again.",
-                part=part,
-                expected=expected,
-                found=found,
-            )
-
-
 def _read(paths: Sequence[str | Path] | CorpusReport, skip_errors: bool) -> CorpusReport:
     return paths if isinstance(paths, CorpusReport) else load_corpus(paths, skip_errors=skip_errors)
 
@@ -394,10 +362,6 @@ def _text(content: bytes, doc_id: str) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise CorruptEntry(f"document {doc_id!r} is no text in UTF-8: build the cache again", where=doc_id) from error
-
-
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else "none" if value is None else f"{value!s:.100}"
 
 
 def _with_corpus(report: BuildReport, corpus: CorpusReport) -> BuildReport:

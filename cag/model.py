@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from cag.forward.batch import TAIL_PAIRS, Batch, BatchState
+from cag.forward.branches import BranchedState
 from cag.forward.decoder import FewRowsDecoder, recognize
 from cag.forward.device_decoder import DeviceDecoder, recognize_on_device
 from cag.forward.kernels_ahead import compile_kernels
-from cag.forward.layer_probe import NUM_PROBES, Forward, ProbedNetwork, gives_the_same, probe_ids, probe_network
+from cag.forward.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probe_network
 from cag.forward.pages import PagedState, PagedTail, PagePool
+from cag.forward.recurrent import by_sequence, has_recurrent_layers, remembering
+from cag.forward.recurrent_probe import check_pieces, find_recurrent_layers
 from cag.forward.replays import StepReplays
 from cag.forward.rope import rope_of
-from cag.forward.state import BranchedState, SequenceState, Tail, WholeState
+from cag.forward.state import SequenceState, Tail, WholeState
 from cag.forward.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.forward.step_tensors import StepState, StepTensors
 from cag.forward.turns import ForwardTurns
@@ -91,7 +94,9 @@ class LanguageModel:
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
         self.template: PromptTemplate = start.prompt_template if start else guarded_template(tokenizer)
-        probed: ProbedNetwork = started.probed if started else probe_network(self.network, self.device)
+        recurs = has_recurrent_layers(self._network.config)
+        self.recurrent = find_recurrent_layers(self.network, self.device) if recurs else None
+        probed = started.probed if started else probe_network(self.network, self.device, self.recurrent)
         self.kv_shapes, self.rules, self.seen = probed.kv_shapes, probed.rules, probed.seen
         # None: each layer has keys and values of its own
         self.places = probed.places if len(probed.kv_shapes) < len(probed.places) else None
@@ -103,8 +108,10 @@ class LanguageModel:
         self._apart = SequencesApart(self._network if self.device.type == "cpu" and self.decoder is None else None)
         self.device_decoder: DeviceDecoder | None = None
         self.replays: StepReplays | None = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.recurrent is None:
             self.run_in_steps(capture=True)
+        if self.recurrent is not None:
+            check_pieces(self, exactly=self.compute_dtype == torch.float32)
         self.stop_ids = frozenset(start.stop_ids) if start else stop_ids(network, tokenizer, self.template)
         self.short: LanguageModel | None = short_model(self)
 
@@ -208,7 +215,8 @@ class LanguageModel:
         """How many tokens of a sequence a forward may have that takes the place of single steps; `exactly`: whether
         each must have the bits of a single step, not only its numbers but for rounding."""
         most = min(FEW_ROWS, TAIL_PAIRS // max(1, state.num_tail))
-        return 1 if exactly and not self.rows_stay_apart else max(1, most)
+        alone = (exactly and not self.rows_stay_apart) or self.recurrent is not None  # which cannot go back a token
+        return 1 if alone else max(1, most)
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -218,11 +226,11 @@ class LanguageModel:
     def new_state(self, prefix: Any = None, *, capacity: int = 0) -> WholeState:
         """An empty sequence behind `prefix` (or behind nothing), with room for `capacity` tokens of its own in one
         piece."""
-        return WholeState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix)
+        return WholeState(Tail(self.kv_shapes, self.kv_dtype, self.device, capacity), prefix, self.recurrent)
 
     def new_session_state(self, prefix: Any = None) -> PagedState:
         """An empty sequence whose own tokens take pages of the model's pool; several of them fit into one forward."""
-        return PagedState(PagedTail(self.pages), prefix)
+        return PagedState(PagedTail(self.pages), prefix, self.recurrent)
 
     def settle_pages(self) -> None:
         """Give back the memory of pages that nobody has, if nobody has any; for a moment without work."""
@@ -290,6 +298,8 @@ class LanguageModel:
         return chosen
 
     def _run(self, ids: Tensor, batch: BatchState, wanted: list[int]) -> Tensor:
+        if self.recurrent is not None and batch.num_sequences > 1:  # their rows would run into each other
+            return torch.cat([self._run(*alone) for alone in batch.by_sequence(ids, wanted)])
         if self.replays is not None and self.replays.serves(batch):
             return self.replays.forward(ids, batch, wanted)
         if self.decoder is not None and self.decoder.serves(batch):
@@ -312,42 +322,33 @@ class LanguageModel:
     def forward_branches(
         self, branches: Sequence[list[int]], prefix: Any, rows: list[int], make_state: MakeBranches = BranchedState
     ) -> Tensor:
-        """Run several sequences behind `prefix`, apart from each other, in one forward; nothing of them is kept.
+        """Run several sequences of token ids behind `prefix` (`PrefixLayers`), apart from each other, in one forward
+        (with recurrent layers one by one); nothing of them is kept.
 
         Computes in float32 whatever the model computes in: in 16 bits rounding alone makes any two runs differ by more
-        than a good codec does.
-
-        Args:
-            branches: token ids of each.
-            prefix: what they stand behind (`PrefixLayers`).
-            rows: of which tokens logits are wanted, counted over all branches one behind the other.
-            make_state: from prefix and numbers of tokens, where the state is to do more than attend.
-
-        Returns:
-            `[len(rows), vocab_size]` float32.
+        than a good codec does. Logits `[len(rows), vocab_size]` float32 are those of `rows`, ascending, counted over
+        all branches one behind the other. `make_state`: where the state is to do more than attend.
         """
+        if self.recurrent is not None and len(branches) > 1:
+            parts = by_sequence(branches, rows)
+            return torch.cat([self.forward_branches(one, prefix, own, make_state) for one, own in parts])
         ids = torch.tensor([token for branch in branches for token in branch], dtype=torch.long, device=self.device)
         state = make_state(prefix, [len(branch) for branch in branches])
         with self.turns.turn(len(ids)), Float32Products():
-            positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device)
+            positions, wanted = state.positions().to(self.device), torch.tensor(rows, device=self.device).long()
             return self._network_forward(ids, positions, state, wanted)
 
-    def _network_forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        state: SequenceState | BranchedState | StepState,
-        num_logits: int | Tensor,
-    ) -> Tensor:
-        output = self.network(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=num_logits,
-            cag_state=state,
-            cag_pause=self.turns.pause,
-            cag_places=self.places,
-        )
+    def _network_forward(self, ids: Tensor, positions: Tensor, state: Any, num_logits: int | Tensor) -> Tensor:
+        with remembering(state, self.recurrent) as attention:
+            output = self.network(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=num_logits,
+                cag_pause=self.turns.pause,
+                cag_places=self.places,
+                **attention,
+            )
         logits: Tensor = output.logits[0].float()
         return logits
 
@@ -365,7 +366,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:
         """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
-        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16:
+        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16 or self.recurrent is not None:
             return None
         decoder = recognize(self.network, self.kv_shapes[0].head_dim, self.seen, self.plan.product)
         if decoder is None:

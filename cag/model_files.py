@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
+from cag.forward.recurrent import ATTENDING, RECURRENT, STATELESS, has_recurrent_layers
 from cag.forward.rope import BY_LENGTH, settle_frequencies
 from cag.forward.weights import lay_out_weights, loses_in_bfloat16
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
@@ -27,7 +28,6 @@ from cag.models.directory import TAKE_ANOTHER
 from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, chat_template_text, model_fingerprint
 from cag.prompt import PromptTemplate, encode
 
-SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _COMPARED_TEXTS = ("Sum: 12,345.60  km", "of a\n\n\tline", "naïve 漢字 🎉", "def f(x):\n    return x")
 
 
@@ -37,7 +37,8 @@ def refuse_unsupported(config: Any) -> None:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model; the engine serves decoder-only models.")
-    strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
+    known = ATTENDING | RECURRENT | STATELESS if has_recurrent_layers(config) else ATTENDING
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - known)
     if strange:
         raise UnsupportedModel(
             f"{name} has layers of type {', '.join(strange)}, which do not attend to all tokens before, "

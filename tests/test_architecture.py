@@ -23,23 +23,25 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it.
 WALK = [
     "home", "errors", "machine", "stores", "models", "corpus", "retrieval", "prompt", "ngrams", "forward",
-    "model_files", "starts", "short_model", "model", "prefill", "residency", "generation", "prefix", "fresh",
-    "first_steps", "calibration", "building", "engine", "describe", "server", "cli",
+    "model_files", "starts", "short_model", "model", "identity", "prefill", "residency", "generation", "prefix",
+    "fresh", "first_steps", "calibration", "building", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 # The walk through those of its packages that are stages of their own.
 WALKS = {
     "machine": ["versions", "memory_limits", "huge_pages", "runtime", "allocator"],
     "forward": [
-        "state", "turns", "step_cost", "attention_hook", "mask_probe", "pages", "step_tensors", "batch", "weights",
-        "choices", "decoder_layers", "recorded", "decoder", "replays", "device_decoder", "layer_probe", "kernels_ahead",
-        "rope",
+        "recurrent", "state", "branches", "turns", "step_cost", "attention_hook", "mask_probe", "pages", "step_tensors",
+        "batch", "weights", "choices", "decoder_layers", "recorded", "decoder", "replays", "device_decoder",
+        "layer_probe", "recurrent_probe", "kernels_ahead", "rope",
     ],
     "residency": [
         "uploads", "host_copies", "buffers", "angles", "basis_tensors", "segment_tensors", "stream_decoding",
-        "stream_buffers", "resident",
+        "stream_buffers", "resident", "recurrent",
     ],
     "generation": ["answer", "citations", "speculation", "generate", "scheduler", "session"],
-    "building": ["probes", "fidelity", "key_errors", "ladder", "rungs", "chunks", "trials", "options", "builder"],
+    "building": [
+        "probes", "fidelity", "key_errors", "ladder", "rungs", "chunks", "trials", "options", "snapshots", "builder",
+    ],
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from cag.building.probes import make_probes
 from cag.building.rungs import codec_of
 from cag.building.trials import CodecTrials
 from cag.engine import Engine
-from cag.errors import UsageError
+from cag.errors import UnsupportedModel, UsageError
 from cag.prefill import BLOCK_TOKENS
 from cag_bench.codec_list import LADDER, codec_label, parse_codecs
 from cag_bench.corpus import BenchCorpus
@@ -86,6 +86,8 @@ class MeasuredCorpus:
     def __init__(self, engine: Engine, facts: dict[str, Any], cut: CutCorpus, progress: Progress) -> None:
         """facts: what the rows say of the corpus, its `name` and `sha256` among them."""
         self._model, self._store = engine.model, engine.store
+        if self._model.recurrent is not None:  # whose states behind the documents alone nobody keeps
+            raise UnsupportedModel("the quality benchmark measures models without recurrent layers only.")
         self._facts, self._cut, self._progress = facts, cut, progress
         token_ids = cut.layout.token_ids
         self._chunks = PrefixChunks(self._model, self._store, token_ids, self._model.new_state(capacity=len(token_ids)))

@@ -32,6 +32,7 @@ from cag.prompt import PrefixLayout, lay_out
 from cag.short_model import for_length
 from cag_store import (
     ROOT,
+    CacheStates,
     ChunkContext,
     ChunkEntry,
     DocumentEntry,
@@ -56,6 +57,7 @@ class BuiltCache:
     codec: dict[str, Any]
     fidelity: Fidelity
     choice: dict[str, Any] | None
+    states: CacheStates | None = None
 
 
 @dataclass
@@ -107,7 +109,8 @@ class Build:
         """All but the commit. `codec` is None when it is to be searched; `previous` is what the name meant before."""
         is_lossless = codec is not None and codec_from_config(codec).lossless
         exact_context = self.chunks.context(codec if codec and is_lossless else codec_from_config(EXACT).config())
-        exact = self.chunks.stored(exact_context)
+        there = self.chunks.stored(exact_context)
+        exact = self.chunks.snapshots.resumable(there)
         if sum(entry.num_tokens for entry in exact) < self.chunks.num_tokens:
             unchanged = previous and self._unchanged(codec, previous)
             if unchanged:
@@ -115,6 +118,8 @@ class Build:
                 return unchanged
             self._count_lossy_chunks(codec, exact)
         self._compute(exact, exact_context)
+        if sum(entry.num_tokens for entry in there) > self.reused_tokens:  # computed once more for the states alone
+            self.chunks.load(exact, exact_context)
         return self._encode(codec, exact, exact_context)
 
     def _compute(self, exact: list[ChunkEntry], context: ChunkContext) -> None:
@@ -130,6 +135,7 @@ class Build:
             nonlocal encode_s
             begin = time.perf_counter()
             exact.append(self.chunks.put(context, exact[-1].key if exact else ROOT, start))
+            self.chunks.snapshots.keep(self.chunks.state, exact[-1])
             encode_s += time.perf_counter() - begin
             self.report("prefill", self.chunks.state.num_tail)
 
@@ -145,10 +151,11 @@ class Build:
         room = model.window_tokens - self.chunks.num_tokens
         branches = make_probes(model.tokenizer, self.layout, self.documents, room)
         begin = time.perf_counter()
-        text_bytes = self._text_bytes()
+        states = self.chunks.snapshots.listed(context.codec, all_places=True)
+        besides_bytes = self._text_bytes() + (states.snapshots[-1].stored_bytes if states is not None else 0)
         with (
             large_blocks_apart(),
-            CodecTrials(self.chunks, exact, context, branches, text_bytes, bound, self.report) as trials,
+            CodecTrials(self.chunks, exact, context, branches, besides_bytes, bound, self.report) as trials,
         ):
             trial = lossless = trials.lossless()
             choice = self._search(trials, lossless, bound) if codec is None and bound is not None else None
@@ -162,7 +169,8 @@ class Build:
         self.seconds = replace(self.seconds, encode_s=encode_s, measure_s=measure_s, search_s=search_s)
         assert trial.fidelity is not None, "what is kept was measured"
         self._check_bound(trial, trial.fidelity)
-        return BuiltCache(trial.entries, trial.codec, trial.fidelity, choice.to_json() if choice else None)
+        states = self.chunks.snapshots.listed(context.codec, all_places=trial.codec == context.codec)
+        return BuiltCache(trial.entries, trial.codec, trial.fidelity, choice.to_json() if choice else None, states)
 
     def _search(self, trials: CodecTrials, lossless: Trial, bound: float) -> CodecChoice:
         keep, probes = self.options.keep, lossless.fidelity
@@ -213,7 +221,9 @@ class Build:
         same = context == previous.context and self.chunks.keys(context) == [chunk.key for chunk in previous.chunks]
         if not same or tuple(self.chunks.stored(context)) != previous.chunks:
             return None
-        return BuiltCache(previous.chunks, config, fidelity, choice if codec is None else None)
+        if not self.chunks.snapshots.are_stored(previous.states):
+            return None
+        return BuiltCache(previous.chunks, config, fidelity, choice if codec is None else None, previous.states)
 
     def _count_lossy_chunks(self, codec: dict[str, Any] | None, exact: Sequence[ChunkEntry]) -> None:
         """Note what has to be computed although its chunks in the codec are here."""
@@ -330,7 +340,7 @@ def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:
 
 
 def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
-    needed = len(layout.token_ids) * model.kv_bytes_per_token
+    needed = len(layout.token_ids) * model.kv_bytes_per_token + (model.recurrent.num_bytes if model.recurrent else 0)
     free = free_memory_bytes(model.device)
     if needed > free:
         raise InsufficientResources(
@@ -373,6 +383,7 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
         versions=installed_versions(_VERSIONED),
         machine={"processor": processor_name(), "cores": usable_cores(), "device": str(model.device)},
         build=_build_facts(build, cache),
+        states=cache.states,
     )
 
 

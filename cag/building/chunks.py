@@ -7,7 +7,7 @@ of the cache in memory. Knows no documents and no manifest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import cag_store
+from cag.building.snapshots import Snapshots
 from cag.forward.state import WholeState
 from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
@@ -37,6 +38,10 @@ class PrefixChunks:
     store: Store
     token_ids: NDArray[np.int64]
     state: WholeState
+    snapshots: Snapshots = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.snapshots = Snapshots(self.model, self.store, self.num_tokens, BLOCK_TOKENS)
 
     @property
     def num_tokens(self) -> int:
@@ -46,7 +51,9 @@ class PrefixChunks:
     @property
     def resident(self) -> ResidentPrefix:
         """The prefix as sequences stand behind it; it has whatever the buffers hold."""
-        return ResidentPrefix.from_tail(self.state.tail, self.token_ids)
+        prefix = ResidentPrefix.from_tail(self.state.tail, self.token_ids)
+        prefix.recurrent = self.snapshots.last()
+        return prefix
 
     def resident_start(self, num_tokens: int) -> ResidentPrefix:
         """The first `num_tokens` tokens of the prefix, as sequences stand behind them."""
@@ -91,7 +98,7 @@ class PrefixChunks:
         """Begin the sequence with the tokens of `entries`."""
         if entries:
             self.load(entries, context)
-            self.state.finish(sum(entry.num_tokens for entry in entries))
+            self.snapshots.take_over(self.state, sum(entry.num_tokens for entry in entries))
 
     def compute(self, on_block: Callable[[int], None]) -> None:
         """Prefill what the sequence does not hold yet; `on_block(start)` after each block, with its first token."""

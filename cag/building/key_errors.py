@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cag.building.probes import Branch
-from cag.forward.state import BranchedState
+from cag.forward.branches import BranchedState
 from cag.model import LanguageModel
 from cag.residency.resident import ResidentPrefix
 
@@ -28,13 +28,14 @@ def key_errors(
     when `decoded(layer)` `[num_kv_heads, num_tokens, head_dim]` takes the place of its keys: half the variance of the
     change of a score under the weights, a mean over queries and a sum over heads.
     """
-    found = [0.0] * len(model.kv_shapes)
+    found, chosen = [0.0] * len(model.kv_shapes), _first_tokens(branches)
+    num_tokens = sum(len(branch.token_ids) for branch in chosen)
 
-    def watch(layer: int, query: Tensor, scale: float) -> None:
+    def watch(layer: int, query: Tensor, scale: float) -> None:  # of all branches, or of one after the other
         keys = prefix.layer(layer)[0].float()
-        found[layer] += float(moved_weights(query.float(), keys, decoded(layer).to(keys.device).float(), scale))
+        moved = float(moved_weights(query.float(), keys, decoded(layer).to(keys.device).float(), scale))
+        found[layer] += moved * (query.shape[1] / num_tokens)
 
-    chosen = _first_tokens(branches)
     make_state = partial(_WatchedBranches, watch)
     model.forward_branches([list(branch.token_ids) for branch in chosen], prefix, [0], make_state=make_state)
     return found

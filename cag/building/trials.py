@@ -39,7 +39,7 @@ class CodecTrials:
         exact: Sequence[ChunkEntry],
         exact_context: ChunkContext,
         branches: Sequence[Branch],
-        text_bytes: int,
+        besides_bytes: int,
         max_kl: float | None,
         report: Report,
     ) -> None:
@@ -47,7 +47,7 @@ class CodecTrials:
         self._exact = exact
         self._exact_context = exact_context
         self._branches = branches
-        self._text_bytes = text_bytes
+        self._besides_bytes = besides_bytes
         self._max_kl = max_kl
         self._report = report
         self._holds_exact = True
@@ -78,7 +78,7 @@ class CodecTrials:
                 expected=computed,
                 found=found,
             )
-        size = self._text_bytes + sum(entry.stored_bytes for entry in self._exact)
+        size = self._besides_bytes + sum(entry.stored_bytes for entry in self._exact)
         fidelity, seconds = same_bits(self._branches), time.perf_counter() - begin
         codec = dict(self._exact_context.codec)
         return Trial(codec, size, 0, fidelity, "within", tuple(self._exact), measure_s=seconds)
@@ -106,7 +106,7 @@ class CodecTrials:
         self._restore()
         begin = time.perf_counter()
         try:
-            entries, size = self._encoded(context, self._text_bytes + basis_bytes, limit_bytes)
+            entries, size = self._encoded(context, self._besides_bytes + basis_bytes, limit_bytes)
         except UnencodableArray:
             if limit_bytes is None:
                 raise

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cag.errors import UnsupportedModel
+from cag.forward.recurrent import RecurrentStep, attention_arguments
 from cag.forward.state import KvPlace
 from cag.model import LanguageModel
 from cag.prefill import prefill
@@ -247,15 +248,16 @@ def _gradients(
     """Gradients by keys and values, layer by layer, of the log-likelihood of tokens drawn from the model itself."""
     ids = torch.tensor(window, dtype=torch.long, device=model.device)[None]
     sequence = _ObservedSequence()
+    step = RecurrentStep({}, sequence, model.recurrent.numbers) if model.recurrent is not None else None
     with model.turns.turn(len(window)), torch.enable_grad():
         output: Any = model.network(
             input_ids=ids,
             position_ids=torch.arange(len(window), device=model.device)[None],
             use_cache=False,
             logits_to_keep=torch.arange(len(window) // 2, len(window), device=model.device),
-            cag_state=sequence,
             cag_pause=model.turns.pause,
             cag_places=model.places,
+            **attention_arguments(sequence, step),
         )
         likelihood = output.logits[0].float().log_softmax(-1)
         chances = likelihood.detach().exp()
@@ -282,9 +284,10 @@ def _readings(model: LanguageModel) -> list[Tensor | None]:
     query heads."""
     num_q_heads = model.network.config.get_text_config().num_attention_heads
     found: list[Tensor | None] = [None] * len(model.kv_shapes)
+    numbers = dict(enumerate(range(len(model.seen)))) if model.recurrent is None else model.recurrent.numbers
     for module in model.network.modules():
-        index = getattr(module, "layer_idx", None)
-        if type(index) is not int or not 0 <= index < len(model.seen):
+        index = numbers.get(getattr(module, "layer_idx", -1))
+        if index is None:
             continue
         place = model.places[index] if model.places is not None else KvPlace(index)
         if not place.stores:

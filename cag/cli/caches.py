@@ -62,6 +62,7 @@ def _shown_facts(cache: dict[str, Any]) -> dict[str, str]:
         **chosen,
         "size": f"{bytes_text(cache['raw_bytes'])} -> {bytes_text(cache['stored_bytes'])} "
         f"({cache['raw_over_stored']:.2f}x)",
+        **({"a session": f"{bytes_text(cache['state_bytes'])} of states"} if cache["state_bytes"] else {}),
         "fidelity": fidelity_text(cache["fidelity"]) if cache["fidelity"] else "not measured",
         **({"warning": "; ".join(cache["warnings"])} if cache["warnings"] else {}),
         "pinned": "yes" if cache["pinned"] else "no",
@@ -118,9 +119,9 @@ def _freeable_bytes(store: Store, name: str) -> int | None:
     try:
         manifests = {ref.name: store.manifest(ref.manifest) for ref in store.refs()}
         own = manifests.pop(name)
-        held_chunks = {chunk.key for manifest in manifests.values() for chunk in manifest.chunks}
+        held_chunks = {path for manifest in manifests.values() for path in manifest.chunk_sizes}
         held_texts = {document.sha256 for manifest in manifests.values() for document in manifest.documents}
-        chunk_bytes = sum(chunk.stored_bytes for chunk in own.chunks if chunk.key not in held_chunks)
+        chunk_bytes = sum(size for path, size in own.chunk_sizes.items() if path not in held_chunks)
         return chunk_bytes + store.blob_bytes({document.sha256 for document in own.documents} - held_texts)
     except (StoreError, KeyError):
         return None

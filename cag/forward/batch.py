@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cag.forward.recurrent import States
 from cag.forward.state import (
     AttentionRule,
     PrefixLayers,
@@ -139,6 +140,30 @@ class Batch:
 
 class BatchState(Batch, StepState):
     """A batch that a network's own forward attends with; see `SequenceState.attend`, of which it gives the same."""
+
+    @property
+    def recurrent(self) -> States:
+        """What recurrent layers know behind the last token of the only sequence."""
+        (state,) = self.states
+        return state.recurrent
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the only sequence."""
+        (state,) = self.states
+        return state.num_tokens
+
+    def stage(self, states: States) -> None:
+        """See `SequenceState`, of the only sequence."""
+        (state,) = self.states
+        state.stage(states)
+
+    def by_sequence(self, ids: Tensor, wanted: Sequence[int]) -> Iterator[tuple[Tensor, BatchState, list[int]]]:
+        """Ids, batch and wanted rows of each sequence by itself."""
+        for index, (state, count) in enumerate(zip(self.states, self.counts, strict=True)):
+            first = int(self.starts[index])
+            own = [row - first for row in wanted if first <= row < first + count]
+            yield ids[first : first + count], BatchState([state], [count]), own
 
     def upload(self, ids: Tensor, wanted: Sequence[int], device: torch.device) -> StepTensors:
         """What the forward needs, ids and wanted rows too, on `device`: before the first layer attends."""

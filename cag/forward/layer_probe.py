@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cag.errors import UnsupportedModel
 from cag.forward.decoder import FAR, PROBED_LAYERS
 from cag.forward.decoder_layers import CLOSE, SeenLayer, Turning, relative_difference
+from cag.forward.recurrent import RecurrentLayers, RecurrentStep, attention_arguments
 from cag.forward.state import AttentionRule, KvPlace, KvShape
 from cag_kernels.rows_reference import rotate_reference
 
@@ -122,7 +123,7 @@ class RotationProbe:
         """Inside, forwards of the network are seen."""
         model: Any = getattr(network, "model", None)
         hooks = []
-        if hasattr(model, "rotary_emb") and hasattr(model, "layers"):
+        if getattr(model, "rotary_emb", None) is not None and hasattr(model, "layers"):
             hooks.append(model.rotary_emb.register_forward_hook(self._computes, with_kwargs=True))
             for index, layer in enumerate(model.layers):
                 hooks.append(layer.register_forward_pre_hook(partial(self._gives, index), with_kwargs=True))
@@ -161,9 +162,9 @@ class ProbedNetwork:
 
 
 @torch.inference_mode()
-def probe_network(network: Any, device: torch.device) -> ProbedNetwork:
+def probe_network(network: Any, device: torch.device, recurrent: RecurrentLayers | None = None) -> ProbedNetwork:
     """How each layer attends, seen in a forward of one token at two positions: the first, and the last that the network
-    has.
+    has. Where there are `recurrent` layers, only of those that attend.
 
     Raises:
         UnsupportedModel: not every layer attends once, or a layer attends to other tokens than its rule says.
@@ -171,13 +172,16 @@ def probe_network(network: Any, device: torch.device) -> ProbedNetwork:
     from cag.forward.mask_probe import check_masks
 
     probe, rotations, config = LayerProbe(), RotationProbe(), network.config.get_text_config()
-    num_layers, most = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
+    most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int):
         raise UnsupportedModel(f"{config.model_type} says nowhere how long a prompt may be (max_position_embeddings).")
     positions = torch.tensor([[0, most - 1]], device=device)
     ids, wanted = torch.full_like(positions, _loudest_probe(network)), positions.new_zeros(1)
+    step = None if recurrent is None else RecurrentStep({}, probe, recurrent.numbers)
+    given = attention_arguments(probe, step)
     with rotations.watching(network):
-        network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, cag_state=probe)
+        network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, **given)
+    num_layers = config.num_hidden_layers if recurrent is None else len(recurrent.numbers)
     if sorted(probe.given) != list(range(num_layers)):
         raise UnsupportedModel(
             f"of the {num_layers} layers of {config.model_type} {sorted(probe.given) or 'none'} "
@@ -187,6 +191,8 @@ def probe_network(network: Any, device: torch.device) -> ProbedNetwork:
     rules = {layer: _needed(rule, most) for layer, rule in probe.rules.items()}
     places = probe.places()
     owners = [layer for layer, place in enumerate(places) if place.stores]
+    if recurrent is not None and len(owners) < num_layers:
+        raise UnsupportedModel(f"{config.model_type} has recurrent layers, and layers that share keys and values.")
     shapes = [KvShape(keys.shape[0], keys.shape[2]) for keys in (probe.given[layer][0] for layer in owners)]
     seen = [_seen(rules[index], probe.heads[index], rotations.turnings.get(index)) for index in range(num_layers)]
     for index in {*range(num_layers)} - {*owners} | probe.with_sinks:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from cag.forward.recurrent import KeptStates, RecurrentLayers, States
 from cag_kernels import (
     DensePrefix,
     QuantizedPrefix,
@@ -91,6 +90,10 @@ class PrefixLayers(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of the prefix."""
+
+    @property
+    def recurrent(self) -> States:
+        """What recurrent layers know behind the prefix."""
 
     @property
     def is_loaded(self) -> bool:
@@ -184,30 +187,69 @@ class Tail:
 
 
 class SequenceState:
-    """One sequence: `num_prefix` tokens of a shared prefix, then `num_tail` tokens of its own."""
+    """One sequence: `num_prefix` tokens of a shared prefix, then `num_tail` tokens of its own.
 
-    def __init__(self, tail: SequenceTail, prefix: PrefixLayers | None = None) -> None:
+    With recurrent `layers` it goes back to its last `mark` only, or to its beginning.
+    """
+
+    def __init__(
+        self, tail: SequenceTail, prefix: PrefixLayers | None = None, layers: RecurrentLayers | None = None
+    ) -> None:
         self.prefix = prefix
         self.tail = tail
         self.num_prefix = prefix.num_tokens if prefix is not None else 0
         self.num_tail = 0
+        self._kept = None if layers is None else KeptStates({} if prefix is None else prefix.recurrent)
+        self._staged: States = {}
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose keys and values are there."""
         return self.num_prefix + self.num_tail
 
+    @property
+    def recurrent(self) -> States:
+        """What recurrent layers know behind the last token."""
+        return {} if self._kept is None else self._kept.behind(self.num_tail)
+
     def begin(self, num_tokens: int) -> None:
         """Make room for a forward of `num_tokens` tokens."""
         self.tail.reserve(self.num_tail + num_tokens, used=self.num_tail)
 
+    def stage(self, states: States) -> None:
+        """What recurrent layers know behind the tokens that `finish` will count."""
+        self._staged = states
+
     def finish(self, num_tokens: int) -> None:
         """Count the tokens of a forward that went through all layers."""
+        if self._kept is not None:
+            self._kept.add(self.num_tail + num_tokens, self._staged)
         self.num_tail += num_tokens
+        if self._kept is not None:
+            self._kept.settle(self.num_tail)
+
+    def leave_prefix(self) -> None:
+        """Hold the tail and nothing else, until `join_prefix`."""
+        self.prefix = None
+        if self._kept is not None and not self.num_tail:  # what the recurrent layers know is the prefix's own
+            self._kept = KeptStates({})
+
+    def join_prefix(self, prefix: PrefixLayers) -> None:
+        """Go on behind the prefix that was left, wherever it is now."""
+        self.prefix = prefix
+        if self._kept is not None and not self.num_tail:
+            self._kept = KeptStates(prefix.recurrent)
+
+    def mark(self) -> None:
+        """Go back no further than here from now on."""
+        if self._kept is not None:
+            self._kept.settle(self.num_tail, mark=True)
 
     def rewind(self, num_tail: int) -> None:
-        """Forget the tokens of the tail behind the first `num_tail`."""
+        """Forget the tokens of the tail behind the first `num_tail`: as many as there were at the last `mark`, or with
+        no recurrent layers any number."""
         assert 0 <= num_tail <= self.num_tail
+        assert self._kept is None or self._kept.has(num_tail), "recurrent layers know nothing of that place"
         self.num_tail = num_tail
 
     def attend(
@@ -326,61 +368,3 @@ def _attend_segment(
 def numbers_of(segment: PrefixSegment) -> DensePrefix:
     """A segment as numbers: borrowed, or made from codes."""
     return segment if isinstance(segment, DensePrefix) else DensePrefix(*dequantize_prefix(segment, torch.bfloat16))
-
-
-class BranchedState:
-    """Several sequences behind one prefix, for one forward over all of them: a token sees the prefix and what stands
-    before it in its own branch. Nothing is kept.
-
-    The tokens of the forward are those of the branches one behind the other, `branch_tokens[i]` of each.
-    """
-
-    def __init__(self, prefix: PrefixLayers, branch_tokens: Sequence[int]) -> None:
-        self.prefix = prefix
-        self.branches = [slice(first, last) for first, last in pairwise(accumulate(branch_tokens, initial=0))]
-
-    def positions(self) -> Tensor:
-        """Of all tokens, `[num_tokens]` int64: each branch begins right behind the prefix."""
-        return torch.cat([torch.arange(part.stop - part.start) for part in self.branches]) + self.prefix.num_tokens
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        stores: bool = True,  # noqa: ARG002 - nothing is stored
-    ) -> Tensor:
-        """As `SequenceState.attend`, each branch apart; keys and values are used as they come, unrounded."""
-        attend = partial(segment_attention, scale=scale, window=window, softcap=softcap)
-        visible = self._visible(layer, window)
-        # one pass over the prefix serves all branches, unless a window hides other keys from each
-        shared = [attend(query, *segment, offset=behind) for segment, behind in visible] if window is None else None
-        merged = []
-        for part in self.branches:
-            own = query[:, part]
-            if shared is None:
-                before = [attend(own, *segment, offset=behind) for segment, behind in visible]
-            else:
-                before = [(out[:, part], lse[:, part]) for out, lse in shared]
-            found = [attend(own, keys[:, part], values[:, part], offset=0), *before, *sink_parts(own, sinks)]
-            merged.append(merge_segments(found))
-        return torch.cat(merged, dim=1).to(query.dtype)
-
-    def _visible(self, layer: int, window: int | None) -> list[tuple[DensePrefix, int]]:
-        """What any branch can see of the prefix, and how many tokens there are from each segment's first to the
-        prefix's end."""
-        found, segments = [], self.prefix.segments(layer)
-        behind = sum(segment.num_tokens for segment in segments)
-        for segment in segments:
-            hidden = 0 if window is None else min(max(behind - window, 0), segment.num_tokens)
-            if hidden < segment.num_tokens:
-                numbers = DensePrefix(*(side[:, hidden:] for side in numbers_of(segment)))
-                found.append((numbers, behind - hidden))
-            behind -= segment.num_tokens
-        return found

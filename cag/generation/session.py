@@ -157,7 +157,8 @@ class Session:
             UsageError: an answer is running.
         """
         self._check_idle()
-        self._prefix = self._state.prefix = None
+        self._prefix = None
+        self._state.leave_prefix()
         self._state.tail.shrink(self._state.num_tail)
 
     def resume(self, prefix: Prefix) -> None:
@@ -168,7 +169,8 @@ class Session:
         """
         if prefix.digest != self._digest:
             raise UsageError("a session can only go on behind the version of the cache that it was opened with.")
-        self._prefix, self._state.prefix = prefix, prefix.resident
+        self._prefix = prefix
+        self._state.join_prefix(prefix.resident)
 
     def close(self) -> None:
         """Give the tail's pages back; without, they go back when nothing refers to the session any more.
@@ -177,7 +179,8 @@ class Session:
             UsageError: an answer is running.
         """
         self._check_idle()
-        self._prefix = self._state.prefix = None
+        self._prefix = None
+        self._state.leave_prefix()
         self._state.tail.close()
 
     @property
@@ -197,6 +200,7 @@ class Session:
                 "another answer of the session has begun since this stream was made.",
                 hint="Make the stream of a question when the answer before it is there.",
             )
+        self._state.mark()  # the answer may have to be forgotten
         self._busy, self._begun_at = True, self._state.num_tail
 
     def end_turn(self, generation: Generation, *, keep: bool = True) -> None:
@@ -211,6 +215,7 @@ class Session:
             self._state.rewind(self._begun_at + len(generation.suffix_ids) + forwarded)
             self._read += generation.suffix_ids + generation.token_ids[:forwarded]
             self._unread = generation.token_ids[forwarded:]
+        self._state.mark()
         self._busy = False
 
     def ask(

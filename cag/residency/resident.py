@@ -31,6 +31,7 @@ from cag_kernels.prefixes import Codes
 from cag_store.codecs import CodedShape
 
 if TYPE_CHECKING:
+    from cag.forward.recurrent import States
     from cag.forward.state import AttentionRule, KvShape, PrefixSegment, Tail
     from cag_store import CacheReader
 
@@ -84,11 +85,13 @@ class ResidentPrefix:
         load_s: seconds from the start of loading until the last layer was there; 0 for a prefix that was computed here.
         tier: the slowest place that the layers were loaded from: "memory", "disk" or "object-store".
         shares_cores: whether loading needs the cores that a forward would run on.
+        recurrent: what recurrent layers know behind the prefix; whoever makes a prefix of such a model sets it.
     """
 
     def __init__(self, layers: Sequence[tuple[PrefixSegment, ...]], token_ids: NDArray[np.int64]) -> None:
         self._layers = layers
         self.token_ids = token_ids
+        self.recurrent: States = {}
         self.load_s = 0.0
         self.tier = "memory"
         self.shares_cores = False
@@ -228,9 +231,11 @@ class ResidentPrefix:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values that are held on the device, as numbers or as codes with their scales."""
+        """Bytes of keys and values that are held on the device, as numbers or as codes with their scales, and of what
+        recurrent layers know."""
         segments = [segment for layer in self._layers for segment in layer]
-        return sum(part.nbytes for segment in segments for part in segment if isinstance(part, Tensor))
+        held = [part for segment in segments for part in segment if isinstance(part, Tensor)]
+        return sum(part.nbytes for part in (*held, *self.recurrent.values()))
 
     @property
     def is_loaded(self) -> bool:

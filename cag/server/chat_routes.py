@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from cag.engine import check_fingerprints
 from cag.errors import CacheMismatch, CacheNotFound, ModelNotFound
+from cag.identity import check_fingerprints
 from cag.server.chat_schema import ChatRequest, CompletionHead, proof
 from cag.server.errors import error_facts, public_message
 from cag.server.listing import readable_caches

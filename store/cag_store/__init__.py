@@ -14,6 +14,8 @@ from cag_store.pipeline import LoadTimings
 from cag_store.quota import Eviction
 from cag_store.reader import CacheReader
 from cag_store.ref import Ref, checked_name
+from cag_store.state_entry import CacheStates, StateEntry
+from cag_store.states import StateArray, check_states
 from cag_store.store import Store
 from cag_store.transfer import CopyReport, copy_cache, only_name
 from cag_store.usage import CacheUsage, StoreUsage
@@ -25,6 +27,7 @@ __all__ = [
     "ROOT",
     "STORAGE_DTYPES",
     "CacheReader",
+    "CacheStates",
     "CacheUsage",
     "ChunkContext",
     "ChunkEntry",
@@ -40,9 +43,12 @@ __all__ = [
     "ModelIdentity",
     "PieceCache",
     "Ref",
+    "StateArray",
+    "StateEntry",
     "Store",
     "StoreUsage",
     "VerifyReport",
+    "check_states",
     "checked_name",
     "chunk_key",
     "codec_from_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ from cag_store.reading import reread
 LayerArrays = tuple[Array, Array]
 CodecSource = Callable[[Mapping[str, Any]], Codec]
 """The codec of a configuration, ready to work. Raises: UnknownCodec; EntryNotFound, CorruptEntry for its blobs."""
+
+
+def default_workers() -> int:
+    """Threads for encoding and decoding: the cores this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from cag_store.chunk import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ChunkEntry, check_codec_config
@@ -16,8 +17,10 @@ from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.errors import CorruptEntry, UnsupportedFormat
 from cag_store.jsontext import Fields, canonical_bytes, parse_object
 from cag_store.keys import MAX_CHUNK_TOKENS, ChunkContext
+from cag_store.paths import chunk_path
+from cag_store.state_entry import CacheStates
 
-SCHEMA = 1
+SCHEMA, SCHEMA_WITH_STATES = 1, 2
 MAX_MANIFEST_BYTES = 64 << 20
 
 
@@ -103,6 +106,7 @@ class Manifest:
     machine: Mapping[str, Any] = field(default_factory=dict)
     build: Mapping[str, Any] = field(default_factory=dict)
     created_at: str = field(default_factory=utc_now)
+    states: CacheStates | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -111,13 +115,21 @@ class Manifest:
 
     @property
     def raw_bytes(self) -> int:
-        """Size of all keys and values in the storage dtype."""
-        return sum(chunk.raw_bytes for chunk in self.chunks)
+        """Size of all keys and values in the storage dtype, and of all states."""
+        states_bytes = 0 if self.states is None else self.states.raw_bytes
+        return sum(chunk.raw_bytes for chunk in self.chunks) + states_bytes
 
     @property
     def stored_bytes(self) -> int:
-        """Size of all chunk and blob files."""
-        return self.blob_bytes + sum(chunk.stored_bytes for chunk in self.chunks)
+        """Size of all files of chunks, snapshots and blobs."""
+        states_bytes = 0 if self.states is None else self.states.stored_bytes
+        return self.blob_bytes + sum(chunk.stored_bytes for chunk in self.chunks) + states_bytes
+
+    @property
+    def chunk_sizes(self) -> dict[str, int]:
+        """Sizes of the files of chunks and snapshots by path."""
+        sizes = {chunk_path(chunk.key): chunk.stored_bytes for chunk in self.chunks}
+        return sizes | {entry.path: entry.stored_bytes for entry in (self.states.snapshots if self.states else ())}
 
     @property
     def blob_digests(self) -> tuple[str, ...]:
@@ -140,9 +152,13 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The object that is stored."""
+        without = asdict(replace(self, states=None))
+        del without["states"]
+        states = {} if self.states is None else {"states": self.states.to_json()}
         return {
-            **asdict(self),
-            "schema": SCHEMA,
+            **without,
+            **states,
+            "schema": SCHEMA_WITH_STATES if states else SCHEMA,
             "kv": {**asdict(self.kv), "num_layers": self.kv.num_layers},
             "num_tokens": self.num_tokens,
             "raw_bytes": self.raw_bytes,
@@ -173,13 +189,19 @@ class Manifest:
         """Validate everything that can be validated without other files. Raises: CorruptEntry, UnsupportedFormat."""
         fields = Fields(value, where)
         schema = fields.any("schema")
-        if schema != SCHEMA or type(schema) is not int:
+        if schema not in (SCHEMA, SCHEMA_WITH_STATES) or type(schema) is not int:
             raise UnsupportedFormat(
-                f"{where} has schema {schema!r:.40}; this program reads {SCHEMA}: use a newer one, or build again",
-                expected=SCHEMA,
+                f"{where} has schema {schema!r:.40}; this program reads {SCHEMA} and {SCHEMA_WITH_STATES}: use a newer "
+                "one, or build again",
+                expected=SCHEMA_WITH_STATES,
                 found=schema,
             )
-        chunks, documents = fields.list("chunks"), fields.list("documents")
+        listed, documents = fields.list("chunks"), fields.list("documents")
+        chunks = tuple(ChunkEntry.from_json(chunk, f"{where}: chunks[{i}]") for i, chunk in enumerate(listed))
+        ends = list(accumulate(chunk.num_tokens for chunk in chunks))
+        states = None
+        if schema == SCHEMA_WITH_STATES:
+            states = CacheStates.from_json(fields.any("states"), f"{where}: states", ends)
         fidelity = fields.any("fidelity")
         if fidelity is not None and not isinstance(fidelity, dict):
             raise fields.wrong("fidelity", "an object or null", fidelity)
@@ -187,7 +209,7 @@ class Manifest:
             model=_model(fields.any("model"), f"{where}: model"),
             kv=_geometry(fields.any("kv"), f"{where}: kv"),
             codec=fields.object("codec"),
-            chunks=tuple(ChunkEntry.from_json(chunk, f"{where}: chunks[{i}]") for i, chunk in enumerate(chunks)),
+            chunks=chunks,
             documents=tuple(_document(document, f"{where}: documents[{i}]") for i, document in enumerate(documents)),
             layout=fields.object("layout"),
             blob_bytes=fields.integer("blob_bytes", 0),
@@ -196,6 +218,7 @@ class Manifest:
             machine=fields.object("machine"),
             build=fields.object("build"),
             created_at=fields.time("created_at"),
+            states=states,
         )
         _check_sums(manifest, fields)
         fields.done()

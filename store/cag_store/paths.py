@@ -42,8 +42,8 @@ def ref_name(path: str) -> str | None:
 
 
 def object_paths(manifest: Manifest) -> Iterator[str]:
-    """Paths of the chunks and blobs of `manifest`, each once."""
-    yield from (chunk_path(chunk.key) for chunk in manifest.chunks)
+    """Paths of the chunks, snapshots and blobs of `manifest`, each once."""
+    yield from manifest.chunk_sizes
     yield from (blob_path(digest) for digest in manifest.blob_digests)
 
 

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cag_store.backends import Backend, Lease, MemoryBackend, ReadableBackend, is_url, open_backend
 from cag_store.backends.object_cache import CachedReads, PieceCache
 from cag_store.blob import MAX_BLOB_BYTES, pack_blob
 from cag_store.chunk import ChunkEntry, ChunkHeader
-from cag_store.chunk_files import LayerArrays, check_segments, encode_chunk, open_chunk, read_entry
+from cag_store.chunk_files import LayerArrays, check_segments, default_workers, encode_chunk, open_chunk, read_entry
 from cag_store.codecs import Codec, codec_from_config
 from cag_store.errors import (
     CorruptEntry,
@@ -40,17 +40,14 @@ from cag_store.paths import REFS, blob_path, chunk_path, manifest_path, object_p
 from cag_store.reader import CacheReader
 from cag_store.reading import ADVICE, read_blob, read_manifest, reread
 from cag_store.ref import MAX_REF_BYTES, Ref
+from cag_store.state_entry import StateEntry, state_key
+from cag_store.states import StateArray, encode_states, find_states, read_states
 from cag_store.usage import StoreUsage, measure, record_use
 from cag_store.verify import VerifyReport, verify_cache
 
+Entry = TypeVar("Entry")
 _KEPT_CODECS = 4  # a codec may hold a basis of megabytes
 _ONLY_READ = StoreFull, UnsupportedBackend  # no permission, no space or no locks: a cache can be read all the same
-
-
-def default_workers() -> int:
-    """Threads for encoding and decoding: the cores this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
 
 
 class Store:
@@ -108,14 +105,24 @@ class Store:
 
         Raises: EntryNotFound; CorruptEntry after a damaged chunk was removed: compute it again.
         """
-        with contextlib.suppress(CorruptEntry):
-            return self._whole_chunk(key)
-        with self.backend.locked("repair"):  # whoever held it may have put a whole one there
-            try:
-                return self._whole_chunk(key)
-            except CorruptEntry:
-                self.backend.delete(chunk_path(key))
-                raise
+        return self._mended(chunk_path(key), partial(self._whole_chunk, key))
+
+    def put_states(self, chunk: str, num_tokens: int, states: Mapping[str, StateArray]) -> StateEntry:
+        """Store what recurrent layers know behind the chunk with key `chunk`, after `num_tokens` tokens. A whole
+        snapshot that lies there is kept. Raises: UnencodableArray, StoreFull."""
+        with contextlib.suppress(EntryNotFound, CorruptEntry):
+            return self.state_entry(chunk)
+        entry, parts = encode_states(chunk, num_tokens, states)
+        return entry if self.backend.put_if_absent(entry.path, parts) else self.state_entry(chunk)
+
+    def state_entry(self, chunk: str) -> StateEntry:
+        """The entry of the snapshot behind a chunk after every byte was verified, and protected from `gc` for its grace
+        time. Raises: EntryNotFound; CorruptEntry after a damaged one was removed: compute it again."""
+        return self._mended(chunk_path(state_key(chunk)), partial(self._whole_states, chunk))
+
+    def states(self, entry: StateEntry) -> dict[str, StateArray]:
+        """A snapshot, verified. Raises: EntryNotFound, CorruptEntry."""
+        return read_states(self.nearby, entry)
 
     def put_blob(self, data: bytes) -> str:
         """Store `data`; returns its sha256, its address. Raises: StoreFull, ValueError above `MAX_BLOB_BYTES`."""
@@ -331,6 +338,22 @@ class Store:
         dropped = [self.backend.drop_page_cache(path) for path in paths]
         return all(dropped)
 
+    def _mended(self, path: str, whole: Callable[[], Entry]) -> Entry:
+        """`whole()`; where it finds damage, the object at `path` is removed."""
+        with contextlib.suppress(CorruptEntry):
+            return whole()
+        with self.backend.locked("repair"):  # whoever held it may have put a whole one there
+            try:
+                return whole()
+            except CorruptEntry:
+                self.backend.delete(path)
+                raise
+
+    def _whole_states(self, chunk: str) -> StateEntry:
+        entry = find_states(self.backend, chunk)
+        self.backend.touch(entry.path)
+        return entry
+
     def _whole_chunk(self, key: str) -> ChunkEntry:
         entry = read_entry(self.backend, key)
         check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
@@ -360,12 +383,10 @@ class Store:
         return entry
 
     def _check_present(self, manifest: Manifest, copied: bool) -> None:
-        for chunk in manifest.chunks:
-            found = self.backend.stat(chunk_path(chunk.key)).size_bytes
-            if found != chunk.stored_bytes:
-                raise CorruptEntry(
-                    f"chunk {chunk.key} has {found} bytes, the manifest says {chunk.stored_bytes}", where=chunk.key
-                )
+        for path, expected in manifest.chunk_sizes.items():
+            found = self.backend.stat(path).size_bytes
+            if found != expected:
+                raise CorruptEntry(f"{path} has {found} bytes, the manifest says {expected}", where=path)
         found = self.blob_bytes(manifest.blob_digests)
         if found != manifest.blob_bytes and not copied:
             raise CorruptEntry(

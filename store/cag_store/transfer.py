@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cag_store.blob import MAX_BLOB_FILE_BYTES
 from cag_store.chunk import ChunkEntry
 from cag_store.chunk_files import OpenChunk, check_segment, check_segments, open_chunk, read_entry
@@ -25,6 +27,8 @@ from cag_store.paths import blob_path, chunk_path
 from cag_store.reader import check_chain
 from cag_store.reading import check_blob, read_blob, read_manifest
 from cag_store.ref import checked_name
+from cag_store.state_entry import StateEntry
+from cag_store.states import check_states, copied_states
 from cag_store.verify import check_geometry
 
 if TYPE_CHECKING:
@@ -101,6 +105,8 @@ def _copy_objects(source: Store, destination: Store, manifest: Manifest, on_prog
     with ThreadPoolExecutor(_PARALLEL_COPIES, "cag-copy") as pool:
         works = [pool.submit(_copy_blob, source, destination, sha256) for sha256 in manifest.blob_digests]
         works += [pool.submit(_copy_chunk, source, destination, entry) for entry in manifest.chunks]
+        snapshots = manifest.states.snapshots if manifest.states is not None else ()
+        works += [pool.submit(_copy_states, source, destination, entry) for entry in snapshots]
         try:
             for work in as_completed(works):
                 num_bytes, written, chunk = work.result()
@@ -113,6 +119,7 @@ def _copy_objects(source: Store, destination: Store, manifest: Manifest, on_prog
     chunks.sort(key=lambda chunk: chunk.entry.start)
     check_chain(chunks, manifest.context)
     check_geometry(chunks, manifest)
+    check_states(manifest, np.concatenate([chunk.token_ids for chunk in chunks]))
     return copied
 
 
@@ -132,6 +139,23 @@ def _copy_blob(source: Store, destination: Store, sha256: str) -> tuple[int, boo
     if not destination.backend.put_if_absent(path, [file]):
         destination.backend.replace(path, file)  # it was damaged
     return len(file), True, None
+
+
+def _copy_states(source: Store, destination: Store, entry: StateEntry) -> tuple[int, bool, OpenChunk | None]:
+    """Bytes of a snapshot, and whether it was written."""
+    with contextlib.suppress(EntryNotFound, CorruptEntry):
+        if destination.state_entry(entry.chunk) != entry:
+            raise EntryConflict(
+                f"{destination.backend.url} holds snapshot {entry.key} with other bytes, computed elsewhere: remove "
+                "the caches that use it and run gc, or copy to another store",
+                where=entry.path,
+                expected=entry,
+            )
+        return entry.stored_bytes, False, None
+    parts = copied_states(source.backend, entry)
+    if not destination.backend.put_if_absent(entry.path, parts):  # somebody else was sooner
+        copied_states(destination.backend, entry)
+    return entry.stored_bytes, True, None
 
 
 def _copy_chunk(source: Store, destination: Store, entry: ChunkEntry) -> tuple[int, bool, OpenChunk | None]:

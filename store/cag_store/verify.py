@@ -1,5 +1,5 @@
 """Checking every byte of a cache: ref -> manifest -> chunk headers -> chain of keys -> segments -> decoding ->
-blobs."""
+snapshots -> blobs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cag_store.chunk_files import OpenChunk, check_segments, open_chunk
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreError
 from cag_store.manifest import Manifest
 from cag_store.paths import blob_path, manifest_path, ref_path
 from cag_store.reader import check_chain
 from cag_store.reading import read_blob, read_manifest
+from cag_store.states import check_states, read_states
 
 if TYPE_CHECKING:
     from cag_store.store import Store
@@ -78,7 +81,14 @@ def _verify_chunks(store: Store, manifest: Manifest, problems: list[StoreError])
         try:
             check_chain(chunks, manifest.context)
             check_geometry(chunks, manifest)
+            check_states(manifest, np.concatenate([chunk.token_ids for chunk in chunks]))
         except CorruptEntry as error:
+            problems.append(error)
+    for snapshot in manifest.states.snapshots if manifest.states is not None else ():
+        try:
+            read_states(store.backend, snapshot)
+            bytes_read += snapshot.stored_bytes
+        except StoreError as error:
             problems.append(error)
     return len(manifest.chunks), bytes_read
 

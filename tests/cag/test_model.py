@@ -14,10 +14,10 @@ from cag.model_files import refuse_unsupported
 from tiny import tiny_config, write_tiny_model
 
 
-def test_recurrent_layers_are_refused_by_name():
+def test_unknown_kinds_of_layers_are_refused_by_name():
     config = tiny_config()
-    config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(UnsupportedModel, match="linear_attention"):
+    config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(UnsupportedModel, match="chunked_attention"):
         refuse_unsupported(config)
 
 

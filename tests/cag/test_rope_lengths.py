@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PhimoeCo
 from cag.building.builder import RESERVED_TOKENS
 from cag.calibration import CalibrationOptions, model_basis
 from cag.calibration.rotation import find_rotations
-from cag.engine import Engine, check_fingerprints
+from cag.engine import Engine
 from cag.errors import CacheMismatch, RequestTooLong, UnsupportedModel
 from cag.fresh import ask_fresh
 from cag.generation.generate import SamplingOptions
 from cag.generation.scheduler import Scheduler
+from cag.identity import check_fingerprints
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag.prompt import lay_out, question_ids

@@ -28,6 +28,10 @@ KV_FIELDS = {"num_layers", "num_kv_heads", "head_dim", "dtype", "compute_dtype",
 CHUNK_FIELDS = {
     "key", "start", "num_tokens", "stored_bytes", "raw_bytes", "header_bytes", "header_checksum",
 }  # fmt: skip
+SNAPSHOT_FIELDS = {
+    "key", "chunk", "num_tokens", "stored_bytes", "raw_bytes", "header_bytes", "header_checksum",
+}  # fmt: skip
+STATE_FIELDS = {"chunk", "codec", "key", "num_tokens", "tensors"}
 DOCUMENT_FIELDS = {"doc_id", "title", "path", "sha256", "start", "end"}
 CONTEXT_FIELDS = {
     "adapter_fingerprint", "chunk_tokens", "codec", "compute_dtype", "dtype", "model_fingerprint", "rope",
@@ -50,13 +54,15 @@ class Folder:
 
 @dataclass
 class Cache:
-    """`arrays[layer] = (keys, values)`, each [num_kv_heads, num_tokens, head_dim] as the store's dtype carries them."""
+    """`arrays[layer] = (keys, values)`, each [num_kv_heads, num_tokens, head_dim] as the store's dtype carries them;
+    `states` of each snapshot, by name."""
 
     ref: dict
     manifest: dict
     token_ids: np.ndarray
     arrays: list
     texts: list
+    states: list
 
 
 def read_cache(objects, name):
@@ -72,7 +78,9 @@ def read_cache(objects, name):
         layers.append(arrays)
     whole = [np.concatenate(parts, axis=1) for parts in zip(*layers, strict=True)]
     texts = read_blobs(objects, manifest)
-    return Cache(ref, manifest, np.concatenate(ids), list(zip(whole[::2], whole[1::2], strict=True)), texts)
+    token_ids = np.concatenate(ids)
+    states = read_snapshots(objects, manifest, token_ids) if manifest["schema"] == 2 else []
+    return Cache(ref, manifest, token_ids, list(zip(whole[::2], whole[1::2], strict=True)), texts, states)
 
 
 def canonical(value):
@@ -110,16 +118,23 @@ def read_manifest(objects, digest):
     data = objects[f"manifests/{digest[:2]}/{digest}.json"]
     need(len(data) <= 64 << 20 and sha256(data) == digest, "digest of the manifest")
     manifest = parse(data)
-    need(manifest.get("schema") == 1, "schema of the manifest")
-    kv = manifest["kv"]
-    need(set(manifest) == MANIFEST_FIELDS and set(manifest["model"]) == MODEL_FIELDS and set(kv) == KV_FIELDS, "fields")
+    need(manifest.get("schema") in (1, 2), "schema of the manifest")
+    kv, with_states = manifest["kv"], {"states"} if manifest["schema"] == 2 else set()
+    snapshots = manifest["states"]["snapshots"] if with_states else []
+    need(
+        set(manifest) == MANIFEST_FIELDS | with_states
+        and set(manifest["model"]) == MODEL_FIELDS
+        and set(kv) == KV_FIELDS,
+        "fields",
+    )
     need(all(set(chunk) == CHUNK_FIELDS for chunk in manifest["chunks"]), "fields of chunks")
     need(all(set(document) == DOCUMENT_FIELDS for document in manifest["documents"]), "fields of documents")
     need(kv["num_layers"] == len(kv["num_kv_heads"]) == len(kv["head_dim"]) and kv["dtype"] in ITEM, "geometry")
     chunks = manifest["chunks"]
-    for field in ("num_tokens", "raw_bytes"):
-        need(manifest[field] == sum(chunk[field] for chunk in chunks), field)
-    need(manifest["stored_bytes"] == sum(chunk["stored_bytes"] for chunk in chunks) + manifest["blob_bytes"], "stored")
+    need(manifest["num_tokens"] == sum(chunk["num_tokens"] for chunk in chunks), "num_tokens")
+    need(manifest["raw_bytes"] == sum(entry["raw_bytes"] for entry in chunks + snapshots), "raw_bytes")
+    stored_bytes = sum(entry["stored_bytes"] for entry in chunks + snapshots)
+    need(manifest["stored_bytes"] == stored_bytes + manifest["blob_bytes"], "stored")
     need(len({chunk["key"] for chunk in chunks}) == len(chunks), "chunks occur once")
     need(all(1 <= chunk["num_tokens"] <= kv["chunk_tokens"] for chunk in chunks), "tokens of chunks")
     position = 0
@@ -214,9 +229,56 @@ def parse_header(text):
     return facts
 
 
-def check_facts(facts, manifest, entry, parent):
+def read_snapshots(objects, manifest, token_ids):
+    """States by name, snapshot by snapshot."""
+    states, behind, key = manifest["states"], {}, ""
+    need(set(states) == {"codec", "snapshots"} and states["codec"]["id"] == "lossless", "fields of states")
+    for chunk in manifest["chunks"]:
+        end = chunk["start"] + chunk["num_tokens"]
+        ids = token_ids[chunk["start"] : end].astype("<u4").tobytes()
+        behind[end] = key = chunk_key(key, context_of(manifest) | {"codec": states["codec"]}, ids)
+    places = [entry["num_tokens"] for entry in states["snapshots"]]
+    need(places == sorted(set(places)) and places[-1] == manifest["num_tokens"], "places of snapshots")
+    need(all(behind.get(entry["num_tokens"]) == entry["chunk"] for entry in states["snapshots"]), "chain of keys")
+    return [read_snapshot(objects, entry) for entry in states["snapshots"]]
+
+
+def read_snapshot(objects, entry):
+    key = hashlib.sha256(b"cag.state.v1\0" + struct.pack("<Q", 64) + entry["chunk"].encode("ascii")).hexdigest()
+    need(set(entry) == SNAPSHOT_FIELDS and entry["key"] == key, "key of a snapshot")
+    data = objects[f"chunks/{key[:2]}/{key}"]
+    need(len(data) == entry["stored_bytes"] and entry["header_bytes"] <= min(len(data), 8 << 20), "sizes of a snapshot")
+    end = 8 + int.from_bytes(data[:8], "little")
+    need(end == entry["header_bytes"] and end % 8 == 0, "length of the header")
+    need(sha256(data[:end]) == entry["header_checksum"], "checksum of the header")
+    metadata = json.loads(data[8:end])["__metadata__"]
+    need(set(metadata) == {"format", "sha256", "state", "version"}, "fields of __metadata__")
+    need((metadata["format"], metadata["version"]) == ("cag-state", "1"), "version of the snapshot")
+    need(metadata["sha256"] == sha256(metadata["state"].encode("utf-8")), "checksum in the header")
+    facts, tensors, offset, found, raw = parse(metadata["state"].encode("utf-8")), {}, 0, {}, 0
+    need(set(facts) == STATE_FIELDS, "fields of a snapshot")
+    need(all(facts[field] == entry[field] for field in ("chunk", "key", "num_tokens")), "facts of a snapshot")
+    names = [row[0] for row in facts["tensors"]]
+    need(names == sorted(set(names)) and all(re.fullmatch(r"[a-z][a-z0-9._]{0,127}", name) for name in names), "names")
+    for name, dtype, shape, encoded_bytes, xxh3 in facts["tensors"]:
+        need(dtype in ITEM and 1 <= len(shape) <= 8 and all(1 <= number <= 1 << 20 for number in shape), "shape")
+        need(encoded_bytes >= 1, "encoded_bytes")
+        segment = data[end + offset : end + offset + encoded_bytes]
+        need(xxhash.xxh3_128_hexdigest(segment) == xxh3, "checksum of a state")
+        tensors[name] = {"data_offsets": [offset, offset + encoded_bytes], "dtype": "U8", "shape": [encoded_bytes]}
+        rows = (1, int(np.prod(shape[:-1], dtype=np.int64)), shape[-1])
+        found[name] = lossless(segment, rows, facts["codec"], dtype, 0, 0, 0).reshape(shape)
+        offset, raw = offset + encoded_bytes, raw + found[name].nbytes
+    rebuilt = canonical({"__metadata__": metadata, **tensors})
+    need(data[8:end] == rebuilt + b" " * (-len(rebuilt) % 8), "the header is what its table says")
+    need(end + offset == len(data) and raw == entry["raw_bytes"], "the file ends with the last state")
+    return found
+
+
+def context_of(manifest):
+    """What the keys of the chunks depend on, besides their tokens."""
     kv = manifest["kv"]
-    context = {
+    return {
         "adapter_fingerprint": manifest["model"]["adapter_fingerprint"],
         "chunk_tokens": kv["chunk_tokens"],
         "codec": manifest["codec"],
@@ -225,6 +287,10 @@ def check_facts(facts, manifest, entry, parent):
         "model_fingerprint": manifest["model"]["fingerprint"],
         "rope": kv["rope"],
     }
+
+
+def check_facts(facts, manifest, entry, parent):
+    kv, context = manifest["kv"], context_of(manifest)
     need(set(facts) == HEADER_FIELDS and set(context) == CONTEXT_FIELDS, "fields of a chunk")
     need(facts["context"] == context, "context")
     need((facts["key"], facts["parent"]) == (entry["key"], parent), "chain of keys")

@@ -58,7 +58,7 @@ def test_a_ref(small):
 def test_a_manifest(small):
     store = Store.in_memory()
     manifest = json.loads(small().build(store).to_bytes())
-    data = canonical_bytes({**manifest, "schema": 2, "something": "new"})
+    data = canonical_bytes({**manifest, "schema": 3, "something": "new"})
     digest = hashlib.sha256(data).hexdigest()
     store.backend.replace(manifest_path(digest), data)
     store.backend.replace(ref_path("small"), ref_to(digest))

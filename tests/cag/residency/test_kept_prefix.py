@@ -8,7 +8,8 @@ from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig
 from cag.calibration import CalibrationOptions, calibrate
 from cag.engine import Engine
 from cag.forward.batch import BatchState, attend_on_device
-from cag.forward.state import AttentionRule, BranchedState
+from cag.forward.branches import BranchedState
+from cag.forward.state import AttentionRule
 from cag.generation.generate import SamplingOptions
 from cag.model import LanguageModel
 from cag.prompt import question_ids
