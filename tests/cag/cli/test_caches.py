@@ -13,7 +13,7 @@ FIDELITY = {"mean_kl", "mean_kl_se", "p95_kl", "top1", "num_probes", "nll_change
 
 SHOWN = {
     "name", "digest", "created_at", "model", "num_tokens", "num_documents", "codec", "raw_bytes", "stored_bytes",
-    "raw_over_stored", "codec_choice", "fidelity", "warnings", "expires_at", "pinned", "documents",
+    "raw_over_stored", "state_bytes", "codec_choice", "fidelity", "warnings", "expires_at", "pinned", "documents",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ ROW = {
     "raw_bytes",
     "stored_bytes",
     "raw_over_stored",
+    "state_bytes",
     "fidelity",
     "warnings",
     "pinned",
