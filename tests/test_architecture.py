@@ -40,7 +40,7 @@ WALKS = {
     ],
     "generation": ["answer", "citations", "speculation", "generate", "scheduler", "session"],
     "building": [
-        "probes", "fidelity", "key_errors", "ladder", "rungs", "chunks", "trials", "options", "snapshots", "builder",
+        "probes", "fidelity", "key_errors", "ladder", "rungs", "snapshots", "chunks", "trials", "options", "builder",
     ],
 }  # fmt: skip
 
