@@ -244,7 +244,7 @@ def test_a_question_that_is_no_text_is_refused(built, question):
 
 
 def test_questions_that_are_one_text_are_refused(built):
-    with built.open("handbook") as prefix, pytest.raises(UsageError, match="a list of them"):
+    with built.open("handbook") as prefix, pytest.raises(UsageError, match="a list of texts"):
         prefix.ask_all(QUESTION)
 
 

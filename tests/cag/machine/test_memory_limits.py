@@ -81,7 +81,7 @@ def test_weights_are_refused_above_the_limit(cgroup):
 
 def test_caches_are_refused_above_the_limit(cgroup):
     cgroup(100_000)
-    model = SimpleNamespace(device=torch.device("cpu"), kv_bytes_per_token=1000)
+    model = SimpleNamespace(device=torch.device("cpu"), kv_bytes_per_token=1000, recurrent=None)
     builder._check_memory(model, SimpleNamespace(token_ids=[0] * 50))
     with pytest.raises(InsufficientResources):
         builder._check_memory(model, SimpleNamespace(token_ids=[0] * 51))
