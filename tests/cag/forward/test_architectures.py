@@ -45,6 +45,8 @@ FAMILIES = {
     "qwen3_moe": HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "smollm3": SHARED | {"no_rope_layer_interval": 2},
 }
+OFTEN = ("gpt_oss", "gemma4_text", "deepseek_v3", "gpt2", "qwen3_moe")  # one for each thing that differs
+FROM_THE_STORE = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 OWN_LAYERS = {"gemma3n_text": 4, "gemma4_text": 4}  # that make keys and values; the others share them
 TEXT = "The alpha gate opens at seven. Its code is 4711. The beta pump moves 30 litres an hour.\n"
 QUESTIONS = ["Who opens the gate?", "Why?", "How many litres does the pump move in a day, and who counts them? " * 2]
@@ -90,7 +92,7 @@ def test_logits_in_blocks_are_those_of_one_forward(family, tmp_path):
     assert len(model.kv_shapes) == OWN_LAYERS.get(family, len(model.seen))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FROM_THE_STORE)
 def test_answers_from_the_store_are_those_of_plain_transformers(family, tmp_path):
     """Alone and in company; codes give answers as well, with their loss measured."""
     directory = directory_of(family, tmp_path)
@@ -116,7 +118,7 @@ def test_answers_from_the_store_are_those_of_plain_transformers(family, tmp_path
         assert 0 <= coded.manifest.fidelity["mean_kl"] < 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FROM_THE_STORE)
 def test_in_bfloat16_they_are_near(family, tmp_path):
     """As checkpoints come: weights, keys and values in 16 bits, whatever this machine computes in."""
     config = AutoConfig.for_model(family, **FAMILIES[family])
