@@ -7,7 +7,7 @@ in company, and in the padded steps of a GPU.
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from cag.engine import Engine
 from cag.errors import UnsupportedModel
@@ -48,6 +48,13 @@ FAMILIES = {
 OFTEN = ("gpt_oss", "gemma4_text", "deepseek_v3", "gpt2", "qwen3_moe")  # one for each thing that differs
 FROM_THE_STORE = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 OWN_LAYERS = {"gemma3n_text": 4, "gemma4_text": 4}  # that make keys and values; the others share them
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
+    ),
+]
 TEXT = "The alpha gate opens at seven. Its code is 4711. The beta pump moves 30 litres an hour.\n"
 QUESTIONS = ["Who opens the gate?", "Why?", "How many litres does the pump move in a day, and who counts them? " * 2]
 
@@ -133,22 +140,28 @@ def test_in_bfloat16_they_are_near(family, tmp_path):
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "deepseek_v3"])
-def test_padded_steps_give_the_same(family, tmp_path):
-    """What a GPU runs and records, one by one."""
+def test_padded_steps_give_the_same(family, device, tmp_path):
+    """What a GPU runs and records; on a CPU one by one."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
     (tmp_path / "text.txt").write_text(TEXT)
-    engine = Engine.load(str(directory_of(family, tmp_path)), store=tmp_path / "store", device="cpu")
+    directory = directory_of(family, tmp_path)
+    engine = Engine.load(str(directory), store=tmp_path / "store", device=device)
     engine.build([tmp_path / "text.txt"], name="text")
     model, prefix = engine.model, engine.open("text").resident
-    ids = [torch.arange(count) * 7 % 250 for count in (5, 1, 12)]
-
-    def logits():
-        return model.forward_together([(part, model.new_session_state(prefix)) for part in ids])
-
-    expected = logits()
-    model.run_in_steps(capture=False)
+    if device == "cpu":
+        model.run_in_steps(capture=False)
     assert model.replays is not None
-    assert_close(logits(), expected)
+    ids, plain = [torch.arange(count) * 7 % 250 for count in (5, 1, 12)], plain_network(directory)
+    before = torch.as_tensor(prefix.token_ids)
+    with torch.inference_mode():
+        whole = [torch.cat([before, part])[None] for part in ids]
+        expected = torch.cat([plain(input_ids=one, use_cache=False).logits[0, -1:] for one in whole])
+    for _ in range(3):  # run, recorded and replayed
+        chunks = [(part, model.new_session_state(prefix)) for part in ids]
+        assert_close(model.forward_together(chunks).cpu(), expected)
 
 
 @pytest.mark.slow
