@@ -22,8 +22,10 @@ from cag.building.probes import make_probes
 from cag.building.rungs import codec_of
 from cag.building.trials import CodecTrials
 from cag.engine import Engine
-from cag.errors import UnsupportedModel, UsageError
-from cag.prefill import BLOCK_TOKENS
+from cag.errors import UsageError
+from cag.forward.recurrent import States
+from cag.prefill import BLOCK_TOKENS, prefill
+from cag.residency.resident import ResidentPrefix
 from cag_bench.codec_list import LADDER, codec_label, parse_codecs
 from cag_bench.corpus import BenchCorpus
 from cag_bench.plot import plot_quality, require_matplotlib
@@ -31,7 +33,7 @@ from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.quality_corpus import CutCorpus, cut_corpus
 from cag_bench.quality_table import corpus_names, fronts, markdown, notes
 from cag_bench.rows import QUALITY_PLOT, SUMMARY, TABLE, ResultRows, write_json
-from cag_store import ROOT, ChunkEntry, codec_from_config, config_resources, object_paths
+from cag_store import ROOT, ChunkEntry, Manifest, codec_from_config, config_resources, object_paths
 from cag_store.paths import manifest_path, ref_path
 
 Progress = Callable[[str, int, int], None]
@@ -86,12 +88,11 @@ class MeasuredCorpus:
     def __init__(self, engine: Engine, facts: dict[str, Any], cut: CutCorpus, progress: Progress) -> None:
         """facts: what the rows say of the corpus, its `name` and `sha256` among them."""
         self._model, self._store = engine.model, engine.store
-        if self._model.recurrent is not None:  # whose states behind the documents alone nobody keeps
-            raise UnsupportedModel("the quality benchmark measures models without recurrent layers only.")
         self._facts, self._cut, self._progress = facts, cut, progress
         token_ids = cut.layout.token_ids
         self._chunks = PrefixChunks(self._model, self._store, token_ids, self._model.new_state(capacity=len(token_ids)))
         self._name = f"quality-{facts['sha256'][:16]}"
+        self._states: dict[int, States] = {}  # of recurrent layers, by place
         self._prefill_s = 0.0
 
     def rows(self, codecs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -103,15 +104,15 @@ class MeasuredCorpus:
         exact: list[ChunkEntry] = []
         for start in range(0, chunks.num_tokens, BLOCK_TOKENS):
             exact.append(chunks.put(context, exact[-1].key if exact else ROOT, start))
+            chunks.snapshots.keep(self._states.get(start + exact[-1].num_tokens, {}), exact[-1])
         encode_s = time.perf_counter() - begin
         room = model.window_tokens - chunks.num_tokens
         branches = make_probes(model.tokenizer, self._cut.layout, self._cut.documents, room)
         following = [self._cut.following] if self._cut.following else []
-        text_bytes = store.blob_bytes([store.put_blob(document.text.encode()) for document in self._cut.documents])
-        report = self._report
-        with CodecTrials(chunks, exact, context, branches, text_bytes, None, report) as trials:
+        besides_bytes = store.blob_bytes([store.put_blob(document.text.encode()) for document in self._cut.documents])
+        with CodecTrials(chunks, exact, context, branches, besides_bytes, None, self._report) as trials:
             lossless = trials.lossless()
-            with FidelityProbe(model, chunks.resident_start(self._cut.num_document_tokens), following) as behind:
+            with FidelityProbe(model, self._documents(), following) as behind:
                 for codec in codecs:
                     is_lossless = codec == lossless.codec
                     trial = lossless if is_lossless else trials(codec)
@@ -123,45 +124,70 @@ class MeasuredCorpus:
     def _prefill(self) -> None:
         self._progress(f"prefill {self._facts['name']}", 0, 0)
         begin = time.perf_counter()
-        self._chunks.compute(lambda _: None)
+        self._chunks.compute(self._keep_states)
         self._prefill_s = time.perf_counter() - begin
+
+    def _keep_states(self, start: int) -> None:
+        place = min(start + BLOCK_TOKENS, self._chunks.num_tokens)
+        if place in self._chunks.snapshots.places():
+            self._states[place] = self._chunks.state.recurrent
+
+    def _documents(self) -> ResidentPrefix:
+        """The prefix up to the end of the documents. What recurrent layers know there, no block ended with: it is
+        computed behind the last block that they are known behind."""
+        model, end = self._model, self._cut.num_document_tokens
+        if model.recurrent is None:
+            return self._chunks.resident_start(end, {})
+        first = max((place for place in self._states if place <= end), default=0)
+        before = self._chunks.resident_start(first, self._states[first]) if first else None
+        state = model.new_state(capacity=end - first, prefix=before)
+        prefill(model, state, self._chunks.token_ids[first:end].tolist())
+        return self._chunks.resident_start(end, state.recurrent)
 
     def _report(self, stage: str, done: int) -> None:
         self._progress(f"{stage} {self._facts['name']}, tokens", done, self._chunks.num_tokens)
 
     def _row(self, trial: Trial, following: Fidelity | None, encode_s: float) -> dict[str, Any]:
-        raw_bytes = self._chunks.num_tokens * self._model.kv_bytes_per_token
         row = {
             "corpus": self._facts | {"num_tokens": self._chunks.num_tokens},
             "codec": trial.codec,
             "label": codec_label(trial.codec),
             "outcome": "refused" if trial.fidelity is None else "measured",
-            "raw_bytes": raw_bytes,
+            "raw_bytes": self._chunks.num_tokens * self._model.kv_bytes_per_token,
             "prefill_s": self._prefill_s,
             "encode_s": encode_s,
             "load_average": load_average(),
         }
         if trial.fidelity is None:
             return row
-        stored = self._stored_bytes(trial)
-        apart = stored["total"] - stored["basis"]
+        manifest = self._manifest(trial)
+        stored = self._stored_bytes(manifest)
+        raw_bytes, apart = manifest.raw_bytes, stored["total"] - stored["basis"]
         return row | {
+            "raw_bytes": raw_bytes,
             "stored_bytes": stored,
             "raw_over_stored": {"with_basis": raw_bytes / stored["total"], "without_basis": raw_bytes / apart},
             "fidelity": {"corpus": trial.fidelity.to_json(), "following": following and following.to_json()},
         }
 
-    def _stored_bytes(self, trial: Trial) -> dict[str, int]:
-        """Every file of the cache as it lies in the store, for which it is committed."""
+    def _manifest(self, trial: Trial) -> Manifest:
         assert trial.fidelity is not None
         build = Build(self._chunks, self._cut.layout, self._cut.documents, BuildOptions(), None, time.perf_counter())
-        manifest = manifest_of(build, BuiltCache(trial.entries, trial.codec, trial.fidelity, None))
+        exact = codec_from_config("lossless").config()
+        states = self._chunks.snapshots.listed(exact, all_places=trial.codec == exact)
+        return manifest_of(build, BuiltCache(trial.entries, trial.codec, trial.fidelity, None, states))
+
+    def _stored_bytes(self, manifest: Manifest) -> dict[str, int]:
+        """Every file of the cache as it lies in the store, for which it is committed."""
         digest = self._store.commit(self._name, manifest)
         sizes = {path: self._store.backend.stat(path).size_bytes for path in object_paths(manifest)}
-        basis = self._store.blob_bytes(config_resources(trial.codec))
+        basis = self._store.blob_bytes(config_resources(manifest.codec))
+        chunks = sum(entry.stored_bytes for entry in manifest.chunks)
+        states = manifest.states.stored_bytes if manifest.states is not None else 0
         found = {
-            "chunks": sum(size for path, size in sizes.items() if path.startswith("chunks/")),
-            "texts": sum(size for path, size in sizes.items() if not path.startswith("chunks/")) - basis,
+            "chunks": chunks,
+            "states": states,
+            "texts": sum(sizes.values()) - chunks - states - basis,
             "basis": basis,
             "manifest": self._store.backend.stat(manifest_path(digest)).size_bytes,
             "ref": self._store.backend.stat(ref_path(self._name)).size_bytes,

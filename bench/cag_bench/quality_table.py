@@ -73,7 +73,8 @@ def _front(corpus: Mapping[str, Any], probes: str, limit: float, best: Mapping[s
 def notes(rows: Sequence[Mapping[str, Any]], basis_s: float) -> list[str]:
     """What a reader must know beside the figures."""
     found = [
-        "Bytes are those of all files of a cache: chunks, texts, manifest, ref, and the basis where there is one.",
+        "Bytes are those of all files of a cache: chunks, states of recurrent layers, texts, manifest, ref, and the "
+        "basis where there is one.",
         "Probes run in float32 over what was read back from the store.",
         "Probes of the corpus: excerpts read again and sentences asked for behind the whole prefix, as `cag build` "
         "measures. Following text: the corpus read on behind the cut, as perplexity is measured, without the prompt's "

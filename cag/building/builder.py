@@ -135,7 +135,7 @@ class Build:
             nonlocal encode_s
             begin = time.perf_counter()
             exact.append(self.chunks.put(context, exact[-1].key if exact else ROOT, start))
-            self.chunks.snapshots.keep(self.chunks.state, exact[-1])
+            self.chunks.snapshots.keep(self.chunks.state.recurrent, exact[-1])
             encode_s += time.perf_counter() - begin
             self.report("prefill", self.chunks.state.num_tail)
 

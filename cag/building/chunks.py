@@ -17,6 +17,7 @@ from torch import Tensor
 
 import cag_store
 from cag.building.snapshots import Snapshots
+from cag.forward.recurrent import States
 from cag.forward.state import WholeState
 from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
@@ -55,12 +56,14 @@ class PrefixChunks:
         prefix.recurrent = self.snapshots.last()
         return prefix
 
-    def resident_start(self, num_tokens: int) -> ResidentPrefix:
-        """The first `num_tokens` tokens of the prefix, as sequences stand behind them."""
+    def resident_start(self, num_tokens: int, states: States) -> ResidentPrefix:
+        """The first `num_tokens` tokens of the prefix, as sequences stand behind them, with what recurrent layers know
+        there."""
         tail = self.state.tail
         pairs = zip(tail.keys, tail.values, strict=True)
         segments = [(DensePrefix(keys[:, :num_tokens], values[:, :num_tokens]),) for keys, values in pairs]
         prefix = ResidentPrefix(segments, self.token_ids[:num_tokens])
+        prefix.recurrent = states
         prefix.mark_loaded()
         return prefix
 

@@ -28,12 +28,19 @@ class Snapshots:
     chunk_tokens: int
     entries: dict[int, StateEntry] = field(default_factory=dict)
 
+    def places(self) -> list[int]:
+        """Behind which tokens of the prefix there are to be snapshots; none without recurrent layers."""
+        layers = self.model.recurrent
+        if layers is None:
+            return []
+        return list(layers.places(self.num_tokens, self.model.kv_bytes_per_token, self.chunk_tokens))
+
     def resumable(self, chunks: Sequence[ChunkEntry]) -> list[ChunkEntry]:
         """As many of the first `chunks` of the prefix as a build can go on behind: all, or up to the last of them that
         has a snapshot."""
         if self.model.recurrent is None:
             return list(chunks)
-        places, ends = set(self._places()), {chunk.start + chunk.num_tokens: chunk for chunk in chunks}
+        places, ends = set(self.places()), {chunk.start + chunk.num_tokens: chunk for chunk in chunks}
         for place in sorted(places & set(ends)):
             try:
                 self.entries[place] = self.store.state_entry(ends[place].key)
@@ -48,11 +55,11 @@ class Snapshots:
             state.stage(self._loaded(num_tokens))
         state.finish(num_tokens)
 
-    def keep(self, state: SequenceState, chunk: ChunkEntry) -> None:
-        """Store what `state` knows behind `chunk`, if there is to be a snapshot."""
+    def keep(self, states: States, chunk: ChunkEntry) -> None:
+        """Store what recurrent layers know behind `chunk`, if there is to be a snapshot."""
         place = chunk.start + chunk.num_tokens
-        if self.model.recurrent is not None and place in self._places():
-            self.entries[place] = self.store.put_states(chunk.key, place, stored_states(state.recurrent))
+        if place in self.places():
+            self.entries[place] = self.store.put_states(chunk.key, place, stored_states(states))
 
     def last(self) -> States:
         """What the recurrent layers know behind the prefix, as a reader will get it."""
@@ -73,11 +80,6 @@ class Snapshots:
             return all(self.store.state_entry(entry.chunk) == entry for entry in snapshots)
         except (EntryNotFound, CorruptEntry):
             return False
-
-    def _places(self) -> list[int]:
-        layers = self.model.recurrent
-        assert layers is not None
-        return list(layers.places(self.num_tokens, self.model.kv_bytes_per_token, self.chunk_tokens))
 
     def _loaded(self, place: int) -> States:
         layers = self.model.recurrent

@@ -246,19 +246,8 @@ def _gradients(
     model: LanguageModel, window: Sequence[int], generator: torch.Generator
 ) -> tuple[_ObservedSequence, tuple[Tensor, ...]]:
     """Gradients by keys and values, layer by layer, of the log-likelihood of tokens drawn from the model itself."""
-    ids = torch.tensor(window, dtype=torch.long, device=model.device)[None]
-    sequence = _ObservedSequence()
-    step = RecurrentStep({}, sequence, model.recurrent.numbers) if model.recurrent is not None else None
     with model.turns.turn(len(window)), torch.enable_grad():
-        output: Any = model.network(
-            input_ids=ids,
-            position_ids=torch.arange(len(window), device=model.device)[None],
-            use_cache=False,
-            logits_to_keep=torch.arange(len(window) // 2, len(window), device=model.device),
-            cag_pause=model.turns.pause,
-            cag_places=model.places,
-            **attention_arguments(sequence, step),
-        )
+        sequence, output = _observed(model, window, range(len(window)), range(len(window) // 2, len(window)))
         likelihood = output.logits[0].float().log_softmax(-1)
         chances = likelihood.detach().exp()
         _check_numbers(chances)
@@ -266,6 +255,32 @@ def _gradients(
         errors = [error for layer in sorted(sequence.errors) for error in sequence.errors[layer]]
         gradients = torch.autograd.grad(likelihood.gather(1, drawn).sum(), errors)
     return sequence, gradients
+
+
+def keys_at(model: LanguageModel, token: int, position: int) -> list[Tensor]:
+    """Keys of each layer, `[num_kv_heads, 1, head_dim]`, of a text that is one token long and stands at a position."""
+    with model.turns.turn(1), torch.no_grad():
+        sequence, _ = _observed(model, [token], [position], [0])
+    return [sequence.arrays[layer][0] for layer in range(len(model.kv_shapes))]
+
+
+def _observed(
+    model: LanguageModel, token_ids: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
+) -> tuple[_ObservedSequence, Any]:
+    """A forward of the network itself, of a text without anything before it, with logits of the `wanted` tokens."""
+    ids, places, rows = (torch.tensor(numbers, device=model.device) for numbers in (token_ids, positions, wanted))
+    sequence = _ObservedSequence()
+    step = RecurrentStep({}, sequence, model.recurrent.numbers) if model.recurrent is not None else None
+    output: Any = model.network(
+        input_ids=ids[None],
+        position_ids=places[None],
+        use_cache=False,
+        logits_to_keep=rows,
+        cag_pause=model.turns.pause,
+        cag_places=model.places,
+        **attention_arguments(sequence, step),
+    )
+    return sequence, output
 
 
 def _unrotated(array: Tensor, rotation: Rotation) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import Lfm2Config
 from typer.testing import CliRunner
 
 from cag.calibration import CalibrationOptions, calibrate
+from cag.engine import Engine
 from cag.errors import UsageError
 from cag_bench.cli import app
 from cag_bench.codec_list import LADDER, codec_label, parse_codecs
@@ -16,6 +18,7 @@ from cag_bench.quality import QualityOptions, run_quality
 from cag_bench.quality_corpus import cut_corpus
 from cag_bench.quality_table import corpus_names, fronts
 from cag_store import object_paths
+from tiny import write_tiny_model
 
 SMALL = CalibrationOptions(joint_layers=2, num_windows=3, window_tokens=256, gradient_windows=2, least_step=-700)
 NUM_TOKENS = 700
@@ -65,6 +68,35 @@ def test_losses_are_in_order_and_both_kinds_of_probes_are_there(summary):
         assert all(fidelity[kind]["num_probes"] >= least for fidelity in rows.values())
     assert rows["lossless"]["following"]["method"] == "bits"
     assert rows["int8"]["following"]["method"] == "probes"
+
+
+def test_a_hybrid_is_measured_with_its_states(tmp_path, bench_home, long_corpus):
+    config = Lfm2Config(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        layer_types=["conv", "full_attention"],
+        max_position_embeddings=4096,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
+    engine = Engine.load(str(write_tiny_model(tmp_path / "model", config=config)), store=tmp_path / "store")
+    options = QualityOptions(parse_codecs(["lossless", "int8"]), NUM_TOKENS, (10.0,))
+    found = run_quality(engine, [long_corpus], options, tmp_path / "out", lambda *_: None)
+    rows = {row["label"]: row for row in found["rows"]}
+    (name,) = engine.store.names()
+    _, manifest = engine.find(name)
+    assert rows["int8"]["stored_bytes"]["states"] == manifest.states.stored_bytes > 0
+    assert rows["int8"]["raw_bytes"] == manifest.raw_bytes
+    for kind in ("corpus", "following"):
+        kl = [rows[label]["fidelity"][kind]["mean_kl"] for label in rows]
+        assert kl[0] == 0 < kl[1] < 1
+    behind = engine.build(long_corpus.paths, name="built", codec="int8")  # the same chunks, snapshots among them
+    assert behind.reused_tokens > 0
 
 
 def test_corpora_whose_paths_end_alike_stay_apart_and_rows_tell_what_was_cut(tiny_engine, tmp_path):

@@ -5,7 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
+from hybrids import FAMILIES
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen2Config,
+    SmolLM3Config,
+)
 
 from cag.calibration import CalibrationOptions, calibrate, model_basis, model_codec, rotation
 from cag.calibration.observe import observe
@@ -61,6 +69,10 @@ def model(request, tmp_path_factory, home_of_models) -> LanguageModel:
     return LanguageModel.load(write_tiny_model(folder, config=CONFIGS[request.param]), model_id="tiny")
 
 
+def tiny_model(folder, config) -> LanguageModel:
+    return LanguageModel.load(write_tiny_model(folder, config=config), model_id="tiny")
+
+
 def cache_of(model: LanguageModel, num_tokens: int = 200):
     state = model.new_state(capacity=num_tokens)
     text = own_texts()[0]
@@ -76,6 +88,25 @@ def test_every_layer_has_its_rotation(model):
     assert {rotation.pairing for rotation in rotations} == {"halves"}
     if "gemma" in model.network.config.model_type:
         assert layer_rotation == (0, 1, 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1", "bamba", "olmo_hybrid"])
+def test_rotations_behind_recurrent_layers_are_found(family, tmp_path):
+    """What such a layer knows of one token depends on nothing but the token."""
+    found, of_layers = find_rotations(tiny_model(tmp_path, FAMILIES[family]()))
+    assert len(found) == 1 and set(of_layers) == {0}
+
+
+def test_rotations_of_layers_with_sinks_are_found(tmp_path):
+    """How much goes to a sink depends on how many tokens there are."""
+    config = GptOssConfig(**SIZES, sliding_window=24, num_local_experts=4, num_experts_per_tok=2)
+    assert set(find_rotations(tiny_model(tmp_path, config))[1]) == {0}
+
+
+def test_layers_without_positions_have_no_rotation(tmp_path):
+    """Every second layer of these."""
+    config = SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1])
+    assert find_rotations(tiny_model(tmp_path, config))[1] == (0, -1, 0)
 
 
 def test_a_wrong_rotation_is_not_taken(model, monkeypatch):
