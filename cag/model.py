@@ -298,8 +298,8 @@ class LanguageModel:
         return chosen
 
     def _run(self, ids: Tensor, batch: BatchState, wanted: list[int]) -> Tensor:
-        if self.recurrent is not None and batch.num_sequences > 1:  # their rows would run into each other
-            return torch.cat([self._run(*alone) for alone in batch.by_sequence(ids, wanted)])
+        if self.recurrent is not None and batch.num_sequences > 1 and not batch.are_alike:
+            return batch.run_alike(ids, wanted, self._run)
         if self.replays is not None and self.replays.serves(batch):
             return self.replays.forward(ids, batch, wanted)
         if self.decoder is not None and self.decoder.serves(batch):
@@ -339,17 +339,18 @@ class LanguageModel:
             return self._network_forward(ids, positions, state, wanted)
 
     def _network_forward(self, ids: Tensor, positions: Tensor, state: Any, num_logits: int | Tensor) -> Tensor:
+        shape = (1 if self.recurrent is None else len(state.sequences), -1)
         with remembering(state, self.recurrent) as attention:
             output = self.network(
-                input_ids=ids[None],
-                position_ids=positions[None],
+                input_ids=ids.view(shape),
+                position_ids=positions.view(shape),
                 use_cache=False,
                 logits_to_keep=num_logits,
                 cag_pause=self.turns.pause,
                 cag_places=self.places,
                 **attention,
             )
-        logits: Tensor = output.logits[0].float()
+        logits: Tensor = output.logits.flatten(0, 1).float()
         return logits
 
     def run_in_steps(self, *, capture: bool) -> None:

@@ -270,7 +270,7 @@ def _observed(
     """A forward of the network itself, of a text without anything before it, with logits of the `wanted` tokens."""
     ids, places, rows = (torch.tensor(numbers, device=model.device) for numbers in (token_ids, positions, wanted))
     sequence = _ObservedSequence()
-    step = RecurrentStep({}, sequence, model.recurrent.numbers) if model.recurrent is not None else None
+    step = RecurrentStep([{}], sequence, model.recurrent.numbers) if model.recurrent is not None else None
     output: Any = model.network(
         input_ids=ids[None],
         position_ids=places[None],

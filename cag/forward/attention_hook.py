@@ -56,7 +56,8 @@ def _attend(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads, head_dim]` out.
+    """transformers' attention interface: `[sequences, heads, tokens, head_dim]` in, `[sequences, tokens, heads,
+    head_dim]` out. There are several sequences only where layers are recurrent; those of others lie in one row.
 
     Queries and keys that are wider than values, or narrower, are served with zeros behind the narrower ones.
     """
@@ -77,16 +78,21 @@ def _attend(
     place = cag_places[module.layer_idx] if cag_places is not None else KvPlace(module.layer_idx)
     out = cag_state.attend(
         place.layer,
-        query[0],
-        key[0],
-        value[0],
+        _side_by_side(query),
+        _side_by_side(key),
+        _side_by_side(value),
         scale=scale,
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
         stores=place.stores,
     )
-    return out[..., :width].transpose(0, 1)[None].contiguous(), None
+    return out[..., :width].transpose(0, 1).reshape(len(query), -1, len(out), width), None
+
+
+def _side_by_side(rows: Tensor) -> Tensor:
+    """`[sequences, heads, tokens, head_dim]` as `[heads, sequences * tokens, head_dim]`."""
+    return rows.transpose(0, 1).flatten(1, 2)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attend)

@@ -6,7 +6,7 @@ in its pages. What a row sees is never looked up by what else is in the batch. K
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cag.forward.recurrent import States
 from cag.forward.state import (
     AttentionRule,
     PrefixLayers,
@@ -139,31 +138,42 @@ class Batch:
 
 
 class BatchState(Batch, StepState):
-    """A batch that a network's own forward attends with; see `SequenceState.attend`, of which it gives the same."""
+    """A batch that a network's own forward attends with; see `SequenceState.attend`, of which it gives the same.
+
+    `are_alike`: `run_alike` has put these sequences together.
+    """
+
+    are_alike = False
 
     @property
-    def recurrent(self) -> States:
-        """What recurrent layers know behind the last token of the only sequence."""
-        (state,) = self.states
-        return state.recurrent
+    def sequences(self) -> Sequence[SequenceState]:
+        """Those whose rows these are."""
+        return self.states
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the only sequence."""
-        (state,) = self.states
-        return state.num_tokens
+    def run_alike(
+        self, ids: Tensor, wanted: Sequence[int], run: Callable[[Tensor, BatchState, list[int]], Tensor]
+    ) -> Tensor:
+        """Logits of the `wanted` rows, ascending, by forwards in which each sequence is a row of its own, since side by
+        side they would run into each other in recurrent layers. `run` is given those sequences together that have as
+        many new tokens, of which the same are wanted, and that all have tokens already or none; the wanted ones are
+        counted in each sequence."""
+        parts, order = [], []
+        for (count, own, _), members in self._kinds(wanted).items():
+            starts = [int(self.starts[index]) for index in members]
+            rows = [start + row for start in starts for row in range(count)]
+            alike = BatchState([self.states[index] for index in members], [count] * len(members))
+            alike.are_alike = True
+            parts.append(run(ids[rows], alike, list(own)))
+            order += [start + row for start in starts for row in own]
+        return torch.cat(parts)[torch.tensor(order).argsort()]
 
-    def stage(self, states: States) -> None:
-        """See `SequenceState`, of the only sequence."""
-        (state,) = self.states
-        state.stage(states)
-
-    def by_sequence(self, ids: Tensor, wanted: Sequence[int]) -> Iterator[tuple[Tensor, BatchState, list[int]]]:
-        """Ids, batch and wanted rows of each sequence by itself."""
+    def _kinds(self, wanted: Sequence[int]) -> dict[tuple[int, tuple[int, ...], bool], list[int]]:
+        kinds: dict[tuple[int, tuple[int, ...], bool], list[int]] = {}
         for index, (state, count) in enumerate(zip(self.states, self.counts, strict=True)):
             first = int(self.starts[index])
-            own = [row - first for row in wanted if first <= row < first + count]
-            yield ids[first : first + count], BatchState([state], [count]), own
+            own = tuple(row - first for row in wanted if first <= row < first + count)
+            kinds.setdefault((count, own, state.num_tokens > 0), []).append(index)
+        return kinds
 
     def upload(self, ids: Tensor, wanted: Sequence[int], device: torch.device) -> StepTensors:
         """What the forward needs, ids and wanted rows too, on `device`: before the first layer attends."""

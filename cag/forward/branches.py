@@ -29,6 +29,11 @@ class BranchedState:
         self.branches = [slice(first, last) for first, last in pairwise(accumulate(branch_tokens, initial=0))]
 
     @property
+    def sequences(self) -> list[BranchedState]:
+        """Where layers are recurrent, there is one branch."""
+        return [self]
+
+    @property
     def recurrent(self) -> States:
         """What recurrent layers know before a branch."""
         return self.prefix.recurrent

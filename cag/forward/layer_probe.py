@@ -177,7 +177,7 @@ def probe_network(network: Any, device: torch.device, recurrent: RecurrentLayers
         raise UnsupportedModel(f"{config.model_type} says nowhere how long a prompt may be (max_position_embeddings).")
     positions = torch.tensor([[0, most - 1]], device=device)
     ids, wanted = torch.full_like(positions, _loudest_probe(network)), positions.new_zeros(1)
-    step = None if recurrent is None else RecurrentStep({}, probe, recurrent.numbers)
+    step = None if recurrent is None else RecurrentStep([{}], probe, recurrent.numbers)
     given = attention_arguments(probe, step)
     with rotations.watching(network):
         network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, **given)

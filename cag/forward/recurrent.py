@@ -43,7 +43,7 @@ class Attends(Protocol):
         """See `cag.forward.state.SequenceState.attend`."""
 
 
-class Recalls(Attends, Protocol):
+class Recalls(Protocol):
     """A sequence with what its recurrent layers know."""
 
     @property
@@ -58,27 +58,47 @@ class Recalls(Attends, Protocol):
         """Behind the new tokens."""
 
 
+class Remembers(Attends, Protocol):
+    """What a forward's layers attend through, of one sequence or of several."""
+
+    @property
+    def sequences(self) -> Sequence[Recalls]:
+        """Those whose new tokens the forward has: row by row, as many tokens of each."""
+
+
 class RecurrentStep:
     """The cache of one forward, as transformers' layers call it; also what attention layers are given.
+
+    The forward is one of `num_sequences` rows, each a sequence; states have them along their first axis.
 
     Attributes:
         after: the states that the layers have left, by name.
     """
 
     def __init__(
-        self, before: States, attention: Attends, numbers: Mapping[int, int] | None = None, *, num_tokens: int = 0
+        self,
+        before: Sequence[States],
+        attention: Attends,
+        numbers: Mapping[int, int] | None = None,
+        *,
+        num_tokens: int = 0,
     ) -> None:
-        """`numbers` says how each attention layer is counted among the attention layers; None: as in the network.
-        `num_tokens` stand before the forward."""
+        """`before` says what the layers know of each sequence, `numbers` how each attention layer is counted among the
+        attention layers; None: as in the network. `num_tokens` stand before the forward, in the longest sequence."""
         self._before, self._attention, self._numbers = before, attention, numbers
         self._num_tokens = num_tokens
         self._layer: int | None = None
         self.after: dict[str, Tensor] = {}
 
     @property
-    def states(self) -> States:
-        """What the layers know behind the forward."""
-        return {**self._before, **self.after}
+    def states(self) -> list[States]:
+        """What the layers know behind the forward, of each sequence."""
+        if len(self._before) == 1:
+            return [{**self._before[0], **self.after}]
+        return [
+            {**before, **{name: state[row : row + 1].clone() for name, state in self.after.items()}}
+            for row, before in enumerate(self._before)
+        ]
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor:
         """See `Attends`. The layer is the one that gave its keys to `update` before: one module may serve several."""
@@ -93,7 +113,8 @@ class RecurrentStep:
         return keys, values
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """The last inputs of a convolution, `[1, channels, kernel_size]`, to be written to; None before any token."""
+        """The last inputs of a convolution, `[num_sequences, channels, kernel_size]`, to be written to; None before any
+        token."""
         return self._own(state_name(layer_idx, "conv", state_idx))
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -120,7 +141,7 @@ class RecurrentStep:
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
         """Whether tokens stand before the forward."""
-        return bool(self._before)
+        return bool(self._before[0])
 
     def is_recording_past(self, _layer_idx: int) -> bool:
         """No states but the last are kept."""
@@ -131,8 +152,8 @@ class RecurrentStep:
         return self._num_tokens
 
     def _own(self, name: str) -> Tensor | None:
-        if name not in self.after and name in self._before:
-            self.after[name] = self._before[name].clone()
+        if name not in self.after and name in self._before[0]:
+            self.after[name] = torch.cat([states[name] for states in self._before])
         return self.after.get(name)
 
 
@@ -201,20 +222,25 @@ def attention_arguments(attention: Attends, step: RecurrentStep | None) -> dict[
 
 
 @contextmanager
-def remembering(sequence: Any, layers: RecurrentLayers | None) -> Iterator[dict[str, Any]]:
-    """Around a forward of new tokens of `sequence`, which `Attends`: the arguments by which the layers attend.
+def remembering(attention: Any, layers: RecurrentLayers | None) -> Iterator[dict[str, Any]]:
+    """Around a forward of new tokens, whose layers reach keys and values by `attention`, which `Attends`: the arguments
+    for it.
 
-    With recurrent `layers` it `Recalls`, too: the arguments let these remember, and what they know is staged behind it.
+    With recurrent `layers` it `Remembers`, too: the arguments let these, and what they know of each sequence is staged
+    behind it. All sequences have tokens already, or none has.
     """
     if layers is None:
-        yield attention_arguments(sequence, None)
+        yield attention_arguments(attention, None)
         return
-    recalling: Recalls = sequence
-    before = recalling.recurrent
-    assert not recalling.num_tokens or before.keys() == layers.shapes.keys(), "states of earlier tokens are missing"
-    step = RecurrentStep(before, recalling, layers.numbers, num_tokens=recalling.num_tokens)
-    yield attention_arguments(recalling, step)
-    recalling.stage(step.states)
+    remembering: Remembers = attention
+    sequences = remembering.sequences
+    before, num_tokens = [sequence.recurrent for sequence in sequences], max(s.num_tokens for s in sequences)
+    known = {frozenset(states) for states in before}
+    assert len(known) == 1 and (not num_tokens or known == {frozenset(layers.shapes)}), "states are missing"
+    step = RecurrentStep(before, remembering, layers.numbers, num_tokens=num_tokens)
+    yield attention_arguments(remembering, step)
+    for sequence, states in zip(sequences, step.states, strict=True):
+        sequence.stage(states)
 
 
 def by_sequence(branches: Sequence[list[int]], rows: Sequence[int]) -> Iterator[tuple[list[list[int]], list[int]]]:

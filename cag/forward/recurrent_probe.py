@@ -6,6 +6,7 @@ Knows a network's forward as transformers have it; knows no text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cag.errors import UnsupportedModel
 from cag.forward.decoder_layers import CLOSE, relative_difference
+from cag.forward.pages import PagedState
 from cag.forward.recurrent import RECURRENT, RecurrentLayers, RecurrentStep
 from cag.forward.state import SequenceState, WholeState
 from cag.forward.weights import Float32Products
@@ -35,8 +37,14 @@ class Model(Protocol):
     def new_state(self) -> WholeState:
         """An empty sequence."""
 
+    def new_session_state(self) -> PagedState:
+        """An empty sequence of which several fit into one forward."""
+
     def forward(self, token_ids: list[int], state: SequenceState, *, num_logits: int) -> Tensor:
         """Logits of new tokens of a sequence."""
+
+    def forward_together(self, chunks: Sequence[tuple[list[int], PagedState]], *, num_logits: Sequence[int]) -> Tensor:
+        """Logits of new tokens of several sequences, one behind the other."""
 
 
 class _Attending:
@@ -58,7 +66,7 @@ def find_recurrent_layers(network: Any, device: torch.device) -> RecurrentLayers
     """
     attending, config = _Attending(), network.config
     name, ids = config.model_type, torch.zeros(1, 2, dtype=torch.long, device=device)
-    step = RecurrentStep({}, attending)
+    step = RecurrentStep([{}], attending)
     positions = torch.arange(2, device=device)[None]
     try:
         network(input_ids=ids, position_ids=positions, use_cache=False, cag_state=step, past_key_values=step)
@@ -79,20 +87,29 @@ def find_recurrent_layers(network: Any, device: torch.device) -> RecurrentLayers
 
 
 def check_pieces(model: Model, *, exactly: bool) -> None:
-    """Whether a network gives the same logits for tokens at once and in pieces, multiplied in float32; `exactly`: it
-    computes in float32 besides.
+    """Whether a network gives the same logits for tokens at once and in pieces, in company and alone, multiplied in
+    float32; `exactly`: it computes in float32 besides.
 
     Raises: UnsupportedModel: it does not.
     """
-    ids = [index * (model.vocab_size // sum(PIECES)) for index in range(sum(PIECES))]
-    state, parts, first = model.new_state(), [], 0
+    texts = [[index * (model.vocab_size // sum(PIECES)) for index in range(sum(PIECES))]]
+    texts.append(texts[0][::-1])
+    states, first = [model.new_session_state() for _ in texts], 0
+    parts: list[list[Tensor]] = [[] for _ in texts]
     with Float32Products():
-        whole = model.forward(ids, model.new_state(), num_logits=0)
+        whole = [model.forward(ids, model.new_state(), num_logits=0) for ids in texts]
         for count in PIECES:
-            parts.append(model.forward(ids[first : first + count], state, num_logits=0))
+            chunks = [(ids[first : first + count], state) for ids, state in zip(texts, states, strict=True)]
+            found = model.forward_together(chunks, num_logits=[count] * len(texts))
+            for part, logits in zip(parts, torch.split_with_sizes(found, [count] * len(texts)), strict=True):
+                part.append(logits)
             first += count
-    if not relative_difference(whole, torch.cat(parts)) <= (CLOSE if exactly else NEAR):  # also where it is no number
-        raise UnsupportedModel(
-            f"{model.network.config.model_type} answers a text in pieces otherwise than at once: its layers do not "
-            "take up the state that stands before a block of tokens, or keep more than that."
-        )
+    for alone, part in zip(whole, parts, strict=True):
+        if not relative_difference(alone, torch.cat(part)) <= (
+            CLOSE if exactly else NEAR
+        ):  # also where it is no number
+            raise UnsupportedModel(
+                f"{model.network.config.model_type} answers a text in pieces otherwise than at once: its layers do not "
+                "take up the state that stands before a block of tokens, or keep more than that, or not each "
+                "sequence's own."
+            )

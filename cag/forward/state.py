@@ -208,6 +208,11 @@ class SequenceState:
         return self.num_prefix + self.num_tail
 
     @property
+    def sequences(self) -> list[SequenceState]:
+        """The only one."""
+        return [self]
+
+    @property
     def recurrent(self) -> States:
         """What recurrent layers know behind the last token."""
         return {} if self._kept is None else self._kept.behind(self.num_tail)

@@ -179,6 +179,8 @@ class SequencesApart:
         counts = self._counts
         if counts is None:
             return forward(block)
+        if block.ndim > 2 and len(block) == len(counts):  # each a row of the forward, as recurrent layers need it
+            return torch.cat([forward(part) for part in torch.split_with_sizes(block, [1] * len(block))])
         if block.shape[-2] == len(counts):  # one row of each, as the output matrix has
             counts = [1] * len(counts)
         return torch.cat([forward(part) for part in torch.split_with_sizes(block, list(counts), dim=-2)], dim=-2)

@@ -72,6 +72,29 @@ def test_sessions_behind_one_snapshot_do_not_see_each_other(both):
     assert all(bool((prefix.recurrent[name] == value).all()) for name, value in kept.items())
 
 
+def test_sequences_with_as_many_new_tokens_run_in_one_forward(both, monkeypatch):
+    """Rows of one forward, whatever their order, how far they are, and which of them are long or new."""
+    model, expected = both
+    shapes, run = [], model.network.forward
+
+    def counted(*arguments, **named):
+        shapes.append(tuple(named["input_ids"].shape))
+        return run(*arguments, **named)
+
+    starts = [60, 0, 45, 70, 0, 58, 12]
+    counts = [1, 4, 1, 4, 4, 1, 3]
+    states = [model.new_session_state(prefix_of(model, start) if start else None) for start in starts]
+    monkeypatch.setattr(model.network, "forward", counted)
+    for again in range(2):
+        places = [range(s + again * c, s + again * c + c) for s, c in zip(starts, counts, strict=True)]
+        chunks = [(IDS[place.start : place.stop].tolist(), s) for place, s in zip(places, states, strict=True)]
+        found = model.forward_together(chunks, num_logits=[1, 4, 1, 2, 4, 1, 3])
+        wanted = [row for place, most in zip(places, (1, 4, 1, 2, 4, 1, 3), strict=True) for row in place[-most:]]
+        assert close(found, expected[wanted])
+    # single tokens; four at the beginning, then behind four; four of which two are wanted; three
+    assert shapes == [(3, 1), (2, 4), (1, 4), (1, 3)] * 2
+
+
 def test_branches_stand_behind_the_snapshot_each(both):
     model, expected = both
     branches = [IDS[60:70].tolist(), IDS[60:66].tolist()]
@@ -111,13 +134,13 @@ def test_a_forward_that_fails_leaves_no_trace(model, monkeypatch):
 
     def failing(*arguments, **named):
         calls.append(1)
-        if len(calls) == 2:  # of the second sequence: the first one went through all layers
+        if len(calls) == 2:  # of the second forward: the first one went through all layers
             raise RuntimeError("no memory")
         return forward(*arguments, **named)
 
     monkeypatch.setattr(last, "forward", failing)
     with pytest.raises(RuntimeError, match="no memory"):
-        model.forward_together([([1], state), ([1], other)], num_logits=[1, 1])
+        model.forward_together([([1], state), ([1, 2], other)], num_logits=[1, 1])
     assert state.num_tail == other.num_tail == 60
     assert all(bool((state.recurrent[name] == value).all()) for name, value in before.items())
     again, fresh = model.forward([1], state), model.new_session_state()

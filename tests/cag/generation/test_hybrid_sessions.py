@@ -63,15 +63,15 @@ def test_sessions_join_and_leave_between_steps(prefix):
 
 def test_an_error_of_one_leaves_the_others(prefix, monkeypatch):
     """Everybody is run again, each alone: nobody's states may have moved."""
-    alone = [prefix.ask(question, OPTIONS).token_ids for question in ("one", "two")]
+    alone = [prefix.ask(question, OPTIONS).token_ids for question in ("one", "three")]
     scheduler, model = Scheduler(prefix.model), prefix.model
-    streams = [prefix.stream(question, OPTIONS) for question in ("one", "two")]
+    streams = [prefix.stream(question, OPTIONS) for question in ("one", "three")]
     requests = [stream.submit(scheduler, lambda _: None) for stream in streams]
     run, calls = model._network_forward, []
 
     def failing(*arguments):
         calls.append(1)
-        if len(calls) in (2, 6):  # the second of two in a step
+        if len(calls) in (2, 6):  # the second of two forwards in a step, then one of both together
             raise RuntimeError("no memory")
         return run(*arguments)
 
