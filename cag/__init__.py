@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cag.corpus import Document, load_corpus, load_documents
     from cag.engine import Engine
     from cag.errors import CagError
-    from cag.generation.answer import Answer, CacheOrigin, Citation, Timings, Usage
+    from cag.generation.answer import Answer, CacheOrigin, Citation, Piece, Timings, Usage
     from cag.generation.generate import SamplingOptions
     from cag.generation.session import AnswerStream, Session
     from cag.prefix import Prefix
@@ -41,6 +41,7 @@ _HOMES = {
     "Citation": "cag.generation.answer",
     "Document": "cag.corpus",
     "Engine": "cag.engine",
+    "Piece": "cag.generation.answer",
     "Prefix": "cag.prefix",
     "SamplingOptions": "cag.generation.generate",
     "Session": "cag.generation.session",
@@ -63,6 +64,7 @@ __all__ = [
     "Citation",
     "Document",
     "Engine",
+    "Piece",
     "Prefix",
     "SamplingOptions",
     "Session",

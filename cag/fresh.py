@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from cag.generation.answer import Answer, CacheOrigin, Timings, Usage
+from cag.generation.answer import Answer, CacheOrigin, Usage
 from cag.generation.generate import Generation, SamplingOptions
 from cag.model import LanguageModel
 from cag.prefill import PROMPT_BLOCK_TOKENS
@@ -27,20 +27,26 @@ def ask_fresh(
 ) -> Answer:
     """Compute the prefix of `layout` and the question, then answer. Nothing is cached: `cached_tokens` is 0."""
     begin = time.perf_counter() if started_at is None else started_at
-    prompt = layout.token_ids.tolist() + question_ids(model.tokenizer, layout.template, question)
     options = options or SamplingOptions()
+    form = model.thinking.form(layout.template, think=options.think)
+    prompt = layout.token_ids.tolist() + question_ids(model.tokenizer, form.template, question)
     model = for_length(model, len(prompt) + options.max_tokens)
     state = model.new_state(capacity=len(prompt))
-    generation = Generation(model, state, prompt, options, started_at=begin, block_tokens=PROMPT_BLOCK_TOKENS).run()
+    generation = Generation(
+        model, state, prompt, options, started_at=begin, block_tokens=PROMPT_BLOCK_TOKENS, form=form
+    ).run()
     return Answer(
         text=generation.text.strip(),
         citations=(),
-        usage=Usage(len(prompt), 0, len(prompt), len(generation.token_ids)),
-        timings=Timings(0.0, generation.prefill_s, generation.ttft_s, generation.tpot_s, generation.total_s),
+        usage=Usage(
+            len(prompt), 0, len(prompt), len(generation.token_ids), reasoning_tokens=generation.reasoning_tokens
+        ),
+        timings=generation.timings(),
         cache=CacheOrigin("", "", "none"),
         model=model.model_id,
         finish_reason=generation.finish_reason,
         token_ids=tuple(generation.token_ids),
+        reasoning=generation.reasoning.strip(),
     )
 
 

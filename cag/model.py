@@ -40,6 +40,7 @@ from cag.starts.begin import Beginning, begin, can_be_kept
 from cag.starts.keeping import StartKeeper, digest_of
 from cag.starts.record import Start, record_path
 from cag.starts.taking import StartedParts, take_start
+from cag.thinking import read_thinking
 from cag_kernels import FEW_ROWS, has_compiler, vector_lanes
 from cag_kernels.device import triton_runs_on
 
@@ -86,14 +87,14 @@ class LanguageModel:
         self.model_id = model_id
         self.fingerprints = fingerprints
         self.plan = plan
-        self.kv_dtype = kv_dtype
+        self.kv_dtype, self.compute_dtype = kv_dtype, compute_dtype
         self.device = next(network.parameters()).device
         self.adapter = adapter
-        self.compute_dtype = compute_dtype
         self.turns = ForwardTurns(plan)
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
         self.template: PromptTemplate = start.prompt_template if start else guarded_template(tokenizer)
+        self.thinking = start.model_thinking if start else read_thinking(tokenizer, self.template)
         recurs = has_recurrent_layers(self._network.config)
         self.recurrent = find_recurrent_layers(self.network, self.device) if recurs else None
         probed = started.probed if started else probe_network(self.network, self.device, self.recurrent)

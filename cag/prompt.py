@@ -29,7 +29,17 @@ CLOSING_TEXT = "These were all documents. Answer the question from them, in as f
 _tokenizer_lock = threading.Lock()
 _template_ids: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()  # of a tokenizer, by piece
 
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),  # gpt-oss
+    ("<|channel>thought\n", "<channel|>"),  # Gemma 4
+    ("<|think|>", "<|end|><|begin|>assistant<|content|>"),  # Solar Open
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
+)
 """What reasoning models put around what they think before they answer."""
 
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "\x02sys\x03", "\x02que\x03", "\x02ans\x03", "\x02nxt\x03"
@@ -64,6 +74,21 @@ class PromptTemplate:
     after: str
     between: str
     stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TemplateCut:
+    """What a chat template makes of one conversation, cut at system text, questions and answer.
+
+    It reads `before` system-part `middle` question, then `asked` where an answer is asked for, `given` where one was
+    given; `between` answer and next question.
+    """
+
+    before: str
+    middle: str
+    asked: str
+    given: str
+    between: str
 
 
 PLAIN_TEMPLATE = PromptTemplate("", "\n\nQuestion: ", "\nAnswer:", "\n\nQuestion: ", ("\n\nQuestion:", "\nQuestion:"))
@@ -130,17 +155,26 @@ def read_template(tokenizer: Any) -> PromptTemplate:
     """
     if not getattr(tokenizer, "chat_template", None):
         return replace(PLAIN_TEMPLATE, before=_text_start(tokenizer))
+    cut = cut_template(tokenizer, enable_thinking=False)
+    if cut is None:
+        raise UnsupportedModel(
+            "the chat template changes, repeats or drops what it is given, so no prefix of it is stable.",
+            hint="Use a model with an ordinary chat template.",
+        )
+    return PromptTemplate(cut.before, cut.middle, _answer_opening(cut.asked, cut.given), cut.between)
+
+
+def cut_template(tokenizer: Any, **choices: Any) -> TemplateCut | None:
+    """Cut the tokenizer's chat template; `choices` are what it may look at besides messages. None: it changes, repeats
+    or drops what it is given."""
     system_turn = {"role": "system", "content": _SYSTEM}
     question = {"role": "user", "content": _QUESTION}
     for in_parts in (False, True):  # as templates want content that may hold images besides
         for opening in ([system_turn, question], [{"role": "user", "content": f"{_SYSTEM}\n\n{_QUESTION}"}]):
-            cut = _cut(tokenizer, opening, in_parts=in_parts)
+            cut = _cut(tokenizer, opening, choices | {"in_parts": in_parts})
             if cut is not None:
                 return cut
-    raise UnsupportedModel(
-        "the chat template changes, repeats or drops what it is given, so no prefix of it is stable.",
-        hint="Use a model with an ordinary chat template.",
-    )
+    return None
 
 
 def _text_start(tokenizer: Any) -> str:
@@ -161,17 +195,17 @@ def guarded_template(tokenizer: Any) -> PromptTemplate:
     return template
 
 
-def _cut(tokenizer: Any, opening: list[dict[str, str]], *, in_parts: bool) -> PromptTemplate | None:
-    first = _split(_render(tokenizer, opening, in_parts=in_parts), _SYSTEM, _QUESTION)
+def _cut(tokenizer: Any, opening: list[dict[str, str]], choices: dict[str, Any]) -> TemplateCut | None:
+    first = _split(_render(tokenizer, opening, **choices), _SYSTEM, _QUESTION)
     if first is None:
         return None
     before, middle, asked = first
     # some templates move the system text to the last question, so that of later ones is looked for without any
     for beginning in (opening, [{"role": "user", "content": _QUESTION}]):
         turns = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-        later = _split(_render(tokenizer, beginning + turns, in_parts=in_parts), _QUESTION, _ANSWER, _NEXT)
+        later = _split(_render(tokenizer, beginning + turns, **choices), _QUESTION, _ANSWER, _NEXT)
         if later is not None and _SYSTEM not in later[1] + later[2]:
-            return PromptTemplate(before, middle, _answer_opening(asked, later[1]), later[2])
+            return TemplateCut(before, middle, asked, later[1], later[2])
     return None
 
 
@@ -195,18 +229,21 @@ def _answer_opening(asked: str, given: str) -> str:
     Source: thoughts that are closed before they begin, arXiv:2504.09858.
     """
     opening = given if given.startswith(asked) and given[len(asked) :].strip() else asked
-    for begin, end in THOUGHTS:
-        if opening.rfind(begin) > opening.rfind(end):
-            opening = f"{opening.rstrip()}\n\n{end}\n\n"
-    return opening
+    end = opened_thoughts(opening)
+    return f"{opening.rstrip()}\n\n{end}\n\n" if end else opening
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, in_parts: bool) -> str | None:
+def opened_thoughts(text: str) -> str:
+    """The mark that ends the thoughts that `text` has opened; empty if it has opened none."""
+    return next((end for begin, end in THOUGHTS if text.rfind(begin) > text.rfind(end)), "")
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, in_parts: bool, **choices: Any) -> str | None:
     given: list[Any] = list(messages)
     if in_parts:
         given = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
     try:
-        text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **choices)
     except Exception:  # templates raise whatever they like, jinja2's TemplateError for an unknown role
         return None
     return str(text)
@@ -264,13 +301,28 @@ def next_question_ids(tokenizer: Any, template: PromptTemplate, question: str) -
     return encode(tokenizer, template.between, special=True) + question_ids(tokenizer, template, question)
 
 
+def given_answer_ids(tokenizer: Any, given: str, answer: str) -> list[int]:
+    """An answer of an earlier turn with what the template has before it (`given`), right behind its question. A blank
+    at the end of that begins the answer, whose first word has it in its token."""
+    before = given.rstrip(" ")
+    answer = given[len(before) :] + answer.strip()
+    return encode(tokenizer, before, special=True) + encode(tokenizer, answer, special=False)
+
+
 def conversation_ids(
-    tokenizer: Any, template: PromptTemplate, turns: Sequence[tuple[str, str]], question: str
+    tokenizer: Any,
+    template: PromptTemplate,
+    turns: Sequence[tuple[str, str]],
+    question: str,
+    *,
+    given: str | None = None,
 ) -> list[int]:
-    """The suffix of a question behind earlier (question, answer) `turns` of which no token has been read yet."""
+    """The suffix of a question behind earlier (question, answer) `turns` of which no token has been read yet. `given`:
+    what the template has before answers that were given, if not what it asks for one with."""
     ids: list[int] = []
+    given, turn = template.after if given is None else given, replace(template, after="")
     for asked, answer in turns:
         ask = next_question_ids if ids else question_ids
-        ids += ask(tokenizer, template, asked) + encode(tokenizer, answer.strip(), special=False)
+        ids += ask(tokenizer, turn, asked) + given_answer_ids(tokenizer, given, answer)
     ask = next_question_ids if ids else question_ids
     return ids + ask(tokenizer, template, question)

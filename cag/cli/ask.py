@@ -25,11 +25,12 @@ from cag.cli.options import (
     SpeculateOption,
     StoreOption,
     TemperatureOption,
+    ThinkOption,
     TopPOption,
     VerboseOption,
     given,
 )
-from cag.cli.output import note_configuration, one_line, print_json, printable, report_error
+from cag.cli.output import DimmedNote, note, note_configuration, one_line, print_json, printable, report_error
 
 if TYPE_CHECKING:
     from cag.generation.answer import Answer
@@ -52,6 +53,7 @@ def ask(
     top_p: TopPOption = None,
     seed: SeedOption = None,
     speculate: SpeculateOption = None,
+    think: ThinkOption = None,
     stream: StreamOption = True,
     model: BuildersModelOption = None,
     adapter: AdapterOption = None,
@@ -67,7 +69,13 @@ def ask(
         store_at(store, cache_bytes), name, ModelChoice(model, adapter, device, dtype), verbose=verbose
     )
     options = _sampling(
-        verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, speculate=speculate
+        verbose,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        speculate=speculate,
+        think=think,
     )
     started_at = time.perf_counter()
     with engine.open(name) as prefix:
@@ -82,6 +90,7 @@ def chat(
     top_p: TopPOption = None,
     seed: SeedOption = None,
     speculate: SpeculateOption = None,
+    think: ThinkOption = None,
     stream: StreamOption = True,
     model: BuildersModelOption = None,
     adapter: AdapterOption = None,
@@ -100,7 +109,13 @@ def chat(
         store_at(store, cache_bytes), name, ModelChoice(model, adapter, device, dtype), verbose=verbose
     )
     options = _sampling(
-        verbose, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, speculate=speculate
+        verbose,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        speculate=speculate,
+        think=think,
     )
     with engine.open(name) as prefix:
         session = prefix.session()
@@ -151,11 +166,15 @@ def _print_answer(answering: AnswerStream, *, as_json: bool, stream: bool) -> No
     """Run an answer to its end and print it with citations and timings."""
     begun = False
     try:
-        for piece in answering:
-            if stream and not as_json:
-                text = printable(piece) if begun else printable(piece).lstrip()
-                begun = begun or bool(text)
-                print(text, end="", flush=True)
+        with DimmedNote() as thoughts:
+            for piece in answering.pieces():
+                if stream and not as_json:
+                    thoughts.add(piece.reasoning)
+                    text = printable(piece.text) if begun else printable(piece.text).lstrip()
+                    if text:
+                        thoughts.end()
+                    begun = begun or bool(text)
+                    print(text, end="", flush=True)
     except BaseException:
         if begun:
             print(flush=True)  # what is said of it begins a line
@@ -165,6 +184,8 @@ def _print_answer(answering: AnswerStream, *, as_json: bool, stream: bool) -> No
         print_json(answer.to_json())
         return
     print("" if stream else printable(answer.text))
+    if answer.usage.reasoning_tokens and not answer.text:
+        note("the model did not come to an answer" + (": see --max-tokens" if answer.finish_reason == "length" else ""))
     print_proof(answer)
 
 
@@ -175,11 +196,13 @@ def print_proof(answer: Answer) -> None:
         print(f'    "{one_line(citation.quote)}"')
     usage, timings = answer.usage, answer.timings
     speed = f" at {1 / timings.tpot_s:.1f} tokens/s" if timings.tpot_s else ""
+    thought = f", {usage.reasoning_tokens} of them thoughts" if usage.reasoning_tokens else ""
+    thought += f" until {timings.answer_ttft_s:.2f} s" if thought and timings.answer_ttft_s else ""
     drafted = f" ({usage.accepted_tokens} of {usage.drafted_tokens} guessed right)" if usage.drafted_tokens else ""
     load = f", beside a load of {timings.load_s:.2f} s from {answer.cache.tier}" if timings.load_s else ""
     print(
         f"-- first token {timings.ttft_s:.2f} s (question {timings.prefill_s:.2f} s{load}); "
-        f"{usage.completion_tokens} tokens{drafted}{speed}; "
+        f"{usage.completion_tokens} tokens{thought}{drafted}{speed}; "
         f"total {timings.total_s:.2f} s; "
         f"prompt {usage.prompt_tokens:,} tokens: {usage.cached_tokens:,} cached, {usage.computed_tokens:,} computed"
     )

@@ -55,6 +55,14 @@ BuildersModelOption = Annotated[
 MaxTokensOption = Annotated[
     int | None, typer.Option("--max-tokens", help="At most this many tokens an answer.", show_default="128", min=1)
 ]
+ThinkOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--think/--no-think",
+        help="Let a reasoning model think before it answers; it has 4,096 tokens more for that.",
+        show_default="no-think",
+    ),
+]
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", help="0 is greedy.", show_default="0", min=0.0)
 ]

@@ -28,6 +28,33 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class DimmedNote:
+    """Text on stderr that comes in pieces, dim, and only at a terminal. `end` it before something else is printed."""
+
+    def __init__(self) -> None:
+        self._is_shown = sys.stderr.isatty()
+        self._is_open = False
+
+    def __enter__(self) -> DimmedNote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def add(self, text: str) -> None:
+        """The next piece."""
+        text = printable(text) if self._is_open else printable(text).lstrip()
+        if text and self._is_shown:
+            print(text if self._is_open else f"\x1b[2m{text}", end="", file=sys.stderr, flush=True)
+            self._is_open = True
+
+    def end(self) -> None:
+        """The next thing begins a line."""
+        if self._is_open:
+            print("\x1b[0m", file=sys.stderr, flush=True)
+            self._is_open = False
+
+
 def note_configuration(verbose: bool, **values: object) -> None:
     """With `--verbose`: the configuration that takes effect, a line each."""
     if verbose:

@@ -1,7 +1,8 @@
 """The token loop: suffix in, tokens out, with sampling and stop rules. The same steps serve every path of the engine,
 an answer by itself and many at once.
 
-Knows a model and a sequence state; knows no documents, no store and no templates beyond their stop strings.
+Knows a model and a sequence state; knows no documents, no store and no templates beyond their stop strings and the form
+of their answers.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from cag.errors import RequestTooLong, UsageError
 from cag.forward.state import SequenceState
+from cag.generation.answer import Piece, Timings, joined
 from cag.generation.speculation import MAX_DRAFT_TOKENS, Drafter, share_rows
+from cag.generation.thoughts import AnswerReader, held_back
 from cag.model import LanguageModel
+from cag.thinking import AnswerForm
 
 DEFAULT_MAX_TOKENS = 128
+THOUGHT_TOKENS = 4096  # that an answer with thoughts may have besides, where nobody says how many in all
 GREEDY_BELOW = 1e-5  # a temperature: logits over less may leave the range of float32
 SHARED_BLOCK_TOKENS = 64  # of a question, read in a step with others' tokens
 WHOLE_BLOCK_TOKENS = 256  # the same in a step of its own
@@ -32,20 +36,27 @@ WHOLE_BLOCK_TOKENS = 256  # the same in a step of its own
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is chosen. Temperature 0 is greedy, and so is one below `GREEDY_BELOW`; `seed` makes sampling
-    repeatable. One stop string may stand without a tuple.
+    repeatable. One stop string may stand without a tuple; they are looked for in the answer, not in thoughts.
+
+    `think`: let the model think before it answers (`cag.thinking`); `max_tokens` counts thoughts, too, and None is
+    `DEFAULT_MAX_TOKENS`, or `THOUGHT_TOKENS` more.
 
     `speculate`: run guesses from the corpus and the conversation along, which makes tokens come sooner and other ones
     never; None: where that holds to the bit (`LanguageModel.rows_stay_apart`).
     """
 
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int = None  # type: ignore[assignment]  # a number once it is made
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     speculate: bool | None = None
+    think: bool = False
 
     def __post_init__(self) -> None:
+        _check("think", self.think, isinstance(self.think, bool), "True or False")
+        if self.max_tokens is None:
+            object.__setattr__(self, "max_tokens", DEFAULT_MAX_TOKENS + self.think * THOUGHT_TOKENS)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))  # not a stop string a character
         strings = isinstance(self.stop, tuple | list) and all(isinstance(text, str) and text for text in self.stop)
@@ -114,9 +125,11 @@ class Generation:
     once.
 
     Attributes:
-        token_ids: tokens of the answer, the stop token left out.
+        token_ids: tokens of the answer, the stop token left out; thoughts before it included.
         text: the whole answer so far.
-        prefill_s, ttft_s, tpot_s, total_s: seconds, counted from `started_at`; the first of these from the first step.
+        reasoning: what was thought before it so far.
+        reasoning_tokens: how many of `token_ids` are thoughts and their marks.
+        prefill_s, ttft_s, tpot_s, total_s, answer_ttft_s: seconds, as in `Timings`.
         drafted_tokens, accepted_tokens: guesses that were run, and those that were right.
         finish_reason: "stop" or "length".
         finished: whether nothing is left to do.
@@ -132,7 +145,9 @@ class Generation:
         started_at: float | None = None,
         block_tokens: int | None = None,
         drafter: Drafter | None = None,
+        form: AnswerForm | None = None,
     ) -> None:
+        """`form`: what the suffix was laid out with; without it nothing is taken for a thought."""
         room = model.window_tokens - state.num_tokens - len(suffix_ids)
         if room < 1:
             raise RequestTooLong(
@@ -151,22 +166,23 @@ class Generation:
         self.stop_strings = (*model.template.stop_strings, *options.stop)
         self.started_at = time.perf_counter() if started_at is None else started_at
         self.token_ids: list[int] = []
-        self.text = ""
+        self.text = self.reasoning = ""
+        self.reasoning_tokens = 0
         self.finish_reason = "length"
         self.finished = False
-        self.prefill_s = self.ttft_s = self.tpot_s = self.total_s = 0.0
+        self.prefill_s = self.ttft_s = self.tpot_s = self.total_s = self.answer_ttft_s = 0.0
         self._exactly = options.speculate is None  # drafts only where a row's bits do not depend on others
         self._guess: list[int] = []
         self._draft: list[int] = []  # of the guess, what the next step runs
         self._num_read = 0  # of the suffix
         self._begun_at = self._first_at = 0.0
-        self._detokenizer = DecodeStream(skip_special_tokens=True)
-        self._num_decoded = self._num_shown = 0  # characters
+        self._reader = AnswerReader(model.tokenizer, form)
+        self._num_shown = 0  # characters
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Piece]:
         while not self.finished:
             self.run_along(*share_rows([self.draft()], self.num_next, self.model.step_cost))
-            if piece := self.advance(choices([self])[0]):
+            if any(piece := self.advance(choices([self])[0])):
                 yield piece
 
     def run(self) -> Generation:
@@ -175,10 +191,20 @@ class Generation:
             pass
         return self
 
+    def timings(self, load_s: float = 0.0) -> Timings:
+        """Of the whole answer, behind a cache that took `load_s` to load."""
+        times = (self.prefill_s, self.ttft_s, self.tpot_s, self.total_s)
+        return Timings(load_s, *times, answer_ttft_s=self.answer_ttft_s)
+
     @property
     def is_answering(self) -> bool:
         """Whether the next step is one of the answer's own tokens."""
         return self._num_read == len(self.suffix_ids)
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether thoughts are under way, to which there is no answer yet."""
+        return self._reader.splitter.is_thinking
 
     @property
     def num_next(self) -> int:
@@ -220,7 +246,7 @@ class Generation:
             return self.token_ids[-1:] + self._draft
         return self.suffix_ids[self._num_read : self._num_read + self.block_tokens]
 
-    def advance(self, chosen: Iterable[int]) -> str:
+    def advance(self, chosen: Iterable[int]) -> Piece:
         """Take the tokens that are chosen behind the last `num_choices` of `next_tokens`; a sampler's are made one by
         one, as far as they are needed.
 
@@ -229,10 +255,10 @@ class Generation:
         if not self.is_answering:
             self._num_read = min(self._num_read + self.block_tokens, len(self.suffix_ids))
             if not self.is_answering:
-                return ""
-        return "".join(self._take_while_drafted(chosen))
+                return Piece()
+        return joined(self._take_while_drafted(chosen))
 
-    def _take_while_drafted(self, chosen: Iterable[int]) -> Iterator[str]:
+    def _take_while_drafted(self, chosen: Iterable[int]) -> Iterator[Piece]:
         """Tokens as single steps would choose them, as long as the next row stands behind just these."""
         draft, self._draft = self._draft, []
         self.drafted_tokens += len(draft)
@@ -247,26 +273,27 @@ class Generation:
         finally:
             self.state.rewind(self.state.num_tail - num_unused)
 
-    def _take(self, token: int) -> str:
+    def _take(self, token: int) -> Piece:
         self._count_time()
-        ends = token in self.model.stop_ids
+        thought, thinks = len(self.reasoning), self.is_thinking
+        ends = token in self.model.stop_ids and not self._reader.thinks_on(token)
         if self.drafter is not None:
             self.drafter.append(token)
         if not ends:
             self.token_ids.append(token)
-            piece = self._detokenizer.step(self.model.tokenizer.backend_tokenizer, token) or ""
-            self._num_decoded += len(piece)
-            self.text += piece
+            self._add(self._reader.read(token))
+        if thinks or self.is_thinking:
+            self.reasoning_tokens, self.answer_ttft_s = len(self.token_ids), 0.0
         stopped = self._cut_at_stop()
         if not stopped and (ends or len(self.token_ids) >= self.max_tokens):
-            self._add_rest()
+            self._add(self._reader.end())
             stopped = self._cut_at_stop() or ends
             self.finished = True
         if stopped:
             self.finish_reason, self.finished = "stop", True
         if self.finished:
             self.total_s = time.perf_counter() - self.started_at
-        return self._shown()
+        return Piece(self._shown(), self.reasoning[thought:])
 
     def _count_time(self) -> None:
         now = time.perf_counter()
@@ -275,13 +302,11 @@ class Generation:
             self.prefill_s, self.ttft_s = now - self._begun_at, now - self.started_at
         else:
             self.tpot_s = (now - self._first_at) / len(self.token_ids)
+        self.answer_ttft_s = self.answer_ttft_s or now - self.started_at
 
-    def _add_rest(self) -> None:
-        """Bytes of a character that the last token left open."""
-        rest = self.model.tokenizer.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if len(rest) > self._num_decoded:
-            self.text += rest[self._num_decoded :]
-            self._num_decoded = len(rest)
+    def _add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.reasoning += piece.reasoning
 
     def _cut_at_stop(self) -> bool:
         """End the text before the first stop string, if one is there."""
@@ -293,19 +318,9 @@ class Generation:
     def _shown(self) -> str:
         """Text that was not shown yet and certainly is no beginning of a stop string."""
         begin = self._num_shown
-        safe = len(self.text) - (0 if self.finished else self._held_back())
+        safe = len(self.text) - (0 if self.finished else held_back(self.text, self.stop_strings))
         self._num_shown = max(begin, safe)
         return self.text[begin : self._num_shown]
-
-    def _held_back(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        longest = 0
-        for stop in self.stop_strings:
-            for length in range(min(len(stop) - 1, len(self.text)), 0, -1):
-                if self.text.endswith(stop[:length]):
-                    longest = max(longest, length)
-                    break
-        return longest
 
 
 def question_block_tokens(model: LanguageModel) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from cag.generation.answer import Piece
 from cag.generation.generate import Generation, choices
 from cag.generation.speculation import share_rows
 from cag.model import LanguageModel
@@ -25,8 +26,8 @@ from cag_kernels import FEW_ROWS
 
 MAX_STEP_ROWS = FEW_ROWS  # tokens of a step, but for a single question that is longer
 
-Listener = Callable[[str], None]
-"""Told each piece of text, on the thread that steps."""
+Listener = Callable[[Piece], None]
+"""Told each piece of an answer, on the thread that steps."""
 
 
 @dataclass(eq=False)
@@ -204,7 +205,7 @@ class Scheduler:
         for request, chosen in outcomes:
             generation = request.generation
             try:
-                if piece := generation.advance(chosen):
+                if any(piece := generation.advance(chosen)):
                     request.on_piece(piece)
             except Exception as error:  # of a listener, a sampler or a tokenizer: nobody else's business
                 self._leave(request, error)

@@ -8,22 +8,26 @@ prefix and go on behind it when it has been opened again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from cag.errors import UsageError
-from cag.generation.answer import Answer, CacheOrigin, Timings, Usage
+from cag.generation.answer import Answer, CacheOrigin, Piece, Usage
 from cag.generation.generate import Generation, SamplingOptions
 from cag.generation.scheduler import Request, Scheduler
 from cag.generation.speculation import Drafter
-from cag.prompt import conversation_ids, next_question_ids
+from cag.generation.thoughts import without_thoughts
+from cag.prompt import conversation_ids, encode, given_answer_ids, next_question_ids
+from cag.thinking import AnswerForm
 
 if TYPE_CHECKING:
     from cag.prefix import Prefix
 
 
 class AnswerStream:
-    """Iterates over pieces of text, once; `answer` is there when the iteration has ended.
+    """Iterates over pieces of the answer's text, once, or over `pieces`, which have what is thought before it, too;
+    `answer` is there when the iteration has ended.
 
     Iterating raises UsageError the second time, while another answer of the session is running, and when one has begun
     since the stream was made: the question stands behind what was there then.
@@ -35,26 +39,35 @@ class AnswerStream:
         history: Sequence[tuple[str, str]],
         question: str,
         generation: Generation,
+        form: AnswerForm,
         was_resident: bool,
     ) -> None:
         self._session = session
         self._history = history
         self._question = question
         self._generation = generation
+        self._form = form
         self._cached_tokens = session.num_cached_tokens
         self._was_resident = was_resident
         self._has_begun = False
         self._answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
+        with closing(self.pieces()) as pieces:
+            for piece in pieces:
+                if piece.text:
+                    yield piece.text
+
+    def pieces(self) -> Generator[Piece]:
+        """Pieces of the text, and of the reasoning before it. Raises: UsageError: as iterating."""
         self._begin()
         try:
             yield from self._generation
         finally:
-            self._session.end_turn(self._generation)
+            self._session.end_turn(self._generation, self._form)
         self._end()
 
-    def submit(self, scheduler: Scheduler, on_piece: Callable[[str], None]) -> Request:
+    def submit(self, scheduler: Scheduler, on_piece: Callable[[Piece], None]) -> Request:
         """Let `scheduler` make the answer, together with others; `finish` behind it.
 
         Raises: UsageError: as iterating.
@@ -63,7 +76,7 @@ class AnswerStream:
         try:
             return scheduler.submit(self._generation, on_piece)
         except BaseException:
-            self._session.end_turn(self._generation)
+            self._session.end_turn(self._generation, self._form)
             raise
 
     def finish(self, request: Request) -> Answer | None:
@@ -76,7 +89,7 @@ class AnswerStream:
             if self._generation.finished:
                 self._end()
         finally:
-            self._session.end_turn(self._generation, keep=self._answer is not None)
+            self._session.end_turn(self._generation, self._form, keep=self._answer is not None)
         return self._answer
 
     def _begin(self) -> None:
@@ -105,7 +118,6 @@ class AnswerStream:
         resident = prefix.resident
         tier, load_s = ("device", 0.0) if self._was_resident else (resident.tier, resident.load_s)
         computed = len(generation.suffix_ids)
-        timings = Timings(load_s, generation.prefill_s, generation.ttft_s, generation.tpot_s, generation.total_s)
         return Answer(
             text=generation.text.strip(),
             citations=prefix.cite(self._question, generation.text),
@@ -116,12 +128,14 @@ class AnswerStream:
                 len(generation.token_ids),
                 generation.drafted_tokens,
                 generation.accepted_tokens,
+                generation.reasoning_tokens,
             ),
-            timings=timings,
+            timings=generation.timings(load_s),
             cache=CacheOrigin(prefix.name, prefix.digest, tier),
             model=prefix.model.model_id,
             finish_reason=generation.finish_reason,
             token_ids=tuple(generation.token_ids),
+            reasoning=generation.reasoning.strip(),
         )
 
 
@@ -203,12 +217,15 @@ class Session:
         self._state.mark()  # the answer may have to be forgotten
         self._busy, self._begun_at = True, self._state.num_tail
 
-    def end_turn(self, generation: Generation, *, keep: bool = True) -> None:
+    def end_turn(self, generation: Generation, form: AnswerForm, *, keep: bool = True) -> None:
         """However an answer has ended, the session is ready for the next question. What has been said so far is
-        remembered, unless `keep` is False."""
+        remembered, unless `keep` is False; of thoughts nothing is, and who was interrupted in them said nothing."""
         forwarded = self._state.num_tail - self._begun_at - len(generation.suffix_ids)
-        if forwarded < 0 or not keep:  # not all of the question was read, or nobody heard: it was not asked
+        unsaid = generation.is_thinking and not generation.finished
+        if forwarded < 0 or unsaid or not keep:  # not all of the question was read, or nobody heard: it was not asked
             self._state.rewind(self._begun_at)
+        elif generation.reasoning_tokens:
+            self._forget_thoughts(generation, form)
         else:
             self._answered = True
             forwarded = min(forwarded, len(generation.token_ids))  # more if an interrupt came before a draft was judged
@@ -217,6 +234,18 @@ class Session:
             self._unread = generation.token_ids[forwarded:]
         self._state.mark()
         self._busy = False
+
+    def _forget_thoughts(self, generation: Generation, form: AnswerForm) -> None:
+        """Go back to the end of the question, or to its beginning where only that can be gone back to: the next block
+        reads the answer as the template has given ones."""
+        model = self.prefix.model
+        asked = len(encode(model.tokenizer, form.template.after, special=True))
+        question = generation.suffix_ids[: len(generation.suffix_ids) - asked]
+        stays = len(question) if model.recurrent is None else 0
+        self._answered = True
+        self._state.rewind(self._begun_at + stays)
+        self._read += question[:stays]
+        self._unread = question[stays:] + given_answer_ids(model.tokenizer, form.given, generation.text)
 
     def ask(
         self,
@@ -253,7 +282,8 @@ class Session:
 
         Raises:
             UsageError: a question that is empty or no text, options out of their range or given in both ways, or a
-                history for a session that has turns of its own.
+                history for a session that has turns of its own; or thoughts that this prefix leaves no room for
+                (`cag.thinking`).
             RequestTooLong: no room left in the model's window.
         """
         begin = time.perf_counter() if started_at is None else started_at
@@ -265,7 +295,9 @@ class Session:
             raise UsageError("the session has turns of its own.", hint="Replay a history in a new session.")
         self.prefix.check_open()
         was_resident = started_at is None and self.prefix.resident.is_loaded
-        options, suffix = _sampling(options, sampling), self._suffix(question, history)
+        options = _sampling(options, sampling)
+        form = self.prefix.model.thinking.form(self.prefix.template, think=options.think)
+        suffix = self._suffix(form, question, history)
         generation = Generation(
             self.prefix.model,
             self._state,
@@ -273,8 +305,9 @@ class Session:
             options,
             started_at=begin,
             drafter=self._drafter(suffix, options.speculate),
+            form=form,
         )
-        return AnswerStream(self, history, question, generation, was_resident)
+        return AnswerStream(self, history, question, generation, form, was_resident)
 
     def _check_idle(self) -> None:
         if self._busy:
@@ -285,11 +318,12 @@ class Session:
         wanted = model.rows_stay_apart if speculate is None else speculate
         return Drafter(lambda: resident.ngrams, [*self._read, *suffix]) if wanted else None
 
-    def _suffix(self, question: str, history: Sequence[tuple[str, str]]) -> list[int]:
-        tokenizer, template = self.prefix.model.tokenizer, self.prefix.template
-        if not self._answered:
-            return conversation_ids(tokenizer, template, history, question)
-        return self._unread + next_question_ids(tokenizer, template, question)
+    def _suffix(self, form: AnswerForm, question: str, history: Sequence[tuple[str, str]]) -> list[int]:
+        tokenizer = self.prefix.model.tokenizer
+        if self._answered:
+            return self._unread + next_question_ids(tokenizer, form.template, question)
+        turns = [(asked, without_thoughts(answer, form.marks)) for asked, answer in history]
+        return conversation_ids(tokenizer, form.template, turns, question, given=form.given)
 
 
 def _sampling(options: SamplingOptions | None, fields: dict[str, Any]) -> SamplingOptions:

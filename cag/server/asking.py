@@ -23,12 +23,12 @@ class AskRequest(SamplingFields, ClosedBody):
 
     def asked(self, cache: CacheKey, default_max_tokens: int, session: KeptSession | None = None) -> Question:
         """What is asked, in a session of its own or in `session`."""
-        options = self.options(self.max_tokens or default_max_tokens)
+        options = self.options(self.max_tokens, default_max_tokens, think=bool(self.think))
         return Question(cache, self.question, options, session=session)
 
 
 async def answer_response(run: AnswerRun, request: Request, *, stream: bool) -> Response:
-    """The object of `cag ask --json`, or events `token` and a final `answer`."""
+    """The object of `cag ask --json`, or events `reasoning`, where the model thinks, `token`, and a final `answer`."""
     if not stream:
         return JSONResponse((await while_connected(request, run.complete())).to_json())
     try:
@@ -42,7 +42,10 @@ async def answer_response(run: AnswerRun, request: Request, *, stream: bool) -> 
 async def _events(run: AnswerRun) -> AsyncIterator[str]:
     try:
         async for piece in run.pieces():
-            yield event({"text": piece}, "token")
+            if piece.reasoning:
+                yield event({"text": piece.reasoning}, "reasoning")
+            if piece.text:
+                yield event({"text": piece.text}, "token")
     except Exception as error:  # the status is sent already: the client learns it here
         yield event(error_facts(error).body(), "error")
         return

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from cag.errors import CacheMismatch, CacheNotFound, ModelNotFound
 from cag.identity import check_fingerprints
-from cag.server.chat_schema import ChatRequest, CompletionHead, proof
+from cag.server.chat_schema import ChatRequest, CompletionHead, delta, proof
 from cag.server.errors import error_facts, public_message
 from cag.server.listing import readable_caches
 from cag.server.running import AnswerRun
@@ -48,7 +48,7 @@ def chat_router(service: AnswerService) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request, tenant: Tenant) -> Response:
         """Answer a conversation behind a cache."""
-        run = service.run(body.question(tenant, service.settings.default_max_tokens))
+        run = service.run(body.question(tenant, service.settings.default_max_tokens, service.engine.model.thinking))
         head = CompletionHead(body.model)
         with _called_models(body.model):
             if not body.stream:
@@ -70,7 +70,7 @@ async def _chunks(run: AnswerRun, head: CompletionHead, include_usage: bool) -> 
     try:
         yield event(head.chunk({"role": "assistant", "content": ""}) | no_usage)
         async for piece in run.pieces():
-            yield event(head.chunk({"content": piece}) | no_usage)
+            yield event(head.chunk(delta(piece)) | no_usage)
     except Exception as error:  # the status is sent already: the client learns it here
         yield event(error_facts(error).body())
         return

@@ -1,21 +1,27 @@
-"""Bodies of `/v1/chat/completions`, in and out. Source: https://platform.openai.com/docs/api-reference/chat"""
+"""Bodies of `/v1/chat/completions`, in and out.
+
+Source: https://platform.openai.com/docs/api-reference/chat; for what models think, which is said by its old name, too,
+https://docs.vllm.ai/en/latest/features/reasoning_outputs.html
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cag.generation.answer import Answer, Usage
-from cag.generation.generate import SamplingOptions
-from cag.server.bodies import Body, Integer, Text
+from cag.errors import UsageError
+from cag.generation.answer import Answer, Piece, Usage
+from cag.generation.generate import THOUGHT_TOKENS, SamplingOptions
+from cag.server.bodies import Body, ClosedBody, Integer, Text
 from cag.server.messages import Message, conversation_of
 from cag.server.running import Question
 from cag.server.tenants import CacheKey
+from cag.thinking import Thinking
 
 MAX_STOP_STRINGS = 16
 
@@ -59,21 +65,30 @@ class SamplingFields(Body):
     max_tokens: Integer | None = Field(default=None, ge=1)
     stop: list[StopString] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
     stream: bool = False
+    think: bool | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def _one_is_a_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
 
-    def options(self, max_tokens: int) -> SamplingOptions:
-        """As the engine wants them."""
+    def options(self, max_tokens: int | None, default_max_tokens: int, *, think: bool) -> SamplingOptions:
+        """As the engine wants them. Thoughts have room of their own where nobody says how many tokens."""
         return SamplingOptions(
-            max_tokens=max_tokens,
+            max_tokens=max_tokens or default_max_tokens + think * THOUGHT_TOKENS,
             temperature=self.temperature or 0.0,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
             stop=tuple(self.stop or ()),
+            think=think,
         )
+
+
+class TemplateChoices(ClosedBody):
+    """What clients let a chat template know, by the names that templates have for it."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
 
 
 class ChatRequest(SamplingFields):
@@ -83,6 +98,8 @@ class ChatRequest(SamplingFields):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Integer | None = Field(default=None, ge=1)
     stream_options: StreamOptions | None = None
+    chat_template_kwargs: TemplateChoices | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -93,10 +110,28 @@ class ChatRequest(SamplingFields):
                 raise PydanticCustomError("unsupported", "this server does not support it", {"field": name})
         return body
 
-    def question(self, tenant: str, default_max_tokens: int) -> Question:
-        """What a tenant asks. Raises: UsageError."""
+    def thinks(self, thinking: Thinking) -> bool:
+        """Whether the model is to think. Raises: UsageError: fields that contradict each other, or an effort that would
+        stand in the text before the question, where a cache has the usual one."""
+        effort, choices = self.reasoning_effort, self.chat_template_kwargs or TemplateChoices()
+        by_effort = None if effort is None else effort != "none"
+        said = {self.think, choices.enable_thinking, choices.thinking, by_effort} - {None}
+        if len(said) > 1:
+            what = "think, chat_template_kwargs and reasoning_effort"
+            raise UsageError(f"{what} say both that the model is to think and that it is not.", param="think")
+        if effort not in (None, "none", *thinking.efforts):
+            raise UsageError(
+                f"this model is told before the documents how much to think, and caches do not say {effort!r}.",
+                hint=f"Take {', '.join(thinking.efforts)} or none.",
+                param="reasoning_effort",
+            )
+        return True in said
+
+    def question(self, tenant: str, default_max_tokens: int, thinking: Thinking) -> Question:
+        """What a tenant asks a model that thinks in this way. Raises: UsageError."""
         conversation = conversation_of(self.messages)
-        options = self.options(self.max_completion_tokens or self.max_tokens or default_max_tokens)
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        options = self.options(max_tokens, default_max_tokens, think=self.thinks(thinking))
         return Question(CacheKey(tenant, self.model), conversation.question, options, conversation.history)
 
 
@@ -110,7 +145,8 @@ class CompletionHead:
 
     def completion(self, answer: Answer) -> dict[str, Any]:
         """A whole response."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        content = {"content": answer.text} | delta(Piece(answer.text, answer.reasoning))
+        message = {"role": "assistant", **content, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
         return self._object("chat.completion", [choice]) | {"usage": usage_json(answer.usage), "cag": proof(answer)}
 
@@ -127,6 +163,12 @@ class CompletionHead:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
+def delta(piece: Piece) -> dict[str, str]:
+    """What a piece adds to a message; fields that it adds nothing to are left out."""
+    fields = {"reasoning": piece.reasoning, "reasoning_content": piece.reasoning, "content": piece.text}
+    return {name: text for name, text in fields.items() if text}
+
+
 def usage_json(usage: Usage) -> dict[str, Any]:
     """Token counts as OpenAI names them. Rejected predictions, guesses of the engine's own, are in no other count."""
     rejected = usage.drafted_tokens - usage.accepted_tokens
@@ -136,6 +178,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
             "accepted_prediction_tokens": usage.accepted_tokens,
             "rejected_prediction_tokens": rejected,
         },

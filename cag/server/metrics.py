@@ -89,6 +89,7 @@ class ServerMetrics:
         self.answers = Counter("cag_answers_total", "Answers by how they ended.", "outcome")
         self.prompt_tokens = Counter("cag_prompt_tokens_total", "Prompt tokens by where they came from.", "source")
         self.completion_tokens = Counter("cag_completion_tokens_total", "Tokens generated for whole answers.")
+        self.reasoning_tokens = Counter("cag_reasoning_tokens_total", "Of these, thoughts before the answer itself.")
         self.drafted_tokens = Counter("cag_drafted_tokens_total", "Guessed tokens that were run.", "outcome")
         self.waited = Histogram("cag_queue_wait_seconds", "From a request to its slot.")
         self.first_token = Histogram("cag_time_to_first_token_seconds", "From the slot to the first token.")
@@ -98,6 +99,7 @@ class ServerMetrics:
             self.answers,
             self.prompt_tokens,
             self.completion_tokens,
+            self.reasoning_tokens,
             self.drafted_tokens,
             self.waited,
             self.first_token,
@@ -122,6 +124,7 @@ class ServerMetrics:
         self.prompt_tokens.add(answer.usage.cached_tokens, "cached")
         self.prompt_tokens.add(answer.usage.computed_tokens, "computed")
         self.completion_tokens.add(answer.usage.completion_tokens)
+        self.reasoning_tokens.add(answer.usage.reasoning_tokens)
         self.drafted_tokens.add(answer.usage.accepted_tokens, "accepted")
         self.drafted_tokens.add(answer.usage.drafted_tokens - answer.usage.accepted_tokens, "rejected")
         self.first_token.observe(answer.timings.ttft_s)

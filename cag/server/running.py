@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cag.generation.answer import Answer
+from cag.generation.answer import Answer, Piece
 from cag.generation.generate import SamplingOptions
 from cag.generation.scheduler import Request
 from cag.server.caches import ResidentCaches
@@ -26,7 +26,7 @@ from cag.server.sessions import KeptSession, NewSession, Place
 from cag.server.slots import Slots
 from cag.server.tenants import CacheKey
 
-Event = str | Answer | Exception
+Event = Piece | Answer | Exception
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class AnswerRun:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = threading.Event()
         self._request: Request | None = None
-        self._first: Event = ""
+        self._first: Event = Piece()
         self._answer: Answer | None = None
 
     async def begin(self) -> None:
-        """Wait for a slot and for the first piece of text. Whatever is wrong before that is raised here."""
+        """Wait for a slot and for the first piece. Whatever is wrong before that is raised here."""
         self._place.claim()
         try:
             asked_at = time.perf_counter()
@@ -86,8 +86,9 @@ class AnswerRun:
         if isinstance(self._first, Exception):
             raise self._first
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Pieces of the text; joined they are `answer.text`. Raises what went wrong after the first one."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Pieces of the text and of the reasoning; joined they are the answer's. Raises what went wrong after the
+        first one."""
         event = self._first
         while not isinstance(event, Answer):
             if isinstance(event, Exception):
@@ -156,11 +157,11 @@ class AnswerRun:
 
     def _generate(self, emit: Callable[[Event], None]) -> Answer | None:
         """The answer, or None when it was cancelled. Then the session has been released."""
-        question, trim = self.question, EdgeTrimmer()
+        question, trim_text, trim_reasoning = self.question, EdgeTrimmer(), EdgeTrimmer()
 
-        def show(piece: str) -> None:
-            if text := trim(piece):
-                emit(text)
+        def show(piece: Piece) -> None:
+            if any(shown := Piece(trim_text(piece.text), trim_reasoning(piece.reasoning))):
+                emit(shown)
 
         with self._place.using() as use:
             stream = use.session.stream(

@@ -147,6 +147,7 @@ def _described(model: LanguageModel, tables: bytes) -> Start:
         window_tokens=config.max_position_embeddings,
         rope_parameters=getattr(config, "rope_parameters", None),
         template=asdict(model.template),
+        thinking=asdict(model.thinking),
         stop_ids=sorted(model.stop_ids),
         tokenizer_sha256=hashlib.sha256(tables).hexdigest(),
         probe_sha256="",
@@ -198,7 +199,8 @@ def _same_tokens(model: LanguageModel, tables: bytes) -> bool:
 
 
 def _texts(model: LanguageModel) -> Iterator[str]:
-    pieces = [text for text in asdict(model.template).values() if isinstance(text, str)]
+    parts = (*asdict(model.template).values(), *asdict(model.thinking).values())
+    pieces = [text for text in parts if isinstance(text, str)]
     specials = list(model.tokenizer.all_special_tokens)
     yield from (text for text in (*_SAMPLES, *pieces, *specials, " ".join(specials)) if text)
     vocabulary = range(0, len(model.tokenizer), max(1, len(model.tokenizer) // 4096))

@@ -14,6 +14,7 @@ from typing import Any
 
 from cag.home import cag_home, is_trusted, write_atomically
 from cag.prompt import PromptTemplate
+from cag.thinking import Thinking, thinking_from_json
 
 EMBEDDING, OUTPUT_MATRIX = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -34,7 +35,7 @@ class Start:
         inverse_frequencies, attention_scaling: of the rotary embedding.
         kv_shapes: of each layer `num_kv_heads` and `head_dim`.
         rules: of each layer the fields of its `AttentionRule`.
-        template: the fields of the `PromptTemplate`.
+        template, thinking: the fields of the `PromptTemplate`, and of what the model's `Thinking` is.
         rope_parameters: of the configuration: what positions mean.
         tokenizer_sha256: of the tokenizer's tables, which lie in a file of their own.
         probe_sha256: of the logits that the forward of few rows gave on the probe tokens.
@@ -57,6 +58,7 @@ class Start:
     window_tokens: int
     rope_parameters: dict[str, Any] | None
     template: dict[str, Any]
+    thinking: dict[str, Any]
     stop_ids: list[int]
     tokenizer_sha256: str
     probe_sha256: str
@@ -70,6 +72,11 @@ class Start:
     def prompt_template(self) -> PromptTemplate:
         """The template itself."""
         return PromptTemplate(**self.template | {"stop_strings": tuple(self.template["stop_strings"])})
+
+    @property
+    def model_thinking(self) -> Thinking:
+        """How the model thinks."""
+        return thinking_from_json(self.thinking)
 
 
 def record_path(directory: Path, device: str, dtype: str) -> Path:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, replace
 
 import pytest
+from thinkers import CHANNELS, CHOOSES, OPENS, SAYS_BEFORE
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from cag.errors import UnsupportedModel
+from cag.errors import UnsupportedModel, UsageError
 from cag.prompt import (
     PLAIN_TEMPLATE,
+    conversation_ids,
     encode,
     guarded_template,
     lay_out,
@@ -18,6 +20,7 @@ from cag.prompt import (
     template_from_json,
 )
 from cag.starts.tokenizer import KeptTokenizer, read_tables
+from cag.thinking import EFFORTS, read_thinking
 from tiny import CHATML, NO_SYSTEM, tiny_tokenizer
 
 
@@ -134,6 +137,7 @@ def test_layout_survives_json():
     tokenizer = tiny_tokenizer()
     layout = lay_out(tokenizer, read_template(tokenizer), DOCS)
     assert template_from_json(layout.to_json()) == layout.template
+    assert layout.to_json()["template"].keys() == {"before", "middle", "after", "between", "stop_strings"}  # for good
 
 
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' + %s + '<|im_end|>\n' }}"
@@ -179,3 +183,48 @@ def test_a_system_text_that_templates_put_before_the_last_question_is_not_repeat
     template = read_template(tiny_tokenizer(last))
     assert template.between == "</s>[INST]"
     assert (template.before, template.middle, template.after) == ("[INST]", "\n\n", "[/INST]")
+
+
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "at_once", "thinking", "opened"),
+    [
+        (CHOOSES, ASSISTANT + EMPTY, ASSISTANT, ""),
+        (OPENS, ASSISTANT + EMPTY, f"{ASSISTANT}<think>\n", "</think>"),
+        (CHATML, ASSISTANT, ASSISTANT, ""),
+        (None, "\nAnswer:", "\nAnswer:", ""),
+    ],
+)
+def test_thoughts_are_chosen_behind_the_question(template, at_once, thinking, opened):
+    tokenizer = tiny_tokenizer(template)
+    cut = read_template(tokenizer)
+    forms = [read_thinking(tokenizer, cut).form(cut, think=think) for think in (False, True)]
+    assert [form.template.after for form in forms] == [at_once, thinking]
+    assert [form.opened for form in forms] == ["", opened]
+    assert {form.given for form in forms} == {ASSISTANT if template else at_once}
+    assert all(replace(form.template, after="") == replace(cut, after="") for form in forms)
+
+
+def test_a_choice_in_the_text_before_the_documents_is_refused():
+    tokenizer = tiny_tokenizer(SAYS_BEFORE)
+    template = read_template(tokenizer)
+    assert template.before.startswith("/no_think ")
+    thinking = read_thinking(tokenizer, template)
+    assert thinking.form(template, think=False).template == template
+    with pytest.raises(UsageError, match="before the documents whether to think"):
+        thinking.form(template, think=True)
+
+
+def test_efforts_are_those_that_change_nothing_before_the_question():
+    for chat_template, efforts in ((CHANNELS, ("medium",)), (CHOOSES, EFFORTS)):
+        tokenizer = tiny_tokenizer(chat_template)
+        assert read_thinking(tokenizer, read_template(tokenizer)).efforts == efforts
+
+
+def test_a_blank_before_given_answers_begins_their_first_word():
+    tokenizer = tiny_tokenizer()
+    ids = conversation_ids(tokenizer, PLAIN_TEMPLATE, [("Q1", "A1")], "Q2", given="\nAnswer: ")
+    assert decode(tokenizer, ids) == "Q1\nAnswer: A1\n\nQuestion: Q2\nAnswer:"

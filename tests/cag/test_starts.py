@@ -69,7 +69,17 @@ def test_it_gives_the_bits_of_the_whole_model(kind, product, tmp_path):
     whole = bfloat16_model(tmp_path, CONFIGS[kind]())
     started = load(tmp_path)
     assert not is_started(whole) and is_started(started)
-    for name in ("stop_ids", "template", "fingerprints", "rope", "window_tokens", "kv_shapes", "rules", "plan"):
+    for name in (
+        "stop_ids",
+        "template",
+        "thinking",
+        "fingerprints",
+        "rope",
+        "window_tokens",
+        "kv_shapes",
+        "rules",
+        "plan",
+    ):
         assert getattr(started, name) == getattr(whole, name), name
     assert (started.kv_dtype, started.compute_dtype) == (whole.kv_dtype, whole.compute_dtype)
     assert started.rows_stay_apart == whole.rows_stay_apart

@@ -15,6 +15,7 @@ from typing import Any
 
 from cag.engine import Engine
 from cag.errors import UsageError
+from cag.generation.thoughts import read_answer
 from cag.prompt import PrefixLayout, lay_out, question_ids
 from cag_bench.arm_names import DISK as DISK_ARM
 from cag_bench.arm_names import HOT
@@ -269,11 +270,12 @@ def _figures(
     """What the summary adds to the facts. `reference` of agreement is our first codec in memory."""
     groups = grouped(samples)
     reference = next(group for name, group in groups.items() if name.startswith(HOT))
-    stop_ids, tokenizer = engine.model.stop_ids, engine.model.tokenizer
+    model = engine.model
+    form = model.thinking.form(model.template, think=False)
 
     def text_of(token_ids: Sequence[int]) -> str:
-        ends = [place for place, token in enumerate(token_ids) if token in stop_ids]
-        return str(tokenizer.decode(list(token_ids[: ends[0] if ends else None]), skip_special_tokens=True))
+        ends = [place for place, token in enumerate(token_ids) if token in model.stop_ids]
+        return read_answer(model.tokenizer, form, token_ids[: ends[0] if ends else None]).text
 
     ratios = question_ratios(samples)
     if rounds:

@@ -4,13 +4,23 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 
 from cag.cli.ask import _print_answer
+from cag.generation.answer import Answer, CacheOrigin, Piece, Timings, Usage
 
 ANSWERED = {"answer", "citations", "usage", "timings", "cache", "model"}
-USAGE = {"prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"}
+USAGE = {
+    "prompt_tokens",
+    "cached_tokens",
+    "computed_tokens",
+    "completion_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+    "reasoning_tokens",
+}
 TIMINGS = {"load_s", "prefill_s", "ttft_s", "tpot_s", "total_s"}
 
 
@@ -169,11 +179,65 @@ def write_adapter(model_dir, folder):
     return folder
 
 
-def test_what_is_said_of_an_interrupted_answer_begins_a_line(capsys):
-    def interrupted():
-        yield "Half of an"
-        raise KeyboardInterrupt
+class Answering:
+    """An answer that comes in pieces, of which an exception is the last."""
 
+    def __init__(self, *pieces, answer=None):
+        self._pieces = pieces
+        self.answer = answer
+
+    def pieces(self):
+        for piece in self._pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+
+def test_what_is_said_of_an_interrupted_answer_begins_a_line(capsys):
     with pytest.raises(KeyboardInterrupt):
-        _print_answer(interrupted(), as_json=False, stream=True)
+        _print_answer(Answering(Piece("Half of an"), KeyboardInterrupt()), as_json=False, stream=True)
     assert capsys.readouterr().out == "Half of an\n"
+
+
+THOUGHT = Answer(
+    "At seven.",
+    (),
+    Usage(10, 6, 4, 9, reasoning_tokens=5),
+    Timings(0, 0.1, 0.2, 0.1, 1, answer_ttft_s=0.7),
+    CacheOrigin("book", "d", "device"),
+    "tiny",
+    reasoning="Well, it says seven.",
+)
+PIECES = Piece("", "\nWell, \x1b[31m"), Piece("\n\nAt", "it says seven.\n"), Piece(" seven.")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_thoughts_are_shown_dim_on_stderr_at_a_terminal_only(capsys, monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    _print_answer(Answering(*PIECES, answer=THOUGHT), as_json=False, stream=True)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == "At seven."
+    assert "9 tokens, 5 of them thoughts until 0.70 s" in printed.out
+    assert printed.err == ("\x1b[2mWell, [31mit says seven.\n\x1b[0m\n" if is_terminal else "")
+
+
+def test_interrupted_thoughts_leave_the_terminal_as_it_was(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        _print_answer(Answering(PIECES[0], KeyboardInterrupt()), as_json=False, stream=True)
+    assert capsys.readouterr().err.endswith("\x1b[0m\n")
+
+
+def test_thoughts_without_an_answer_are_said(capsys):
+    cut = replace(THOUGHT, text="", finish_reason="length")
+    _print_answer(Answering(answer=cut), as_json=False, stream=False)
+    assert "--max-tokens" in capsys.readouterr().err
+
+
+def test_a_model_is_asked_to_think(ask, chat):
+    assert "think = True" in ask("--think", "--verbose").stderr
+    assert "think = False" in ask("--verbose").stderr
+    answered = ask("--think", "--json").json
+    assert answered["reasoning"] == ""  # the tiny model has no thoughts
+    assert answered["answer"] == ask("--no-think", "--json").json["answer"]
+    assert json.loads(chat("When?\n", "--think", "--json").stdout)["finish_reason"]

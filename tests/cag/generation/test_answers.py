@@ -201,7 +201,6 @@ def test_a_temperature_that_no_number_can_be_divided_by_is_greedy(built):
         {"stop": ""},
         {"max_tokens": 2.5},
         {"max_tokens": "3"},
-        {"max_tokens": None},
         {"max_tokens": True},
         {"temperature": "hot"},
         {"temperature": None},
@@ -212,6 +211,7 @@ def test_a_temperature_that_no_number_can_be_divided_by_is_greedy(built):
         {"stop": ["a", 5]},
         {"stop": ["a", ""]},
         {"speculate": "no"},
+        {"think": "low"},
     ],
 )
 def test_bad_sampling_options_are_refused_by_name(bad):

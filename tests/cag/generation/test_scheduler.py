@@ -11,6 +11,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Conf
 from cag import model as model_module
 from cag.engine import Engine
 from cag.errors import UsageError
+from cag.generation.answer import joined
 from cag.generation.generate import SHARED_BLOCK_TOKENS, WHOLE_BLOCK_TOKENS, SamplingOptions
 from cag.generation.scheduler import MAX_STEP_ROWS, Scheduler
 from cag.machine.runtime import RuntimePlan
@@ -171,7 +172,7 @@ def test_pieces_are_the_text_and_a_busy_session_is_refused(engine):
         with pytest.raises(UsageError, match="still running"):
             session.ask("And?")
         scheduler.run()
-        assert "".join(pieces).strip() == stream.finish(request).text
+        assert joined(pieces).text.strip() == stream.finish(request).text
 
 
 def test_one_failing_forward_or_listener_harms_nobody_else(engine, monkeypatch):

@@ -38,7 +38,11 @@ async def test_a_completion_is_the_engines_answer_with_its_proof(serving, engine
         "completion_tokens": alone.usage.completion_tokens,
         "total_tokens": alone.usage.prompt_tokens + alone.usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": alone.usage.cached_tokens},
-        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
     assert alone.usage.cached_tokens == engine.find("handbook")[1].num_tokens
     proof = answer["cag"]
@@ -159,6 +163,11 @@ async def test_earlier_turns_and_system_messages_are_read(serving, engine):
         ({"messages": [user("\ud800")]}, "messages[0].content"),
         ({"model": None}, "model"),
         ({"stop": ["x", ""]}, "stop[1]"),
+        ({"think": "yes"}, "think"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": {"builtin_tools": []}}, "chat_template_kwargs.builtin_tools"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"think": True, "reasoning_effort": "none"}, "think"),
     ],
 )
 async def test_what_is_not_supported_is_refused_by_name(serving, change, param):
