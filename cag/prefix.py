@@ -136,7 +136,12 @@ class Prefix:
         return [answer for answer in answers if answer is not None]
 
     def cite(self, question: str, answer: str) -> tuple[Citation, ...]:
-        """Documents and quotes that an answer rests on; see `cag.generation.citations`."""
+        """Documents and quotes that an answer rests on; see `cag.generation.citations`.
+
+        Raises: StoreError: the texts of the documents are damaged or gone; UsageError: no texts.
+        """
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise UsageError(f"the question is {question!r} and the answer {answer!r}; they must be texts.")
         with self._lock:
             if self._citations is None:
                 documents = self._load_documents()

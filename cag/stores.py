@@ -69,7 +69,7 @@ def import_cache(
             hint="Say which with --cache NAME.",
         )
     with translated_lookup():
-        return copy_cache(opened, store, cache or only_name(opened), name, on_progress)
+        return copy_cache(opened, store, only_name(opened) if cache is None else cache, name, on_progress)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cag.cli.options import JsonOption
 from cag_bench.arm_names import DEFAULT_ARMS
 
 if TYPE_CHECKING:
@@ -26,15 +27,21 @@ CorpusOption = Annotated[
 ]
 QuestionsOption = Annotated[Path, typer.Option(help="JSON lines: question, answers, doc_ids; may be gzip.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="results/COMMAND-TIME")]
-ModelOption = Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Catalogue name, hub id or directory.", show_default="qwen2.5-coder-1.5b-instruct"),
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option(help="Store to build in and to reuse.", show_default="a temporary one beside the results"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DtypeOption = Annotated[str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")]
-SeedOption = Annotated[int, typer.Option(help="Of the order of the arms.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")]
+DtypeOption = Annotated[str, typer.Option(help="Compute in auto, float32, bfloat16 or float16.")]
+CodecsOption = Annotated[
+    list[str] | None,
+    typer.Option("--codec", help="ID, ID@STEP or a JSON object; may be repeated.", show_default="a ladder"),
+]
+SeedOption = Annotated[int, typer.Option(help="Seeds the order of the arms.")]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,20 +58,24 @@ def ttft(
     arms: Annotated[
         str, typer.Option(help="Comma-separated; also cag-ram, rag-dense@K, any K; or `all`.")
     ] = DEFAULT_ARMS,
-    n: Annotated[int | None, typer.Option("--n", help="Only the first N questions.")] = None,
-    full_n: Annotated[int | None, typer.Option(help="full-prefill: only the first M of these.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Only the first N questions.", show_default="all")] = None,
+    full_n: Annotated[
+        int | None, typer.Option(help="full-prefill: only the first M of these.", show_default="all")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 32,
     out: OutOption = None,
     model: ModelOption = None,
     codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "lossless",
-    prefix_tokens: Annotated[int | None, typer.Option(help="Cut the corpus to N tokens, exactly.")] = None,
+    prefix_tokens: Annotated[
+        int | None, typer.Option(help="Cut the corpus to N tokens, exactly.", show_default="not cut")
+    ] = None,
     store: StoreOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """First token: a cache against reading everything again and against RAG, question by question."""
+    """First token: a cache against reading everything again and RAG."""
     from cag_bench.arm_names import parse_arms
     from cag_bench.corpus import read_corpus
     from cag_bench.questions import load_questions
@@ -88,41 +99,48 @@ def kernels(
     out: OutOption = None,
     device: DeviceOption = "auto",
     prefix_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the prefix.  [default: 85000 on a GPU, 4096 on a CPU]")
+        int | None, typer.Option(help="Tokens of the prefix.", show_default="85000 on a GPU, 4096 on a CPU")
     ] = None,
     sessions: Annotated[str, typer.Option(help="How many at once, on a GPU; comma-separated.")] = "1,16,64",
     samples: Annotated[int, typer.Option(help="Timings of each kernel and reference.")] = 25,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Each kernel against its references and the floor of the bytes that it moves; checked before it is timed."""
+    """Each kernel against its references and the floor of its bytes.
+
+    What a kernel computes is checked before it is timed.
+    """
     from cag.machine.runtime import choose_device
-    from cag_bench.kernels import KernelOptions, run_kernels
+    from cag_bench.kernels import KernelOptions, markdown, run_kernels
     from cag_bench.progress import ConsoleProgress
 
     options = KernelOptions(prefix_tokens, _counts("sessions", sessions), samples, seed)
     folder = _folder(out, "kernels")
     with ConsoleProgress() as progress:
         summary = run_kernels(choose_device(device), options, folder, progress)
-    if as_json:
-        typer.echo(json.dumps(summary, ensure_ascii=False))
-    else:
-        _print_kernels(summary, folder)
+    _print_summary(summary, markdown, folder, as_json=as_json)
 
 
 @app.command()
 def gpu(
     out: OutOption = None,
     device: DeviceOption = "auto",
-    small: Annotated[bool, typer.Option(help="Tiny sizes, for a test of the run itself; on a CPU too.")] = False,
-    prefix_tokens: Annotated[int | None, typer.Option(help="Tokens of the prefix.  [default: 85000]")] = None,
-    sessions: Annotated[int | None, typer.Option(help="Sessions at once.  [default: 64]")] = None,
-    samples: Annotated[int | None, typer.Option(help="Timings of each figure.  [default: 20]")] = None,
-    joint_layers: Annotated[int | None, typer.Option(help="Of the codec transform.  [default: 4]")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds of the whole run.  [default: 450]")] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="Tiny sizes, for a test of the run itself; on a CPU too.")
+    ] = False,
+    prefix_tokens: Annotated[int | None, typer.Option(help="Tokens of the prefix.", show_default="85000")] = None,
+    sessions: Annotated[int | None, typer.Option(help="Sessions at once.", show_default="64")] = None,
+    samples: Annotated[int | None, typer.Option(help="Timings of each figure.", show_default="20")] = None,
+    joint_layers: Annotated[
+        int | None, typer.Option(help="Layers of a group of the codec transform.", show_default="4")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds of the whole run.", show_default="450")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Random weights in the shape of Llama 3.1 8B on a GPU: first tokens, many sessions, codes, decoding."""
+    """A model of Llama 3.1 8B's shape on a GPU, with random weights.
+
+    First tokens, many sessions, caches in codes, decoding.
+    """
     from dataclasses import replace
 
     from cag.errors import UsageError
@@ -141,7 +159,7 @@ def gpu(
         raise UsageError("a network of this size needs a CUDA device.", hint="Use --small to try the run on a CPU.")
     with ConsoleProgress() as progress:
         summary = run_gpu(chosen, options, folder, progress)
-    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
+    _print_summary(summary, markdown, folder, as_json=as_json)
 
 
 @app.command()
@@ -149,9 +167,7 @@ def quality(
     corpus: Annotated[
         list[str], typer.Option(help="A corpus each: folder, file, glob or JSON lines; may be repeated.")
     ],
-    codec: Annotated[
-        list[str] | None, typer.Option(help="ID, ID@STEP or a JSON object; may be repeated.  [default: a ladder]")
-    ] = None,
+    codec: CodecsOption = None,
     tokens: Annotated[int, typer.Option(help="Corpora are cut to so many tokens.")] = 6144,
     max_kl: Annotated[str, typer.Option(help="Limits for which the smallest codec is named.")] = "0.001,0.004,0.02",
     out: OutOption = None,
@@ -161,7 +177,7 @@ def quality(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Codecs: bytes of a whole cache against what its answers lose, on several corpora."""
+    """Codecs: bytes of a whole cache against what its answers lose."""
     from cag_bench.codec_list import LADDER, parse_codecs
     from cag_bench.corpus import read_corpus
     from cag_bench.quality import QualityOptions, run_quality
@@ -172,18 +188,19 @@ def quality(
     folder = _folder(out, "quality")
     with _loaded(model, store, folder, device, dtype) as (engine, progress):
         summary = run_quality(engine, corpora, options, folder, progress)
-    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
+    _print_summary(summary, markdown, folder, as_json=as_json)
 
 
 @app.command(name="store")
 def store_command(
     corpus: CorpusOption,
-    codec: Annotated[
-        list[str] | None, typer.Option(help="ID, ID@STEP or a JSON object; may be repeated.  [default: a ladder]")
-    ] = None,
+    codec: CodecsOption = None,
     tokens: Annotated[int, typer.Option(help="The corpus is cut to so many tokens.")] = 6144,
     cores: Annotated[
-        str | None, typer.Option(help="On how many codecs are timed; comma-separated.  [default: 1,2, as there are]")
+        str | None,
+        typer.Option(
+            help="How many cores codecs are timed on; comma-separated.", show_default="1,2, as far as there are"
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Timings of each figure.")] = 7,
     out: OutOption = None,
@@ -192,7 +209,7 @@ def store_command(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Encoding and decoding from memory to memory, and loads against reading and decoding alone."""
+    """Codecs from memory to memory; loads against reading and decoding."""
     from cag_bench.codec_list import parse_codecs
     from cag_bench.corpus import read_corpus
     from cag_bench.store_bench import CODECS, StoreOptions, run_store
@@ -203,7 +220,7 @@ def store_command(
     folder = _folder(out, "store")
     with _loaded(model, store, folder, "cpu", "auto") as (engine, progress):
         summary = run_store(engine, documents, options, folder, progress)
-    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary)}\nResults: {folder}")
+    _print_summary(summary, markdown, folder, as_json=as_json)
 
 
 @app.command()
@@ -212,7 +229,7 @@ def serve(
     questions: QuestionsOption,
     sessions: Annotated[str, typer.Option(help="How many at once; comma-separated.")] = "1,4,16",
     max_tokens: Annotated[int, typer.Option(help="Tokens of every answer; stop tokens are not heeded.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Of all sizes, alone and together.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of all sizes, alone and together.")] = 5,
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Each with drafts too; stop tokens are heeded, --max-tokens is a limit.")
     ] = False,
@@ -225,7 +242,10 @@ def serve(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Many sessions on one prefix, together against one by one: tokens a second and first tokens, answers compared."""
+    """Many sessions on one prefix, together against one by one.
+
+    Tokens a second and first tokens; the answers are compared.
+    """
     from cag_bench.corpus import read_corpus
     from cag_bench.questions import load_questions
     from cag_bench.serve import ServeOptions, run_serve
@@ -238,11 +258,7 @@ def serve(
     folder = _folder(out, "serve")
     with _loaded(model, store, folder, device, dtype) as (engine, progress):
         summary = run_serve(engine, documents, asked, options, folder, progress)
-    if as_json:
-        typer.echo(json.dumps(summary, ensure_ascii=False))
-    else:
-        typer.echo(markdown(summary))
-        typer.echo(f"Results: {folder}")
+    _print_summary(summary, markdown, folder, as_json=as_json)
 
 
 def _floats(option: str, text: str) -> list[float]:
@@ -273,25 +289,29 @@ def peers(
     llama_gguf: Annotated[
         list[str] | None, typer.Option(help="The same model as GGUF; repeated, a llama.cpp for each.")
     ] = None,
-    vllm_eager: Annotated[bool, typer.Option(help="vLLM without its compiled graph: starts sooner.")] = False,
+    vllm_eager: Annotated[
+        bool, typer.Option("--vllm-eager", help="vLLM without its compiled graph: starts sooner.")
+    ] = False,
     n: Annotated[int, typer.Option("--n", help="The first N questions.")] = 8,
     prefix_tokens: Annotated[int, typer.Option(help="Tokens of the prefix, exactly.")] = 4096,
     codecs: Annotated[str, typer.Option(help="Codecs of our caches, comma-separated.")] = "lossless,int8",
     tokens: Annotated[int, typer.Option(help="Tokens of an answer, exactly.")] = 16,
     sessions: Annotated[int, typer.Option(help="Questions at once; 0: none.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Of all sessions at once.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="Of each peer.  [default: the cores]")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of all sessions at once.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Threads of each peer.", show_default="the cores")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer of a peer.")] = 600.0,
-    pause: Annotated[bool, typer.Option(help="When all is ready, wait for Enter before the clock starts.")] = False,
+    pause: Annotated[
+        bool, typer.Option("--pause", help="When all is ready, wait for Enter before the clock starts.")
+    ] = False,
     out: OutOption = None,
-    model: ModelOption = "smollm2-135m-instruct",
+    model: Annotated[str, typer.Option(help="Catalogue name, hub id or directory.")] = "smollm2-135m-instruct",
     store: StoreOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """A cache on this CPU beside vLLM's prefix cache and llama.cpp's states, on the same tokens."""
+    """A cache on this CPU beside vLLM and llama.cpp, same tokens."""
     from cag.machine.runtime import usable_cores
-    from cag.models import DEFAULT_MODEL, fetch_model
+    from cag.models import fetch_model
     from cag_bench.corpus import read_corpus
     from cag_bench.peers.run import PeersOptions, run_peers
     from cag_bench.peers.specs import named_peers
@@ -306,12 +326,12 @@ def peers(
     options = PeersOptions(prefix_tokens, names, n, tokens, sessions, rounds, num_threads, timeout, seed)
     asked, documents = load_questions(questions), read_corpus(corpus)
     folder = _folder(out, "peers")
-    files = fetch_model(model or DEFAULT_MODEL)
+    files = fetch_model(model)
     specs = named_peers(vllm_python, llama_python, llama_gguf or [], files.directory, eager=vllm_eager)
     with _loaded(model, store, folder, "cpu", "auto") as (engine, progress):
         wait = _wait_for_enter if pause else lambda: None
         summary = run_peers(engine, documents, asked, specs, options, folder, progress, wait)
-    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else markdown(summary) + f"Results: {folder}")
+    _print_summary(summary, markdown, folder, as_json=as_json)
 
 
 def _wait_for_enter() -> None:
@@ -386,8 +406,9 @@ def _print_table(result: TtftResult, folder: Path) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_kernels(summary: dict[str, Any], folder: Path) -> None:
-    from cag_bench.kernels import markdown
-
-    typer.echo(markdown(summary))
-    typer.echo(f"Results: {folder}")
+def _print_summary(
+    summary: dict[str, Any], markdown: Callable[[dict[str, Any]], str], folder: Path, *, as_json: bool
+) -> None:
+    """One object, or its tables and where the files are."""
+    text = json.dumps(summary, ensure_ascii=False) if as_json else f"{markdown(summary).rstrip()}\n\nResults: {folder}"
+    typer.echo(text)

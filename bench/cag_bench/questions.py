@@ -47,7 +47,8 @@ def _read_text(path: Path) -> str:
             content = gzip.decompress(content)
         return content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"the questions in {path} cannot be read: {error}.", path=str(path)) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"the questions in {path} cannot be read: {reason}.", path=str(path)) from error
 
 
 def _question(path: Path, number: int, line: str) -> Question:

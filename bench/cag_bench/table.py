@@ -76,7 +76,7 @@ def origin_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = [
         f"machine: {machine['gpu'] or machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['compute_dtype']}, load average "
-        f"{machine['load_average_begin'][0]} at the begin and {machine['load_average_end'][0]} at the end",
+        f"{machine['load_average_begin'][0]} at the beginning and {machine['load_average_end'][0]} at the end",
         f"code: {summary['commit']}",
         f"model: {summary['model']['id']} ({summary['model']['fingerprint'][:12]})",
         f"corpus: {corpus['num_documents']} documents, {corpus['num_tokens']} tokens with their prompt "

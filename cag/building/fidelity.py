@@ -85,7 +85,7 @@ class FidelityProbe:
         except OSError as error:
             self.close()
             raise InsufficientResources(
-                f"the distributions of the probes do not fit into {tempfile.gettempdir()}: {error}.",
+                f"the distributions of the probes do not fit into {tempfile.gettempdir()}: {error.strerror or error}.",
                 hint="Free space there, or let TMPDIR name another directory.",
             ) from error
         except BaseException:

@@ -56,7 +56,8 @@ def codec_of(codec: str | dict[str, Any], model: LanguageModel, store: Store) ->
         raise
     except OSError as error:
         raise InsufficientResources(
-            f"the model's basis for codec transform cannot be kept: {error}.", hint="Free space in $CAG_HOME/bases."
+            f"the model's basis for codec transform cannot be kept: {error.strerror or error}.",
+            hint="Free space in $CAG_HOME/bases.",
         ) from error
 
 

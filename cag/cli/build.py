@@ -27,6 +27,7 @@ from cag.cli.options import (
 from cag.cli.output import (
     bytes_text,
     codec_text,
+    counted,
     fidelity_text,
     note,
     note_configuration,
@@ -146,7 +147,8 @@ def _corpus_of(paths: list[str], skip_errors: bool) -> CorpusReport:
 
 
 def _tell(report: Report, progress: BuildProgress) -> None:
-    report(progress.stage, progress.done_tokens, progress.total_tokens)
+    unmeasured = progress.stage == "calibrate"  # a model's basis may have to be made: minutes, not tokens
+    report(progress.stage, progress.done_tokens, 0 if unmeasured else progress.total_tokens)
 
 
 def _print_report(report: BuildReport, *, as_json: bool) -> None:
@@ -167,7 +169,7 @@ def _print_report(report: BuildReport, *, as_json: bool) -> None:
         return
     ratio = report.raw_bytes / report.stored_bytes
     rate = f", {report.computed_tokens / report.prefill_s:,.0f} tokens/s" if report.computed_tokens else ""
-    print(f"{report.name}: {report.num_tokens:,} tokens of {report.num_documents} documents")
+    print(f"{report.name}: {report.num_tokens:,} tokens of {counted(report.num_documents, 'document')}")
     print(f"  tokens    {report.reused_tokens:,} reused, {report.computed_tokens:,} computed")
     if report.recomputed_tokens:
         print(

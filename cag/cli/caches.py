@@ -13,9 +13,11 @@ from cag.cli.options import CacheBytesOption, JsonOption, NameArgument, StoreOpt
 from cag.cli.output import (
     bytes_text,
     codec_text,
+    counted,
     error_facts,
     fidelity_text,
     note,
+    note_left_out,
     one_line,
     print_facts,
     print_json,
@@ -41,11 +43,13 @@ def show(
         return
     print_facts(_shown_facts(cache))
     print()
-    print_table(
+    left_out = print_table(
         ("document", "title", "tokens", "path"),
         [(d["doc_id"], d["title"], f"{d['end'] - d['start']:,}", d["path"]) for d in cache["documents"]],
         right=("tokens",),
+        spare=("path", "title"),
     )
+    note_left_out(left_out, "show")
 
 
 def _shown_facts(cache: dict[str, Any]) -> dict[str, str]:
@@ -76,15 +80,16 @@ def verify(name: NameArgument, store: StoreOption = None, as_json: JsonOption = 
 
     with missing_names_translated():
         report = store_at(store).verify(name)
-    damage = CorruptEntry(f"cache {name!r} is damaged: {len(report.problems)} problems; build it again")
+    damage = CorruptEntry(f"cache {name!r} is damaged: {counted(len(report.problems), 'problem')}; build it again")
     if as_json:
         print_json(_verified(report) if report.ok else _verified(report) | {"error": error_facts(damage)})
     else:
         for problem in report.problems:
             note(f"damage: {one_line(str(problem))}")
         print(
-            f"{name}: {'whole' if report.ok else 'damaged'}; {bytes_text(report.bytes_read)} in {report.num_chunks} "
-            f"chunks and {report.num_blobs} texts read in {report.seconds:.2f} s"
+            f"{name}: {'whole' if report.ok else 'damaged'}; {bytes_text(report.bytes_read)} in "
+            f"{counted(report.num_chunks, 'chunk')} and {counted(report.num_blobs, 'text')} read in "
+            f"{report.seconds:.2f} s"
         )
     if not report.ok:
         raise typer.Exit(error_facts(damage)["exit_code"])
@@ -145,7 +150,10 @@ def expire(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a cache expire after a while, or never; one that has expired comes back, until `cag gc`."""
+    """Let a cache expire after a while, or never.
+
+    One that has expired already comes back, as long as `cag gc` has not run.
+    """
     ttl_s = None if after == NEVER else duration_s(after)
     _change(store_at(store), name, lambda opened: opened.set_ttl(name, ttl_s), as_json=as_json)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cag.cli.opening import store_at
 from cag.cli.options import DeviceOption, JsonOption, StoreOption
-from cag.cli.output import bytes_text, note, print_facts, print_json
+from cag.cli.output import bytes_text, counted, note, print_facts, print_json
 from cag.machine.versions import installed_version
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def print_report(found: dict[str, Any]) -> None:
     facts |= {f"measured {key}": f"{value:.2f} ms" for key, value in plan["measured_ms"].items()}
     facts |= {
         "memory": f"{bytes_text(memory['available_bytes'])} of {bytes_text(memory['total_bytes'])} available",
-        "store": f"{store['path']}: {store['num_caches']} cache{'s' * (store['num_caches'] != 1)}, "
+        "store": f"{store['path']}: {counted(store['num_caches'], 'cache')}, "
         + bytes_text(store["num_bytes"])
         + ("" if store["free_disk_bytes"] is None else f"; {bytes_text(store['free_disk_bytes'])} of disk free"),
         "models": "; ".join(f"{model['name']} ({bytes_text(model['num_bytes'])})" for model in found["models"])

@@ -9,7 +9,16 @@ import typer
 
 from cag.cli.opening import store_at
 from cag.cli.options import CacheBytesOption, JsonOption, MaxBytesOption, StoreOption, given
-from cag.cli.output import bytes_text, error_facts, note, one_line, print_json, print_table
+from cag.cli.output import (
+    bytes_text,
+    counted,
+    error_facts,
+    note,
+    note_left_out,
+    one_line,
+    print_json,
+    print_table,
+)
 from cag.cli.quantities import duration_text
 
 if TYPE_CHECKING:
@@ -24,7 +33,10 @@ LIST_NUMBERS = ("tokens", "documents", "stored", "own", "ratio")
 
 
 def ls(store: StoreOption = None, cache_bytes: CacheBytesOption = None, as_json: JsonOption = False) -> None:
-    """List caches with sizes, origin and last use; damaged and expired ones too."""
+    """List caches with sizes, origin and last use.
+
+    Damaged and expired ones are listed too.
+    """
     opened = store_at(store, cache_bytes)
     usage = opened.usage()
     caches = [_listed(opened, name, usage.caches.get(name)) for name in opened.names()]
@@ -35,12 +47,10 @@ def ls(store: StoreOption = None, cache_bytes: CacheBytesOption = None, as_json:
     if caches:
         rows = [_list_row(cache) for cache in caches]
         left_out = print_table(LIST_COLUMNS, rows, right=LIST_NUMBERS, spare=LIST_SPARE)
-        if left_out:
-            note(f"no room here for {', '.join(left_out)}; `cag ls --json` has them")
+        note_left_out(left_out, "ls")
         loose = usage.total_bytes - usage.held_bytes
         rest = f", {bytes_text(loose)} that no readable cache holds" if loose else ""
-        hold = "1 cache holds" if len(caches) == 1 else f"{len(caches)} caches hold"
-        note(f"{hold} {bytes_text(usage.held_bytes)}{rest}")
+        note(f"{counted(len(caches), 'cache')} hold{'s' * (len(caches) == 1)} {bytes_text(usage.held_bytes)}{rest}")
     else:
         note(f"no caches in {opened.backend.url}; `cag build` makes one")
     for cache in caches:
@@ -99,10 +109,10 @@ def gc(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Free what no cache, pin or open reader holds; with --max-bytes, evict caches of least worth.
+    """Free what no cache, pin or open reader holds.
 
-    The worth of a cache's byte: seconds to rebuild the cache, over its bytes, over the seconds since its last use.
-    Caches that are pinned or being read stay.
+    With --max-bytes, caches of least worth are evicted until the store fits. The worth of a cache's byte: seconds to
+    rebuild the cache, over its bytes, over the seconds since its last use. Caches that are pinned or being read stay.
     """
     report = store_at(store).gc(dry_run=dry_run, max_bytes=max_bytes, **given(grace_s=grace_seconds))
     if as_json:
@@ -114,10 +124,11 @@ def gc(
         print(_eviction_text(eviction))
     for path in report.removed:
         print(path)
-    print(f"{'would free' if dry_run else 'freed'} {bytes_text(report.removed_bytes)} in {len(report.removed)} files")
+    files = counted(len(report.removed), "file")
+    print(f"{'would free' if dry_run else 'freed'} {bytes_text(report.removed_bytes)} in {files}")
     if report.kept_unreferenced:
         why = "a build is running" if report.build_running else "younger than the grace time"
-        print(f"kept {report.kept_unreferenced} unreferenced files: {why}")
+        print(f"kept {counted(report.kept_unreferenced, 'unreferenced file')}: {why}")
     _note_excess(report)
 
 

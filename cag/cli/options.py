@@ -27,8 +27,9 @@ CacheBytesOption = Annotated[
     typer.Option(
         "--cache-bytes",
         help="Keep at most so much of what is read from a URL in $CAG_HOME/objects; 0 keeps nothing.",
-        show_default="10000000000",
-        min=0,
+        metavar="SIZE",
+        parser=size_bytes,
+        show_default="10GB",
     ),
 ]
 AdapterOption = Annotated[

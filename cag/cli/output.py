@@ -82,6 +82,11 @@ def bytes_text(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.1f} GB"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 chunk`, `1,200 chunks`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def codec_text(codec: Mapping[str, Any]) -> str:
     """The id of a codec, then its configuration."""
     configuration = {key: value for key, value in codec.items() if key != "id"}
@@ -128,6 +133,14 @@ def print_table(
         table.add_row(*(Text(one_line(cell)) for cell in row))
     console.print(table)
     return left_out
+
+
+def note_left_out(columns: Sequence[str], command: str) -> None:
+    """On stderr: what `print_table` had no room for, and where it is."""
+    if columns:
+        note(
+            f"no room here for {', '.join(columns)}; `cag {command} --json` has {'it' if len(columns) == 1 else 'them'}"
+        )
 
 
 def _left_out(

@@ -1,4 +1,7 @@
-"""How far a long piece of work is, on stderr: a bar on a terminal, a line every tenth of the way elsewhere."""
+"""How far a long piece of work is, on stderr: a bar on a terminal, a line every tenth of the way elsewhere.
+
+Work that reports nothing, such as loading a model that is here already, shows nothing and waits for no library.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,11 @@ def shown_progress(unit: Unit) -> Iterator[Report]:
     if not sys.stderr.isatty():
         yield LineProgress(unit)
         return
-    bar = _bar(unit)
-    with bar:
-        yield BarProgress(bar)
+    report = BarProgress(unit)
+    try:
+        yield report
+    finally:
+        report.close()
 
 
 @dataclass
@@ -82,13 +87,18 @@ class LineProgress:
 
 @dataclass
 class BarProgress:
-    """The stage in progress as a bar of rich; a stage that begins at its end has no measure and pulses."""
+    """The stage in progress as a bar of rich, from the first report on; a stage that begins at its end has no measure
+    and pulses."""
 
-    bar: Progress
+    unit: Unit
     stage: str = ""
+    bar: Progress | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """See `Report`."""
+        if self.bar is None:
+            self.bar = _bar(self.unit)
+            self.bar.start()
         if stage != self.stage:
             self.stage = stage
             for task_id in self.bar.task_ids:
@@ -98,6 +108,11 @@ class BarProgress:
         for task in self.bar.tasks:
             if task.total is not None:
                 self.bar.update(task.id, completed=done, total=total)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self.bar is not None:
+            self.bar.stop()
 
 
 def amount_text(amount: float, unit: Unit) -> str:

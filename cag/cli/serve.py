@@ -39,7 +39,8 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     preload: Annotated[
-        list[str] | None, typer.Option("--preload", help="Load this cache at the start; may be repeated.")
+        list[str] | None,
+        typer.Option("--preload", help="Load this cache at the start; may be repeated.", show_default="none"),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Model to answer with.", show_default="the first preloaded cache's")
@@ -51,11 +52,21 @@ def serve(
     cache_bytes: CacheBytesOption = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option("--api-key", envvar="CAG_API_KEY", help="Key that clients must send; may be repeated."),
+        typer.Option(
+            "--api-key",
+            envvar="CAG_API_KEY",
+            help="Key that clients must send; may be repeated.",
+            show_default="none: open to all who reach the port",
+        ),
     ] = None,
     tenant_keys: Annotated[
         Path | None,
-        typer.Option("--tenant-keys", envvar="CAG_TENANT_KEYS", help="TOML file of lines: tenant = KEY or [KEY, ...]."),
+        typer.Option(
+            "--tenant-keys",
+            envvar="CAG_TENANT_KEYS",
+            help="TOML file of lines: tenant = KEY or [KEY, ...].",
+            show_default="no tenants",
+        ),
     ] = None,
     tenant_stores: Annotated[
         str | None,
@@ -77,18 +88,22 @@ def serve(
         int | None,
         typer.Option(
             "--max-resident-bytes",
-            help="Of open caches, e.g. 8GB; unused ones are closed for room.",
+            help="Memory of open caches, e.g. 8GB; unused ones are closed for room.",
             parser=size_bytes,
             metavar="SIZE",
             show_default="no limit",
         ),
     ] = None,
-    slots: Annotated[int | None, typer.Option("--slots", help="Answers at the same time.", min=1, max=64)] = None,
+    slots: Annotated[
+        int | None, typer.Option("--slots", help="Answers at the same time.", show_default="16", min=1, max=64)
+    ] = None,
     queue: Annotated[
-        int | None, typer.Option("--queue", help="Requests of each tenant that may wait for a slot.", min=0)
+        int | None,
+        typer.Option("--queue", help="Requests of each tenant that may wait for a slot.", show_default="64", min=0),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Of an answer whose request does not say.", min=1)
+        int | None,
+        typer.Option("--max-tokens", help="Longest answer to a request that does not say.", show_default="512", min=1),
     ] = None,
     session_ttl: Annotated[
         float | None,
@@ -97,14 +112,22 @@ def serve(
             help="How long a session lives without a question, at most.",
             parser=duration_s,
             metavar="DURATION",
+            show_default="30m",
         ),
     ] = None,
     max_sessions: Annotated[
-        int | None, typer.Option("--max-sessions", help="Sessions of each tenant that may be open.", min=1)
+        int | None,
+        typer.Option("--max-sessions", help="Sessions of each tenant that may be open.", show_default="100", min=1),
     ] = None,
     max_body_bytes: Annotated[
         int | None,
-        typer.Option("--max-body-bytes", help="Of a request.", parser=size_bytes, metavar="SIZE", show_default="8MiB"),
+        typer.Option(
+            "--max-body-bytes",
+            help="Largest body of a request.",
+            parser=size_bytes,
+            metavar="SIZE",
+            show_default="8MiB",
+        ),
     ] = None,
     speculate: SpeculateOption = None,
     json_output: JsonOption = False,

@@ -9,7 +9,7 @@ import typer
 
 from cag.cli.opening import store_at
 from cag.cli.options import JsonOption, NameArgument, StoreOption
-from cag.cli.output import bytes_text, print_json
+from cag.cli.output import bytes_text, counted, print_json
 from cag.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ def _print_report(report: CopyReport, *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report) | {"bytes_per_s": round(rate)})
         return
-    print(f"{report.name} is in {report.destination}: {report.num_chunks} chunks, {report.num_documents} documents")
+    print(
+        f"{report.name} is in {report.destination}: {counted(report.num_chunks, 'chunk')}, "
+        f"{counted(report.num_documents, 'document')}"
+    )
     print(
         f"  copied {bytes_text(report.copied_bytes)} in {report.seconds:.1f} s ({bytes_text(rate)}/s), "
         f"{bytes_text(report.reused_bytes)} were there already"

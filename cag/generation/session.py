@@ -179,9 +179,9 @@ class Session:
         """Go on behind `prefix`, the same version of the cache in whatever memory it is now.
 
         Raises:
-            UsageError: another version.
+            UsageError: another version, or no prefix.
         """
-        if prefix.digest != self._digest:
+        if getattr(prefix, "digest", None) != self._digest:
             raise UsageError("a session can only go on behind the version of the cache that it was opened with.")
         self._prefix = prefix
         self._state.join_prefix(prefix.resident)
@@ -281,16 +281,13 @@ class Session:
             **sampling: fields of `SamplingOptions`, in place of `options`.
 
         Raises:
-            UsageError: a question that is empty or no text, options out of their range or given in both ways, or a
-                history for a session that has turns of its own; or thoughts that this prefix leaves no room for
-                (`cag.thinking`).
+            UsageError: a question that is empty or no text, options out of their range or given in both ways, a
+                history that is none, or one for a session that has turns of its own; or thoughts that this prefix
+                leaves no room for (`cag.thinking`).
             RequestTooLong: no room left in the model's window.
         """
         begin = time.perf_counter() if started_at is None else started_at
-        if not isinstance(question, str):
-            raise UsageError(f"the question is {question!r}; it must be text.")
-        if not question.strip():
-            raise UsageError("the question is empty.")
+        _check_asked(question, history, begin)
         if history and self._answered:
             raise UsageError("the session has turns of its own.", hint="Replay a history in a new session.")
         self.prefix.check_open()
@@ -324,6 +321,22 @@ class Session:
             return self._unread + next_question_ids(tokenizer, form.template, question)
         turns = [(asked, without_thoughts(answer, form.marks)) for asked, answer in history]
         return conversation_ids(tokenizer, form.template, turns, question, given=form.given)
+
+
+def _check_asked(question: object, history: object, started_at: object) -> None:
+    """Raises: UsageError: what is no text, no turns or no time."""
+    if not isinstance(question, str):
+        raise UsageError(f"the question is {question!r}; it must be text.")
+    if not question.strip():
+        raise UsageError("the question is empty.")
+    if not isinstance(history, Sequence) or not all(map(_is_turn, history)):
+        raise UsageError(f"the history is {repr(history)[:200]}; it must be (question, answer) pairs of texts.")
+    if not isinstance(started_at, (int, float)):
+        raise UsageError(f"started_at is {started_at!r}; it must be a `time.perf_counter()`.")
+
+
+def _is_turn(turn: object) -> bool:
+    return isinstance(turn, tuple | list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def _sampling(options: SamplingOptions | None, fields: dict[str, Any]) -> SamplingOptions:

@@ -37,7 +37,7 @@ class Slots:
         num_waiting = self._queues.num_of(tenant)
         if num_waiting >= self.max_waiting:
             raise queue_full(
-                f"all slots are taken and {num_waiting} requests wait; there is no room for more.", self._wait_s
+                f"all slots are taken, and the queue of {self.max_waiting} before them is full.", self._wait_s
             )
         turn = asyncio.get_running_loop().create_future()
         self._queues.put(tenant, turn)

@@ -63,13 +63,14 @@ def copy_cache(
     """Copy the cache `name`, and let `new_name` (or `name`) mean it at the destination. Expiry and pin stay behind.
 
     Raises:
+        InvalidName: a name that the store does not accept, an empty one among them.
         EntryNotFound: no such cache, or a part of it is missing.
         CorruptEntry, UnsupportedFormat, UnknownCodec: the source holds something else than its manifest says.
         EntryConflict: the destination holds a chunk of the same key with other bytes.
         StoreFull, StoreBusy, BackendUnavailable: as the backends.
     """
     started = time.perf_counter()
-    target = checked_name(new_name or name)
+    target = checked_name(name if new_name is None else new_name)
     source.resolve(name)  # not one that has expired
     with source.held_ref(name) as ref, destination.build_lease():
         manifest = read_manifest(source.backend, digest := ref.manifest)

@@ -52,7 +52,7 @@ def test_bad_files_are_refused_with_the_line(tmp_path, content, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read: No such file or directory"):
         load_questions(tmp_path / "nowhere.jsonl")
 
 

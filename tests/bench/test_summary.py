@@ -144,7 +144,7 @@ def test_an_interval_stands_beside_its_ratio_where_there_are_pairs_for_one():
 def test_markdown_says_origin_and_notes(summary):
     text = markdown_table(summary)
     assert "- code: c0ffee" in text
-    assert "load average 1.0 at the begin and 2.0 at the end" in text
+    assert "load average 1.0 at the beginning and 2.0 at the end" in text
     assert "lossless, 3.0 MB raw, 2.0 MB stored (1.50 : 1)" in text
     assert text.endswith("- A note.\n")
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}

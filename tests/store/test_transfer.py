@@ -226,8 +226,9 @@ def test_other_bytes_under_the_same_key_are_a_conflict_and_damage_is_replaced(so
 
 
 def test_names_are_checked_and_only_one_cache_needs_no_name(source, tmp_path, small):
-    with pytest.raises(InvalidName):
-        copy_cache(source, Store.open(tmp_path / "there"), "small", "../x")
+    for name in ("../x", ""):
+        with pytest.raises(InvalidName):
+            copy_cache(source, Store.open(tmp_path / "there"), "small", name)
     with pytest.raises(EntryNotFound, match="holds no cache"):
         only_name(Store.open(tmp_path / "there"))
     small(seed=4).build(source, "second")

@@ -38,7 +38,6 @@ class PeerProcess:
         self.name = name
         self.log = log
         self._buffer = b""
-        self._asked_at = 0.0
         with log.open("wb") as messages:
             try:
                 self._process = subprocess.Popen(

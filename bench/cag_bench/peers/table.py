@@ -33,7 +33,7 @@ def origin_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{machine['compute_dtype']}, load average {machine['load_average_begin'][0]} at the begin and "
+        f"{machine['compute_dtype']}, load average {machine['load_average_begin'][0]} at the beginning and "
         f"{machine['load_average_end'][0]} at the end",
         f"code: {summary['commit']}",
         f"model: {model['id']} ({model['fingerprint'][:12]})",

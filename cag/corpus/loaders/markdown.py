@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from itertools import pairwise
 
 from markdown_it import MarkdownIt
@@ -37,11 +38,17 @@ def split_front_matter(text: str) -> tuple[str, str]:
 
 def first_heading(markdown: str) -> str:
     """The text of the first heading, without its markup; "" without one. Headings in code blocks do not count."""
-    tokens = MarkdownIt("commonmark").parse(markdown[:_TITLE_CHARACTERS])
+    tokens = _parser().parse(markdown[:_TITLE_CHARACTERS])
     for token, inline in pairwise(tokens):
         if token.type == "heading_open":
             return "".join(_plain(child) for child in inline.children or ())
     return ""
+
+
+@cache
+def _parser() -> MarkdownIt:
+    """Of all texts: making one takes longer than parsing a short text, and a file of JSON lines has many."""
+    return MarkdownIt("commonmark")
 
 
 def _plain(token: Token) -> str:

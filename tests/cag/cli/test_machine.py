@@ -1,5 +1,6 @@
 """`doctor` and `pull`: what is here."""
 
+import re
 import shutil
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 
 from cag.cli.doctor import print_report
 from cag.cli.options import MaxTokensOption, TemperatureOption, TopPOption
+from cag.cli.output import bytes_text
 from cag.models import CATALOGUE
 from cag.models.record import write_record
+from cag.server import ServerSettings
 from cag_kernels import has_compiler, has_numba, prefix_paths
 from cag_kernels import largest as largest_module
 from cag_kernels.largest import choice_arithmetic
 from cag_kernels.packed import PANEL, PackedWeight
+from cag_store import DEFAULT_CACHE_BYTES
 
 
 @pytest.fixture
@@ -112,3 +116,22 @@ def test_the_defaults_that_the_help_names_are_the_engines(cag):
         assert f"[default: ({default})]" in printed
     grace_s = signature(Store.gc).parameters["grace_s"].default
     assert f"default: ({grace_s:.0f})" in " ".join(cag("gc", "--help").stdout.split())
+    assert f"default: ({bytes_text(DEFAULT_CACHE_BYTES).replace('.0 ', '')})" in " ".join(
+        cag("ask", "--help").stdout.split()
+    )
+
+
+def test_the_defaults_that_the_servers_help_names_are_its_settings(cag):
+    printed, settings = cag("serve", "--help").stdout, ServerSettings()
+    shown = {
+        option: re.search(rf"--{option} .*?default: \((.*?)\)", " ".join(printed.split()))[1]
+        for option in ("slots", "queue", "max-tokens", "session-ttl", "max-sessions", "max-body-bytes")
+    }
+    assert shown == {
+        "slots": str(settings.num_slots),
+        "queue": str(settings.max_waiting),
+        "max-tokens": str(settings.default_max_tokens),
+        "session-ttl": f"{settings.session_ttl_s / 60:.0f}m",
+        "max-sessions": str(settings.max_sessions),
+        "max-body-bytes": f"{settings.max_body_bytes >> 20}MiB",
+    }

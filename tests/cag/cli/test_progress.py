@@ -59,6 +59,15 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert " 50%" in terminal.getvalue()
 
 
+def test_work_that_reports_nothing_shows_nothing_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with shown_progress("bytes"):
+        pass
+    assert terminal.getvalue() == ""
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_117_320_768, "1.1 GB"), (2.5e12, "2,500.0 GB")],

@@ -243,6 +243,25 @@ def test_a_question_that_is_no_text_is_refused(built, question):
         prefix.ask(question)
 
 
+@pytest.mark.parametrize(
+    "history",
+    [None, 5, "abc", [1], [("a",)], [("a", 5)], ("a", "b"), {"a": "b"}, [{"role": "user", "content": "Who?"}]],
+)
+def test_a_history_that_is_no_pairs_of_texts_is_refused(built, history):
+    """The last one has two keys a message, which would have passed for a question and its answer."""
+    with built.open("handbook") as prefix, pytest.raises(UsageError, match="history"):
+        prefix.session().ask(QUESTION, history=history)
+
+
+def test_what_is_no_time_and_no_text_is_refused(built):
+    with built.open("handbook") as prefix:
+        with pytest.raises(UsageError, match="started_at"):
+            prefix.ask(QUESTION, started_at="now")
+        for question, answer in ((QUESTION, None), (5, "text")):
+            with pytest.raises(UsageError, match="must be texts"):
+                prefix.cite(question, answer)
+
+
 def test_questions_that_are_one_text_are_refused(built):
     with built.open("handbook") as prefix, pytest.raises(UsageError, match="a list of texts"):
         prefix.ask_all(QUESTION)

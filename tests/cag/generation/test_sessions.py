@@ -29,8 +29,10 @@ def test_a_session_goes_on_behind_the_cache_opened_again(built, corpus_dir):
     version = prefix.manifest
     (corpus_dir / "omega.txt").write_text("Another text.\n")
     built.update("handbook", [corpus_dir])
-    with built.open("handbook") as other, pytest.raises(UsageError, match="version"):
-        session.resume(other)
+    with built.open("handbook") as other:
+        for wrong in (other, "handbook", None):
+            with pytest.raises(UsageError, match="version"):
+                session.resume(wrong)
     with built.open("handbook", version=version) as again:
         assert again.digest == prefix.digest
         assert again.resident is not prefix.resident
