@@ -290,7 +290,7 @@ DAMAGED = {
     "codes of other bits": (GPTQ | {"bits": 8}, lambda tensors: None, "has qzeros as"),
     "codes of three bits that end early": (
         GPTQ | {"bits": 3},
-        put("qweight", lambda words: words[:7]),
+        put("qweight", lambda words: words[:5]),
         "has qweight as",
     ),
     "fewer indices": (GPTQ, put("g_idx", lambda indices: indices[:32]), r"has g_idx as I32 \[32\]"),
