@@ -115,23 +115,19 @@ def read_network(directory: Path, dtype: torch.dtype) -> Any:
         UnsupportedModel: files in a format that is not read, or with more than the network takes.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     checkpoint = read_checkpoint(directory)
     try:
         with _reports_left_to_us():
-            read: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
+            network, found = checkpoint.from_pretrained(
                 dtype=dtype,
                 use_safetensors=True,  # or pickles are taken where there are only other names
                 attn_implementation="eager",  # or the configuration may ask for code from the hub
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
-                **checkpoint.arguments(),
-                **NO_CODE,
             )
-            _refuse_other_weights(directory, *read)
-            return checkpoint.with_plain_weights(read[0], dtype)
+            _refuse_other_weights(checkpoint, network, found)
+            return checkpoint.with_plain_weights(network, dtype)
     except ImportError as error:
         raise ModelError(f"cannot load the model in {directory}: {error}", hint=_install(checkpoint)) from error
     except (*UNREADABLE, SafetensorError) as error:
@@ -162,9 +158,10 @@ def _install(checkpoint: Checkpoint) -> str:
     return "" if checkpoint.quantization is None else "Install cag-engine[quantized]."
 
 
-def _refuse_other_weights(directory: Path, network: Any, found: dict[str, Any]) -> None:
+def _refuse_other_weights(checkpoint: Checkpoint, network: Any, found: dict[str, Any]) -> None:
     """What is missing or of another shape transformers makes up, in each process anew; what is left over it forgets."""
-    if more := left_over(network, found["unexpected_keys"]):
+    directory = checkpoint.directory
+    if more := [name for name in left_over(network, found["unexpected_keys"]) if not checkpoint.adds_nothing(name)]:
         raise UnsupportedModel(
             f"the files in {directory} hold {len(more)} tensors beside weights that the network has no place for, such "
             f"as {more[0]}: quantized in a way that config.json does not describe, or of another model.",

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from cag.errors import ModelError, UnsupportedModel
-from cag.models.directory import quantized_format
+from cag.models.directory import DESCRIPTIONS, TAKE_ANOTHER, quantized_format
+from cag.models.quantized import PACKED, Packing, QuantizedWeight, plain_tensors, read_packing
 
 NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 HAVE_TEXT_PARTS = frozenset({"gemma3", "llava", "mistral3"})  # whose text part is a network of its own
@@ -37,41 +38,97 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 @dataclass(frozen=True)
 class Checkpoint:
     """What a folder holds. `renames` are those of tensors, None where the whole network is read; `quantization` is the
-    format of quantized weights, None for plain ones."""
+    format of quantized weights, None for plain ones; `packing` how they are packed, where they are unpacked here."""
 
     directory: Path
     config: Any
     renames: dict[str, str] | None
     quantization: str | None
+    packing: Packing | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The 16- or 32-bit type that was saved in, or that is unpacked to; keys and values are kept in the same."""
-        dtype = getattr(self.config, "dtype", None)
-        return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+        return _weight_dtype(self.config)
 
     @cached_property
-    def num_weights(self) -> int:
-        """How many numbers the network has in its parameters, however few bits they are stored in. Raises: ModelError:
-        a configuration that no network can be made of."""
+    def empty(self) -> Any:
+        """The network without weights. Raises: ModelError: a configuration that none can be made of."""
         from transformers import AutoModelForCausalLM
 
         make_model: Any = AutoModelForCausalLM.from_config
         try:
             with torch.device("meta"):
-                network = make_model(self.config, attn_implementation="eager", trust_remote_code=False)
+                return make_model(self.config, attn_implementation="eager", trust_remote_code=False)
         except UNREADABLE as error:
             raise ModelError(f"cannot make the network that {self.directory} describes: {error}") from error
-        return sum(parameter.numel() for parameter in network.parameters())
 
-    def arguments(self) -> dict[str, Any]:
-        """What `from_pretrained` is told of it."""
-        placed = {"device_map": {"": "cpu"}} if self.quantization == "bitsandbytes" else {}
-        return {"config": self.config, "key_mapping": self.renames, **placed}
+    @cached_property
+    def num_weights(self) -> int:
+        """How many numbers the network has in its parameters, however few bits they are stored in. Raises:
+        ModelError."""
+        return sum(parameter.numel() for parameter in self.empty.parameters())
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """The tensors in files of packed layers by name, as plain ones; each is read when it is asked for by `[...]`.
+        Raises: ModelError; OSError, SafetensorError, KeyError and the like: files that cannot be read."""
+        from safetensors import safe_open
+
+        assert self.packing is not None
+        stored: dict[str, Any] = {}
+        for path in self._weight_files():
+            stream: Any = safe_open(path, framework="pt")
+            stored |= {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+        return plain_tensors(stored, self.packing)
+
+    def _weight_files(self) -> list[Path]:
+        """Those that transformers takes of a folder."""
+        named = getattr(self.config, "transformers_weights", None)
+        file = self.directory / (named or "model.safetensors")
+        if not named and not file.exists():
+            file = self.directory / "model.safetensors.index.json"
+        if file.suffix != ".json":
+            return [file]
+        places = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return [self.directory / name for name in sorted(set(places.values()))]
+
+    def from_pretrained(self, **options: Any) -> Any:
+        """What transformers' `from_pretrained` makes of it. Raises: UnsupportedModel, or as transformers does."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.pytorch_utils import Conv1D
+
+        options |= {"key_mapping": self.renames, **NO_CODE}
+        if self.packing is None:
+            placed = {"device_map": {"": "cpu"}} if self.quantization == "bitsandbytes" else {}
+            return AutoModelForCausalLM.from_pretrained(self.directory, config=self.config, **placed, **options)
+        if any(isinstance(module, Conv1D) for module in self.empty.modules()):
+            raise UnsupportedModel(
+                f"{self.directory} holds {self.config.model_type} quantized as {self.quantization!r}, of which inputs "
+                "and outputs lie the other way round.",
+                hint=TAKE_ANOTHER,
+                path=self.directory,
+            )
+        generation = self.directory / "generation_config.json"
+        return type(self.empty).from_pretrained(
+            None,
+            config=self.empty.config,
+            state_dict=self.tensors,
+            generation_config=GenerationConfig.from_pretrained(self.directory) if generation.exists() else None,
+            **options,
+        )
+
+    def adds_nothing(self, name: str) -> bool:
+        """Whether a tensor is a bias of zeros: AutoGPTQ gives one to each layer that it packs."""
+        layer, _, own = name.rpartition(".")
+        if self.packing is None or own != "bias" or name not in self.tensors:
+            return False
+        packed = isinstance(self.tensors.get(f"{layer}.weight"), QuantizedWeight)
+        return packed and not self.tensors[name][...].any()
 
     def with_plain_weights(self, network: Any, dtype: torch.dtype) -> Any:
         """`network` as it was read, all weights of it plain and in `dtype`."""
-        if self.quantization is None:
+        if self.quantization is None or self.packing is not None:
             return network
         if self.quantization == "bitsandbytes":
             from accelerate.hooks import remove_hook_from_submodules
@@ -103,15 +160,20 @@ def read_checkpoint(directory: Path) -> Checkpoint:
             "of that type that continues text.",
             hint="Take a decoder-only language model.",
         )
-    quantization = _unpack(config, directory)
+    if config.dtype is None:
+        config.dtype = getattr(config.get_text_config(), "dtype", None)
+    quantization, packing = _unpack(config, directory)
     if config is not whole and quantization == "bitsandbytes":
         raise UnsupportedModel(
             f"{directory} holds {whole.model_type} quantized with bitsandbytes, of which the text part cannot be read.",
             hint="Take the model unquantized.",
         )
-    if config.dtype is None:
-        config.dtype = getattr(config.get_text_config(), "dtype", None)
-    return Checkpoint(directory, config, None if config is whole else TEXT_NAMES, quantization)
+    return Checkpoint(directory, config, None if config is whole else TEXT_NAMES, quantization, packing)
+
+
+def _weight_dtype(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def _text_part(whole: Any) -> Any:
@@ -123,21 +185,41 @@ def _text_part(whole: Any) -> Any:
     return text
 
 
-def _unpack(config: Any, directory: Path) -> str | None:
+def _unpack(config: Any, directory: Path) -> tuple[str | None, Packing | None]:
     """The format of the weights that `config` describes, which from now on asks for plain ones."""
     described = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
+    described = described or _described_beside(directory)
     if described is None:
-        return None
+        return None, None
     method = quantized_format(described, directory)
+    if method in PACKED:
+        for part in (config, config.get_text_config()):
+            vars(part).pop("quantization_config", None)
+        return method, read_packing(described, directory, _weight_dtype(config))
     if method == "compressed-tensors":
         _refuse_mixtures(described, directory)
+        _refuse_integer_experts(directory)
     if method == "fp8":
         _refuse_cut_blocks(described.get("weight_block_size"), directory)
     if method != "bitsandbytes":
         config.quantization_config = described | {"dequantize": True}
-    return method
+    return method, None
+
+
+def _described_beside(directory: Path) -> dict[str, Any] | None:
+    """What older checkpoints say in a file of its own, in its older words. Raises: ModelError."""
+    for file, method in DESCRIPTIONS.items():
+        path = directory / file
+        if path.exists() and any(_own(name) == "qweight" for name, _, _ in _stored(directory)):
+            try:
+                said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                older = {"bits": said.get("w_bit"), "group_size": said.get("q_group_size"), "quant_method": method}
+            except UNREADABLE as error:
+                raise ModelError(f"cannot read {path}: {error}", hint="Fetch the model again.") from error
+            return older | said
+    return None
 
 
 def _refuse_mixtures(described: dict[str, Any], directory: Path) -> None:
@@ -151,6 +233,17 @@ def _refuse_mixtures(described: dict[str, Any], directory: Path) -> None:
             hint="Take a checkpoint with one format for all weights.",
             path=directory,
         )
+
+
+def _refuse_integer_experts(directory: Path) -> None:
+    """transformers joins experts of packed codes and of FP8, but not these."""
+    for name, dtype, _ in _stored(directory):
+        if ".experts." in name and (dtype == "I8" or _own(name) == "weight_zero_point"):
+            raise UnsupportedModel(
+                f"{name} in {directory} is of an expert in 8-bit integers or with zero points, which is not read.",
+                hint=TAKE_ANOTHER,
+                path=directory,
+            )
 
 
 def _refuse_cut_blocks(block: Any, directory: Path) -> None:

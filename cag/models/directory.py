@@ -9,7 +9,8 @@ from typing import Any
 from cag.errors import UnsupportedModel
 
 _TOKENIZER_CHOICES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
-UNPACKED = ("fp8", "mxfp4", "compressed-tensors", "bitsandbytes")  # formats of quantized weights that are read
+UNPACKED = ("fp8", "mxfp4", "compressed-tensors", "bitsandbytes", "gptq", "awq", "auto-round")  # formats that are read
+DESCRIPTIONS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of older checkpoints, beside config.json
 TAKE_ANOTHER = f"Take the model unquantized, or in one of {', '.join(UNPACKED)}."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from cag.errors import UnsupportedModel
 from cag.models.digests import file_sha256
+from cag.models.directory import DESCRIPTIONS
 
 COSMETIC_CONFIG_FIELDS = frozenset(
     {"transformers_version", "_name_or_path", "_model_name_or_path", "name_or_path", "torch_dtype", "dtype"}
@@ -80,6 +81,9 @@ def _network_parts(directory: Path) -> Iterable[tuple[str, str]]:
             path=directory,
         )
     yield from _weight_parts(directory, "config.json", config, COSMETIC_CONFIG_FIELDS)
+    for name in DESCRIPTIONS:
+        if (directory / name).exists():
+            yield name, _text_digest(_canonical(_read_json(directory / name), frozenset()))
     for path in sorted(directory.glob(INDEX_FILES)):
         places = _read_json(path).get("weight_map")
         if not isinstance(places, dict):

@@ -217,7 +217,7 @@ def test_a_bias_that_the_configuration_does_not_know_is_refused(plain, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "method", ["gptq", "awq", "nvfp4", "torchao", "quanto", "modelopt", "gguf", "unheard-of", None, ["fp8"]]
+    "method", ["hqq", "nvfp4", "torchao", "quanto", "modelopt", "gguf", "unheard-of", None, ["fp8"]]
 )
 def test_other_formats_are_refused_by_name(plain, tmp_path, method):
     directory, _ = write_like(plain, tmp_path / "model", None, lambda name, weight: ({name: weight.bfloat16()}, weight))

@@ -278,9 +278,9 @@ def test_gguf_files_are_refused_by_name(local):
 
 
 def test_a_quantized_format_that_is_not_read_is_refused_by_name(local):
-    described = {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}}
+    described = {"model_type": "llama", "quantization_config": {"quant_method": "hqq", "bits": 4}}
     (local / "config.json").write_text(json.dumps(described))
-    with pytest.raises(UnsupportedModel, match="quantized as 'awq'"):
+    with pytest.raises(UnsupportedModel, match="quantized as 'hqq'"):
         fetch_model(str(local))
 
 

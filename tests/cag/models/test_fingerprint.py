@@ -14,6 +14,7 @@ def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama", "rope_theta": 1, "transformers_version": "5"}')
+    (folder / "quantize_config.json").write_text('{"bits": 4}')
     (folder / "tokenizer.json").write_text('{"vocab": ["a"]}')
     (folder / "tokenizer_config.json").write_text('{"eos_token": "x", "chat_template": "T1"}')
     for number in (1, 2):
@@ -62,6 +63,14 @@ CHANGES = {
     "quantization": (
         lambda model, adapter: set_field(model / "config.json", "quantization_config", {"quant_method": "fp8"}),
         {"weights"},
+    ),
+    "quantization that is described beside": (
+        lambda model, adapter: set_field(model / "quantize_config.json", "bits", 8),
+        {"weights"},
+    ),
+    "the same in other words": (
+        lambda model, adapter: (model / "quantize_config.json").write_text('{ "bits": 4 }'),
+        set(),
     ),
     "template": (
         lambda model, adapter: set_field(model / "tokenizer_config.json", "chat_template", "T2"),

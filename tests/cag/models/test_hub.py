@@ -150,8 +150,8 @@ def test_a_repository_of_pickles_is_refused_before_the_download(server):
 
 
 def test_a_format_that_is_not_read_is_refused_before_the_download(server):
-    server.config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    with pytest.raises(UnsupportedModel, match="tiny-model are quantized as 'gptq'"):
+    server.config = {"quantization_config": {"quant_method": "quanto", "bits": 4}}
+    with pytest.raises(UnsupportedModel, match="tiny-model are quantized as 'quanto'"):
         fetch_model(REPO)
     assert not any("resolve" in path for path in server.asked)
     server.config = {"quantization_config": {"quant_method": "fp8"}}
