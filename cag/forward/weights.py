@@ -127,6 +127,18 @@ def _scale_of(embedding: nn.Embedding) -> float | None:
     return float(row[0]) if row.dtype == torch.float32 and bool((row == row[0]).all()) else None
 
 
+class HeadProducts(nn.Module):
+    """Each head's rows by a weight of its own, `[num_heads, in_features, out_features]`, that nobody saves."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, block: Tensor) -> Tensor:
+        """`[num_heads, num_rows, in_features]` to `[num_heads, num_rows, out_features]`, in the block's dtype."""
+        return block @ self.weight.to(block.dtype)
+
+
 class _TransposedLinear(nn.Linear):
     """A linear layer with another order of the product for a question's few rows."""
 
@@ -163,7 +175,7 @@ class SequencesApart:
     def __init__(self, network: nn.Module | None) -> None:
         self._counts: Sequence[int] | None = None
         for module in network.modules() if network is not None else ():
-            if isinstance(module, nn.Linear | PackedLinear):
+            if isinstance(module, nn.Linear | PackedLinear | HeadProducts):
                 module.forward = partial(self._forward, module.forward)  # type: ignore[method-assign]
 
     @contextmanager
