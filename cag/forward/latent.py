@@ -31,8 +31,9 @@ _NUM_TOKENS = 5  # of the forward that proves: different ones, at different posi
 class LatentLayer(nn.Module):
     """What turns the queries of one layer into queries to latents, and back.
 
-    A latent is `[num_tokens, rotated + rank]`: the rotated part first, where rotations of other models stand. On a CPU
-    weights are kept in float32, and so are queries: rounding them would be one rounding more than plain attention has.
+    A latent is `[num_tokens, rotated + rank]`: the rotated part first, where rotations of other models stand. Weights
+    are kept in float32, and so are queries to latents and what these give: rounding them would be one rounding more
+    than plain attention has.
     """
 
     def __init__(self, projection: Any, num_heads: int, value_dim: int) -> None:
@@ -40,9 +41,7 @@ class LatentLayer(nn.Module):
         them its `value_dim` values."""
         super().__init__()
         self._caught: Tensor | None = None
-        whole: Tensor = projection.weight.detach()
-        if whole.device.type == "cpu":
-            whole = whole.float()
+        whole: Tensor = projection.weight.detach().float()
         by_head = whole.view(num_heads, -1, whole.shape[1])
         self.plain_dim, self.rank = by_head.shape[1] - value_dim, whole.shape[1]
         self._keys = HeadProducts(by_head[:, : self.plain_dim])
@@ -51,8 +50,8 @@ class LatentLayer(nn.Module):
 
     def asked(self, query: Tensor) -> Tensor:
         """Queries `[num_heads, num_rows, plain + rotated]` as they are asked of latents, `[num_heads, num_rows, rotated
-        + rank]`."""
-        query = query.float() if query.device.type == "cpu" else query
+        + rank]` float32."""
+        query = query.float()
         return torch.cat([query[..., self.plain_dim :], self._keys(query[..., : self.plain_dim])], dim=-1)
 
     def kept(self, keys: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ class LatentLayer(nn.Module):
     def expanded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that `[1, num_tokens, rotated + rank]` stand for, `[num_heads, num_tokens, ...]`, in
         their dtype."""
-        wide = latents.to(self._keys.weight.dtype)
+        wide = latents.float()
         keys = wide[..., -self.rank :] @ self._keys.weight.transpose(1, 2)
         shared = wide[..., : -self.rank].expand(len(keys), -1, -1)
         return torch.cat([keys, shared], dim=-1).to(latents.dtype), self.found(wide).to(latents.dtype)
@@ -83,6 +82,12 @@ class LatentLayer(nn.Module):
 def latent_of(module: Any) -> LatentLayer | None:
     """What was proven of an attention module, if anything was."""
     return getattr(module, LATENT, None)
+
+
+def latent_layers(network: Any) -> list[LatentLayer]:
+    """Those of a network, in the order of its layers."""
+    found = [(module.layer_idx, latent) for module in network.modules() if (latent := latent_of(module)) is not None]
+    return [latent for _, latent in sorted(found, key=lambda pair: pair[0])]
 
 
 @torch.inference_mode()

@@ -135,8 +135,8 @@ class HeadProducts(nn.Module):
         self.weight = weight
 
     def forward(self, block: Tensor) -> Tensor:
-        """`[num_heads, num_rows, in_features]` to `[num_heads, num_rows, out_features]`, in the block's dtype."""
-        return block @ self.weight.to(block.dtype)
+        """`[num_heads, num_rows, in_features]` to `[num_heads, num_rows, out_features]`."""
+        return block @ self.weight
 
 
 class _TransposedLinear(nn.Linear):

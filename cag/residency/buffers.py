@@ -64,7 +64,7 @@ class HostBuffers:
         device: torch.device,
         host: Sides | None = None,
         *,
-        sides: int,
+        sides: int = 2,
     ) -> HostBuffers:
         """Over new memory of the device; `sizes` of each layer's keys, of which it has so many `sides`."""
         tensors = _allocate([size for size in sizes for _ in range(sides)], dtype, device)

@@ -111,7 +111,8 @@ def test_random_caches_with_a_basis(
     small_class, joint_layers, pairing, step, dtype, exact_tokens, num_tokens, chunk_tokens, sides
 ):
     store = Store.in_memory(workers=1)
-    basis = store.put_blob(sample_basis(HEADS, DIMS, joint_layers, step + 512, pairing=pairing).to_bytes())
+    found = sample_basis(HEADS, DIMS, joint_layers, step + 512, pairing=pairing, sides=sides)
+    basis = store.put_blob(found.to_bytes())
     config = {
         "id": "transform", "basis": basis, "joint_layers": joint_layers, "step": step, "exact_tokens": exact_tokens,
     }  # fmt: skip

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from cag_store import Manifest, Store, chunk_key
+from cag_store.codecs.transform import Basis
 from cag_store.errors import CorruptEntry, UnencodableArray, UnsupportedFormat
 from cag_store.jsontext import canonical_bytes
 from cag_store.paths import chunk_path
+from cag_store.testing.bases import sample_basis
 
 GOLDEN = Path(__file__).parent / "golden" / "store-3.json"
 
@@ -39,6 +41,26 @@ def test_it_is_read_as_it_was_written(codec, in_files, one_sided, tmp_path):
     if codec == "lossless":
         cache.check(whole)
     store.verify("small").raise_first()
+
+
+def test_a_basis_of_one_side(small, one_sided):
+    """It has directions for keys alone; it decodes no values, and one of two sides is as good for keys."""
+    store = Store.in_memory()
+    for sides in (1, 2):
+        basis = sample_basis((2, 1, 2), (8, 16, 4), 2, sides=sides)
+        again = Basis.from_bytes(basis.to_bytes())
+        assert [len(group) for group in again.groups] == [sides] * 2
+        assert again.to_bytes() == basis.to_bytes()
+        config = {"id": "transform", "basis": store.put_blob(basis.to_bytes()), "joint_layers": 2, "step": -256}
+        one_sided(config).build(store, f"of-{sides}")
+        store.verify(f"of-{sides}").raise_first()
+        if sides == 1:
+            with pytest.raises(UnencodableArray, match="the cache has values"):
+                small(config).build(store)
+    header = basis.to_bytes().replace(b"[[32,32],[8,8]]", b"[[32,32],[8]]  ")
+    assert header != basis.to_bytes()
+    with pytest.raises(CorruptEntry):
+        Basis.from_bytes(header)
 
 
 def test_it_takes_half_of_the_room(small, one_sided):
