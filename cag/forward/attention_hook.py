@@ -73,18 +73,20 @@ def _attend(
         raise UnsupportedModel(
             f"{type(module).__name__} attends in a way of its own: by {', '.join(strange) or 'what comes later'}."
         )
+    latent = latent_of(module)
+    if latent is not None:  # before others may run the layer
+        key = value = latent.kept(key[0])[None]
     if cag_pause is not None:
         cag_pause(query.shape[-2])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     place = cag_places[module.layer_idx] if cag_places is not None else KvPlace(module.layer_idx)
     rule: dict[str, Any] = {"scale": scale, "window": sliding_window, "softcap": softcap}
     attend: Attend = partial(cag_state.attend, place.layer, **rule, sinks=s_aux, stores=place.stores)
-    latent = latent_of(module)
     if latent is None:
         out = _by_heads(attend, query[0], key[0], value[0])
     else:
-        kept = latent.kept(key[0])
-        out = latent.found(attend(latent.asked(query[0]), kept, kept)).to(query.dtype)
+        latents = key[0]
+        out = latent.found(attend(latent.asked(query[0]), latents, latents)).to(query.dtype)
     return out.transpose(0, 1)[None].contiguous(), None
 
 

@@ -256,3 +256,25 @@ def test_hybrids_have_latents_too(tmp_path):
     with engine.open("a") as prefix:
         assert prefix.ask("Why?", OPTIONS).usage.cached_tokens == manifest.num_tokens
     engine.store.verify("a").raise_first()
+
+
+def test_layers_that_give_way_keep_their_own_latents(directory, monkeypatch):
+    """A build pauses in each layer, and the forward of an answer runs all of them meanwhile."""
+    model = LanguageModel.load(directory, model_id="latent")
+    ids, others = torch.arange(40) % 250, torch.arange(7) + 3
+    alone = model.forward(ids.tolist(), model.new_state(), num_logits=0)
+    beside = model.forward(others.tolist(), model.new_state(), num_logits=0)
+    found = []
+
+    def pause(_num_tokens):
+        if not pauses:
+            return
+        pauses.pop()
+        state = model.new_state()
+        state.begin(len(others))
+        found.append(model._network_forward(others, torch.arange(len(others)), state, 0))
+
+    pauses = [1]
+    monkeypatch.setattr(model.turns, "pause", pause)
+    assert torch.equal(model.forward(ids.tolist(), model.new_state(), num_logits=0), alone)
+    assert torch.equal(found[0], beside)
