@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cag_kernels import choose_path, merge_segments, segment_attention, segment_attention_reference
+from cag_kernels.attention import _device_tile
 from cag_kernels.cpu.attention.segments import cpu_attention_serves
 from cag_kernels.flash import fused_attention
 from cag_kernels.tiled import tiled_attention
@@ -143,3 +144,8 @@ def test_keys_that_are_the_values(attend, num_queries, offset):
     for got, want in zip(found, attend(query, keys, keys.clone(), scale=0.1, offset=offset), strict=True):
         assert torch.equal(got, want)
     assert_close(found, query, keys, keys, scale=0.1, offset=offset)
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(16, 1 << 20), (240, 68 * 1024), (8192, 2048), (1 << 20, 1024)])
+def test_tiles_on_a_gpu_are_as_long_as_scores_are_few(num_rows, expected):
+    assert _device_tile(num_rows) == expected

@@ -25,7 +25,7 @@ LATENT = SHARED | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
 LATENT |= {"v_head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
 LATENT |= {"moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 LONGCAT = {"num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "moe_topk": 2}
-LONGCAT |= {"zero_expert_num": 2, "n_routed_experts": 4, "head_dim": 8}
+LONGCAT |= {"zero_expert_num": 2, "n_routed_experts": 4, "head_dim": 8, "num_key_value_heads": 4}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6, "sliding_window": 24}
 PER_LAYER_INPUT = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 258}
 
