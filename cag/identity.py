@@ -24,8 +24,8 @@ def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> N
         "chat template": (built.template_fingerprint, loaded.template),
         "RoPE configuration": (dict(manifest.kv.rope), model.rope),
         "shape of keys and values": (
-            list(zip(manifest.kv.num_kv_heads, manifest.kv.head_dim, strict=True)),
-            [(shape.num_kv_heads, shape.head_dim) for shape in model.kv_shapes],
+            [(*shape, manifest.kv.sides) for shape in zip(manifest.kv.num_kv_heads, manifest.kv.head_dim, strict=True)],
+            [(shape.num_kv_heads, shape.head_dim, shape.sides) for shape in model.kv_shapes],
         ),
         "key/value type": (manifest.kv.dtype, str(model.kv_dtype).removeprefix("torch.")),
         "kind of layers (recurrent ones)": (manifest.states is not None, model.recurrent is not None),

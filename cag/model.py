@@ -191,7 +191,7 @@ class LanguageModel:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token over all layers, uncompressed."""
-        return sum(2 * s.num_kv_heads * s.head_dim * self.kv_dtype.itemsize for s in self.kv_shapes)
+        return sum(shape.width for shape in self.kv_shapes) * self.kv_dtype.itemsize
 
     @property
     def attends_to_codes(self) -> bool:

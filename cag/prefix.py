@@ -86,7 +86,9 @@ class Prefix:
         """Decoded keys (after RoPE) and values of a layer, `[num_kv_heads, num_tokens, head_dim]`, for inspection.
 
         The tensors may be the resident ones: do not change them. Of a layer with a window only the end is resident;
-        then the whole layer is read from the store, each time.
+        then the whole layer is read from the store, each time. Where latents are what is stored (`kv_shapes` have one
+        side), keys and values are made of them here, as the network would make them, values perhaps of another size
+        than keys.
 
         Raises: StoreError: the cache is damaged; UsageError: no such layer.
         """
@@ -94,7 +96,12 @@ class Prefix:
         num_layers = len(self.model.kv_shapes)
         if not isinstance(layer, int) or not 0 <= layer < num_layers:
             raise UsageError(f"layer is {layer!r}; {self.model.model_id} has the layers 0 to {num_layers - 1}.")
-        return self.resident.layer(layer)
+        keys, values = self.resident.layer(layer)
+        if self.model.kv_shapes[layer].sides == 2:
+            return keys, values
+        from cag.forward.latent import latent_layers  # which needs transformers
+
+        return latent_layers(self.model.network)[layer].expanded(keys)
 
     def session(self) -> Session:
         """A session with turns of its own."""

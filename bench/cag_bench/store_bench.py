@@ -45,7 +45,7 @@ CODECS = ("lossless", "int8", "int4", "transform@-580", "transform@-515", "trans
 ENCODE_SAMPLES = 3  # at most: encoding takes seconds, and its time is compared with that of a prefill
 SIDES: tuple[Side, Side] = ("keys", "values")
 Progress = Callable[[str, int, int], None]
-Buffers = list[tuple[NDArray[Any], NDArray[Any]]]
+Buffers = list[tuple[NDArray[Any], ...]]
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class TimedCodec:
         self._store: Store = chunks.store
         self._context: ChunkContext = chunks.context(codec)
         tail = chunks.state.tail
-        self._arrays: Buffers = [
-            (storage_view(k), storage_view(v)) for k, v in zip(tail.keys, tail.values, strict=True)
-        ]
-        sizes = [(keys.shape[0], keys.shape[1], keys.shape[2]) for keys, _ in self._arrays]
-        memory = HostBuffers.of(sizes, tail.keys[0].dtype, torch.device("cpu"))  # as the engine's, in huge pages
+        self._sides, pairs = self._context.sides, zip(tail.keys, tail.values, strict=True)
+        self._arrays: Buffers = [tuple(map(storage_view, pair[: self._sides])) for pair in pairs]
+        sizes = [(keys.shape[0], keys.shape[1], keys.shape[2]) for keys, *_ in self._arrays]
+        # as the engine's, in huge pages
+        memory = HostBuffers.of(sizes, tail.keys[0].dtype, torch.device("cpu"), sides=self._sides)
         self._buffers: Buffers = memory.views()
         self._reader = Reader(self._store)
 
@@ -166,7 +166,7 @@ class TimedCodec:
             return codec.encode_layers(arrays, self._context.dtype, SIDES[side], first, start)
 
         groups = layer_groups(len(self._arrays), codec.joint_layers)
-        places = [(*span, *group, side) for span in self._spans() for group in groups for side in (0, 1)]
+        places = [(*span, *group, side) for span in self._spans() for group in groups for side in range(self._sides)]
         with ThreadPoolExecutor(num_threads) as pool:
             found = pool.map(lambda place: encode(*place), places)
             return {(place[0], place[2], place[4]): data for place, data in zip(places, found, strict=True)}
@@ -200,7 +200,7 @@ class TimedCodec:
         paths = [chunk_path(entry.key) for entry in entries]
         self._store.forget_codec(self._config)
         decode()
-        expected = [(keys.copy(), values.copy()) for keys, values in self._buffers]
+        expected: Buffers = [tuple(side.copy() for side in sides) for sides in self._buffers]
         first_s = _seconds(partial(self._load, entries))
         self._check(expected)
         kept = self._kept_codes(codec, encoded, entries)

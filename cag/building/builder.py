@@ -370,6 +370,7 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
             compute_dtype=context.compute_dtype,
             rope=model.rope,
             chunk_tokens=context.chunk_tokens,
+            sides=context.sides,
         ),
         codec=cache.codec,
         chunks=cache.entries,

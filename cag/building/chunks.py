@@ -18,7 +18,7 @@ from torch import Tensor
 import cag_store
 from cag.building.snapshots import Snapshots
 from cag.forward.recurrent import States
-from cag.forward.state import WholeState
+from cag.forward.state import WholeState, sides_of
 from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
 from cag.residency.buffers import HostBuffers, storage_view
@@ -60,8 +60,8 @@ class PrefixChunks:
         """The first `num_tokens` tokens of the prefix, as sequences stand behind them, with what recurrent layers know
         there."""
         tail = self.state.tail
-        pairs = zip(tail.keys, tail.values, strict=True)
-        segments = [(DensePrefix(keys[:, :num_tokens], values[:, :num_tokens]),) for keys, values in pairs]
+        pairs = (tail.gathered(layer, num_tokens) for layer in range(len(tail.shapes)))
+        segments = [(DensePrefix(*pair),) for pair in pairs]
         prefix = ResidentPrefix(segments, self.token_ids[:num_tokens])
         prefix.recurrent = states
         prefix.mark_loaded()
@@ -78,6 +78,7 @@ class PrefixChunks:
             compute_dtype=str(model.compute_dtype).removeprefix("torch."),
             codec=codec,
             chunk_tokens=BLOCK_TOKENS,
+            sides=model.kv_shapes[0].sides,
         )
 
     def keys(self, context: ChunkContext) -> list[str]:
@@ -153,7 +154,7 @@ class PrefixChunks:
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def _views(self, start: int, end: int) -> Iterator[tuple[Any, Any]]:
-        """Host views of tokens `[start, end)` of each layer's buffers, one layer at a time."""
-        for keys, values in zip(self.state.tail.keys, self.state.tail.values, strict=True):
-            yield storage_view(keys[:, start:end].cpu()), storage_view(values[:, start:end].cpu())
+    def _views(self, start: int, end: int) -> Iterator[tuple[Any, ...]]:
+        """Host views of tokens `[start, end)` of each layer's buffers, one a side, one layer at a time."""
+        for sides in zip(self.state.tail.keys, self.state.tail.values, strict=True):
+            yield tuple(storage_view(side[:, start:end].cpu()) for side in sides_of(*sides))

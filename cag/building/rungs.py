@@ -74,4 +74,4 @@ def basis_bytes(model: LanguageModel, joint_layers: int) -> int:
     """About what a basis of the model takes in a store: a square matrix for each side of each group of layers."""
     widths = [shape.num_kv_heads * shape.head_dim for shape in model.kv_shapes]
     groups = [sum(widths[first : first + joint_layers]) for first in range(0, len(widths), joint_layers)]
-    return int(2 * sum(width**2 for width in groups) * _BASIS_BYTES)
+    return int(model.kv_shapes[0].sides * sum(width**2 for width in groups) * _BASIS_BYTES)

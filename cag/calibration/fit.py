@@ -34,7 +34,7 @@ class FittedSide(NamedTuple):
 
 
 def fit_basis(
-    samples: Sequence[tuple[GroupSamples, GroupSamples]],
+    samples: Sequence[tuple[GroupSamples, ...]],
     rotations: tuple[Rotation, ...],
     layer_rotation: tuple[int, ...],
     joint_layers: int,
@@ -42,13 +42,13 @@ def fit_basis(
 ) -> Basis:
     """The basis for all steps from `2 ** (least_step / 64)` on."""
     groups, counts = [], Counts()
-    for pair in samples:
-        sides = [_fit_side(side, least_step) for side in pair]
+    for group in samples:
+        sides = [_fit_side(side, least_step) for side in group]
         for side in sides:
             for step in range(least_step, least_step + 4 * 64, 64):
                 counts.add(side.group.log_deviation, side.coefficients, step)
-        groups.append((sides[0].group, sides[1].group))
-    layers = [layer for keys, _ in samples for layer in keys.layers]
+        groups.append(tuple(side.group for side in sides))
+    layers = [layer for keys, *_ in samples for layer in keys.layers]
     return Basis(
         joint_layers,
         tuple(layer.num_kv_heads for layer in layers),

@@ -71,4 +71,5 @@ def _read(path: Path, model: LanguageModel, options: CalibrationOptions) -> byte
         return None
     shapes = tuple(zip(basis.num_kv_heads, basis.head_dim, strict=True))
     fits = shapes == tuple((shape.num_kv_heads, shape.head_dim) for shape in model.kv_shapes)
+    fits = fits and len(basis.groups[0]) == model.kv_shapes[0].sides
     return data if fits and basis.joint_layers == options.joint_layers else None

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cag.errors import UnsupportedModel
 from cag.forward.recurrent import RecurrentStep, attention_arguments
-from cag.forward.state import KvPlace
+from cag.forward.state import KvPlace, sides_of
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag_store.codecs.transform import Rotation
@@ -101,8 +101,8 @@ class _ObservedSequence:
     """Stands in for a sequence in one forward with gradients: plain causal attention that notes keys and values."""
 
     def __init__(self) -> None:
-        self.arrays: dict[int, tuple[Tensor, Tensor]] = {}
-        self.errors: dict[int, tuple[Tensor, Tensor]] = {}
+        self.arrays: dict[int, tuple[Tensor, ...]] = {}
+        self.errors: dict[int, tuple[Tensor, ...]] = {}
 
     def attend(
         self,
@@ -118,13 +118,12 @@ class _ObservedSequence:
         stores: bool = True,
     ) -> Tensor:
         if stores:
-            self.arrays[layer] = keys.detach(), values.detach()
-            self.errors[layer] = (
-                torch.zeros_like(keys, requires_grad=True),
-                torch.zeros_like(values, requires_grad=True),
-            )
+            sides = sides_of(keys, values)
+            self.arrays[layer] = tuple(side.detach() for side in sides)
+            self.errors[layer] = tuple(torch.zeros_like(side, requires_grad=True) for side in sides)
         errors = self.errors[layer]
-        return _attention(query, keys + errors[0], values + errors[1], scale, window, softcap, sinks)
+        moved = (keys + errors[0]).to(query.dtype), (values + errors[-1]).to(query.dtype)
+        return _attention(query, *moved, scale, window, softcap, sinks)
 
 
 def _attention(
@@ -162,8 +161,9 @@ def observe(
     joint_layers: int,
     num_gradient_windows: int,
     seed: int = 0,
-) -> list[tuple[GroupSamples, GroupSamples]]:
-    """Samples of keys (before rotation) and values of each group of `joint_layers` layers.
+) -> list[tuple[GroupSamples, ...]]:
+    """Samples of keys (before rotation) and values of each group of `joint_layers` layers; of keys alone where they are
+    the values, too.
 
     `num_gradient_windows` of the windows, evenly spread, also give gradients, and some of those their rows. The second
     half of such a window is predicted; the gradients are those by its first half, which stands for a cache.
@@ -181,13 +181,13 @@ def observe(
         else:
             arrays = _arrays(model, window)
         plain = [
-            (_plain(pair[0], layer, rotations, layer_rotation), pair[1][:, SKIPPED_TOKENS:])
-            for layer, pair in enumerate(arrays)
+            (_plain(keys, layer, rotations, layer_rotation), *(side[:, SKIPPED_TOKENS:] for side in values))
+            for layer, (keys, *values) in enumerate(arrays)
         ]
         keep = number % (every * -(-num_gradient_windows // _KEPT_WINDOWS)) == 0
         for first, sides in zip(range(0, len(plain), joint_layers), groups, strict=True):
             for side, group in enumerate(sides):
-                group.add([pair[side] for pair in plain[first : first + joint_layers]], keep)
+                group.add([layer[side] for layer in plain[first : first + joint_layers]], keep)
         if gradients:
             _add_gradients(groups, gradients, len(window) // 2, rotations, layer_rotation)
     for samples in (samples for sides in groups for samples in sides):
@@ -205,20 +205,22 @@ def _check_numbers(*tensors: Tensor) -> None:
         )
 
 
-def _empty_samples(model: LanguageModel, joint_layers: int) -> list[tuple[GroupSamples, GroupSamples]]:
-    shapes, readings = model.kv_shapes, _readings(model)
-    keys = [LayerSamples(shape.num_kv_heads, shape.head_dim) for shape in shapes]
-    values = [LayerSamples(s.num_kv_heads, s.head_dim, reading) for s, reading in zip(shapes, readings, strict=True)]
+def _empty_samples(model: LanguageModel, joint_layers: int) -> list[tuple[GroupSamples, ...]]:
+    shapes = model.kv_shapes
+    sides = [[LayerSamples(shape.num_kv_heads, shape.head_dim) for shape in shapes]]
+    if shapes[0].sides == 2:
+        readings = zip(shapes, _readings(model), strict=True)
+        sides.append([LayerSamples(shape.num_kv_heads, shape.head_dim, reading) for shape, reading in readings])
     spans = [slice(first, first + joint_layers) for first in range(0, len(shapes), joint_layers)]
-    return [(GroupSamples(keys[span]), GroupSamples(values[span])) for span in spans]
+    return [tuple(GroupSamples(side[span]) for side in sides) for span in spans]
 
 
-def _arrays(model: LanguageModel, window: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, without gradients."""
+def _arrays(model: LanguageModel, window: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """The sides of each layer, without gradients."""
     state = model.new_state(capacity=len(window))
     prefill(model, state, window)
     tail = state.tail
-    return [(k[:, : len(window)], v[:, : len(window)]) for k, v in zip(tail.keys, tail.values, strict=True)]
+    return [sides_of(*tail.gathered(layer, len(window))) for layer in range(len(tail.shapes))]
 
 
 def _plain(array: Tensor, layer: int, rotations: Sequence[Rotation], layer_rotation: Sequence[int]) -> Tensor:
@@ -228,18 +230,19 @@ def _plain(array: Tensor, layer: int, rotations: Sequence[Rotation], layer_rotat
 
 
 def _add_gradients(
-    groups: Sequence[tuple[GroupSamples, GroupSamples]],
+    groups: Sequence[tuple[GroupSamples, ...]],
     gradients: Sequence[Tensor],
     num_tokens: int,
     rotations: Sequence[Rotation],
     layer_rotation: Sequence[int],
 ) -> None:
     """Gradients by keys and values, layer by layer; only those of the first `num_tokens` tokens count."""
-    pairs = [pair for keys, values in groups for pair in zip(keys.layers, values.layers, strict=True)]
-    for layer, (keys, values) in enumerate(pairs):
-        by_keys, by_values = gradients[2 * layer][:, :num_tokens], gradients[2 * layer + 1][:, :num_tokens]
-        keys.add(_plain(by_keys, layer, rotations, layer_rotation).float())
-        values.add(by_values[:, SKIPPED_TOKENS:].float())
+    layers = [sides for group in groups for sides in zip(*(side.layers for side in group), strict=True)]
+    found = iter(gradients)
+    for layer, (keys, *values) in enumerate(layers):
+        keys.add(_plain(next(found)[:, :num_tokens], layer, rotations, layer_rotation).float())
+        for side in values:
+            side.add(next(found)[:, SKIPPED_TOKENS:num_tokens].float())
 
 
 def _gradients(

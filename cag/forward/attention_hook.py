@@ -8,6 +8,7 @@ by name. Knows no model and no kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,9 +16,13 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from cag.errors import UnsupportedModel
+from cag.forward.latent import latent_of
 from cag.forward.state import AttendingState, KvPlace
 
 ATTENTION_NAME = "cag_segments"
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values to what the queries find."""
+
 HARMLESS = frozenset(
     {
         "cache_position",
@@ -59,7 +64,8 @@ def _attend(
     """transformers' attention interface: `[sequences, heads, tokens, head_dim]` in, `[sequences, tokens, heads,
     head_dim]` out. There are several sequences only where layers are recurrent; those of others lie in one row.
 
-    Queries and keys that are wider than values, or narrower, are served with zeros behind the narrower ones.
+    A layer of latents attends to those. Otherwise queries and keys that are wider than values, or narrower, are served
+    with zeros behind the narrower ones.
     """
     if cag_state is None:
         raise UnsupportedModel(f"{type(module).__name__} hands no keywords to its attention.")
@@ -68,31 +74,34 @@ def _attend(
         raise UnsupportedModel(
             f"{type(module).__name__} attends in a way of its own: by {', '.join(strange) or 'what comes later'}."
         )
+    num_sequences, latent = len(query), latent_of(module)
+    query, key, value = map(_side_by_side, (query, key, value))
+    if latent is not None:  # before others may run the layer
+        key = value = latent.kept(key)
     if cag_pause is not None:
         cag_pause(query.shape[-2])
-    width = value.shape[-1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if width != key.shape[-1]:
-        widest = max(width, key.shape[-1])
-        query, key, value = (pad(part, (0, widest - part.shape[-1])) for part in (query, key, value))
     place = cag_places[module.layer_idx] if cag_places is not None else KvPlace(module.layer_idx)
-    out = cag_state.attend(
-        place.layer,
-        _side_by_side(query),
-        _side_by_side(key),
-        _side_by_side(value),
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        stores=place.stores,
-    )
-    return out[..., :width].transpose(0, 1).reshape(len(query), -1, len(out), width), None
+    rule: dict[str, Any] = {"scale": scale, "window": sliding_window, "softcap": softcap}
+    attend: Attend = partial(cag_state.attend, place.layer, **rule, sinks=s_aux, stores=place.stores)
+    if latent is None:
+        out = _by_heads(attend, query, key, value)
+    else:
+        out = latent.found(attend(latent.asked(query), key, value)).to(query.dtype)
+    return out.transpose(0, 1).reshape(num_sequences, -1, len(out), out.shape[-1]), None
 
 
 def _side_by_side(rows: Tensor) -> Tensor:
     """`[sequences, heads, tokens, head_dim]` as `[heads, sequences * tokens, head_dim]`."""
     return rows.transpose(0, 1).flatten(1, 2)
+
+
+def _by_heads(attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What `[heads, tokens, head_dim]` find, whichever of keys and values are the wider ones."""
+    width, widest = value.shape[-1], max(value.shape[-1], key.shape[-1])
+    if width != key.shape[-1]:
+        query, key, value = (pad(part, (0, widest - part.shape[-1])) for part in (query, key, value))
+    return attend(query, key, value)[..., :width]
 
 
 AttentionInterface.register(ATTENTION_NAME, _attend)

@@ -18,7 +18,7 @@ from cag.errors import UnsupportedModel
 from cag.forward.decoder import FAR, PROBED_LAYERS
 from cag.forward.decoder_layers import CLOSE, SeenLayer, Turning, relative_difference
 from cag.forward.recurrent import RecurrentLayers, RecurrentStep, attention_arguments
-from cag.forward.state import AttentionRule, KvPlace, KvShape
+from cag.forward.state import AttentionRule, KvPlace, KvShape, sides_of
 from cag_kernels.rows_reference import rotate_reference
 
 NUM_PROBES = 6  # tokens on which a quick forward is compared with the network's own
@@ -164,23 +164,27 @@ class ProbedNetwork:
 @torch.inference_mode()
 def probe_network(network: Any, device: torch.device, recurrent: RecurrentLayers | None = None) -> ProbedNetwork:
     """How each layer attends, seen in a forward of one token at two positions: the first, and the last that the network
-    has. Where there are `recurrent` layers, only of those that attend.
+    has; from here on to latents, where these are what its keys are made of. Where there are `recurrent` layers, only of
+    those that attend.
 
     Raises:
         UnsupportedModel: not every layer attends once, or a layer attends to other tokens than its rule says.
     """
+    from cag.forward.attention_hook import ATTENTION_NAME
+    from cag.forward.latent import find_latent_layers
     from cag.forward.mask_probe import check_masks
 
     probe, rotations, config = LayerProbe(), RotationProbe(), network.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int):
         raise UnsupportedModel(f"{config.model_type} says nowhere how long a prompt may be (max_position_embeddings).")
+    find_latent_layers(network, ATTENTION_NAME)
     positions = torch.tensor([[0, most - 1]], device=device)
     ids, wanted = torch.full_like(positions, _loudest_probe(network)), positions.new_zeros(1)
     step = None if recurrent is None else RecurrentStep([{}], probe, recurrent.numbers)
-    given = attention_arguments(probe, step)
+    arguments = attention_arguments(probe, step)
     with rotations.watching(network):
-        network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, **given)
+        network(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, **arguments)
     num_layers = config.num_hidden_layers if recurrent is None else len(recurrent.numbers)
     if sorted(probe.given) != list(range(num_layers)):
         raise UnsupportedModel(
@@ -193,7 +197,8 @@ def probe_network(network: Any, device: torch.device, recurrent: RecurrentLayers
     owners = [layer for layer, place in enumerate(places) if place.stores]
     if recurrent is not None and len(owners) < num_layers:
         raise UnsupportedModel(f"{config.model_type} has recurrent layers, and layers that share keys and values.")
-    shapes = [KvShape(keys.shape[0], keys.shape[2]) for keys in (probe.given[layer][0] for layer in owners)]
+    given = [probe.given[layer] for layer in owners]
+    shapes = [KvShape(keys.shape[0], keys.shape[2], len(sides_of(keys, values))) for keys, values in given]
     seen = [_seen(rules[index], probe.heads[index], rotations.turnings.get(index)) for index in range(num_layers)]
     for index in {*range(num_layers)} - {*owners} | probe.with_sinks:
         seen[index] = replace(seen[index], is_otherwise=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cag.forward.state import KvShape, SequenceState
+from cag.forward.state import KvShape, SequenceState, sides_of
 
 PAGE_TOKENS = 32
 SLAB_PAGES = 16  # 512 tokens
@@ -51,7 +51,7 @@ class PagePool:
         self.keys = [
             torch.empty(0, s.num_kv_heads, PAGE_TOKENS, s.head_dim, dtype=dtype, device=device) for s in shapes
         ]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.values = [shape.values_beside(keys) for shape, keys in zip(shapes, self.keys, strict=True)]
         self._free: Pages = []  # the last one is the next to be taken: its memory is warm
         self._returned: deque[Pages] = deque()  # appended to without a lock: a finalizer may come at any point
 
@@ -68,7 +68,7 @@ class PagePool:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values."""
-        return sum(2 * s.num_kv_heads * s.head_dim for s in self.shapes) * self.page_tokens * self.keys[0].itemsize
+        return sum(shape.width for shape in self.shapes) * self.page_tokens * self.keys[0].itemsize
 
     @property
     def num_bytes(self) -> int:
@@ -123,11 +123,13 @@ class PagePool:
 
     def _resize(self, num_pages: int) -> None:
         self.version += 1
-        for buffers in (self.keys, self.values):
-            for index, old in enumerate(buffers):
-                buffers[index] = old.new_empty(num_pages, *old.shape[1:])
-                kept = min(num_pages, len(old))
-                buffers[index][:kept] = old[:kept]
+        kept = min(num_pages, self.num_pages)
+        for index, shape in enumerate(self.shapes):
+            before = sides_of(self.keys[index], self.values[index])
+            self.keys[index] = before[0].new_empty(num_pages, *before[0].shape[1:])
+            self.values[index] = shape.values_beside(self.keys[index])
+            for side, old in zip((self.keys[index], self.values[index]), before, strict=False):
+                side[:kept] = old[:kept]
 
 
 class PagedTail:
@@ -170,9 +172,9 @@ class PagedTail:
         """The first tokens of a layer, `[num_kv_heads, num_tokens, head_dim]`, copied."""
         used = self.pages[: -(-num_tokens // self.page_tokens)]
         pages = torch.tensor(used, dtype=torch.long, device=self.pool.keys[layer].device)
-        whole = (side[pages].transpose(0, 1).flatten(1, 2)[:, :num_tokens] for side in self.sides(layer))
-        keys, values = whole
-        return keys, values
+        sides = sides_of(*self.sides(layer))
+        whole = [side[pages].transpose(0, 1).flatten(1, 2)[:, :num_tokens] for side in sides]
+        return whole[0], whole[-1]
 
     def store(self, layer: int, place: int, keys: Tensor, values: Tensor) -> None:
         """Put `[num_kv_heads, num_new, head_dim]` at token `place` and behind it."""
@@ -180,7 +182,7 @@ class PagedTail:
         device = keys.device
         pages = torch.as_tensor(np.asarray(self.pages)[tokens // self.page_tokens], device=device)
         places = torch.as_tensor(tokens % self.page_tokens, device=device)
-        for side, new in zip(self.sides(layer), (keys, values), strict=True):
+        for side, new in zip(sides_of(*self.sides(layer)), (keys, values), strict=False):
             side[pages, :, places] = new.transpose(0, 1).to(side.dtype)
 
     @property

@@ -33,10 +33,21 @@ PrefixSegment = DensePrefix | QuantizedPrefix
 
 @dataclass(frozen=True)
 class KvShape:
-    """Keys and values of one layer: `[num_kv_heads, num_tokens, head_dim]` each."""
+    """Keys and values of one layer: `[num_kv_heads, num_tokens, head_dim]` each. With one of `sides` the values are the
+    keys, in the same memory."""
 
     num_kv_heads: int
     head_dim: int
+    sides: int = 2
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token, keys and values."""
+        return self.sides * self.num_kv_heads * self.head_dim
+
+    def values_beside(self, keys: Tensor) -> Tensor:
+        """Memory of any content for the values of `keys`: new, or those themselves."""
+        return keys if self.sides == 1 else torch.empty_like(keys)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,11 @@ class KvPlace:
 
     layer: int
     stores: bool = True
+
+
+def sides_of(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """Those of a layer that are memory of their own: one where the values are the keys."""
+    return (keys,) if values is keys else (keys, values)
 
 
 class AttendingState(Protocol):
@@ -150,7 +166,7 @@ class Tail:
         self.capacity = capacity
         self.pages = [0]
         self.keys = [torch.empty(s.num_kv_heads, capacity, s.head_dim, dtype=dtype, device=device) for s in shapes]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.values = [shape.values_beside(keys) for shape, keys in zip(shapes, self.keys, strict=True)]
 
     @property
     def page_tokens(self) -> int:
@@ -163,27 +179,32 @@ class Tail:
 
     def gathered(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The first tokens of a layer, borrowed."""
-        return self.keys[layer][:, :num_tokens], self.values[layer][:, :num_tokens]
+        sides = [side[:, :num_tokens] for side in sides_of(self.keys[layer], self.values[layer])]
+        return sides[0], sides[-1]
 
     def store(self, layer: int, place: int, keys: Tensor, values: Tensor) -> None:
         """See `SequenceTail`."""
         end = place + keys.shape[1]
-        self.keys[layer][:, place:end], self.values[layer][:, place:end] = keys, values
+        for side, new in zip(sides_of(self.keys[layer], self.values[layer]), (keys, values), strict=False):
+            side[:, place:end] = new
 
     def reserve(self, num_tokens: int, used: int) -> None:
         """Make room for `num_tokens` in all, keeping the first `used`."""
         if num_tokens <= self.capacity:
             return
         self.capacity = max(num_tokens, 2 * self.capacity, MIN_TAIL_TOKENS)
-        for buffers in (self.keys, self.values):
-            for index, old in enumerate(buffers):
-                buffers[index] = old.new_empty(old.shape[0], self.capacity, old.shape[2])
-                buffers[index][:, :used] = old[:, :used]
+        for index, shape in enumerate(self.shapes):
+            before = sides_of(self.keys[index], self.values[index])
+            self.keys[index] = before[0].new_empty(shape.num_kv_heads, self.capacity, shape.head_dim)
+            self.values[index] = shape.values_beside(self.keys[index])
+            for side, old in zip((self.keys[index], self.values[index]), before, strict=False):
+                side[:, :used] = old[:, :used]
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+        pairs = zip(self.keys, self.values, strict=True)
+        return sum(side.nbytes for pair in pairs for side in sides_of(*pair))
 
 
 class SequenceState:

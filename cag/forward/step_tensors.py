@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cag.forward.state import AttentionRule
+from cag.forward.state import AttentionRule, sides_of
 from cag_kernels import PagedTails
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class StepState(ABC):
         """Store the keys and values of all rows, `[num_kv_heads, num_rows, head_dim]`, and attend; see
         `cag.forward.state.SequenceState.attend`."""
         if stores:
-            for side, new in zip(self.sides(layer), (keys, values), strict=True):
+            for side, new in zip(sides_of(*self.sides(layer)), (keys, values), strict=False):
                 side[self.tensors.row_pages, :, self.tensors.row_places] = new.transpose(0, 1).to(side.dtype)
         return self.attend_stored(layer, query, AttentionRule(scale, window, softcap), sinks)
 

@@ -127,6 +127,18 @@ def _scale_of(embedding: nn.Embedding) -> float | None:
     return float(row[0]) if row.dtype == torch.float32 and bool((row == row[0]).all()) else None
 
 
+class HeadProducts(nn.Module):
+    """Each head's rows by a weight of its own, `[num_heads, in_features, out_features]`, that nobody saves."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, block: Tensor) -> Tensor:
+        """`[num_heads, num_rows, in_features]` to `[num_heads, num_rows, out_features]`."""
+        return block @ self.weight
+
+
 class _TransposedLinear(nn.Linear):
     """A linear layer with another order of the product for a question's few rows."""
 
@@ -165,6 +177,8 @@ class SequencesApart:
         for module in network.modules() if network is not None else ():
             if isinstance(module, nn.Linear | PackedLinear):
                 module.forward = partial(self._forward, module.forward)  # type: ignore[method-assign]
+            elif isinstance(module, HeadProducts):
+                module.forward = partial(self._side_by_side, module.forward)  # type: ignore[method-assign]
 
     @contextmanager
     def __call__(self, counts: Sequence[int]) -> Iterator[None]:
@@ -177,10 +191,14 @@ class SequencesApart:
 
     def _forward(self, forward: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
         counts = self._counts
+        if counts is not None and block.ndim > 2 and len(block) == len(counts):  # each a row of the forward
+            return torch.cat([forward(part) for part in torch.split_with_sizes(block, [1] * len(block))])
+        return self._side_by_side(forward, block)
+
+    def _side_by_side(self, forward: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
+        counts = self._counts
         if counts is None:
             return forward(block)
-        if block.ndim > 2 and len(block) == len(counts):  # each a row of the forward, as recurrent layers need it
-            return torch.cat([forward(part) for part in torch.split_with_sizes(block, [1] * len(block))])
         if block.shape[-2] == len(counts):  # one row of each, as the output matrix has
             counts = [1] * len(counts)
         return torch.cat([forward(part) for part in torch.split_with_sizes(block, list(counts), dim=-2)], dim=-2)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cag.errors import InsufficientResources
+from cag.forward.state import sides_of
 from cag.machine.huge_pages import has_huge_pages, huge_memory, whole_pages
 from cag.machine.memory_limits import available_memory_bytes
 from cag.residency.host_copies import HostCopy
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from cag.forward.state import PrefixSegment
 
 Sides = list[tuple[Tensor, Tensor]]
-"""Keys and values of each layer."""
+"""Keys and values of each layer, which may be the same tensor."""
 
 _ALIGNED = 64  # bytes: an array begins with a line of the processor's cache
 
@@ -52,21 +53,27 @@ class HostBuffers:
         """`layers`: keys and values of each layer on the device."""
         self._device, self._host, self.uploads = layers, layers, None
         if through_host:
-            self._host = host or [(pinned_like(keys), pinned_like(values)) for keys, values in layers]
+            self._host = host or [_pinned_like(*sides) for sides in layers]
             self.uploads = Uploads(layers[0][0].device)
 
     @classmethod
     def of(
-        cls, sizes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device, host: Sides | None = None
+        cls,
+        sizes: list[tuple[int, int, int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        host: Sides | None = None,
+        *,
+        sides: int = 2,
     ) -> HostBuffers:
-        """Over new memory of the device; `sizes` of each layer's keys."""
-        tensors = _allocate([size for size in sizes for _ in range(2)], dtype, device)
-        layers = list(zip(tensors[::2], tensors[1::2], strict=True))
+        """Over new memory of the device; `sizes` of each layer's keys, of which it has so many `sides`."""
+        tensors = _allocate([size for size in sizes for _ in range(sides)], dtype, device)
+        layers = list(zip(tensors[::sides], tensors[sides - 1 :: sides], strict=True))
         return cls(layers, through_host=device.type != "cpu" or host is not None, host=host)
 
-    def views(self) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-        """Writable arrays of all layers, as the store wants them."""
-        return [(storage_view(keys), storage_view(values)) for keys, values in self._host]
+    def views(self) -> list[tuple[NDArray[Any], ...]]:
+        """Writable arrays of all layers, one a side, as the store wants them."""
+        return [tuple(map(storage_view, sides_of(*sides))) for sides in self._host]
 
     def layers(self) -> list[tuple[PrefixSegment, ...]]:
         """What to attend to when all has arrived."""
@@ -76,8 +83,9 @@ class HostBuffers:
         """What is in the host's memory, for another time."""
         first = self._device[0][0]
         sizes = [(keys.shape[0], keys.shape[1], keys.shape[2]) for keys, _ in self._device]
-        num_bytes = sum(part.nbytes for pair in self._host for part in pair)
-        return HostCopy(num_bytes, partial(HostBuffers.of, sizes, first.dtype, first.device, host=self._host))
+        num_bytes, sides = sum(part.nbytes for pair in self._host for part in sides_of(*pair)), self._num_sides
+        again = partial(HostBuffers.of, sizes, first.dtype, first.device, host=self._host, sides=sides)
+        return HostCopy(num_bytes, again)
 
     def finish(self) -> None:
         """Wait until all that was sent is there."""
@@ -87,7 +95,17 @@ class HostBuffers:
     def arrived(self, layer: int) -> None:
         """A layer was decoded: send it to the device."""
         if self.uploads is not None:
-            self.uploads.send(layer, zip(self._host[layer], self._device[layer], strict=True))
+            sent = zip(sides_of(*self._host[layer]), sides_of(*self._device[layer]), strict=True)
+            self.uploads.send(layer, sent)
+
+    @property
+    def _num_sides(self) -> int:
+        return len(sides_of(*self._device[0]))
+
+
+def _pinned_like(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    pinned_sides = tuple(map(pinned_like, sides_of(keys, values)))
+    return pinned_sides[0], pinned_sides[-1]
 
 
 class CodedBuffers:

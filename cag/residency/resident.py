@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cag.errors import UsageError
-from cag.forward.state import numbers_of
+from cag.forward.state import numbers_of, sides_of
 from cag.ngrams import NgramIndex
 from cag.residency.buffers import CodedBuffers, HostBuffers
 from cag.residency.host_copies import HostCopy
@@ -71,7 +71,7 @@ def _numbers(
     """Room for the numbers of a cache."""
     pairs = zip(shapes, first_tokens, strict=True)
     sizes = [(shape.num_kv_heads, reader.num_tokens - first, shape.head_dim) for shape, first in pairs]
-    return HostBuffers.of(sizes, dtype, device)
+    return HostBuffers.of(sizes, dtype, device, sides=shapes[0].sides)
 
 
 class ResidentPrefix:
@@ -234,8 +234,8 @@ class ResidentPrefix:
         """Bytes of keys and values that are held on the device, as numbers or as codes with their scales, and of what
         recurrent layers know."""
         segments = [segment for layer in self._layers for segment in layer]
-        held = [part for segment in segments for part in segment if isinstance(part, Tensor)]
-        return sum(part.nbytes for part in (*held, *self.recurrent.values()))
+        held = {id(part): part for segment in segments for part in segment if isinstance(part, Tensor)}  # once each
+        return sum(part.nbytes for part in (*held.values(), *self.recurrent.values()))
 
     @property
     def is_loaded(self) -> bool:
@@ -301,4 +301,5 @@ def _whole_layer(
     host = _numbers(reader, firsts, shapes, dtype, torch.device("cpu"))
     reader.load(host.views(), first_tokens=firsts)
     (numbers,) = host.layers()[index]
-    return DensePrefix(*(side.to(device) for side in numbers_of(numbers)))
+    sides = [side.to(device) for side in sides_of(*numbers_of(numbers))]
+    return DensePrefix(sides[0], sides[-1])

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves, has_compiler, has_tiles
 from cag_kernels.flash import fused_attention, has_flash_attn
-from cag_kernels.tiled import tiled_attention
+from cag_kernels.tiled import TILE_TOKENS, tiled_attention
 
 FUSED_MIN_ROWS = 128  # rows of query a key/value head from which converting the keys whole pays; see docs/log.md
+DEVICE_SCORES = 1 << 24  # of a tile on a GPU, 64 MiB in float32, unless rows alone make more
 COMPILED_MAX_ROWS = 512  # rows a key/value head up to which the compiled path is the quickest; see docs/log.md
 
 
@@ -37,7 +38,15 @@ def segment_attention(
         return cpu_attention(query, keys, values, scale=scale, offset=offset, window=window)
     if path == "fused":
         return fused_attention(query, keys, values, scale=scale, offset=offset)
-    return tiled_attention(query, keys, values, scale=scale, offset=offset, window=window, softcap=softcap)
+    tile_tokens = TILE_TOKENS if query.device.type == "cpu" else _device_tile(query.shape[0] * query.shape[1])
+    return tiled_attention(
+        query, keys, values, scale=scale, offset=offset, window=window, softcap=softcap, tile_tokens=tile_tokens
+    )
+
+
+def _device_tile(num_rows: int) -> int:
+    """Keys of a tile where launches cost more than memory: as many as make a bounded matrix of scores."""
+    return max(TILE_TOKENS, DEVICE_SCORES // num_rows // TILE_TOKENS * TILE_TOKENS)
 
 
 def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: float | None, offset: int) -> str:

@@ -30,15 +30,19 @@ def fused_attention(query: Tensor, keys: Tensor, values: Tensor, *, scale: float
     Keys and values in another dtype than the query's are converted whole: a scratch of one layer, for blocks of many
     queries, where it costs little against the products.
     """
-    dtype = query.dtype
     num_queries, num_keys = query.shape[1], keys.shape[1]
+
+    def sides(tokens: slice) -> tuple[Tensor, Tensor]:
+        converted = keys[:, tokens].to(query.dtype)
+        return converted, converted if values is keys else values[:, tokens].to(query.dtype)
+
     if offset >= num_keys - 1:
-        return _unmasked(query, keys.to(dtype), values.to(dtype), scale)
+        return _unmasked(query, *sides(slice(None)), scale)
     assert offset + num_queries == num_keys, "queries must end the segment"
-    triangle = _triangle(query, keys[:, offset:].to(dtype), values[:, offset:].to(dtype), scale)
+    triangle = _triangle(query, *sides(slice(offset, None)), scale)
     if offset == 0:
         return triangle
-    before = _unmasked(query, keys[:, :offset].to(dtype), values[:, :offset].to(dtype), scale)
+    before = _unmasked(query, *sides(slice(offset)), scale)
     return merge_segments([before, triangle]), torch.logaddexp(before[1], triangle[1])
 
 

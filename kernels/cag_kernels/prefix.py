@@ -36,6 +36,7 @@ from cag_kernels.prefixes import (
     check_tails,
     pieces_of,
 )
+from cag_kernels.wide import wide_paged_attention
 
 
 def prefix_attention(
@@ -85,6 +86,8 @@ def paged_attention(
     if not triton_serves(query):
         if softcap is None and _compiled_tails_serve(query, tails):
             return _compiled_tails(query, tails, scale, window)
+        if query.is_cuda:
+            return wide_paged_attention(query, tails, **kwargs)
         return session_by_session(query, tails, segment_attention, **kwargs)
     from cag_kernels.triton.launch import attend
 

@@ -27,7 +27,7 @@ def tiled_attention(
     softcap: float | None = None,
     tile_tokens: int = TILE_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.segment_attention_reference`, in memory of one tile.
+    """As `reference.segment_attention_reference`, in memory of one tile. Keys that are the values are widened once.
 
     Accumulates in float32 (float64 for float64 input).
     """
@@ -40,7 +40,8 @@ def tiled_attention(
     last = min(num_keys, offset + num_queries)
     for start in range(first - first % tile_tokens, last, tile_tokens):
         tile = slice(start, min(start + tile_tokens, last))
-        scores = rows @ keys[:, tile].to(dtype).transpose(1, 2)  # [num_kv_heads, group * num_queries, tile]
+        wide = keys[:, tile].to(dtype)
+        scores = rows @ wide.transpose(1, 2)  # [num_kv_heads, group * num_queries, tile]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if tile.stop - 1 > offset or (window is not None and start <= offset + num_queries - 1 - window):
@@ -48,7 +49,7 @@ def tiled_attention(
                 rows.shape[1], num_queries, tile.stop - start, offset - start, window, query.device
             )
             scores = scores.masked_fill_(hidden, -torch.inf)
-        accumulator.add(scores, values[:, tile].to(dtype))
+        accumulator.add(scores, wide if values is keys else values[:, tile].to(dtype))
     out, lse = accumulator.result()
     return out.view(query.shape), lse.view(query.shape[:2])
 

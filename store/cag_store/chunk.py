@@ -17,7 +17,7 @@ from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.errors import CorruptEntry, UnknownCodec, UnsupportedFormat
 from cag_store.header_text import ALIGNMENT, FORMAT, OPENING, found_rows, header_form
 from cag_store.jsontext import Fields, canonical_bytes, parse_first_object, parse_object, parse_shallow_object
-from cag_store.keys import FORMAT_VERSION, MAX_CHUNK_TOKENS, ChunkContext
+from cag_store.keys import FORMAT_VERSION, MAX_CHUNK_TOKENS, ONE_SIDED_VERSION, ChunkContext
 
 MAX_HEADER_BYTES = 8 << 20
 MAX_LAYERS = 999
@@ -53,6 +53,11 @@ class ChunkHeader:
         """Size of all keys and values in the storage dtype."""
         return sum(self.segment_bytes)
 
+    @property
+    def sides(self) -> int:
+        """Segments of a layer, or of a group of layers: keys and values, or one that is both."""
+        return self.context.sides
+
     def side_bytes(self, layer: int) -> int:
         """Size of the keys (or the values) of one layer in the storage dtype."""
         itemsize = STORAGE_DTYPES[self.context.dtype].itemsize
@@ -67,7 +72,8 @@ class ChunkHeader:
     def segment_bytes(self) -> list[int]:
         """Size of each segment in the storage dtype, in the order of the table. Borrowed."""
         channel_bytes = self.num_tokens * STORAGE_DTYPES[self.context.dtype].itemsize
-        return _segment_bytes(self.num_kv_heads, self.head_dim, channel_bytes, config_joint_layers(self.context.codec))
+        joint_layers = config_joint_layers(self.context.codec)
+        return _segment_bytes(self.num_kv_heads, self.head_dim, channel_bytes, joint_layers, self.sides)
 
     def side_shape(self, layer: int) -> tuple[int, int, int]:
         """`[num_kv_heads, num_tokens, head_dim]` of one layer."""
@@ -105,7 +111,7 @@ class ChunkEntry:
 
 @dataclass(frozen=True)
 class ChunkIndex:
-    """A whole chunk header. Of each segment, keys then values, group of layers by group of layers, `sizes` has the
+    """A whole chunk header. Of each segment, keys then values (if there are), group of layers by group, `sizes` has the
     encoded bytes and `checksums` their xxh3-128; codec and size of what is encoded follow from the header."""
 
     header: ChunkHeader
@@ -161,10 +167,11 @@ def parse_index(header: bytes, stored_bytes: int, where: str) -> ChunkIndex:
     if metadata.text("format") != FORMAT:
         raise CorruptEntry(f"{where} is not a chunk", where=where, expected=FORMAT)
     version = metadata.text("version")
-    if version != str(FORMAT_VERSION):
+    if version not in (str(FORMAT_VERSION), str(ONE_SIDED_VERSION)):
         raise UnsupportedFormat(
-            f"{where} has chunk format {version!r:.40}, this program reads {FORMAT_VERSION}: use a newer one",
-            expected=str(FORMAT_VERSION),
+            f"{where} has chunk format {version!r:.40}, this program reads {FORMAT_VERSION} and {ONE_SIDED_VERSION}: "
+            "use a newer one",
+            expected=str(ONE_SIDED_VERSION),
             found=version,
         )
     facts = metadata.text("chunk").encode("utf-8", "surrogatepass")
@@ -238,12 +245,12 @@ def _index_from_json(value: dict[str, Any], where: str) -> ChunkIndex:
 
 @lru_cache(maxsize=64)
 def _segment_bytes(
-    num_kv_heads: tuple[int, ...], head_dim: tuple[int, ...], channel_bytes: int, joint_layers: int
+    num_kv_heads: tuple[int, ...], head_dim: tuple[int, ...], channel_bytes: int, joint_layers: int, num_sides: int
 ) -> list[int]:
     """See `ChunkHeader.segment_bytes`; the chunks of a cache have few geometries."""
     sides = [heads * dim * channel_bytes for heads, dim in zip(num_kv_heads, head_dim, strict=True)]
     groups = layer_groups(len(sides), joint_layers)
-    return [sum(sides[first:last]) for first, last in groups for _ in range(2)]
+    return [sum(sides[first:last]) for first, last in groups for _ in range(num_sides)]
 
 
 def _context(value: object, where: str) -> ChunkContext:

@@ -32,7 +32,8 @@ from cag_store.keys import TokenIds, chunk_key, token_bytes
 from cag_store.paths import chunk_path
 from cag_store.reading import reread
 
-LayerArrays = tuple[Array, Array]
+LayerArrays = tuple[Array, ...]
+"""Keys and values of a layer, or what is both."""
 CodecSource = Callable[[Mapping[str, Any]], Codec]
 """The codec of a configuration, ready to work. Raises: UnknownCodec; EntryNotFound, CorruptEntry for its blobs."""
 
@@ -168,9 +169,9 @@ def check_segments(backend: ReadableBackend, chunk: OpenChunk, decode: bool) -> 
         data = backend.get_range(chunk.path, chunk.offsets[position], size)
         check_segment(data, chunk, position)
         if decode:
-            first, last = header.groups[position // 2]
+            first, last = header.groups[position // header.sides]
             outs = [np.empty(header.side_shape(layer), dtype=storage_of(header)) for layer in range(first, last)]
-            chunk.codec.decode_layers_into(data, outs, side_of(position), first, header.start)
+            chunk.codec.decode_layers_into(data, outs, side_of(position, header), first, header.start)
     return chunk.entry.stored_bytes
 
 
@@ -178,9 +179,10 @@ def check_segment(data: bytes | memoryview, chunk: OpenChunk, position: int) -> 
     """Raises: CorruptEntry when `data` is not segment `position` of `chunk`."""
     found, expected = xxhash.xxh3_128_hexdigest(data), chunk.index.checksums[position]
     if found != expected:
-        first, last = chunk.index.header.groups[position // 2]
+        header = chunk.index.header
+        first, last = header.groups[position // header.sides]
         layers = f"layer {first}" if last == first + 1 else f"layers {first} to {last - 1}"
-        where = f"{chunk.path}: {side_of(position)} of {layers}"
+        where = f"{chunk.path}: {side_of(position, header)} of {layers}"
         raise CorruptEntry(
             f"{where}: checksum {found}, expected {expected}: the file is damaged; build the cache again",
             where=where,
@@ -189,9 +191,9 @@ def check_segment(data: bytes | memoryview, chunk: OpenChunk, position: int) -> 
         )
 
 
-def side_of(position: int) -> Side:
+def side_of(position: int, header: ChunkHeader) -> Side:
     """The side of the segment at `position` of the table."""
-    return "values" if position % 2 else "keys"
+    return "values" if position % header.sides else "keys"
 
 
 def storage_of(header: ChunkHeader) -> np.dtype[np.generic]:
@@ -244,7 +246,7 @@ def _encoded(
     def submitted(group: tuple[int, list[LayerArrays]]) -> list[Future[bytes]]:
         first, pairs = group
         return [
-            pool.submit(codec.encode_layers, arrays, header.context.dtype, side_of(side), first, header.start)
+            pool.submit(codec.encode_layers, arrays, header.context.dtype, side_of(side, header), first, header.start)
             for side, arrays in enumerate(zip(*pairs, strict=True))
         ]
 
@@ -266,6 +268,8 @@ def _grouped(header: ChunkHeader, layers: Iterator[LayerArrays]) -> Iterator[tup
                 f"expected {header.num_layers} layers, found {found}", expected=header.num_layers, found=found
             )
         for layer, pair in enumerate(pairs, start=first):
+            if len(pair) != header.sides:
+                raise UnencodableArray(f"layer {layer}: {len(pair)} sides do not fit the header", found=len(pair))
             for array in pair:
                 if array.shape != header.side_shape(layer):
                     raise UnencodableArray(f"layer {layer}: {array.shape} does not fit the header", found=array.shape)

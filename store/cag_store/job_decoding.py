@@ -14,9 +14,7 @@ from cag_store.dtypes import Array
 from cag_store.load_jobs import Job
 from cag_store.quick_jobs import address_of
 
-Buffers = (
-    Sequence[tuple[Array, Array]] | Sequence[tuple[CodedSide, CodedSide]] | Sequence[tuple[StreamSide, StreamSide]]
-)
+Buffers = Sequence[tuple[Array, ...]] | Sequence[tuple[CodedSide, CodedSide]] | Sequence[tuple[StreamSide, StreamSide]]
 
 
 class JobDecoder:
@@ -28,7 +26,7 @@ class JobDecoder:
 
     def __init__(self, like: OpenChunk, buffers: Buffers, first_tokens: Sequence[int]) -> None:
         """`like`: a chunk, for what all have in common. first_tokens: of the tokens in each layer's buffers."""
-        self._codec, self._groups = like.codec, like.index.header.groups
+        self._codec, self._header, self._groups = like.codec, like.index.header, like.index.header.groups
         self._buffers, self._first_tokens = buffers, first_tokens
         self.bulk: BulkDecoder | None = None
 
@@ -47,7 +45,7 @@ class JobDecoder:
         chunk, entry = job.chunk, job.chunk.entry
         segments = []
         for position in positions:
-            begin, end = (chunk.offsets[at] - chunk.offsets[2 * job.first] for at in (position, position + 1))
+            begin, end = (chunk.offsets[at] - chunk.offsets[job.segments[0]] for at in (position, position + 1))
             check_segment(data[begin:end], chunk, position)
             segments.append(self._segment(chunk, data[begin:end], position))
         if isinstance(segments[0].outs[0], CodedSide):
@@ -58,16 +56,16 @@ class JobDecoder:
             chunk.codec.decode_segments(segments)
 
     def _segment(self, chunk: OpenChunk, data: memoryview, position: int) -> EncodedSegment:
-        first, last = self._groups[position // 2]
+        first, last = self._groups[position // self._header.sides]
         start, kept_from = chunk.entry.start, self._first_tokens[first]
         span = slice(start - kept_from, start - kept_from + chunk.entry.num_tokens)
-        sides = [buffers[position % 2] for buffers in self._buffers[first:last]]
+        sides = [buffers[position % self._header.sides] for buffers in self._buffers[first:last]]
         outs = tuple(side[:, span] if isinstance(side, np.ndarray) else side for side in sides)
-        return EncodedSegment(data, outs, side_of(position), first, start, kept_from)
+        return EncodedSegment(data, outs, side_of(position, self._header), first, start, kept_from)
 
     def _left_by_bulk(self, job: Job, data: memoryview) -> Sequence[int]:
         """Verify and decode what one compiled step can of a job; the positions of the other segments."""
-        first, last, chunk = 2 * job.first, 2 * job.last, job.chunk
+        (first, last), chunk = job.segments, job.chunk
         hashes = None if self.bulk is None else chunk.hashes(first, last)
         if self.bulk is None or hashes is None:
             return range(first, last)

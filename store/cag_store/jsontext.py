@@ -116,6 +116,10 @@ class Fields:
         message = f"{self.where}: {key}: expected {expected}, found {_SHORT.repr(found)}"
         return CorruptEntry(message, where=self.where, expected=expected, found=found)
 
+    def has(self, key: str) -> bool:
+        """Whether there is such a field that nothing has read."""
+        return key in self._left
+
     def any(self, key: str) -> Any:
         """The field's value, unchecked."""
         if key not in self._left:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cag_store.errors import InvalidName
 from cag_store.jsontext import Fields, canonical_bytes, is_digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, ONE_SIDED_VERSION = 1, 2
 ROOT = ""
 """The parent of the first chunk."""
 
@@ -31,7 +31,8 @@ class ChunkContext:
 
     `rope` and the fingerprints are opaque to the store; `dtype` is the storage dtype of keys and values,
     `compute_dtype` what the model ran in;
-    `codec` is the full configuration (`codec.config()`).
+    `codec` is the full configuration (`codec.config()`). `sides` are 2, keys and values, or 1: what is stored as keys
+    is the values, too.
     """
 
     model_fingerprint: str
@@ -41,11 +42,12 @@ class ChunkContext:
     codec: Mapping[str, Any]
     chunk_tokens: int
     adapter_fingerprint: str | None = None
+    sides: int = 2
 
     def to_json(self) -> dict[str, Any]:
         """The object that enters the key."""
         found = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {**found, "rope": dict(self.rope), "codec": dict(self.codec)}
+        return without_two_sides({**found, "rope": dict(self.rope), "codec": dict(self.codec)})
 
     @cached_property
     def canonical(self) -> bytes:
@@ -64,9 +66,15 @@ class ChunkContext:
             codec=fields.object("codec"),
             chunk_tokens=fields.integer("chunk_tokens", 1, MAX_CHUNK_TOKENS),
             adapter_fingerprint=fields.optional_text("adapter_fingerprint"),
+            sides=fields.integer("sides", 1, 1) if fields.has("sides") else 2,
         )
         fields.done()
         return context
+
+
+def without_two_sides(value: dict[str, Any]) -> dict[str, Any]:
+    """An object as it is written: `sides` is in it only where there is one."""
+    return {key: item for key, item in value.items() if key != "sides" or item == 1}
 
 
 def token_bytes(token_ids: TokenIds) -> bytes:

@@ -28,9 +28,16 @@ class Job:
     span: int
 
     @property
+    def segments(self) -> Span:
+        """Places of its segments in the chunk's table, [first, last)."""
+        sides = self.chunk.index.header.sides
+        return sides * self.first, sides * self.last
+
+    @property
     def num_bytes(self) -> int:
         """Encoded bytes."""
-        return self.chunk.offsets[2 * self.last] - self.chunk.offsets[2 * self.first]
+        first, last = self.segments
+        return self.chunk.offsets[last] - self.chunk.offsets[first]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +93,9 @@ def group_spans(chunks: Sequence[OpenChunk], num_groups: int, job_bytes: int, fi
     first = int(first_layer_soon and num_groups > 1)
     if first:
         yield 0, 1
-    ends = max((chunk.offsets for chunk in chunks), key=lambda offsets: offsets[-1] - offsets[0])[2 * first :: 2]
+    sides = chunks[0].index.header.sides
+    largest = max((chunk.offsets for chunk in chunks), key=lambda offsets: offsets[-1] - offsets[0])
+    ends = largest[sides * first :: sides]
     num_spans = min(max(round((ends[-1] - ends[0]) / job_bytes), 1), num_groups - first)
     goals = [ends[0] + (ends[-1] - ends[0]) * number / num_spans for number in range(1, num_spans)]
     bounds = [first + bisect_left(ends, goal) for goal in goals]

@@ -16,11 +16,11 @@ from cag_store.codecs import config_resources
 from cag_store.dtypes import STORAGE_DTYPES
 from cag_store.errors import CorruptEntry, UnsupportedFormat
 from cag_store.jsontext import Fields, canonical_bytes, parse_object
-from cag_store.keys import MAX_CHUNK_TOKENS, ChunkContext
+from cag_store.keys import MAX_CHUNK_TOKENS, ChunkContext, without_two_sides
 from cag_store.paths import chunk_path
 from cag_store.state_entry import CacheStates
 
-SCHEMA, SCHEMA_WITH_STATES = 1, 2
+SCHEMA, SCHEMA_WITH_STATES, SCHEMA_ONE_SIDED = 1, 2, 3
 MAX_MANIFEST_BYTES = 64 << 20
 
 
@@ -57,7 +57,8 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """Shape, types and positions of the keys and values; `num_kv_heads` and `head_dim` have one entry a layer."""
+    """Shape, types and positions of the keys and values; `num_kv_heads` and `head_dim` have one entry a layer. With one
+    of `sides` the values are the keys."""
 
     num_kv_heads: tuple[int, ...]
     head_dim: tuple[int, ...]
@@ -65,6 +66,7 @@ class KVGeometry:
     compute_dtype: str
     rope: Mapping[str, Any]
     chunk_tokens: int
+    sides: int = 2
 
     @property
     def num_layers(self) -> int:
@@ -74,7 +76,7 @@ class KVGeometry:
     def raw_bytes(self, num_tokens: int) -> int:
         """Size of the keys and values of `num_tokens` tokens in the storage dtype."""
         per_token = sum(heads * dim for heads, dim in zip(self.num_kv_heads, self.head_dim, strict=True))
-        return 2 * per_token * num_tokens * STORAGE_DTYPES[self.dtype].itemsize
+        return self.sides * per_token * num_tokens * STORAGE_DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Manifest:
             codec=self.codec,
             chunk_tokens=self.kv.chunk_tokens,
             adapter_fingerprint=self.model.adapter_fingerprint,
+            sides=self.kv.sides,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -158,8 +161,8 @@ class Manifest:
         return {
             **without,
             **states,
-            "schema": SCHEMA_WITH_STATES if states else SCHEMA,
-            "kv": {**asdict(self.kv), "num_layers": self.kv.num_layers},
+            "schema": SCHEMA_ONE_SIDED if self.kv.sides == 1 else SCHEMA_WITH_STATES if states else SCHEMA,
+            "kv": without_two_sides({**asdict(self.kv), "num_layers": self.kv.num_layers}),
             "num_tokens": self.num_tokens,
             "raw_bytes": self.raw_bytes,
             "stored_bytes": self.stored_bytes,
@@ -189,25 +192,25 @@ class Manifest:
         """Validate everything that can be validated without other files. Raises: CorruptEntry, UnsupportedFormat."""
         fields = Fields(value, where)
         schema = fields.any("schema")
-        if schema not in (SCHEMA, SCHEMA_WITH_STATES) or type(schema) is not int:
+        if schema not in (SCHEMA, SCHEMA_WITH_STATES, SCHEMA_ONE_SIDED) or type(schema) is not int:
             raise UnsupportedFormat(
-                f"{where} has schema {schema!r:.40}; this program reads {SCHEMA} and {SCHEMA_WITH_STATES}: use a newer "
+                f"{where} has schema {schema!r:.40}; this program reads {SCHEMA} to {SCHEMA_ONE_SIDED}: use a newer "
                 "one, or build again",
-                expected=SCHEMA_WITH_STATES,
+                expected=SCHEMA_ONE_SIDED,
                 found=schema,
             )
         listed, documents = fields.list("chunks"), fields.list("documents")
         chunks = tuple(ChunkEntry.from_json(chunk, f"{where}: chunks[{i}]") for i, chunk in enumerate(listed))
         ends = list(accumulate(chunk.num_tokens for chunk in chunks))
         states = None
-        if schema == SCHEMA_WITH_STATES:
+        if schema == SCHEMA_WITH_STATES or (schema == SCHEMA_ONE_SIDED and fields.has("states")):
             states = CacheStates.from_json(fields.any("states"), f"{where}: states", ends)
         fidelity = fields.any("fidelity")
         if fidelity is not None and not isinstance(fidelity, dict):
             raise fields.wrong("fidelity", "an object or null", fidelity)
         manifest = cls(
             model=_model(fields.any("model"), f"{where}: model"),
-            kv=_geometry(fields.any("kv"), f"{where}: kv"),
+            kv=_geometry(fields.any("kv"), f"{where}: kv", 1 if schema == SCHEMA_ONE_SIDED else 2),
             codec=fields.object("codec"),
             chunks=chunks,
             documents=tuple(_document(document, f"{where}: documents[{i}]") for i, document in enumerate(documents)),
@@ -241,7 +244,7 @@ def _model(value: object, where: str) -> ModelIdentity:
     return model
 
 
-def _geometry(value: object, where: str) -> KVGeometry:
+def _geometry(value: object, where: str, sides: int) -> KVGeometry:
     fields = Fields(value, where)
     num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
     geometry = KVGeometry(
@@ -251,6 +254,7 @@ def _geometry(value: object, where: str) -> KVGeometry:
         compute_dtype=fields.text("compute_dtype"),
         rope=fields.object("rope"),
         chunk_tokens=fields.integer("chunk_tokens", 1, MAX_CHUNK_TOKENS),
+        sides=sides if sides == 2 else fields.integer("sides", 1, 1),
     )
     fields.done()
     if not num_layers == len(geometry.num_kv_heads) == len(geometry.head_dim):

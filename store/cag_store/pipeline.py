@@ -301,7 +301,7 @@ class Pipeline:
         """Read a job into a part of `memory`; adds to `taken` where the bytes came from, and the time. Raises:
         CorruptEntry."""
         started = time.perf_counter()
-        offset = job.chunk.offsets[2 * job.first]
+        offset = job.chunk.offsets[job.segments[0]]
         data, tier = self._backend.read_range(job.chunk.path, offset, job.num_bytes, memory)
         taken.bytes_read += job.num_bytes
         taken.bytes_by_tier[tier] = taken.bytes_by_tier.get(tier, 0) + job.num_bytes

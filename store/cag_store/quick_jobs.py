@@ -90,7 +90,7 @@ class QuickJobs:
 def _rows(plan: LoadPlan, bounds: NDArray[np.int64], files: NDArray[np.int64]) -> NDArray[np.int64]:
     """See `JobTable.jobs`."""
     numbers = {chunk: number for number, chunk in enumerate(plan.chunks)}
-    found = np.array([(numbers[job.chunk], 2 * job.first, 2 * job.last, job.span) for job in plan.jobs], np.int64)
+    found = np.array([(numbers[job.chunk], *job.segments, job.span) for job in plan.jobs], np.int64)
     chunk, first, last, span = found.T
     begin = bounds[chunk, first]
     return np.ascontiguousarray(

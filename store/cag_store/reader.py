@@ -92,7 +92,8 @@ class CacheReader:
         first_layer_soon: bool = True,
         first_tokens: Sequence[int] | None = None,
     ) -> None:
-        """Fill `buffers[layer] = (keys, values)`, each writable `[num_kv_heads, at least num_tokens, head_dim]`.
+        """Fill `buffers[layer] = (keys, values)`, each writable `[num_kv_heads, at least num_tokens, head_dim]`; or
+        `(keys,)` where the chunks have one side.
 
         Their dtype is the numpy carrier of the storage dtype; the last axis is contiguous. Or each is a `CodedSide` of
         `coded_shapes`, and codes are kept as they are stored; or a `StreamSide` of `stream_shapes`, the same for all
@@ -111,9 +112,11 @@ class CacheReader:
 
     def coded_shapes(self, first_tokens: Sequence[int] | None = None) -> list[tuple[CodedShape, CodedShape]] | None:
         """How keys and values of each layer can be kept in codes, from its first token on; None if the codec cannot do
-        that for all, or if a chunk before the last one is not full, as groups of tokens would be cut."""
+        that for all, if there is one side, or if a chunk before the last one is not full, as groups of tokens would be
+        cut."""
         header, codec, num_tokens = self.header, self._chunks[0].codec, self.num_tokens
-        if any(chunk.entry.num_tokens < header.context.chunk_tokens for chunk in self._chunks[:-1]):
+        full = (chunk.entry.num_tokens == header.context.chunk_tokens for chunk in self._chunks[:-1])
+        if header.sides == 1 or not all(full):
             return None
         sizes = zip(header.num_kv_heads, header.head_dim, self._checked(first_tokens), strict=True)
         shapes: list[CodedShape] = []
@@ -127,7 +130,9 @@ class CacheReader:
 
     def stream_shapes(self, first_tokens: Sequence[int] | None = None) -> list[tuple[StreamShape, StreamShape]] | None:
         """How keys and values of each group of layers can be kept undecoded, from its first token on; None if the codec
-        cannot do that for all."""
+        cannot do that for all, or if there is one side."""
+        if self.header.sides == 1:
+            return None
         header, codec, itemsize = self.header, self._chunks[0].codec, storage_dtype(self.header.context.dtype).itemsize
         sizes, groups = list(zip(header.num_kv_heads, header.head_dim, strict=True)), header.groups
         firsts, shapes = self._checked(first_tokens), list[StreamShape]()
@@ -179,6 +184,8 @@ class CacheReader:
             self._check_streams(buffers, firsts)
             return
         for layer, (sides, kept_from) in enumerate(zip(buffers, firsts, strict=True)):
+            if len(sides) != header.sides:
+                raise UnencodableArray(f"layer {layer}: expected {header.sides} buffers, found {len(sides)}")
             for array in sides:
                 if not _fits(array, dtype, header, layer, self.num_tokens - kept_from):
                     expected = (header.num_kv_heads[layer], self.num_tokens - kept_from, header.head_dim[layer])

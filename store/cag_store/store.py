@@ -85,7 +85,7 @@ class Store:
         return self._exists(chunk_path(key))
 
     def put_chunk(self, header: ChunkHeader, layers: Iterable[LayerArrays], token_ids: TokenIds) -> ChunkEntry:
-        """Encode and store a chunk; `layers` gives (keys, values) `[num_kv_heads, num_tokens, head_dim]` a layer.
+        """Encode and store a chunk; `layers` gives each layer's sides, `[num_kv_heads, num_tokens, head_dim]` each.
 
         An existing chunk of the same key is verified and kept; then `layers` is not consumed.
         A damaged one is replaced.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cag_kernels import choose_path, merge_segments, segment_attention, segment_attention_reference
+from cag_kernels.attention import _device_tile
 from cag_kernels.cpu.attention.segments import cpu_attention_serves
 from cag_kernels.flash import fused_attention
 from cag_kernels.tiled import tiled_attention
@@ -17,6 +18,7 @@ SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
     (4, 4, 96, 3, 65),
     (8, 1, 256, 33, 70),
 ]
+LATENT = (4, 1, 576, 5, 70)
 
 
 def make(shape, dtype, seed=0):
@@ -72,7 +74,7 @@ def test_fused_matches_oracle(shape, behind):
     assert_close(fused_attention(query, keys, values, **kwargs), query, keys, values, **kwargs)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, LATENT])
 @pytest.mark.parametrize("query_dtype, kv_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
 def test_public_op_on_bfloat16_keys(shape, query_dtype, kv_dtype):
     """Keys held in bfloat16: with a float32 query the error is float32's; with a bfloat16 query, bfloat16's."""
@@ -130,3 +132,20 @@ def test_merge_ignores_a_part_in_which_a_query_sees_nothing():
 def test_shapes_that_do_not_fit_are_refused(query, keys, offset):
     with pytest.raises(ValueError, match=r"expected|multiple|offset"):
         segment_attention(torch.zeros(query), torch.zeros(keys), torch.zeros(keys), scale=1.0, offset=offset)
+
+
+@pytest.mark.parametrize("attend", [tiled_attention, fused_attention, segment_attention])
+@pytest.mark.parametrize(("num_queries", "offset"), [(9, 70), (70, 0), (20, 50)])
+def test_keys_that_are_the_values(attend, num_queries, offset):
+    """As latents are: the same numbers as with a copy for values."""
+    query, keys, _ = make((8, 1, 576, num_queries, 70), torch.bfloat16)
+    query = query.float()
+    found = attend(query, keys, keys, scale=0.1, offset=offset)
+    for got, want in zip(found, attend(query, keys, keys.clone(), scale=0.1, offset=offset), strict=True):
+        assert torch.equal(got, want)
+    assert_close(found, query, keys, keys, scale=0.1, offset=offset)
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(16, 1 << 20), (240, 68 * 1024), (8192, 2048), (1 << 20, 1024)])
+def test_tiles_on_a_gpu_are_as_long_as_scores_are_few(num_rows, expected):
+    assert _device_tile(num_rows) == expected

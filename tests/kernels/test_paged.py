@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cag_kernels import has_compiler, paged_attention, prefix_attention, rows_stay_apart
+from cag_kernels import has_compiler, paged_attention, prefix_attention, rows_stay_apart, wide
 from cag_kernels.cpu.paged import Tails
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.linear import tile_linear, tile_linear_serves, tile_product
@@ -228,3 +228,41 @@ def test_products_by_tiles_give_a_row_the_same_bits_in_any_company():
     assert torch.equal(whole, tile_linear(rows, weight, bias))
     for first, last in ((0, 1), (17, 18), (0, 16), (5, 40), (49, 50)):
         assert torch.equal(product(rows[first:last].contiguous()), whole[first:last])
+
+
+@pytest.mark.parametrize("kind", SESSIONS)
+@pytest.mark.parametrize("window", [None, 5, 34])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("heads", "head_dim"), [((6, 1), 576), ((4, 2), 20)])
+@pytest.mark.parametrize("one_side", [False, True])
+def test_wide_heads_in_operations_that_wait_for_nothing(kind, window, softcap, heads, head_dim, one_side, monkeypatch):
+    """What a GPU records where no kernel serves: of latents, whose values are their keys, some sessions at a time."""
+    tails, _ = paged(SESSIONS[kind], heads[1], head_dim)
+    if one_side:
+        tails = tails._replace(values=tails.keys)
+    monkeypatch.setattr(wide, "GATHERED_NUMBERS", 2 * tails.pages.shape[1] * tails.keys[0].numel())
+    query = normal(heads[0], int(tails.query_starts[-1]), head_dim)
+    masks = {"scale": SCALE, "window": window, "softcap": softcap}
+    found = wide.wide_paged_attention(query, tails, **masks)
+    expected = paged_attention_reference(query.double(), tails, **masks)
+    in_float32 = paged_attention_reference(query, tails, **masks)
+    for got, want, plain in zip(found, expected, in_float32, strict=True):
+        assert got.shape == want.shape
+        assert_close(got, want, plain)
+
+
+def test_wide_heads_of_sequences_that_ask_nothing():
+    """Rows and sequences that pad a step see what they see, and change nothing."""
+    tails, _ = paged([(33, 1, 0), (40, 1, 0)], 1, 24)
+    query = normal(4, 4, 24)
+    expected = paged_attention_reference(query[:, :2].double(), tails, scale=SCALE)
+    nothing = torch.zeros(1, 2, dtype=torch.int32)
+    padded = tails._replace(
+        pages=torch.cat([tails.pages, nothing]),
+        lengths=torch.tensor([33, 40, 0], dtype=torch.int32),
+        query_starts=torch.tensor([0, 1, 2, 2], dtype=torch.int32),
+    )
+    found = wide.wide_paged_attention(query, padded, scale=SCALE)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got[:, :2].double(), want, atol=1e-6, rtol=1e-5)
+    assert not found[0].isnan().any()

@@ -22,7 +22,8 @@ HEADS, DIMS = (2, 1, 2), (8, 16, 4)
 
 
 class SmallCache:
-    """A cache of three layers of different shapes: arrays of a seed, cut into chunks of `chunk_tokens`."""
+    """A cache of three layers of different shapes: arrays of a seed, cut into chunks of `chunk_tokens`. With one of
+    `sides` they have keys that are values as well."""
 
     def __init__(
         self,
@@ -31,18 +32,20 @@ class SmallCache:
         chunk_tokens: int = 8,
         dtype: str = "bfloat16",
         seed: int = 0,
+        sides: int = 2,
     ):
         self.codec = codec_from_config(codec)
         self.num_tokens, self.chunk_tokens, self.dtype = num_tokens, chunk_tokens, dtype
         self.token_ids = np.random.default_rng(seed).integers(0, 50_000, num_tokens)
         self.layers = [
-            tuple(sample_array((heads, num_tokens, dim), dtype, 10 * seed + 2 * layer + side) for side in (0, 1))
+            tuple(sample_array((heads, num_tokens, dim), dtype, 10 * seed + 2 * layer + side) for side in range(sides))
             for layer, (heads, dim) in enumerate(zip(HEADS, DIMS, strict=True))
         ]
-        self.kv = KVGeometry(HEADS, DIMS, dtype, "float32", {"theta": 10000.0}, chunk_tokens)
+        self.kv = KVGeometry(HEADS, DIMS, dtype, "float32", {"theta": 10000.0}, chunk_tokens, sides)
         self.model = ModelIdentity("tiny", "model-fp", "tokenizer-fp", "template-fp")
         self.texts = [b"the first text", b"the second text, of course longer"]
-        self.context = ChunkContext("model-fp", self.kv.rope, dtype, "float32", self.codec.config(), chunk_tokens)
+        config = self.codec.config()
+        self.context = ChunkContext("model-fp", self.kv.rope, dtype, "float32", config, chunk_tokens, sides=sides)
 
     def header(self, parent: str, start: int) -> ChunkHeader:
         ids = self.ids(start)
@@ -51,9 +54,9 @@ class SmallCache:
     def ids(self, start: int) -> np.ndarray:
         return self.token_ids[start : start + self.chunk_tokens]
 
-    def arrays(self, start: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def arrays(self, start: int) -> list[tuple[np.ndarray, ...]]:
         end = start + self.chunk_tokens
-        return [(keys[:, start:end], values[:, start:end]) for keys, values in self.layers]
+        return [tuple(side[:, start:end] for side in layer) for layer in self.layers]
 
     def put_chunks(self, store: Store) -> list[ChunkEntry]:
         entries, parent = [], ROOT
@@ -86,16 +89,16 @@ class SmallCache:
             store.commit(name, manifest)
         return manifest
 
-    def buffers(self, spare: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:
+    def buffers(self, spare: int = 3) -> list[tuple[np.ndarray, ...]]:
         return [
             tuple(np.zeros((side.shape[0], side.shape[1] + spare, side.shape[2]), side.dtype) for side in pair)
             for pair in self.layers
         ]
 
     def check(self, buffers: Any) -> None:
-        for (keys, values), (keys_out, values_out) in zip(self.layers, buffers, strict=True):
-            assert np.array_equal(keys, keys_out[:, : self.num_tokens])
-            assert np.array_equal(values, values_out[:, : self.num_tokens])
+        for layer, outs in zip(self.layers, buffers, strict=True):
+            for side, out in zip(layer, outs, strict=True):
+                assert np.array_equal(side, out[:, : self.num_tokens])
 
 
 @pytest.fixture(scope="session")

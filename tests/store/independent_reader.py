@@ -54,7 +54,8 @@ class Folder:
 
 @dataclass
 class Cache:
-    """`arrays[layer] = (keys, values)`, each [num_kv_heads, num_tokens, head_dim] as the store's dtype carries them;
+    """`arrays[layer] = (keys, values)`, or what is both, each [num_kv_heads, num_tokens, head_dim] as the store's dtype
+    carries them;
     `states` of each snapshot, by name."""
 
     ref: dict
@@ -69,18 +70,20 @@ def read_cache(objects, name):
     need(objects["format"] == b"cag-store 1\n", "format")
     ref = read_ref(objects, name)
     manifest = read_manifest(objects, ref["manifest"])
-    parent, start, ids, layers = "", 0, [], []
+    parent, start, ids, parts = "", 0, [], []
     for entry in manifest["chunks"]:
         need(entry["start"] == start, "chunks follow each other")
         chunk_ids, arrays = read_chunk(objects, manifest, entry, parent)
         parent, start = entry["key"], start + entry["num_tokens"]
         ids.append(chunk_ids)
-        layers.append(arrays)
-    whole = [np.concatenate(parts, axis=1) for parts in zip(*layers, strict=True)]
+        parts.append(arrays)
+    whole = [np.concatenate(side, axis=1) for side in zip(*parts, strict=True)]
     texts = read_blobs(objects, manifest)
     token_ids = np.concatenate(ids)
-    states = read_snapshots(objects, manifest, token_ids) if manifest["schema"] == 2 else []
-    return Cache(ref, manifest, token_ids, list(zip(whole[::2], whole[1::2], strict=True)), texts, states)
+    states = read_snapshots(objects, manifest, token_ids) if "states" in manifest else []
+    sides = manifest["kv"].get("sides", 2)
+    layers = list(zip(*(whole[side::sides] for side in range(sides)), strict=True))
+    return Cache(ref, manifest, token_ids, layers, texts, states)
 
 
 def canonical(value):
@@ -118,13 +121,15 @@ def read_manifest(objects, digest):
     data = objects[f"manifests/{digest[:2]}/{digest}.json"]
     need(len(data) <= 64 << 20 and sha256(data) == digest, "digest of the manifest")
     manifest = parse(data)
-    need(manifest.get("schema") in (1, 2), "schema of the manifest")
-    kv, with_states = manifest["kv"], {"states"} if manifest["schema"] == 2 else set()
+    schema, kv = manifest.get("schema"), manifest["kv"]
+    need(schema in (1, 2, 3), "schema of the manifest")
+    need(("sides" in kv) == (schema == 3) and kv.get("sides", 1) == 1, "sides")
+    with_states = {"states"} if schema == 2 or (schema == 3 and "states" in manifest) else set()
     snapshots = manifest["states"]["snapshots"] if with_states else []
     need(
         set(manifest) == MANIFEST_FIELDS | with_states
         and set(manifest["model"]) == MODEL_FIELDS
-        and set(kv) == KV_FIELDS,
+        and set(kv) - {"sides"} == KV_FIELDS,
         "fields",
     )
     need(all(set(chunk) == CHUNK_FIELDS for chunk in manifest["chunks"]), "fields of chunks")
@@ -165,7 +170,7 @@ def read_blob(objects, digest):
 
 
 def read_chunk(objects, manifest, entry, parent):
-    """Token ids, and keys and values layer by layer in one list."""
+    """Token ids, and keys and values (or what is both) layer by layer in one list."""
     key = entry["key"]
     need(is_digest(key), "key")
     data = objects[f"chunks/{key[:2]}/{key}"]
@@ -178,11 +183,12 @@ def read_chunk(objects, manifest, entry, parent):
     ids = data[end : end + 4 * facts["num_tokens"]]
     need(chunk_key(parent, facts["context"], ids) == key, "key of the token ids")
     end += len(ids)
-    sides = [[None] * facts["num_layers"] for _ in (0, 1)]
+    count = sides_of(facts)
+    sides = [[None] * facts["num_layers"] for _ in range(count)]
     config = facts["context"]["codec"]
     basis = read_blob(objects, config["basis"])[0] if "basis" in config else None
     for index, (codec, raw_bytes, encoded_bytes, xxh3) in enumerate(facts["segments"]):
-        layers = group(facts, index // 2)
+        layers = group(facts, index // count)
         shapes = [(facts["num_kv_heads"][i], facts["num_tokens"], facts["head_dim"][i]) for i in layers]
         dtype = facts["context"]["dtype"]
         sizes = [np.dtype(ITEM[dtype]).itemsize * heads * tokens * dim for heads, tokens, dim in shapes]
@@ -190,12 +196,17 @@ def read_chunk(objects, manifest, entry, parent):
         need(raw_bytes == sum(sizes) and max(sizes) <= 1 << 30, "raw_bytes")
         segment = data[end : end + encoded_bytes]
         need(xxhash.xxh3_128_hexdigest(segment) == xxh3, "checksum of a segment")
-        found = decode_group(segment, shapes, config, dtype, index % 2, facts["start"], layers[0], basis)
+        found = decode_group(segment, shapes, config, dtype, index % count, facts["start"], layers[0], basis)
         for layer, array in zip(layers, found, strict=True):
-            sides[index % 2][layer] = array
+            sides[index % count][layer] = array
         end += encoded_bytes
     need(end == len(data), "the file ends with the last segment")
-    return np.frombuffer(ids, "<u4"), [array for pair in zip(*sides, strict=True) for array in pair]
+    return np.frombuffer(ids, "<u4"), [array for layer in zip(*sides, strict=True) for array in layer]
+
+
+def sides_of(facts):
+    """Segments of each group of layers."""
+    return facts["context"].get("sides", 2)
 
 
 def group(facts, index):
@@ -210,17 +221,18 @@ def group(facts, index):
 def parse_header(text):
     """The object in `chunk`, after the whole header was rebuilt from it and compared."""
     metadata = json.loads(text)["__metadata__"]
-    need(metadata["format"] == "cag-chunk" and metadata["version"] == "1", "version of the chunk")
+    need(metadata["format"] == "cag-chunk" and metadata["version"] in ("1", "2"), "version of the chunk")
     need(metadata["sha256"] == sha256(metadata["chunk"].encode("utf-8")), "checksum in the header")
     facts = parse(metadata["chunk"].encode("utf-8"))
+    need(sides_of(facts) == {"1": 2, "2": 1}[metadata["version"]], "sides of the chunk")
     end = 4 * facts["num_tokens"]
     tensors = {"token_ids": {"data_offsets": [0, end], "dtype": "U32", "shape": [facts["num_tokens"]]}}
     for index, (_, _, encoded_bytes, _) in enumerate(facts["segments"]):
-        layers = group(facts, index // 2)
+        layers = group(facts, index // sides_of(facts))
         span = f"{layers[0]:03d}" + (
             f"-{layers[-1]:03d}" if facts["context"]["codec"].get("joint_layers", 1) > 1 else ""
         )
-        name = f"layers.{span}.{'values' if index % 2 else 'keys'}"
+        name = f"layers.{span}.{'values' if index % sides_of(facts) else 'keys'}"
         tensors[name] = {"data_offsets": [end, end + encoded_bytes], "dtype": "U8", "shape": [encoded_bytes]}
         end += encoded_bytes
     rebuilt = canonical({"__metadata__": metadata, **tensors})
@@ -286,12 +298,12 @@ def context_of(manifest):
         "dtype": kv["dtype"],
         "model_fingerprint": manifest["model"]["fingerprint"],
         "rope": kv["rope"],
-    }
+    } | ({"sides": 1} if "sides" in kv else {})
 
 
 def check_facts(facts, manifest, entry, parent):
     kv, context = manifest["kv"], context_of(manifest)
-    need(set(facts) == HEADER_FIELDS and set(context) == CONTEXT_FIELDS, "fields of a chunk")
+    need(set(facts) == HEADER_FIELDS and set(context) - {"sides"} == CONTEXT_FIELDS, "fields of a chunk")
     need(facts["context"] == context, "context")
     need((facts["key"], facts["parent"]) == (entry["key"], parent), "chain of keys")
     for field in ("start", "num_tokens"):
@@ -299,7 +311,7 @@ def check_facts(facts, manifest, entry, parent):
     for field in ("num_layers", "num_kv_heads", "head_dim"):
         need(facts[field] == kv[field], field)
     groups = -(-facts["num_layers"] // facts["context"]["codec"].get("joint_layers", 1))
-    need(len(facts["segments"]) == 2 * groups and facts["num_layers"] <= 999, "number of segments")
+    need(len(facts["segments"]) == sides_of(facts) * groups and facts["num_layers"] <= 999, "number of segments")
     need(sum(row[1] for row in facts["segments"]) == entry["raw_bytes"], "raw_bytes of the chunk")
 
 

@@ -50,7 +50,7 @@ class Bytes:
 
 
 def read_basis(blob):
-    """The header, frequencies, and [(keys, values), one a group]."""
+    """The header, frequencies, and [(keys, values), one a group], or keys alone."""
     magic = b"cag-transform-basis 1\n"
     need(blob.startswith(magic), "magic of a basis")
     start = len(magic) + 4
@@ -66,7 +66,8 @@ def read_basis(blob):
         layers = range(first, min(first + header["joint_layers"], len(header["head_dim"])))
         shapes = [(header["num_kv_heads"][layer], header["head_dim"][layer]) for layer in layers]
         wide = header["num_wide"][index]
-        groups.append([read_side(rest, shapes, counts[side], wide[side]) for side in (0, 1)])
+        need(len(counts) == len(wide) == len(header["num_wide"][0]) in (1, 2), "sides")
+        groups.append([read_side(rest, shapes, *side) for side in zip(counts, wide, strict=True)])
     rest.end()
     return header, frequencies, groups
 

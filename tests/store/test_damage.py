@@ -284,8 +284,8 @@ def test_headers_whose_offsets_lie(small):
         parse_index(with_chunk(value, tensors={key: outer[key] for key in outer if key != name}), len(data), "chunk")
     with pytest.raises(CorruptEntry):
         parse_index(with_chunk(value, tensors={**outer, "zzz": outer[name]}), len(data), "chunk")
-    with pytest.raises(UnsupportedFormat, match="'2'"):
-        parse_index(with_chunk(value, "2", outer), len(data), "chunk")
+    with pytest.raises(UnsupportedFormat, match="'3'"):
+        parse_index(with_chunk(value, "3", outer), len(data), "chunk")
 
 
 def test_a_bomb_with_a_right_checksum_is_refused(small):

@@ -100,7 +100,7 @@ def test_unknown_fields_are_refused(manifest, place):
         Manifest.from_json(changed)
 
 
-@pytest.mark.parametrize("schema", [0, 3, "1", None, True])
+@pytest.mark.parametrize("schema", [0, 4, "1", None, True])
 def test_other_schemas_are_refused(manifest, schema):
     with pytest.raises(UnsupportedFormat):
         Manifest.from_json({**json.loads(manifest.to_bytes()), "schema": schema})

@@ -34,7 +34,8 @@ def test_jobs_have_about_equal_bytes(first_layer_soon):
     for size in sizes:
         bounds += [bounds[-1] + size, bounds[-1] + 2 * size]
     small = [1000 + (bound - 1000) // 3 for bound in bounds]
-    chunks = [SimpleNamespace(offsets=offsets) for offsets in (small, bounds)]
+    index = SimpleNamespace(header=SimpleNamespace(sides=2))
+    chunks = [SimpleNamespace(offsets=offsets, index=index) for offsets in (small, bounds)]
     for job_bytes in (1, 150, 500, 690, 3000):
         spans = list(load_jobs.group_spans(chunks, len(sizes), job_bytes, first_layer_soon))
         assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]

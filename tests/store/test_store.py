@@ -130,6 +130,7 @@ def test_the_key_depends_on_everything(small):
         "compute_dtype": "x",
         "codec": {"id": "int8"},
         "chunk_tokens": 9,
+        "sides": 1,
     }
     assert set(changes) == set(inspect.signature(type(context)).parameters)
     keys = [chunk_key(ROOT, [1, 2], replace(context, **{name: value})) for name, value in changes.items()]

@@ -194,11 +194,11 @@ def test_a_swapped_chunk_and_a_foreign_version_are_refused(source, tmp_path):
     with pytest.raises(CorruptEntry):
         copy_cache(source, destination, "small")
     first.write_bytes(kept)
-    newer = canonical_bytes({**manifest.to_json(), "schema": 3})
+    newer = canonical_bytes({**manifest.to_json(), "schema": 4})
     ref = replace(source.ref("small"), manifest=__import__("hashlib").sha256(newer).hexdigest())
     source.backend.put_if_absent(manifest_path(ref.manifest), [newer])
     source.backend.replace(ref_path("small"), ref.to_bytes())
-    with pytest.raises(UnsupportedFormat, match="schema 3"):
+    with pytest.raises(UnsupportedFormat, match="schema 4"):
         copy_cache(source, destination, "small")
     assert destination.names() == []
 

@@ -1,4 +1,4 @@
-"""A reader of version 1 refuses version 2, of each of the four kinds of object, and says what to do."""
+"""A reader refuses versions that it does not know, of each of the four kinds of object, and says what to do."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def test_a_ref(small):
 def test_a_manifest(small):
     store = Store.in_memory()
     manifest = json.loads(small().build(store).to_bytes())
-    data = canonical_bytes({**manifest, "schema": 3, "something": "new"})
+    data = canonical_bytes({**manifest, "schema": 4, "something": "new"})
     digest = hashlib.sha256(data).hexdigest()
     store.backend.replace(manifest_path(digest), data)
     store.backend.replace(ref_path("small"), ref_to(digest))
@@ -72,7 +72,7 @@ def test_a_chunk(small):
     manifest = small().build(store)
     entry = manifest.chunks[0]
     data = store.backend.get(chunk_path(entry.key), 1 << 20)
-    head = data[: entry.header_bytes].replace(b'"version":"1"', b'"version":"2"')
+    head = data[: entry.header_bytes].replace(b'"version":"1"', b'"version":"3"')
     assert head != data[: entry.header_bytes]
     store.backend.replace(chunk_path(entry.key), head + data[entry.header_bytes :])
     with pytest.raises(CorruptEntry):  # of a cache of version 1 it is damage: its manifest pins the header

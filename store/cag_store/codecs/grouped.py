@@ -182,7 +182,8 @@ class GroupedIntegers(Codec):
         keeps = all(map(_can_keep, outs))
         if fast is None or not (keeps or all(map(_can_decode, outs))):
             return None
-        places = ((side, layer, kept_from) for layer, kept_from in enumerate(first_tokens) for side in _SIDES)
+        num_sides = len(buffers[0])
+        places = ((side, layer, first) for layer, first in enumerate(first_tokens) for side in _SIDES[:num_sides])
         rows = np.array([self._row(out, *place) for out, place in zip(outs, places, strict=True)], np.int64)
         return BulkDecoder(loops.Loop(loops.KEPT if keeps else loops.GROUPED), rows, self._span)
 

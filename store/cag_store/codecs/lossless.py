@@ -115,7 +115,7 @@ class Lossless(Codec):
         fast, outs = self._ranked_loops(), [out for sides in buffers for out in sides]
         if fast is None or not all(map(loops.has_whole_heads, outs)):
             return None
-        kept_from = [first for first in first_tokens for _ in range(2)]
+        kept_from = [first for first, sides in zip(first_tokens, buffers, strict=True) for _ in sides]
         return BulkDecoder(loops.Loop(loops.RANKED, self._ranks), _rows(outs, kept_from))
 
     def _ranked_loops(self) -> loops.Loops | None:

@@ -52,6 +52,7 @@ def sample_basis(
     seed: int = 0,
     kept: int | None = None,
     pairing: str = "halves",
+    sides: int = 2,
 ) -> Basis:
     """A basis whose even layers are rotated and whose odd ones are not."""
     num_layers = len(head_dim)
@@ -59,8 +60,7 @@ def sample_basis(
     for first in range(0, num_layers, joint_layers):
         last = min(first + joint_layers, num_layers)
         shape = list(zip(num_kv_heads[first:last], head_dim[first:last], strict=True))
-        keys, values = (sample_side(shape, seed + 2 * first + side, kept) for side in (0, 1))
-        groups.append((keys, values))
+        groups.append(tuple(sample_side(shape, seed + 2 * first + side, kept) for side in range(sides)))
     pairs = min(head_dim) // 2
     rotation = Rotation(pairing, tuple(float(0.5**index) for index in range(pairs)))
     return Basis(

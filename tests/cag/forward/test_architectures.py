@@ -1,8 +1,8 @@
 """Families of networks behind one attention: what they give is what transformers gives, or they are refused by name.
 
-Sinks (gpt-oss), keys wider than values (DeepSeek's latent attention), layers that share keys and values (Gemma 3n and
-4), heads of another size in some layers, experts, learned positions, layers without positions: each through the store,
-in company, and in the padded steps of a GPU.
+Sinks (gpt-oss), latents in the place of keys and values (DeepSeek and others), layers that share keys and values (Gemma
+3n and 4), heads of another size in some layers, experts, learned positions, layers without positions: each through the
+store, in company, and in the padded steps of a GPU.
 """
 
 import pytest
@@ -24,6 +24,8 @@ HEADS = SHARED | {"head_dim": 16}
 LATENT = SHARED | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
 LATENT |= {"v_head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
 LATENT |= {"moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+LONGCAT = {"num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "moe_topk": 2}
+LONGCAT |= {"zero_expert_num": 2, "n_routed_experts": 4, "head_dim": 8, "num_key_value_heads": 4}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6, "sliding_window": 24}
 PER_LAYER_INPUT = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 258}
 
@@ -40,11 +42,15 @@ FAMILIES = {
     "gpt2": {"vocab_size": 258, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 2048, "eos_token_id": 257},
     "gpt_oss": HEADS | {"sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
     "granite": HEADS,
+    "longcat_flash": SHARED | {name: LATENT[name] for name in LATENT if "head_dim" in name or "rank" in name} | LONGCAT,
+    "minicpm3": LATENT,
     "olmo2": SHARED,
     "phi": SHARED | {"partial_rotary_factor": 0.5},
     "qwen3_moe": HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "smollm3": SHARED | {"no_rope_layer_interval": 2},
+    "youtu": LATENT,
 }
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
 OFTEN = ("gpt_oss", "gemma4_text", "deepseek_v3", "gpt2", "qwen3_moe")  # one for each thing that differs
 FROM_THE_STORE = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 OWN_LAYERS = {"gemma3n_text": 4, "gemma4_text": 4}  # that make keys and values; the others share them
@@ -97,6 +103,8 @@ def test_logits_in_blocks_are_those_of_one_forward(family, tmp_path):
             assert_close(model.forward([int(ids[place])], state), expected[place : place + 1])
         assert_close(model.forward(ids[75:].tolist(), state, num_logits=4), expected[-4:])
     assert len(model.kv_shapes) == OWN_LAYERS.get(family, len(model.seen))
+    if family in LATENTS:
+        assert model.kv_bytes_per_token == len(model.kv_shapes) * (16 + 8) * 4  # and not 4 * (24 + 16) numbers a layer
 
 
 @pytest.mark.parametrize("family", FROM_THE_STORE)
@@ -123,6 +131,9 @@ def test_answers_from_the_store_are_those_of_plain_transformers(family, tmp_path
         together = [s.finish(request).token_ids for s, request in zip(streams, requests, strict=True)]
         assert together == [one.ask(question, options).token_ids for one in (prefix, coded) for question in QUESTIONS]
         assert 0 <= coded.manifest.fidelity["mean_kl"] < 0.1
+        for one in (prefix, coded):
+            assert one.manifest.kv.sides == (1 if family in LATENTS else 2)
+            assert one.manifest.raw_bytes == one.manifest.num_tokens * engine.model.kv_bytes_per_token
 
 
 @pytest.mark.parametrize("family", FROM_THE_STORE)

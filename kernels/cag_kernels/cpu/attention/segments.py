@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HEAD_DIM_MULTIPLE = 16  # one vector of the widest registers
 TILE_DEPTH = 32  # of the summed axis of one product of tiles
-MAX_HEAD_DIM = 512  # the scratch of a thread stays far below the smallest of usual stacks
+MAX_HEAD_DIM = 576  # of usual latents; the scratch of a thread stays far below the smallest of usual stacks
 MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
 MIN_FEW_HEAD_DIM = 32  # two vectors of the widest registers, of which that code turns as many keys
 _USUAL_CODES = Codes(8, 8, 64, 64)

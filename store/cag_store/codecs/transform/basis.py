@@ -93,7 +93,8 @@ class GroupBasis:
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """A whole basis. `groups[g]` holds keys and values; `rotations[layer_rotation[layer]]` is taken off the keys of
+    """A whole basis. `groups[g]` holds keys and values, or keys alone where these are the values, too;
+    `rotations[layer_rotation[layer]]` is taken off the keys of
     a layer, nothing for -1.
 
     frequencies: uint16 [num_tables, NUM_SYMBOLS].
@@ -105,7 +106,7 @@ class Basis:
     rotations: tuple[Rotation, ...]
     layer_rotation: tuple[int, ...]
     frequencies: NDArray[np.uint16]
-    groups: tuple[tuple[GroupBasis, GroupBasis], ...]
+    groups: tuple[tuple[GroupBasis, ...], ...]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -181,17 +182,18 @@ class _Reader:
                 raise fields.wrong("layer_rotation", "a rotation that fits the layer", index)
         num_tables = fields.integer("num_tables", 1, MAX_TABLES)
         spans = layer_groups(len(dims), joint)
-        counts, wide = self._pairs("num_components", len(spans)), self._pairs("num_wide", len(spans))
+        counts, wide = self._by_sides("num_components", len(spans)), self._by_sides("num_wide", len(spans))
+        if len({len(row) for row in (*counts, *wide)}) != 1:
+            raise fields.wrong("num_wide", "as many sides in all groups", wide)
         fields.done()
         frequencies = self._take("<u2", num_tables, NUM_SYMBOLS)
         sums = frequencies.sum(axis=1, dtype=np.int64)
         if np.any(sums != TOTAL) or np.any(frequencies >= TOTAL) or np.any(frequencies[:, ESCAPE] == 0):
             raise self._wrong("frequencies", f"rows that sum to {TOTAL}, each below it, with one for escapes")
         groups = []
-        for (first, last), (num_keys, num_values), widths in zip(spans, counts, wide, strict=True):
+        for (first, last), sizes, widths in zip(spans, counts, wide, strict=True):
             shape = [(h, d) for h, d in zip(heads[first:last], dims[first:last], strict=True)]
-            keys = self._side(shape, num_keys, widths[0])
-            groups.append((keys, self._side(shape, num_values, widths[1])))
+            groups.append(tuple(self._side(shape, *side) for side in zip(sizes, widths, strict=True)))
         if self._offset != len(self._data):
             raise self._wrong("length", f"{self._offset} bytes")
         return Basis(joint, heads, dims, rotations, rotation_of, frequencies, tuple(groups))
@@ -231,15 +233,15 @@ class _Reader:
             raise fields.wrong("inverse_frequencies", "numbers with a decimal point, of magnitude up to 8", found)
         return Rotation(pairing, tuple(float(number) for number in found))
 
-    def _pairs(self, key: str, count: int) -> list[tuple[int, int]]:
+    def _by_sides(self, key: str, count: int) -> list[tuple[int, ...]]:
         rows = self._fields.list(key)
         good = len(rows) == count and all(
-            isinstance(row, list) and len(row) == 2 and all(type(n) is int and 0 <= n <= MAX_CHANNELS for n in row)
+            isinstance(row, list) and len(row) in (1, 2) and all(type(n) is int and 0 <= n <= MAX_CHANNELS for n in row)
             for row in rows
         )
         if not good:
-            raise self._fields.wrong(key, f"{count} pairs of counts", rows)
-        return [(row[0], row[1]) for row in rows]
+            raise self._fields.wrong(key, f"{count} rows of counts, one a side", rows)
+        return [tuple(row) for row in rows]
 
     def _take(self, kind: str, *shape: int) -> NDArray[Any]:
         size = math.prod(shape) * np.dtype(kind).itemsize

@@ -205,6 +205,8 @@ class JointTransform(Codec):
         index = first_layer // self._joint_layers
         if first_layer % self._joint_layers or index >= self._prepared.num_groups:
             raise UnencodableArray(f"no group of the basis begins at layer {first_layer}", found=first_layer)
+        if _SIDES.index(side) >= self._prepared.num_sides:
+            raise UnencodableArray("the basis is of keys that are values, too, and the cache has values", found=side)
         return self._prepared.side(index, _SIDES.index(side))
 
     def _turned(self, side: Side, layer: int, start: int, num_tokens: int) -> Angles:

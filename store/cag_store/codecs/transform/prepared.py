@@ -179,6 +179,11 @@ class PreparedBasis:
         """Groups of layers."""
         return len(self._basis.groups)
 
+    @property
+    def num_sides(self) -> int:
+        """Of each group."""
+        return len(self._basis.groups[0])
+
     def side(self, index: int, side: int) -> PreparedSide:
         """Group `index`, keys (0) or values (1)."""
         with self._guard:
