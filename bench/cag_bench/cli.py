@@ -26,7 +26,7 @@ CorpusOption = Annotated[
 ]
 QuestionsOption = Annotated[Path, typer.Option(help="JSON lines: question, answers, doc_ids; may be gzip.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="results/COMMAND-TIME")]
-ModelOption = Annotated[str | None, typer.Option(help="Catalogue name, hub id or directory.")]
+ModelOption = Annotated[str | None, typer.Option(help="Catalogue name, hub id, directory or GGUF file.")]
 StoreOption = Annotated[
     Path | None,
     typer.Option(help="Store to build in and to reuse.", show_default="a temporary one beside the results"),
