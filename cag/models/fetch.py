@@ -141,11 +141,7 @@ def _fetch_gguf(path: Path, progress: Progress, *, force: bool) -> ModelFiles:
             f"{path} is a file; a model is a GGUF file, or a folder with config.json, *.safetensors and a tokenizer.",
             path=path,
         )
-    try:
-        entry = gguf_entry(path)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error}", path=path) from error
-    return replace(_fetch_entry(entry, progress, force=force), entry=None)  # which is made anew each time
+    return replace(_fetch_entry(gguf_entry(path), progress, force=force), entry=None)  # which is made anew each time
 
 
 def _fetch_hub_id(source: HubSource, progress: Progress, *, force: bool) -> ModelFiles:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cag.errors import UnsupportedModel
+from cag.errors import ModelError, UnsupportedModel
 from cag.models.catalogue import GgufFileSource, ModelEntry
 from cag.models.digests import file_sha256
 from cag.models.gguf_file import GgufFile, model_stem, part_names, part_paths
@@ -53,10 +53,13 @@ def the_gguf(names: Sequence[str], wanted: str | None, place: str) -> str | None
 def gguf_entry(path: Path) -> ModelEntry:
     """What a pull makes of the GGUF file at `path`, or of all parts of it.
 
-    Raises: UnsupportedModel: no GGUF, or parts are missing. OSError: it cannot be read.
+    Raises: UnsupportedModel: parts are missing. ModelError: it cannot be read.
     """
     parts = part_paths(path)
-    digests = [file_sha256(part) for part in parts]
+    try:
+        digests = [file_sha256(part) for part in parts]
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error}", path=path) from error
     sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     stem = re.sub(r"[^\w.-]+|^[.]+", "-", model_stem(path))
     source = GgufFileSource(tuple(part.absolute() for part in parts), sha256)

@@ -5,7 +5,7 @@ import shutil
 import gguf
 import pytest
 
-from cag.errors import InsufficientResources, ModelNotFound, UnsupportedModel
+from cag.errors import InsufficientResources, ModelError, ModelNotFound, UnsupportedModel
 from cag.models import fetch_model, local_directory, model_directory, read_record, verify_record
 from cag.models.gguf_file import GgufFile
 
@@ -42,6 +42,16 @@ def test_a_file_that_changed_is_another_model(path, tiny_gguf):
     second = fetch_model(path)
     assert second.name != first.name and second.directory != first.directory
     assert read_record(first.directory) is not None
+
+
+def test_a_file_that_cannot_be_read_is_a_typed_error(path, monkeypatch):
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("cag.models.gguf_source.file_sha256", unreadable)
+    for use in (fetch_model, local_directory):
+        with pytest.raises(ModelError, match=r"cannot read .*\.gguf"):
+            use(str(path))
 
 
 def test_a_name_without_its_model_is_not_found():
