@@ -83,7 +83,7 @@ class Engine:
         """Load a model (pulling it when it is not here yet) and open a store.
 
         Args:
-            model: a catalogue name, a hub id, or a local directory.
+            model: a catalogue name, a hub id, or a local directory or GGUF file.
             store: a store, its directory or its URL; `<cag home>/store` if None.
             adapter: directory of a LoRA adapter (peft).
             device: "auto", "cpu" or "cuda".
@@ -102,7 +102,7 @@ class Engine:
         plan_runtime(choose_device(device))  # measures, perhaps: before any work of our own takes a core
         threading.Thread(target=_warm_up, name="cag-warm-up").start()  # the end of a process waits for compilers
         options = ModelOptions(device, dtype, Path(adapter) if adapter is not None else None)
-        loaded = LanguageModel.load(files.directory, model_id=model, options=options, beginning=beginning)
+        loaded = LanguageModel.load(files.directory, model_id=files.name, options=options, beginning=beginning)
         return cls(loaded, open_store(store))
 
     def beside(self, store: Store) -> Engine:

@@ -29,7 +29,7 @@ QuestionsOption = Annotated[Path, typer.Option(help="JSON lines: question, answe
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="results/COMMAND-TIME")]
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Catalogue name, hub id or directory.", show_default="qwen2.5-coder-1.5b-instruct"),
+    typer.Option(help="Catalogue name, hub id, directory or GGUF file.", show_default="qwen2.5-coder-1.5b-instruct"),
 ]
 StoreOption = Annotated[
     Path | None,

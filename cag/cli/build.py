@@ -48,7 +48,7 @@ def build(
         str | None,
         typer.Option(
             "--model",
-            help="Catalogue name, hub id, or path of a model directory.",
+            help="Catalogue name, hub id, or path of a model directory or GGUF file.",
             show_default="qwen2.5-coder-1.5b-instruct",
         ),
     ] = None,

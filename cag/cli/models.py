@@ -14,7 +14,7 @@ from cag.cli.progress import shown_progress
 
 def pull(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Catalogue name, hub id, or path of a model directory.")
+        str, typer.Argument(metavar="MODEL", help="Catalogue name, hub id, or path of a model directory or GGUF file.")
     ],
     force: Annotated[bool, typer.Option("--force", help="Pull again, even when the model is here.")] = False,
     as_json: JsonOption = False,

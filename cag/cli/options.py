@@ -50,7 +50,9 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Keep the cache altho
 BuildersModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Catalogue name, hub id or directory; it must be the builder's.", show_default="the builder's"
+        "--model",
+        help="Catalogue name, hub id, directory or GGUF file; it must be the builder's.",
+        show_default="the builder's",
     ),
 ]
 MaxTokensOption = Annotated[

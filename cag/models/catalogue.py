@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
@@ -17,10 +18,12 @@ EMBEDDING_MODEL = "all-minilm-l6-v2"
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the Hugging Face hub; `revision` None means its main branch at the time of the pull."""
+    """A repository of the Hugging Face hub; `revision` None means its main branch at the time of the pull, `gguf` None
+    its safetensors where it has some, else a name or a quantization of its GGUF files."""
 
     repo_id: str
     revision: str | None = None
+    gguf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,15 @@ class FolderWheelSource:
         return (self.wheel,)
 
 
-Source = HubSource | GgufWheelSource | FolderWheelSource
+@dataclass(frozen=True)
+class GgufFileSource:
+    """A GGUF file on this machine, in one part or several; `sha256` is that of the file, or of its parts' digests."""
+
+    paths: tuple[Path, ...]
+    sha256: str
+
+
+Source = HubSource | GgufWheelSource | FolderWheelSource | GgufFileSource
 WheelSource = GgufWheelSource | FolderWheelSource
 
 

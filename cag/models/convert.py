@@ -1,43 +1,30 @@
 """GGUF -> a model directory: bf16 safetensors, configuration, tokenizer, chat template, generation defaults.
 
-Weights pass through in blocks of rows, so the memory needed does not grow with the model. Knows the tensor names of
-two architectures (llama, qwen2) and refuses everything it does not know: a wrongly named or missing tensor is an error.
+Weights pass through in blocks of rows, so the memory needed does not grow with the model. What the tensors and fields
+of an architecture mean stands in `gguf_families`; a wrongly named, wrongly shaped or missing tensor is an error.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cag.errors import UnsupportedModel
+from cag.errors import CagError, UnsupportedModel
+from cag.models.gguf_families import Family, Piece, family_of, places_of, read_config
+from cag.models.gguf_fields import SAFETENSORS_INSTEAD, Fields
 from cag.models.gguf_file import GgufFile, GgufTensor
-from cag.models.gguf_tokenizer import build_tokenizer
+from cag.models.gguf_tokenizer import build_tokenizer, find_stop_ids
 from cag.models.progress import Progress, silent
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_TOP_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+SAMPLE = "Sum: 12,345.60  km\n\n\tdef f(x):\n        return x  # naïve “ça” 日本語 🎉\r\n"
 
 
 def convert_gguf(
@@ -50,15 +37,34 @@ def convert_gguf(
     result whose tokenizer or chat template does not work.
     """
     progress("convert", 0, 0)
-    with GgufFile(gguf_path) as file:
-        config = _model_config(file)
+    with GgufFile(gguf_path) as file, _foreign_errors_translated(gguf_path):
+        fields = Fields(file)
+        family = family_of(fields)
+        config = _model_config(fields, family)
         tokenizer = build_tokenizer(file.metadata)
-        _check_tensor_set(file, config)
-        _write_weights(file, config, destination / "model.safetensors", progress)
+        stop_ids = find_stop_ids(file.metadata, stop_tokens)
+        places = places_of(file, family)
+        shapes = _check_places(file, places, config)
+        _write_weights(file, places, shapes, config.head_dim, destination / "model.safetensors", progress)
     config.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
-    _generation_config(tokenizer, stop_tokens).save_pretrained(destination)
+    _generation_config(tokenizer, stop_ids).save_pretrained(destination)
     check_chat_tokenizer(destination)
+
+
+@contextmanager
+def _foreign_errors_translated(path: Path) -> Iterator[None]:
+    """What libraries raise about numbers and texts of a file that are none that a model can have."""
+    try:
+        yield
+    except CagError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModel(
+            f"{path} says what no model of its architecture can be made of: {error}.",
+            hint=SAFETENSORS_INSTEAD,
+            path=path,
+        ) from error
 
 
 def check_chat_tokenizer(directory: Path) -> None:
@@ -66,129 +72,102 @@ def check_chat_tokenizer(directory: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    sample = "Sum: 12,345.60  km\n\n\tdef f(x):\n        return x  # naïve “ça” 日本語 🎉\r\n"
-    if tokenizer.decode(tokenizer.encode(sample, add_special_tokens=False)) != sample:
+    if tokenizer.decode(tokenizer.encode(SAMPLE, add_special_tokens=False)) != SAMPLE:
         raise UnsupportedModel(f"the tokenizer in {directory} does not give back the text it was given.")
     if not tokenizer.chat_template:
-        raise UnsupportedModel(f"the model in {directory} has no chat template.", hint="Take an instruct model.")
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "Ping?"}], tokenize=False)
+        return
+    turns = [{"role": "user", "content": "Ping?"}, {"role": "assistant", "content": "Pong."}]
+    try:
+        turn = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # templates raise whatever they like
+        raise UnsupportedModel(f"the chat template in {directory} cannot be rendered: {error}.") from error
     stop_ids = GenerationConfig.from_pretrained(directory).eos_token_id
     turn_ids = tokenizer.encode(turn, add_special_tokens=False)
     if "Ping?" not in turn or not set(stop_ids if isinstance(stop_ids, list) else [stop_ids]) & set(turn_ids):
         raise UnsupportedModel(f"the chat template in {directory} does not end a turn with a stop token.")
 
 
-def _model_config(file: GgufFile) -> Any:
-    from transformers import AutoConfig
+def _model_config(fields: Fields, family: Family) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES or f"{architecture}.rope.scaling.type" in metadata:
-        raise UnsupportedModel(
-            f"GGUF files of architecture {architecture!r} (or with scaled positions) are not converted here.",
-            hint="Take the model from the hub in safetensors form.",
-            path=file.path,
-        )
-
-    def field(name: str) -> Any:
-        try:
-            return metadata[f"{architecture}.{name}"]
-        except KeyError as error:
-            raise UnsupportedModel(f"{file.path} lacks the field {architecture}.{name}.", path=file.path) from error
-
-    num_q_heads = field("attention.head_count")
-    head_dim = metadata.get(f"{architecture}.attention.key_length", field("embedding_length") // num_q_heads)
-    return AutoConfig.for_model(
-        architecture,
-        architectures=[_ARCHITECTURES[architecture]],
-        vocab_size=len(metadata.get("tokenizer.ggml.tokens", ())),
-        hidden_size=field("embedding_length"),
-        intermediate_size=field("feed_forward_length"),
-        num_hidden_layers=field("block_count"),
-        num_attention_heads=num_q_heads,
-        num_key_value_heads=metadata.get(f"{architecture}.attention.head_count_kv", num_q_heads),
-        head_dim=head_dim,
-        max_position_embeddings=field("context_length"),
-        rms_norm_eps=_shortest_float(field("attention.layer_norm_rms_epsilon")),
-        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
-        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in file.tensors),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
-        dtype="bfloat16",
-    )
+    config: Any = AutoConfig.for_model(family.model_type, **read_config(fields, family))
+    network: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [network.__name__]
+    return config
 
 
-def _shortest_float(value: float) -> float:
-    """The decimal number that was stored as float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+def _check_places(file: GgufFile, places: dict[str, list[Piece]], config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of an empty network of `config`, all of which must have their place.
 
-
-def _check_tensor_set(file: GgufFile, config: Any) -> None:
-    """Compares names and shapes with those of an empty model of `config`."""
+    Raises: UnsupportedModel: other parameters, or of other shapes, than the network has.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         make_model: Any = AutoModelForCausalLM.from_config
         model = make_model(config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    found = {_parameter_name(tensor.name): tensor.shape for tensor in file.tensors}
+        shapes.pop("lm_head.weight", None)
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    found = {name: _shape(tensors, pieces) for name, pieces in places.items()}
+    expected = {name: (prod(shape[:-1]), shape[-1]) for name, shape in shapes.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise UnsupportedModel(
             f"{file.path} does not hold the tensors of its architecture; first difference: {wrong[0]}, "
             f"expected {expected.get(wrong[0])}, found {found.get(wrong[0])}.",
+            hint=SAFETENSORS_INSTEAD,
             path=file.path,
         )
+    return shapes
 
 
-def _parameter_name(name: str) -> str:
-    if name in _TOP_TENSORS:
-        return _TOP_TENSORS[name]
-    match = _LAYER_NAME.fullmatch(name)
-    if match is None or match[2] not in _LAYER_TENSORS:
-        return f"unknown tensor {name}"
-    return f"model.layers.{match[1]}.{_LAYER_TENSORS[match[2]]}.{match[3]}"
+def _shape(tensors: dict[str, GgufTensor], pieces: list[Piece]) -> tuple[int, int]:
+    """Rows and their length."""
+    sizes = [tensors[piece.tensor].num_rows if piece.num_rows is None else piece.num_rows for piece in pieces]
+    return sum(sizes), tensors[pieces[0].tensor].shape[-1]
 
 
-def _write_weights(file: GgufFile, config: Any, path: Path, progress: Progress) -> None:
-    """Streams all tensors into one safetensors file: length of header, header, then the bytes in header order."""
-    sizes = {tensor.name: 2 * int(np.prod(tensor.shape)) for tensor in file.tensors}
-    total_bytes = sum(sizes.values())
+def _write_weights(
+    file: GgufFile,
+    places: dict[str, list[Piece]],
+    shapes: dict[str, tuple[int, ...]],
+    head_dim: int,
+    path: Path,
+    progress: Progress,
+) -> None:
+    """Streams all parameters into one safetensors file: length of header, header, then the bytes in header order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for tensor in file.tensors:
-        end = start + sizes[tensor.name]
-        name = _parameter_name(tensor.name)
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name in places:
+        end = start + 2 * prod(shapes[name])
+        header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, end]}
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    done_bytes = 0
+    total_bytes, done_bytes = start, 0
+    tensors = {tensor.name: tensor for tensor in file.tensors}
     with path.open("wb") as output:
         output.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in file.tensors:
-            for block in _parameter_blocks(file, tensor, config):
+        for piece in chain.from_iterable(places.values()):
+            for block in _parameter_blocks(file, tensors[piece.tensor], piece, head_dim):
                 done_bytes += output.write(_bfloat16_bytes(block))
                 progress("convert", done_bytes, total_bytes)
 
 
-def _parameter_blocks(file: GgufFile, tensor: GgufTensor, config: Any) -> Iterator[NDArray[np.float32]]:
-    match = _LAYER_NAME.fullmatch(tensor.name)
-    if config.model_type == "llama" and match and match[2] in ("attn_q", "attn_k"):
-        num_heads = config.num_attention_heads if match[2] == "attn_q" else config.num_key_value_heads
-        yield _halves_apart(np.concatenate(list(file.row_blocks(tensor))), num_heads)
-    else:
-        yield from file.row_blocks(tensor)
+def _parameter_blocks(file: GgufFile, tensor: GgufTensor, piece: Piece, head_dim: int) -> Iterator[NDArray[np.float32]]:
+    blocks = file.row_blocks(tensor, piece.first_row, piece.num_rows, multiple=head_dim)
+    if piece.change == "halves apart":
+        # a bias has its heads in one row
+        return (_halves_apart(block if len(tensor.shape) > 1 else block.T, head_dim) for block in blocks)
+    return (block - 1 for block in blocks) if piece.change == "minus one" else blocks
 
 
-def _halves_apart(rows: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+def _halves_apart(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
     """Undoes the row order of llama in GGUF, where the two halves that RoPE rotates are interleaved in each head."""
-    head_dim = rows.shape[0] // num_heads
-    return rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _bfloat16_bytes(values: NDArray[np.float32]) -> bytes:
@@ -198,17 +177,12 @@ def _bfloat16_bytes(values: NDArray[np.float32]) -> bytes:
     return bytes(rounded.view(torch.uint8).numpy().tobytes())
 
 
-def _generation_config(tokenizer: Any, stop_tokens: Sequence[str]) -> Any:
+def _generation_config(tokenizer: Any, stop_ids: Sequence[int]) -> Any:
     from transformers import GenerationConfig
 
     make_config: Any = GenerationConfig
-    vocabulary = tokenizer.get_vocab()
-    wanted = [tokenizer.eos_token, *stop_tokens]
-    if any(token not in vocabulary for token in wanted):
-        raise UnsupportedModel(f"the tokenizer lacks one of the stop tokens {wanted}.")
-    stop_ids = [vocabulary[token] for token in wanted]
     return make_config(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_ids if len(stop_ids) > 1 else stop_ids[0],
+        eos_token_id=list(stop_ids) if len(stop_ids) > 1 else stop_ids[0],
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -55,7 +55,6 @@ def _check_weights(directory: Path) -> None:
     elif not any(directory.glob("*.safetensors")):
         pickled = any(any(directory.glob(pattern)) for pattern in _PICKLES)
         found = "has pickled weights only, which are never read" if pickled else "has no *.safetensors file"
-        found = "has weights as GGUF only, which are not read" if any(directory.glob("*.gguf")) else found
         raise _unsupported(directory, found, "Take or save the weights as safetensors.")
 
 

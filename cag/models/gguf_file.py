@@ -1,15 +1,18 @@
 """Reads the GGUF container: metadata, and tensors as float32 blocks of rows. Knows the file format, not models.
 
-No size in the file is believed before it is compared with what is left of the file.
+A model may be cut into several files, which are read as one. No size in a file is believed before it is compared with
+what is left of the file.
 Source: the GGUF specification, github.com/ggml-org/ggml, docs/gguf.md (versions 2 and 3, little-endian).
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,36 +26,71 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 _ROW_BLOCK_VALUES = 1 << 20  # values dequantized at once; 16 times more is half as fast, out of the processor cache
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: `shape` with rows first (the file has it reversed), `start` counted from the begin of the file."""
+    """One tensor: `shape` with rows first (the file has it reversed), `start` counted from the begin of the file
+    number `part`."""
 
     name: str
     shape: tuple[int, ...]
     quantization: int
     start: int
+    part: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the last dimension, which is the one that is quantized in blocks."""
+        return prod(self.shape[:-1])
+
+
+def part_names(name: str) -> list[str]:
+    """Names of all files of the model that the file called `name` holds or holds a part of, in order."""
+    match = _PART_NAME.fullmatch(name)
+    if match is None:
+        return [name]
+    stem, _, count = match.groups()
+    return [f"{stem}-{number:05}-of-{count}.gguf" for number in range(1, max(1, int(count)) + 1)]
+
+
+def part_paths(path: Path) -> tuple[Path, ...]:
+    """As `part_names`, of the file at `path`. Raises: UnsupportedModel: a part is not there."""
+    parts = tuple(path.with_name(name) for name in part_names(path.name))
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise UnsupportedModel(
+            f"{path} is one of {len(parts)} parts of a model, and these are not beside it: {', '.join(missing[:3])}.",
+            hint="Put all parts into one folder.",
+            path=path,
+        )
+    return parts
+
+
+def model_stem(path: Path) -> str:
+    """What the file at `path` is called, without the number of a part."""
+    match = _PART_NAME.fullmatch(path.name)
+    return match[1] if match else path.stem
 
 
 class GgufFile:
-    """An open GGUF file; a context manager.
+    """An open GGUF file, or all parts of one that was cut; a context manager.
 
-    Raises: UnsupportedModel on opening when the file is no GGUF, of another version, cut off or inconsistent.
+    Raises: UnsupportedModel on opening when a file is no GGUF, of another version, cut off or inconsistent.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.stat().st_size < 24:
-            raise UnsupportedModel(f"{path} is too short for a GGUF file.", path=path)
-        with path.open("rb") as stream:
-            self._content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        self._position = 0
+        self._contents: list[mmap.mmap] = []
+        parts = part_paths(path)
         try:
-            self.metadata, self.tensors = self._read_header()
-        except (struct.error, KeyError, UnicodeDecodeError, ValueError) as error:
-            self._content.close()
-            raise UnsupportedModel(f"{path} is not a readable GGUF file: {error}.", path=path) from error
+            read = [self._read_part(number, part) for number, part in enumerate(parts)]
+            self.metadata, self.tensors = read[0][0], tuple(tensor for _, tensors in read for tensor in tensors)
+            self._check_parts([metadata for metadata, _ in read])
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> GgufFile:
         return self
@@ -60,24 +98,80 @@ class GgufFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._content.close()
+        self._close()
 
-    def row_blocks(self, tensor: GgufTensor) -> Iterator[NDArray[np.float32]]:
-        """The values of `tensor` as float32 `[num_rows, *rest]`, a bounded number of rows at a time, in order."""
-        from gguf.quants import dequantize
+    def row_blocks(
+        self, tensor: GgufTensor, first_row: int = 0, num_rows: int | None = None, *, multiple: int = 1
+    ) -> Iterator[NDArray[np.float32]]:
+        """Rows of `tensor` as float32 `[count, shape[-1]]`, a bounded number at a time, in order; whole multiples of
+        `multiple` rows but for the last ones. A tensor of one dimension is one row.
 
+        Raises: UnsupportedModel: numbers in a type that cannot be read.
+        """
         kind, row_bytes = _row_layout(tensor)
-        num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        rows_at_once = max(1, _ROW_BLOCK_VALUES // max(1, int(np.prod(tensor.shape)) // num_rows))
-        for first in range(0, num_rows, rows_at_once):
-            count = min(rows_at_once, num_rows - first)
+        end = tensor.num_rows if num_rows is None else first_row + num_rows
+        rows_at_once = max(1, _ROW_BLOCK_VALUES // tensor.shape[-1] // multiple) * multiple
+        for first in range(first_row, end, rows_at_once):
+            count = min(rows_at_once, end - first)
             start = tensor.start + first * row_bytes
             # A writable copy of the bytes: no array keeps the mapping open, and torch may borrow the result.
-            packed = np.frombuffer(bytearray(self._content[start : start + count * row_bytes]), dtype=np.uint8)
-            values = dequantize(packed.reshape(count, row_bytes), kind)
-            yield np.ascontiguousarray(values, dtype=np.float32).reshape(_block_shape(tensor, count))
+            content = bytearray(self._contents[tensor.part][start : start + count * row_bytes])
+            yield self._numbers(np.frombuffer(content, dtype=np.uint8).reshape(count, row_bytes), kind, tensor)
 
-    def _read_header(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...]]:
+    def _numbers(self, packed: NDArray[np.uint8], kind: Any, tensor: GgufTensor) -> NDArray[np.float32]:
+        from gguf.quants import dequantize
+
+        try:
+            values = dequantize(packed, kind)
+        except NotImplementedError as error:
+            raise UnsupportedModel(
+                f"tensor {tensor.name} of {self.path} is quantized as {kind.name}, which is not read.",
+                hint="Take the model in another quantization.",
+                path=self.path,
+            ) from error
+        return np.ascontiguousarray(values, dtype=np.float32).reshape(len(packed), tensor.shape[-1])
+
+    def _read_part(self, number: int, path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
+        if path.stat().st_size < 24:
+            raise UnsupportedModel(f"{path} is too short for a GGUF file.", path=path)
+        with path.open("rb") as stream:
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._contents.append(content)
+        try:
+            return _Header(content, number).read()
+        except (struct.error, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UnsupportedModel(f"{path} is not a readable GGUF file: {error}.", path=path) from error
+
+    def _check_parts(self, read: list[dict[str, Any]]) -> None:
+        """Whether the files are the parts of one model, all of them, in this order."""
+        counts = [metadata.get("split.count", 1) or 1 for metadata in read]
+        numbers = [metadata.get("split.no", 0) for metadata in read]
+        num_tensors = self.metadata.get("split.tensors.count", len(self.tensors))
+        names = {tensor.name for tensor in self.tensors}
+        right = counts == [len(read)] * len(read) and numbers == list(range(len(read)))
+        if not right or num_tensors != len(self.tensors) or len(names) != len(self.tensors):
+            raise UnsupportedModel(
+                f"{self.path} and the {len(read) - 1} other files are not the parts of one model: they say that they "
+                f"are numbers {numbers} of {counts} with {num_tensors} tensors, and hold {len(names)}.",
+                hint="Take all parts of one model, under their own names, or join them with llama-gguf-split --merge.",
+                path=self.path,
+            )
+
+    def _close(self) -> None:
+        for content in self._contents:
+            content.close()
+
+
+class _Header:
+    """Reads what stands before the tensors of one file."""
+
+    def __init__(self, content: mmap.mmap, part: int) -> None:
+        self._content = content
+        self._part = part
+        self._position = 0
+
+    def read(self) -> tuple[dict[str, Any], list[GgufTensor]]:
+        """Metadata and tensors. Raises: ValueError, KeyError, struct.error: damaged."""
         if self._content[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         self._position = 4
@@ -90,7 +184,9 @@ class GgufFile:
         if alignment < 1:
             raise ValueError(f"alignment {alignment}")
         data_start = -(-self._position // alignment) * alignment
-        tensors = tuple(GgufTensor(name, shape, kind, data_start + offset) for name, shape, kind, offset in entries)
+        tensors = [
+            GgufTensor(name, shape, kind, data_start + offset, self._part) for name, shape, kind, offset in entries
+        ]
         for tensor in tensors:
             self._check_extent(tensor)
         return metadata, tensors
@@ -105,8 +201,7 @@ class GgufFile:
 
     def _check_extent(self, tensor: GgufTensor) -> None:
         _, row_bytes = _row_layout(tensor)
-        num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        if 0 in tensor.shape or tensor.start + num_rows * row_bytes > len(self._content):
+        if 0 in tensor.shape or tensor.start + tensor.num_rows * row_bytes > len(self._content):
             raise ValueError(f"tensor {tensor.name} reaches beyond the end of the file")
 
     def _unpack(self, layout: str) -> Any:
@@ -140,11 +235,7 @@ def _row_layout(tensor: GgufTensor) -> tuple[Any, int]:
 
     kind = GGMLQuantizationType(tensor.quantization)
     block_values, block_bytes = GGML_QUANT_SIZES[kind]
-    row_values = int(np.prod(tensor.shape[1:], dtype=object)) if len(tensor.shape) > 1 else tensor.shape[0]
+    row_values = tensor.shape[-1]
     if row_values % block_values:
         raise ValueError(f"tensor {tensor.name} has rows of {row_values} values in blocks of {block_values}")
     return kind, row_values // block_values * block_bytes
-
-
-def _block_shape(tensor: GgufTensor, num_rows: int) -> tuple[int, ...]:
-    return (num_rows, *tensor.shape[1:]) if len(tensor.shape) > 1 else tensor.shape

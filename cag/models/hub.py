@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,6 +19,8 @@ from cag.errors import DownloadFailed, HashMismatch, ModelNotFound, UnsupportedM
 from cag.models.catalogue import HubSource
 from cag.models.digests import file_sha256
 from cag.models.directory import quantized_format
+from cag.models.gguf_file import part_names
+from cag.models.gguf_source import the_gguf
 from cag.models.progress import Progress, silent, watching
 from cag.models.resources import require_disk
 
@@ -38,12 +40,14 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubRepository:
-    """What the hub answered: the commit that will be fetched and its files, those with code or pickles left out."""
+    """What the hub answered: the commit that will be fetched and its files, those with code or pickles left out; of
+    those that hold models as GGUF the one `gguf`, in one part or several, and nothing else."""
 
     repo_id: str
     revision: str | None
     commit: str
     files: tuple[HubFile, ...]
+    gguf: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +64,7 @@ def probe_hub(source: HubSource) -> HubRepository | None:
     """The repository as the hub has it now; None when no hub answers within `PROBE_TIMEOUT_S`.
 
     Raises: ModelNotFound when the hub answers that there is no such repository or it may not be read, UnsupportedModel
-    when it has no safetensors weights, or quantized ones in a format that is not read.
+    when it has neither safetensors weights nor one GGUF file, or quantized ones in a format that is not read.
     """
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # A name lookup without a network can hang far beyond any HTTP timeout: a thread bounds the whole question.
@@ -74,9 +78,11 @@ def probe_hub(source: HubSource) -> HubRepository | None:
     if answer is None:
         return None
     repository = _as_repository(source, answer)
+    if repository.gguf is not None:
+        return repository
     if not any(file.name.endswith(".safetensors") for file in repository.files):
         raise UnsupportedModel(
-            f"{source.repo_id} has no safetensors weights on the hub; pickles are never read, and GGUF files are not.",
+            f"{source.repo_id} has no safetensors weights and no GGUF file on the hub; pickles are never read.",
             hint="Choose a repository with safetensors.",
         )
     described = (getattr(answer, "config", None) or {}).get("quantization_config")
@@ -106,7 +112,7 @@ def download_repository(repository: HubRepository, folder: Path | None = None, p
                 local_dir=folder,
                 endpoint=_endpoint(),
                 etag_timeout=PROBE_TIMEOUT_S,
-                allow_patterns=list(ALLOWED_FILES),
+                allow_patterns=[file.name for file in repository.files] if repository.gguf else list(ALLOWED_FILES),
                 ignore_patterns=list(IGNORED_FILES),
             )
         except Exception as error:  # the hub's client raises its own, its HTTP library's and OS errors
@@ -123,14 +129,23 @@ def download_repository(repository: HubRepository, folder: Path | None = None, p
 
 
 def cached_snapshot(source: HubSource) -> Path | None:
-    """The folder of a repository fetched earlier into the hub's own cache, without asking the network."""
+    """The folder of a repository fetched earlier into the hub's own cache, all of it or GGUF files, without asking the
+    network."""
+    whole = None if source.gguf is not None else _cached(source, ALLOWED_FILES)
+    if whole is not None:
+        return whole
+    folder = _cached(source, ())
+    return folder if folder is not None and any(folder.rglob("*.gguf")) else None
+
+
+def _cached(source: HubSource, needed: Sequence[str]) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
         path = snapshot_download(
             source.repo_id,
             revision=source.revision,
-            allow_patterns=list(ALLOWED_FILES),
+            allow_patterns=list(needed),
             ignore_patterns=list(IGNORED_FILES),
             local_files_only=True,
         )
@@ -159,12 +174,18 @@ def _ask_hub(source: HubSource) -> Any:
 
 
 def _as_repository(source: HubSource, info: Any) -> HubRepository:
+    names = [str(sibling.rfilename) for sibling in info.siblings or ()]
+    wanted = {name for name in names if _is_wanted(name)}
+    gguf = None
+    if source.gguf is not None or not any(name.endswith(".safetensors") for name in wanted):
+        gguf = the_gguf(names, source.gguf, source.repo_id)
+        wanted = set(part_names(gguf)) if gguf is not None else wanted
     files = tuple(
         HubFile(sibling.rfilename, int(sibling.size or 0), sibling.lfs.sha256 if sibling.lfs else None)
         for sibling in info.siblings or ()
-        if _is_wanted(sibling.rfilename)
+        if sibling.rfilename in wanted
     )
-    return HubRepository(source.repo_id, source.revision, str(info.sha), files)
+    return HubRepository(source.repo_id, source.revision, str(info.sha), files, gguf)
 
 
 def _is_wanted(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from cag.errors import HashMismatch
 from cag.home import write_atomically
 from cag.machine.versions import installed_version
-from cag.models.catalogue import HubSource, ModelEntry, WheelSource
+from cag.models.catalogue import GgufFileSource, HubSource, ModelEntry, WheelSource
 from cag.models.digests import file_sha256
 from cag.models.progress import Progress, silent
 
@@ -85,6 +85,11 @@ def verify_record(directory: Path) -> None:
 def hub_provenance(source: HubSource, commit: str) -> dict[str, Any]:
     """The `source` of a record for bytes as published on the hub."""
     return {"type": "hub", "repo_id": source.repo_id, "commit": commit}
+
+
+def gguf_provenance(source: GgufFileSource) -> dict[str, Any]:
+    """The `source` of a record for weights that were dequantized from a GGUF file of the user's."""
+    return {"type": "gguf", "files": [path.name for path in source.paths], "sha256": source.sha256}
 
 
 def wheel_provenance(source: WheelSource) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cag.models import CATALOGUE, model_directory
+from cag.models import local_directory
 from cag.starts.facts import start_facts
 from cag.starts.reading import WeightMemory, WeightReading
 from cag.starts.record import Start, read_start, read_tokenizer_tables, record_path
@@ -55,8 +55,7 @@ class Beginning:
 
 def begin_model(model: str, *, adapter: Path | None, device: str, dtype: str) -> Beginning | None:
     """As `begin`, for a name that `cag.models.fetch_model` takes; None where it would have to ask a hub."""
-    directory = model_directory(model) if model in CATALOGUE else Path(model).expanduser()
-    return begin(directory, adapter=adapter, device=device, dtype=dtype)
+    return begin(local_directory(model), adapter=adapter, device=device, dtype=dtype)
 
 
 def begin(directory: Path, *, adapter: Path | None, device: str, dtype: str) -> Beginning | None:

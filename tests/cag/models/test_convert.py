@@ -1,5 +1,6 @@
 import json
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -95,8 +96,8 @@ def test_digits_stand_alone(tiny_gguf, out, tmp_path):
 
 
 def test_stop_tokens_reach_the_generation_defaults(tiny_gguf, out):
-    convert_gguf(tiny_gguf.path, out, stop_tokens=("<|endoftext|>",))
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    convert_gguf(tiny_gguf.path, out, stop_tokens=("<|im_start|>",))
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 1, 0], "the last by its name"
     with pytest.raises(UnsupportedModel, match="lacks one of the stop tokens"):
         convert_gguf(tiny_gguf.path, out, stop_tokens=("<|nowhere|>",))
 
@@ -107,15 +108,24 @@ def test_stop_tokens_reach_the_generation_defaults(tiny_gguf, out):
         ({"pre": "tekken-7"}, "splitting text, 'tekken-7'"),
         ({"pre": None}, "splitting text, 'None'"),
         ({"architecture": "mamba"}, "architecture 'mamba'"),
-        ({"tokenizer_model": "llama"}, "vocabularies of kind 'llama'"),
+        ({"tokenizer_model": "t5"}, "vocabularies of kind 't5'"),
+        ({"tokenizer_model": "llama"}, "has not a score for each"),
         ({"drop": ("model.layers.1.mlp.up_proj.weight",)}, "first difference: model.layers.1.mlp.up_proj.weight"),
-        ({"chat_template": None}, "no chat template"),
         ({"chat_template": "{{ messages[0]['content'] }}"}, "does not end a turn"),
+        ({"chat_template": "{% if %}"}, "cannot be rendered"),
     ],
 )
 def test_what_is_not_known_is_refused(tiny_gguf, out, tmp_path, change, message):
     with pytest.raises(UnsupportedModel, match=message):
         convert_gguf(tiny_gguf.rewrite(tmp_path / "changed.gguf", **change), out)
+
+
+def test_without_a_chat_template_the_prompt_is_plain(tiny_gguf, out, tmp_path):
+    from cag.model_files import read_tokenizer
+    from cag.prompt import PLAIN_TEMPLATE, read_template
+
+    convert_gguf(tiny_gguf.rewrite(tmp_path / "base.gguf", chat_template=None), out)
+    assert read_template(read_tokenizer(out)) == PLAIN_TEMPLATE
 
 
 def test_a_file_cut_off_anywhere_is_refused(tiny_gguf, tmp_path):
@@ -144,6 +154,20 @@ def test_changed_header_bytes_never_raise_anything_else(tiny_gguf, tmp_path):
         except UnsupportedModel:
             refused += 1
     assert refused > 50
+
+
+def test_changed_metadata_is_converted_or_refused(tiny_gguf, tmp_path):
+    content = tiny_gguf.path.read_bytes()
+    rng = random.Random(11)
+    places = [content.index(name) for name in (b"llama.", b"tokenizer.ggml.bos", b"tokenizer.chat_template")]
+    for number in range(40):
+        changed = bytearray(content)
+        for _ in range(2):
+            changed[places[number % 3] + rng.randrange(300)] = rng.randrange(256)
+        (tmp_path / "changed.gguf").write_bytes(changed)
+        (folder := tmp_path / str(number)).mkdir()
+        with suppress(UnsupportedModel):
+            convert_gguf(tmp_path / "changed.gguf", folder)
 
 
 def test_sizes_in_the_file_are_not_believed(tiny_gguf, tmp_path):

@@ -269,12 +269,12 @@ def test_an_unusable_local_directory_is_named(local, name, content, message):
         fetch_model(local)
 
 
-def test_gguf_files_are_refused_by_name(local):
+def test_a_file_that_is_no_gguf_is_refused(local):
+    with pytest.raises(UnsupportedModel, match="a model is a GGUF file, or a folder"):
+        fetch_model(str(local / "model.safetensors"))
     (local / "model.safetensors").rename(local / "model.gguf")
-    with pytest.raises(UnsupportedModel, match="as GGUF only"):
+    with pytest.raises(UnsupportedModel, match="does not begin with GGUF"):
         fetch_model(str(local))
-    with pytest.raises(UnsupportedModel, match="GGUF files by themselves are not read"):
-        fetch_model(str(local / "model.gguf"))
 
 
 def test_a_quantized_format_that_is_not_read_is_refused_by_name(local):

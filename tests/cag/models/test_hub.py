@@ -144,7 +144,7 @@ def test_bytes_that_are_not_what_the_hub_says_are_not_kept(server, entry, home):
 
 def test_a_repository_of_pickles_is_refused_before_the_download(server):
     del server.files["model.safetensors"], server.files["onnx/model.safetensors"]
-    with pytest.raises(UnsupportedModel, match="no safetensors"):
+    with pytest.raises(UnsupportedModel, match="no safetensors weights and no GGUF file"):
         fetch_model(REPO)
     assert not any("resolve" in path for path in server.asked)
 
@@ -164,6 +164,22 @@ def test_weights_that_a_repository_has_twice_are_fetched_once(server):
     server.files |= dict.fromkeys(names, b"again")
     files = fetch_model(REPO)
     assert not any((files.directory / name).exists() for name in names)
+
+
+def test_of_a_repository_with_ggufs_the_one_that_is_asked_for_is_fetched(server, tiny_gguf, monkeypatch):
+    content = tiny_gguf.path.read_bytes()
+    files = {"Tiny-Q4_K_M.gguf": b"other", "Tiny-Q8_0.gguf": content, "mmproj-Tiny-F16.gguf": b"sees"}
+    server.files = {**files, "config.json": b"{}"}
+    with pytest.raises(UnsupportedModel, match=r"2 GGUF files; there are: Tiny-Q4_K_M\.gguf, Tiny-Q8_0\.gguf\."):
+        fetch_model(REPO)
+    with pytest.raises(UnsupportedModel, match="no GGUF file 'Q5_0'"):
+        fetch_model(f"{REPO}:Q5_0")
+    assert not any("resolve" in path for path in server.asked)
+    found = fetch_model(f"{REPO}:q8_0")
+    assert found.source == "gguf" and found.name.startswith("Tiny-Q8_0-")
+    assert not any("Q4_K_M" in path or "mmproj" in path for path in server.asked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch_model(f"{REPO}:Tiny-Q8_0.gguf") == found == fetch_model(REPO), "the only one that was fetched"
 
 
 def test_an_unknown_repository_is_not_found(server):

@@ -76,7 +76,7 @@ def test_the_tokenizer_is_the_authors(pulled, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "stop_ids"), [("smollm2-135m-instruct", 2), ("qwen2.5-coder-1.5b-instruct", [151645, 151643])]
+    ("name", "stop_ids"), [("smollm2-135m-instruct", {2}), ("qwen2.5-coder-1.5b-instruct", {151645, 151643})]
 )
 def test_the_model_answers_and_stops(pulled, name, stop_ids):
     import torch
@@ -85,7 +85,8 @@ def test_the_model_answers_and_stops(pulled, name, stop_ids):
     directory = pulled(name)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    assert model.generation_config.eos_token_id == stop_ids
+    found = model.generation_config.eos_token_id
+    assert set(found if isinstance(found, list) else [found]) >= stop_ids
     question = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.inference_mode():
