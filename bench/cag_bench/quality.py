@@ -65,7 +65,7 @@ def run_quality(
     rows: list[dict[str, Any]] = []
     with ResultRows(directory, origin) as results, engine.store.build_lease():
         progress("prepare codecs", 0, 0)
-        codecs, basis_s = ready_codecs(engine, options.codecs)
+        codecs, basis_s = ready_codecs(engine, options.codecs, progress)
         warm_up(engine)
         for name, corpus in zip(corpus_names([corpus.paths for corpus in corpora]), corpora, strict=True):
             cut = cut_corpus(engine.model, corpus.documents, min(options.num_tokens, _room(engine)))
@@ -195,13 +195,17 @@ class MeasuredCorpus:
         return found | {"total": sum(found.values())}
 
 
-def ready_codecs(engine: Engine, codecs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+def ready_codecs(
+    engine: Engine, codecs: Sequence[dict[str, Any]], progress: Progress
+) -> tuple[list[dict[str, Any]], float]:
     """Full configurations, and the seconds that the model's basis took: to make it, or to find it made."""
     begin, base = time.perf_counter(), None
     found = []
     for codec in codecs:
         if codec["id"] == "transform" and "basis" not in codec:
-            base = base or codec_of("transform", engine.model, engine.store)
+            base = base or codec_of(
+                "transform", engine.model, engine.store, lambda *amounts: progress("make the basis, tokens", *amounts)
+            )
             found.append({**base, **codec})
         else:
             found.append(codec_of(codec, engine.model, engine.store))

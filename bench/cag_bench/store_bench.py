@@ -72,7 +72,7 @@ def run_store(
     rows: list[dict[str, Any]] = []
     with ResultRows(directory, origin) as results, engine.store.build_lease():
         progress("prepare codecs", 0, 0)
-        codecs, _ = ready_codecs(engine, options.codecs)
+        codecs, _ = ready_codecs(engine, options.codecs, progress)
         warm_up(engine)
         cut = cut_corpus(engine.model, corpus.documents, options.num_tokens)
         ids = cut.layout.token_ids

@@ -24,8 +24,8 @@ def check_codec(codec: str) -> None:
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """How far a build is. `stage` is "reuse", "prefill", "calibrate", "encode", "measure" or "commit"; the tokens are
-    of the prefix."""
+    """How far a build is. `stage` is "reuse", "prefill", "calibrate", "basis", "encode", "measure" or "commit"; the
+    tokens are of the prefix, or in "basis" of the texts that the model reads to make its basis for `transform`."""
 
     stage: str
     done_tokens: int

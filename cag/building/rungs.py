@@ -8,6 +8,7 @@ from typing import Any
 
 from cag.building.ladder import Rung
 from cag.calibration import CalibrationOptions, model_codec
+from cag.calibration.making import Progress, silent
 from cag.errors import InsufficientResources
 from cag.model import LanguageModel
 from cag_store import Store, codec_from_config, codec_ids
@@ -25,11 +26,11 @@ _BASIS_BYTES = 0.7  # of one number of a basis, packed
 _WORTH = 4  # caches smaller than so many bases are not worth one
 
 
-def ladder_of(model: LanguageModel, store: Store, raw_bytes: int) -> list[Rung]:
+def ladder_of(model: LanguageModel, store: Store, raw_bytes: int, progress: Progress = silent) -> list[Rung]:
     """The rungs to try on a cache of `raw_bytes` of uncompressed keys and values, besides `lossless`.
 
-    Makes the model's basis for `transform` when it is not there yet, which takes a minute or more, unless it would be a
-    large part of so small a cache. Call it inside a build lease of the store.
+    Makes the model's basis for `transform` when it is not there yet, which takes minutes (`progress`, as of
+    `model_codec`), unless it would be a large part of so small a cache. Call it inside a build lease of the store.
 
     Raises:
         InsufficientResources: the basis cannot be kept.
@@ -40,18 +41,21 @@ def ladder_of(model: LanguageModel, store: Store, raw_bytes: int) -> list[Rung]:
     if raw_bytes < _WORTH * basis_bytes(model, options.joint_layers):
         return rungs
     steps = options.least_step, options.least_step + _SERVED_STEPS
-    return [Rung(codec_of(JointTransform.codec_id, model, store), steps), *rungs]
+    return [Rung(codec_of(JointTransform.codec_id, model, store, progress), steps), *rungs]
 
 
-def codec_of(codec: str | dict[str, Any], model: LanguageModel, store: Store) -> dict[str, Any]:
-    """The full configuration of a codec that was named; `transform` alone means the model's own basis.
+def codec_of(
+    codec: str | dict[str, Any], model: LanguageModel, store: Store, progress: Progress = silent
+) -> dict[str, Any]:
+    """The full configuration of a codec that was named; `transform` alone means the model's own basis, of whose making
+    `progress` tells.
 
     Raises: UnknownCodec; as `ladder_of`.
     """
     if codec != JointTransform.codec_id:
         return codec_from_config(codec).config()
     try:
-        return model_codec(model, store)
+        return model_codec(model, store, progress=progress)
     except StoreError:
         raise
     except OSError as error:

@@ -6,8 +6,9 @@ In: a model, a store, texts. Out: a codec configuration that names the basis in 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from cag.calibration.fit import fit_basis
@@ -20,6 +21,13 @@ from cag_store import Store
 from cag_store.codecs.transform import Basis
 
 MIN_WINDOW_TOKENS = 16 * SKIPPED_TOKENS
+
+Progress = Callable[[int, int], None]
+"""`progress(done_tokens, total_tokens)`."""
+
+
+def silent(_done_tokens: int, _total_tokens: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,13 @@ def calibrate(
     return Calibration(codec_config(digest, options), num_tokens, time.perf_counter() - started)
 
 
-def make_basis(model: LanguageModel, texts: Sequence[str], options: CalibrationOptions) -> tuple[Basis, int]:
-    """The basis of `calibrate`, and how many tokens it was made from. Raises: UsageError, UnsupportedModel."""
+def make_basis(
+    model: LanguageModel, texts: Sequence[str], options: CalibrationOptions, progress: Progress = silent
+) -> tuple[Basis, int]:
+    """The basis of `calibrate`, and how many tokens it was made from; `progress` tells how much the model has read.
+
+    Raises: UsageError, UnsupportedModel.
+    """
     corpus = token_windows(model, list(texts), options.corpus_windows, options.window_tokens) if texts else []
     general = own_texts() if options.own_texts or not texts else []
     windows = corpus + token_windows(model, general, options.num_windows, options.window_tokens)
@@ -84,12 +97,20 @@ def make_basis(model: LanguageModel, texts: Sequence[str], options: CalibrationO
         raise UsageError(
             f"calibration needs a text of at least {MIN_WINDOW_TOKENS} tokens.", hint="Leave it out for a general one."
         )
+    ends = list(accumulate(map(len, windows), initial=0))
+    progress(0, ends[-1])
     rotations, layer_rotation = find_rotations(model)
     samples = observe(
-        model, windows, rotations, layer_rotation, options.joint_layers, options.gradient_windows, options.seed
+        model,
+        windows,
+        rotations,
+        layer_rotation,
+        options.joint_layers,
+        options.gradient_windows,
+        options.seed,
+        lambda done: progress(ends[done], ends[-1]),
     )
-    basis = fit_basis(samples, rotations, layer_rotation, options.joint_layers, options.least_step)
-    return basis, sum(map(len, windows))
+    return fit_basis(samples, rotations, layer_rotation, options.joint_layers, options.least_step), ends[-1]
 
 
 def codec_config(digest: str, options: CalibrationOptions) -> dict[str, Any]:

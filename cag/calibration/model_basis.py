@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cag.calibration.making import CalibrationOptions, codec_config, make_basis
+from cag.calibration.making import CalibrationOptions, Progress, codec_config, make_basis, silent
 from cag.home import cag_home, write_atomically
 from cag.model import LanguageModel
 from cag_store import Store
@@ -24,9 +24,13 @@ STEP = CalibrationOptions.step
 
 
 def model_codec(
-    model: LanguageModel, store: Store, step: int = STEP, options: CalibrationOptions | None = None
+    model: LanguageModel,
+    store: Store,
+    step: int = STEP,
+    options: CalibrationOptions | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """The codec `transform` at `step` with the model's own basis, which the first call makes, in a minute or more.
+    """The codec `transform` at `step` with the model's own basis, which the first call makes, in minutes.
 
     Later calls, of other processes too, read it from `cag_home()/bases`. All steps from `options.least_step` on share
     one basis. Call it inside a build lease of the store, which takes the basis as a blob.
@@ -36,6 +40,7 @@ def model_codec(
         store: takes the basis.
         step: 64ths of an octave; 64 more double the error and save about a bit a coded component.
         options: how the basis is made; `step` in it is not used.
+        progress: `progress(done_tokens, total_tokens)` while it is made.
 
     Raises:
         UnsupportedModel: what the model computes is not numbers, so there is no basis.
@@ -46,7 +51,7 @@ def model_codec(
     path = basis_path(model, options)
     data = _read(path, model, options)
     if data is None:
-        data = make_basis(model, (), options)[0].to_bytes()
+        data = make_basis(model, (), options, progress)[0].to_bytes()
         write_atomically(path, pack_blob(data))
     return codec_config(store.put_blob(data), options)
 

@@ -8,7 +8,7 @@ under an error in the cache. Knows no codec.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,12 +161,14 @@ def observe(
     joint_layers: int,
     num_gradient_windows: int,
     seed: int = 0,
+    on_window: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[GroupSamples, ...]]:
     """Samples of keys (before rotation) and values of each group of `joint_layers` layers; of keys alone where they are
     the values, too.
 
     `num_gradient_windows` of the windows, evenly spread, also give gradients, and some of those their rows. The second
     half of such a window is predicted; the gradients are those by its first half, which stands for a cache.
+    `on_window(done)` after each window, with the number of them.
 
     Raises: UnsupportedModel: what the model computes is not numbers.
     """
@@ -190,6 +192,7 @@ def observe(
                 group.add([layer[side] for layer in plain[first : first + joint_layers]], keep)
         if gradients:
             _add_gradients(groups, gradients, len(window) // 2, rotations, layer_rotation)
+        on_window(number + 1)
     for samples in (samples for sides in groups for samples in sides):
         _check_numbers(samples.covariance, *(layer.metric for layer in samples.layers))
     return groups

@@ -27,6 +27,7 @@ STAGES = {
     "reuse": "taking over stored chunks",
     "prefill": "reading",
     "calibrate": "preparing codecs",
+    "basis": "calibrating the model, once",
     "encode": "encoding",
     "measure": "measuring fidelity",
     "commit": "storing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from cag.building.options import BuildProgress
@@ -19,6 +20,9 @@ class JobProgress:
 
     def tell(self, told: BuildProgress) -> None:
         """One more report."""
+        if told.stage == "basis":  # whose tokens are not those of the cache
+            self._last = replace(told, total_tokens=self._last.total_tokens if self._last else 0)
+            return
         self._last = told
         self._done_tokens = max(self._done_tokens, told.done_tokens)  # later stages begin again at the first token
         if told.stage == "prefill":

@@ -229,6 +229,15 @@ class TestTheModelsOwnBasis:
         expected = calibrate(model, Store.in_memory(), options=OPTIONS).codec
         assert fine == expected
 
+    def test_making_it_tells_how_far_it_is(self, model, counted):
+        told = []
+        model_codec(model, Store.in_memory(), -1280, OPTIONS, lambda *amounts: told.append(amounts))
+        assert told[0][0] == 0 and [done for done, _ in told] == sorted({done for done, _ in told})
+        assert {total for _, total in told} == {told[-1][0]}
+        again = []
+        model_codec(model, Store.in_memory(), -1280, OPTIONS, lambda *amounts: again.append(amounts))
+        assert again == []
+
     @pytest.mark.parametrize("model", ["llama"], indirect=True)
     def test_other_options_make_another_one(self, model, counted):
         store = Store.in_memory()

@@ -281,6 +281,9 @@ def test_progress_only_grows_and_tells_speed_and_rest():
     assert progress.to_json()["tokens_per_s"] is progress.to_json()["eta_s"] is None
     progress.tell(BuildProgress("prefill", 300, 1000, 7.0))
     assert (progress.to_json()["tokens_per_s"], progress.to_json()["eta_s"]) == (100.0, 7.0)
+    progress.tell(BuildProgress("basis", 5000, 90_000, 15.0))  # tokens of other texts
+    found = progress.to_json()
+    assert (found["stage"], found["done_tokens"], found["total_tokens"]) == ("basis", 300, 1000)
     progress.tell(BuildProgress("encode", 0, 1000, 20.0))
     assert progress.to_json() == {
         "stage": "encode",
