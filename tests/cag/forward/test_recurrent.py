@@ -162,9 +162,9 @@ def test_a_sequence_goes_back_to_its_mark_only(model):
 def test_a_prefix_without_its_states_is_not_attended_to(model):
     prefix = prefix_of(model, 60)
     prefix.recurrent = {}
-    with pytest.raises(AssertionError, match="states of earlier tokens"):
+    with pytest.raises(AssertionError, match="states are missing"):
         model.forward([1], model.new_session_state(prefix))
-    with pytest.raises(AssertionError, match="states of earlier tokens"):
+    with pytest.raises(AssertionError, match="states are missing"):
         model.forward_branches([[1], [2]], prefix, [0, 1])
 
 
