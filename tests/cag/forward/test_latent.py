@@ -205,7 +205,7 @@ def test_updates_and_resumed_builds_go_on_behind_latents(engine, tmp_path):
     assert before.chunks[0] == after.chunks[0]
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_wide_latents_alone_and_in_company(compute_dtype, tmp_path):
     """As they are in use: of 576 numbers in 16 bits."""
     (tmp_path / "a.txt").write_text(TEXT)

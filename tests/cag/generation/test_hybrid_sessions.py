@@ -13,7 +13,7 @@ from tiny import write_tiny_model
 OPTIONS = SamplingOptions(max_tokens=10)
 
 
-@pytest.fixture(scope="module", params=["qwen3_5_text", "falcon_h1"])
+@pytest.fixture(scope="module", params=["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.slow)])
 def engine(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("hybrid")
     model = LanguageModel.load(
