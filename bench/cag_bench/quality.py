@@ -203,9 +203,7 @@ def ready_codecs(
     found = []
     for codec in codecs:
         if codec["id"] == "transform" and "basis" not in codec:
-            base = base or codec_of(
-                "transform", engine.model, engine.store, lambda *amounts: progress("make the basis, tokens", *amounts)
-            )
+            base = base or codec_of("transform", engine.model, engine.store, progress)
             found.append({**base, **codec})
         else:
             found.append(codec_of(codec, engine.model, engine.store))

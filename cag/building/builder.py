@@ -80,16 +80,11 @@ class Build:
         """Where the cache goes."""
         return self.chunks.store
 
-    def report(self, stage: str, done_tokens: int) -> None:
-        """Tell how far the build is."""
+    def report(self, stage: str, done_tokens: int, total_tokens: int | None = None) -> None:
+        """Tell how far the build is; without `total_tokens` of those of the prefix."""
         if self.on_progress is not None:
-            elapsed = time.perf_counter() - self.started_at
-            self.on_progress(BuildProgress(stage, done_tokens, self.chunks.num_tokens, elapsed))
-
-    def report_basis(self, done_tokens: int, total_tokens: int) -> None:
-        """Tell how far the making of the model's basis is."""
-        if self.on_progress is not None:
-            self.on_progress(BuildProgress("basis", done_tokens, total_tokens, time.perf_counter() - self.started_at))
+            total = self.chunks.num_tokens if total_tokens is None else total_tokens
+            self.on_progress(BuildProgress(stage, done_tokens, total, time.perf_counter() - self.started_at))
 
     def named_codec(self) -> dict[str, Any] | None:
         """The codec's configuration; None when it is to be searched, for which the ladder is set up now.
@@ -100,7 +95,7 @@ class Build:
         begin = time.perf_counter()
         codec = None
         if not self.options.chooses:
-            codec = codec_of(self.options.codec, self.chunks.model, self.store, self.report_basis)
+            codec = codec_of(self.options.codec, self.chunks.model, self.store, self.report)
         elif self.options.keep is None:
             self.rungs = self._ladder()
         self.seconds = replace(self.seconds, search_s=time.perf_counter() - begin)
@@ -108,7 +103,7 @@ class Build:
 
     def _ladder(self) -> list[Rung]:
         raw_bytes = self.chunks.num_tokens * self.chunks.model.kv_bytes_per_token
-        return ladder_of(self.chunks.model, self.store, raw_bytes, self.report_basis)
+        return ladder_of(self.chunks.model, self.store, raw_bytes, self.report)
 
     def run(self, codec: dict[str, Any] | None, previous: Manifest | None) -> BuiltCache:
         """All but the commit. `codec` is None when it is to be searched; `previous` is what the name meant before."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from cag.building.ladder import Rung
 from cag.calibration import CalibrationOptions, model_codec
-from cag.calibration.making import Progress, silent
 from cag.errors import InsufficientResources
 from cag.model import LanguageModel
+from cag.models.progress import Progress, silent
 from cag_store import Store, codec_from_config, codec_ids
 from cag_store.codecs import Int4, JointTransform, Lossless
 from cag_store.errors import StoreError, UnknownCodec

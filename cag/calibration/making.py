@@ -6,7 +6,7 @@ In: a model, a store, texts. Out: a codec configuration that names the basis in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,17 +17,11 @@ from cag.calibration.rotation import find_rotations
 from cag.calibration.texts import own_texts, token_windows
 from cag.errors import UsageError
 from cag.model import LanguageModel
+from cag.models.progress import Progress, silent
 from cag_store import Store
 from cag_store.codecs.transform import Basis
 
 MIN_WINDOW_TOKENS = 16 * SKIPPED_TOKENS
-
-Progress = Callable[[int, int], None]
-"""`progress(done_tokens, total_tokens)`."""
-
-
-def silent(_done_tokens: int, _total_tokens: int) -> None:
-    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,8 @@ def calibrate(
 def make_basis(
     model: LanguageModel, texts: Sequence[str], options: CalibrationOptions, progress: Progress = silent
 ) -> tuple[Basis, int]:
-    """The basis of `calibrate`, and how many tokens it was made from; `progress` tells how much the model has read.
+    """The basis of `calibrate`, and how many tokens it was made from; `progress`, in tokens, tells how much the model
+    has read.
 
     Raises: UsageError, UnsupportedModel.
     """
@@ -98,7 +93,7 @@ def make_basis(
             f"calibration needs a text of at least {MIN_WINDOW_TOKENS} tokens.", hint="Leave it out for a general one."
         )
     ends = list(accumulate(map(len, windows), initial=0))
-    progress(0, ends[-1])
+    progress("basis", 0, ends[-1])
     rotations, layer_rotation = find_rotations(model)
     samples = observe(
         model,
@@ -108,7 +103,7 @@ def make_basis(
         options.joint_layers,
         options.gradient_windows,
         options.seed,
-        lambda done: progress(ends[done], ends[-1]),
+        lambda done: progress("basis", ends[done], ends[-1]),
     )
     return fit_basis(samples, rotations, layer_rotation, options.joint_layers, options.least_step), ends[-1]
 

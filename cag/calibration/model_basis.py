@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cag.calibration.making import CalibrationOptions, Progress, codec_config, make_basis, silent
+from cag.calibration.making import CalibrationOptions, codec_config, make_basis
 from cag.home import cag_home, write_atomically
 from cag.model import LanguageModel
+from cag.models.progress import Progress, silent
 from cag_store import Store
 from cag_store.blob import pack_blob, unpack_blob
 from cag_store.codecs.transform import Basis
@@ -40,7 +41,7 @@ def model_codec(
         store: takes the basis.
         step: 64ths of an octave; 64 more double the error and save about a bit a coded component.
         options: how the basis is made; `step` in it is not used.
-        progress: `progress(done_tokens, total_tokens)` while it is made.
+        progress: told `("basis", done_tokens, total_tokens)` while it is made.
 
     Raises:
         UnsupportedModel: what the model computes is not numbers, so there is no basis.

@@ -206,21 +206,25 @@ def _scaled_queries(fields: Fields, num_layers_27b: int) -> dict[str, Any]:
     return {"query_pre_attn_scalar": fields.number("attention.key_length")}
 
 
+def _windows(fields: Fields, every: int) -> dict[str, Any]:
+    """All layers but each `every`th have one."""
+    fields.must_be("attention.sliding_window_pattern", every)
+    return {"sliding_window": fields.number("attention.sliding_window"), "layer_types": _layer_types(fields, every)}
+
+
 def _gemma2(fields: Fields) -> dict[str, Any]:
-    fields.must_be("attention.sliding_window_pattern", 2)
-    return _scaled_queries(fields, 46) | {
-        "sliding_window": fields.number("attention.sliding_window"),
-        "layer_types": _layer_types(fields, 2),
+    return {
+        **_scaled_queries(fields, 46),
+        **_windows(fields, 2),
         "attn_logit_softcapping": fields.number("attn_logit_softcapping"),
         "final_logit_softcapping": fields.number("final_logit_softcapping"),
     }
 
 
 def _gemma3(fields: Fields) -> dict[str, Any]:
-    fields.must_be("attention.sliding_window_pattern", 6)
-    return _scaled_queries(fields, 62) | {
-        "sliding_window": fields.number("attention.sliding_window"),
-        "layer_types": _layer_types(fields, 6),
+    return {
+        **_scaled_queries(fields, 62),
+        **_windows(fields, 6),
         "final_logit_softcapping": fields.get("final_logit_softcapping"),
         "rope_parameters": _two_ropes(fields, fields.number("rope.freq_base_swa", 10000.0)),
     }

@@ -1,6 +1,7 @@
-"""How a pull says how far it is: a callable, and a watcher for work whose bytes appear in a folder.
+"""How work on a model says how far it is: a callable, and a watcher for work whose bytes appear in a folder.
 
-Stages, in order: `wait` (another process pulls the same model), `download`, `assemble`, `convert`, `record`.
+Stages of a pull, in order: `wait` (another process pulls the same model), `download`, `assemble`, `convert`, `record`;
+a calibration has one, `basis`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 Progress = Callable[[str, int, int], None]
-"""`progress(stage, done_bytes, total_bytes)`; may be called from a second thread; total 0 means unknown."""
+"""`progress(stage, done, total)` in bytes, of a calibration in tokens; may be called from a second thread; total 0 is
+unknown."""
 
 
-def silent(_stage: str, _done_bytes: int, _total_bytes: int) -> None:
+def silent(_stage: str, _done: int, _total: int) -> None:
     """The progress of callers that asked for none."""
 
 

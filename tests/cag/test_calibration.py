@@ -232,8 +232,8 @@ class TestTheModelsOwnBasis:
     def test_making_it_tells_how_far_it_is(self, model, counted):
         told = []
         model_codec(model, Store.in_memory(), -1280, OPTIONS, lambda *amounts: told.append(amounts))
-        assert told[0][0] == 0 and [done for done, _ in told] == sorted({done for done, _ in told})
-        assert {total for _, total in told} == {told[-1][0]}
+        stages, done, totals = zip(*told, strict=True)
+        assert set(stages) == {"basis"} and list(done) == sorted({0, *done}) and set(totals) == {done[-1]}
         again = []
         model_codec(model, Store.in_memory(), -1280, OPTIONS, lambda *amounts: again.append(amounts))
         assert again == []
