@@ -70,12 +70,15 @@ def until(condition):
 
 
 @pytest.mark.parametrize("num_pauses", [0, 1])
-def test_who_waits_goes_before_the_next_piece_of_a_build(turns, num_pauses):
+def test_who_waits_goes_before_the_next_piece_of_a_build(turns, num_pauses, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("cag.forward.turns.time", SimpleNamespace(perf_counter=lambda: now[0]))
     log = []
     build = Worker(turns, "build", log, polite=True, num_turns=2 - num_pauses, num_pauses=num_pauses)
     build.until_inside()
     answer = Worker(turns, "answer", log, polite=False)
     until(lambda: turns._num_waiting == 1)
+    now[0] += 5.0  # a piece so long that the build is owed no turn before the answer's thread has woken
     build.go()
     answer.until_inside()
     answer.go()
