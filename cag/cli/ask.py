@@ -101,9 +101,9 @@ def chat(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """A session with turns.
+    """Ask one question after the other; each answer knows those before it.
 
-    One question a line; /reset forgets the turns, /quit or the end of input leaves.
+    One question a line. /reset forgets what was said; /quit or the end of input leaves.
     """
     engine = load_engine_of(
         store_at(store, cache_bytes), name, ModelChoice(model, adapter, device, dtype), verbose=verbose

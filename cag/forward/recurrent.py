@@ -204,6 +204,12 @@ class KeptStates:
         """Whether `behind` knows."""
         return num_tail in self._behind
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the states behind own tokens: those before them are the prefix's."""
+        tensors = {id(state): state for place, states in self._behind.items() if place for state in states.values()}
+        return sum(state.nbytes for state in tensors.values())
+
     def add(self, num_tail: int, states: States) -> None:
         """Behind more tokens. Those that were there stay until `settle`: whoever is interrupted in between finds what
         belongs to the number of tokens that he counts."""

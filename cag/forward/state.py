@@ -238,6 +238,11 @@ class SequenceState:
         """What recurrent layers know behind the last token."""
         return {} if self._kept is None else self._kept.behind(self.num_tail)
 
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes of what recurrent layers know behind tokens of its own."""
+        return 0 if self._kept is None else self._kept.num_bytes
+
     def begin(self, num_tokens: int) -> None:
         """Make room for a forward of `num_tokens` tokens."""
         self.tail.reserve(self.num_tail + num_tokens, used=self.num_tail)

@@ -202,6 +202,11 @@ class Session:
         """Tokens of the prefix and of earlier turns whose keys and values are there."""
         return self._state.num_tokens
 
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes of what recurrent layers know behind its own tokens; keys and values lie in pages of the model."""
+        return self._state.recurrent_bytes
+
     def begin_turn(self, cached_tokens: int) -> None:
         """Before an answer to a question that was laid out behind `cached_tokens`; `end_turn` behind it.
 

@@ -115,11 +115,14 @@ class AnswerService:
         await asyncio.to_thread(self.sessions.close)
         self.caches.close()
 
+    def _tail_bytes(self) -> int:
+        return self.engine.model.pages.num_bytes + self.sessions.recurrent_bytes
+
     def _add_readings(self) -> None:
         gauge = self.metrics.gauge
         gauge("cag_answers_running", "Answers being computed.", lambda: self.slots.running)
         gauge("cag_sessions", "Open sessions.", lambda: len(self.sessions))
-        gauge("cag_tail_bytes", "Bytes of pages for the tails of sessions.", lambda: self.engine.model.pages.num_bytes)
+        gauge("cag_tail_bytes", "Bytes of the tails of sessions, free pages included.", self._tail_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_builds_waiting", "Caches waiting to be built.", lambda: self.builds.num_waiting)
         gauge("cag_builds_running", "Caches being built.", lambda: self.builds.num_running)

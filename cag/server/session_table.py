@@ -44,6 +44,12 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes that open sessions hold beside the pages of the model."""
+        with self._lock:
+            return sum(kept.recurrent_bytes for kept in self._sessions.values())
+
     def open(self, key: CacheKey, ttl_s: float | None = None) -> KeptSession:
         """A session behind what `key` means now, which begins to load.
 

@@ -92,6 +92,7 @@ class KeptSession:
         created_at, expires_at: seconds since 1970; the latter as long as nobody asks.
         num_turns, num_tokens: at the end of the last question: whole turns; tokens whose keys and values are kept, the
             prefix's included.
+        recurrent_bytes: then: see `Session.recurrent_bytes`.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class KeptSession:
     def _look(self) -> None:
         self.expires_at = self._clock() + self._ttl_s
         self.num_turns, self.num_tokens = len(self._session.turns), self._session.num_cached_tokens
+        self.recurrent_bytes = self._session.recurrent_bytes
 
     def _end(self) -> None:
         self._session.close()

@@ -42,6 +42,18 @@ def test_answers_in_company_are_those_alone(prefix):
     assert [answer.token_ids for answer in prefix.ask_all(questions, OPTIONS)] == alone
 
 
+def test_a_session_owns_states_behind_its_own_tokens_only(prefix):
+    session, one = prefix.session(), prefix.model.recurrent.num_bytes
+    assert session.recurrent_bytes == 0
+    told(session, "How?")
+    assert session.recurrent_bytes == one
+    pieces = iter(session.stream("And why?", OPTIONS))
+    next(pieces)
+    assert session.recurrent_bytes == 2 * one  # it may have to go back to where the question began
+    assert list(pieces)
+    assert session.recurrent_bytes == one
+
+
 def test_sessions_join_and_leave_between_steps(prefix):
     scheduler = Scheduler(prefix.model)
     alone = [prefix.ask(question, OPTIONS).token_ids for question in ("one", "two", "three")]

@@ -58,6 +58,7 @@ async def test_a_cache_is_built_and_asked(serving, engine):
         shown = [(found["doc_id"], found["title"], found["path"]) for found in cache["documents"]]
         assert shown == [("valves", "Valves", "docs/valves.md"), ("2", "2", "2")]
         answer = await served.client.post("/v1/caches/built/ask", json={"question": "Which fan?", "max_tokens": 4})
+        assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["cached_tokens"] == cache["num_tokens"]
         assert (job["report"]["digest"], job["report"]["warnings"]) == (cache["digest"], [])
         listed = {field: job[field] for field in job if field not in ("report", "cache")}
