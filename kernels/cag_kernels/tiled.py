@@ -14,6 +14,8 @@ from torch import Tensor
 from cag_kernels.reference import visibility
 
 TILE_TOKENS = 1024  # of 512, 1024 and 2048 the quickest on an AVX-512 CPU; see docs/log.md
+_WIDE_HEAD_DIM = 256  # heads above it, as latents have, are multiplied in parts
+_PART_CHANNELS = 144
 
 
 def tiled_attention(
@@ -41,7 +43,7 @@ def tiled_attention(
     for start in range(first - first % tile_tokens, last, tile_tokens):
         tile = slice(start, min(start + tile_tokens, last))
         wide = keys[:, tile].to(dtype)
-        scores = rows @ wide.transpose(1, 2)  # [num_kv_heads, group * num_queries, tile]
+        scores = scores_of(rows, wide)  # [num_kv_heads, group * num_queries, tile]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if tile.stop - 1 > offset or (window is not None and start <= offset + num_queries - 1 - window):
@@ -52,6 +54,18 @@ def tiled_attention(
         accumulator.add(scores, wide if values is keys else values[:, tile].to(dtype))
     out, lse = accumulator.result()
     return out.view(query.shape), lse.view(query.shape[:2])
+
+
+def scores_of(rows: Tensor, keys: Tensor) -> Tensor:
+    """`rows @ keys.mT`. Of wide heads some channels after the other: one long sum, as a library may take it, rounds
+    each product against all before it."""
+    size = _PART_CHANNELS if rows.shape[-1] > _WIDE_HEAD_DIM else rows.shape[-1]
+    scores, *others = (
+        part @ of_keys.mT for part, of_keys in zip(rows.split(size, -1), keys.split(size, -1), strict=True)
+    )
+    for other in others:
+        scores += other
+    return scores
 
 
 @lru_cache(maxsize=32)

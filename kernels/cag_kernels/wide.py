@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.prefixes import PagedTails
+from cag_kernels.tiled import scores_of
 
 GATHERED_NUMBERS = 1 << 26  # of keys that are taken out of their pages at once
 
@@ -47,7 +48,7 @@ def _attend_sessions(
     """Some sessions' `rows` `[num_sessions, num_kv_heads, num_rows, head_dim]`, which stand at `places`."""
     keys = _gathered(tails.keys, tails, part, rows.dtype)
     values = keys if tails.values is tails.keys else _gathered(tails.values, tails, part, rows.dtype)
-    scores = rows @ keys.transpose(2, 3)
+    scores = scores_of(rows, keys)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     behind = places[:, None, :, None] - torch.arange(keys.shape[2], device=rows.device)
