@@ -45,12 +45,17 @@ class Emitter:
     Every loop runs at least once; callers see to it that no range is empty.
     """
 
-    def __init__(self, function: ir.Function, lanes: int) -> None:
+    def __init__(self, function: ir.Function, lanes: int, builder: ir.IRBuilder | None = None) -> None:
+        """Of a new function, or with the builder of one that is under construction."""
         self.function = function
         self.lanes = lanes
         self.vector = ir.VectorType(FLOAT, lanes)
         self.integers = ir.VectorType(INT32, lanes)
-        self.builder = ir.IRBuilder(function.append_basic_block("entry"))
+        self.builder = ir.IRBuilder(function.append_basic_block("entry")) if builder is None else builder
+
+    def beside(self, lanes: int) -> Emitter:
+        """For vectors of another width in the same place of the same function."""
+        return Emitter(self.function, lanes, self.builder)
 
     @contextmanager
     def loop(self, start: Value, stop: Value, step: int | Value, carried: Sequence[Value] = ()) -> Iterator[Loop]:
@@ -147,9 +152,17 @@ class Emitter:
 
     def load_bfloat16(self, pointer: Value) -> Value:
         """A vector of bfloat16, widened: its bits are the upper half of a float32's."""
-        halves = self.builder.load(pointer, typ=ir.VectorType(INT16, self.lanes), align=2)
+        return self.widened(self.builder.load(pointer, typ=ir.VectorType(INT16, self.lanes), align=2))
+
+    def widened(self, halves: Value) -> Value:
+        """Int16 that are bfloat16, as float32."""
         wide = self.builder.zext(halves, self.integers)
         return self.builder.bitcast(self.builder.shl(wide, self._integers(16)), self.vector)
+
+    def load_one_bfloat16(self, pointer: Value) -> Value:
+        """A single one, as float32."""
+        half = self.builder.load(pointer, typ=INT16, align=2)
+        return self.builder.bitcast(self.builder.shl(self.builder.zext(half, INT32), ir.Constant(INT32, 16)), FLOAT)
 
     def prefetch(self, pointer: Value, *, near: int = 3) -> None:
         """Ask for the cache line at an address that is soon read; harmless where there is none. near: 3 for the first
@@ -186,6 +199,10 @@ class Emitter:
     def larger_integer(self, left: Value, right: Value) -> Value:
         """Lane by lane, of int32."""
         return self.builder.select(self.builder.icmp_signed(">", left, right), left, right)
+
+    def larger_magnitude(self, value: Value, pattern: Value) -> Value:
+        """Lane by lane the larger bits of a magnitude, as int32; those of what is no number are above all others."""
+        return self.larger_integer(self.builder.bitcast(self.magnitude(value), self.integers), pattern)
 
     def across(self, value: Value, join: Callable[[Value, Value], Value]) -> Value:
         """The lanes joined by `join`, the result in every lane."""

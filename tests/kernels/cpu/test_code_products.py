@@ -46,10 +46,11 @@ def integers(monkeypatch):
 
 
 def _kernels(blocking):
-    def kernel(head_dim, codes, _tiles, window=None, _rows=None):
-        key = blocking, head_dim, codes, window is not None
+    def kernel(head_dim, codes, _tiles, window=None, rows=None):
+        few_rows = cpu._few_rows(head_dim, rows, window)
+        key = blocking, head_dim, codes, window is not None, few_rows
         if key not in _made:
-            arguments = head_dim, blocking, None, codes, window is not None, True
+            arguments = head_dim, blocking, few_rows, codes, window is not None, True
             _made[key] = CompiledKernel(blocking, attention_module, *arguments)
         return _made[key]
 
@@ -157,6 +158,44 @@ def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_head
         own = cpu_quantized_attention(query[:, index : index + 1], prefix, scale=0.2)
         assert torch.equal(own[0], out[:, index : index + 1])
         assert torch.equal(own[1], lse[:, index : index + 1])
+
+
+@pytest.mark.parametrize("blocking", [NARROW, WIDE])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("rows", "head_dim", "num_tokens", "num_exact", "groups"),
+    [
+        (1, 64, 1077, 4, (64, 64)),
+        (2, 32, 513, 0, (128, 32)),
+        (3, 64, 1025, 70, (192, 32)),
+        (4, 128, 641, 4, (64, 64)),
+        (5, 96, 130, 0, (64, 96)),  # a key's codes are no whole number of what is turned at once
+        (6, 128, 577, 64, (64, 128)),
+        (7, 256, 65, 4, (64, 64)),
+        (8, 160, 1, 0, (64, 160)),
+        (8, 64, 2, 1, (64, 64)),
+    ],
+)
+def test_code_for_one_query_has_the_bits_of_code_for_any_number(
+    rows, head_dim, num_tokens, num_exact, groups, bits, blocking, integers, monkeypatch
+):
+    sizes = {"group_tokens": groups[0], "group_channels": groups[1]}
+    query, prefix = make((2 * rows, 2, head_dim, 1, num_tokens), bits, num_exact=num_exact, **sizes)
+    query[1] *= 9
+    integers(blocking)
+    found = cpu_quantized_attention(query, prefix, scale=0.2)
+    assert_near(query, prefix, 0.2, found)
+    monkeypatch.setattr(cpu, "MAX_FEW_ROWS", 0)
+    assert all(map(torch.equal, cpu_quantized_attention(query, prefix, scale=0.2), found))
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80])
+def test_heads_that_code_for_one_query_does_not_take(head_dim):
+    query, prefix = make((4, 2, head_dim, 3, 200))
+    together = cpu_quantized_attention(query, prefix, scale=0.2)
+    assert_near(query, prefix, 0.2, together)
+    alone = cpu_quantized_attention(query[:, :1].contiguous(), prefix, scale=0.2)
+    assert torch.equal(alone[0], together[0][:, :1])
 
 
 @pytest.mark.parametrize("num_queries", [1, 15])

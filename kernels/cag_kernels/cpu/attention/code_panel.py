@@ -9,7 +9,7 @@ denominators are those of `cpu.attention.panel`, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.code_tile import CHUNK, num_channel_groups
 from cag_kernels.cpu.attention.panel import Blocking, Panel
-from cag_kernels.cpu.emit import INT8, INT16, INT32, LINE_BYTES, ROUNDING, Value
+from cag_kernels.cpu.emit import INT8, INT16, INT32, LINE_BYTES, ROUNDING, Emitter, Value
 from cag_kernels.cpu.pairs import emit_pairs
 from cag_kernels.prefixes import Codes
 
@@ -178,34 +178,17 @@ class CodePanel(Panel):
                 rows, *parameters = numbers(builder.add(place.index, emit.integer(odd)))
                 scale, offset = map(emit.spread, parameters)
                 for lane, row in enumerate(rows):
-                    found[lane] = self._larger_magnitude(builder.fmul(row, scale), found[lane])
+                    found[lane] = emit.larger_magnitude(builder.fmul(row, scale), found[lane])
                     index = width * (1 + odd) + lane
                     found[index] = emit.multiply_add(row, offset, found[index])
             place.following = found
         largest, even, uneven = (place.following[part * width : (part + 1) * width] for part in range(3))
-        factors, inverses = self._factors(largest)
+        factors, inverses = code_factors(emit, largest)
         with emit.loop(emit.integer(0), count, 2) as place:
             both = [numbers(builder.add(place.index, emit.integer(odd))) for odd in range(2)]
             scaled = [[builder.fmul(row, emit.spread(part.scale)) for row in part.rows] for part in both]
             self._store_rounded(place.index, scaled, inverses)
         return factors, [builder.fadd(*pair) for pair in zip(even, uneven, strict=True)]
-
-    def _larger_magnitude(self, value: Value, pattern: Value) -> Value:
-        """The larger pattern of a magnitude; that of what is no number is above all others."""
-        emit = self.emit
-        return emit.larger_integer(emit.builder.bitcast(emit.magnitude(value), emit.integers), pattern)
-
-    def _factors(self, patterns: list[Value]) -> tuple[list[Value], list[Value]]:
-        """What integers are multiplied by, and what numbers are to become integers, from the rows' largest ones."""
-        emit, builder = self.emit, self.emit.builder
-        largest = [builder.bitcast(pattern, emit.vector) for pattern in patterns]
-        factors = [builder.fmul(value, emit.constant(1 / _LARGEST)) for value in largest]
-        inverses = []
-        for value in largest:
-            is_some = builder.fcmp_ordered(">=", value, emit.constant(_LEAST))
-            inverse = builder.fdiv(emit.constant(_LARGEST), value)
-            inverses.append(builder.select(is_some, inverse, emit.constant(0.0)))
-        return factors, inverses
 
     def _store_rounded(self, index: Value, numbers: list[list[Value]], inverses: list[Value]) -> None:
         """Two numbers of each row as integers side by side, the pair that begins with number `index`."""
@@ -227,3 +210,16 @@ class CodePanel(Panel):
 
     def _float(self, value: Value) -> Value:
         return self.emit.builder.sitofp(value, self.emit.vector)
+
+
+def code_factors(emit: Emitter, patterns: Sequence[Value]) -> tuple[list[Value], list[Value]]:
+    """What integers are multiplied by, and what numbers are to become integers, from the bits of the largest ones."""
+    builder = emit.builder
+    largest = [builder.bitcast(pattern, emit.vector) for pattern in patterns]
+    factors = [builder.fmul(value, emit.constant(1 / _LARGEST)) for value in largest]
+    inverses = []
+    for value in largest:
+        is_some = builder.fcmp_ordered(">=", value, emit.constant(_LEAST))
+        inverse = builder.fdiv(emit.constant(_LARGEST), value)
+        inverses.append(builder.select(is_some, inverse, emit.constant(0.0)))
+    return factors, inverses

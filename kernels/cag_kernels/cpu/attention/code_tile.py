@@ -10,7 +10,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.attention.dequantize import SIDES
-from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, Value
+from cag_kernels.cpu.emit import INT8, INT16, INT32, Value
 from cag_kernels.prefixes import Codes
 
 CHUNK = 16  # codes that are widened at once, and channels of values side by side
@@ -21,6 +21,13 @@ _WIDE = ir.VectorType(INT16, CHUNK)
 def num_channel_groups(head_dim: int, codes: Codes) -> int:
     """Groups of values along the channels."""
     return -(-head_dim // codes.group_channels)
+
+
+def codes_place(call: Call, codes: Codes, side: int, head: Value, token: Value) -> Value:
+    """Where the codes of a key (side 0) or a value (1) lie in memory."""
+    size = call.head_dim * (codes.key_bits, codes.value_bits)[side] // 8
+    skipped = call.emit.builder.mul(token, call.emit.integer(size))
+    return call.emit.at(call[SIDES[side].codes], call.index(head, (call[SIDES[side].stride], skipped)), INT8)
 
 
 class CodeTile:
@@ -50,16 +57,9 @@ class CodeTile:
         """Bytes of a token's key (0) or value (1)."""
         return self.head_dim * (self.codes.key_bits, self.codes.value_bits)[side] // 8
 
-    def place(self, side: int, head: Value, token: Value) -> Value:
-        """Where the codes of a key (0) or a value (1) lie in memory."""
-        skipped = self.builder.mul(token, self.emit.integer(self.row_bytes(side)))
-        return self.emit.at(
-            self.call[SIDES[side].codes], self.call.index(head, (self.call[SIDES[side].stride], skipped)), INT8
-        )
-
     def _emit_keys(self, head: Value, first: Value, count: Value) -> None:
         emit, builder, bits = self.emit, self.builder, self.codes.key_bits
-        source = self.place(0, head, first)
+        source = codes_place(self.call, self.codes, 0, head, first)
         with emit.loop(emit.integer(0), count, 1) as token:
             row = emit.at(source, builder.mul(token.index, emit.integer(self.row_bytes(0))), INT8)
             target = emit.at(self.keys, builder.mul(token.index, emit.integer(self.head_dim)), INT16)
@@ -71,7 +71,7 @@ class CodeTile:
     def _emit_values(self, head: Value, first: Value, count: Value) -> None:
         """Two rows at a time; the last one beside itself where it has none."""
         emit, builder, bits = self.emit, self.builder, self.codes.value_bits
-        source, last = self.place(1, head, first), builder.sub(count, emit.integer(1))
+        source, last = codes_place(self.call, self.codes, 1, head, first), builder.sub(count, emit.integer(1))
         turns = [
             ir.Constant(ir.VectorType(INT32, CHUNK), [half + lane // 2 + lane % 2 * CHUNK for lane in range(CHUNK)])
             for half in (0, CHUNK // 2)
@@ -124,7 +124,5 @@ class CodeTile:
                 with emit.loop(emit.integer(0), emit.integer(size), emit.lanes) as place:
                     emit.store(emit.constant(0.0), emit.at(target, place.index))
                 with emit.loop(emit.integer(0), builder.mul(count, emit.integer(self.num_groups)), 1) as place:
-                    half = builder.load(emit.at(source, place.index, INT16), typ=INT16, align=2)
-                    pattern = builder.shl(builder.zext(half, INT32), ir.Constant(INT32, 16))
-                    number = builder.bitcast(pattern, FLOAT)
+                    number = emit.load_one_bfloat16(emit.at(source, place.index, INT16))
                     builder.store(number, emit.at(target, place.index), align=4)

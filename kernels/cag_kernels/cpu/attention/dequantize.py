@@ -107,9 +107,7 @@ class Dequantizer:
         return {channel: pairs[channel // size] for channel in self._channels}
 
     def _spread(self, place: Value) -> Value:
-        pattern = self.builder.zext(self.builder.load(place, typ=INT16, align=2), INT32)
-        number = self.builder.bitcast(self.builder.shl(pattern, ir.Constant(INT32, 16)), ir.FloatType())
-        return self.emit.spread_number(number)
+        return self.emit.spread_number(self.emit.load_one_bfloat16(place))
 
     def row_codes(self, row: Value, bits: int) -> list[tuple[int, Value]]:
         """First channel and codes as float32 of each vector of a token's row."""

@@ -30,8 +30,8 @@ def attention_module(
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
     Over numbers, or over codes: these meet 16-bit integers if `by_integers`, else a range of them is turned into
-    numbers where it is attended to. For any number of rows, with a window or without; or, without integers, for exactly
-    `few_rows` of one query, without a window.
+    numbers where it is attended to. For any number of rows, with a window or without; or for exactly `few_rows` of one
+    query, without a window.
     """
     module = ir.Module(name=f"attention_{head_dim}")
     prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
@@ -41,8 +41,8 @@ def attention_module(
     prepare.emit.builder.ret_void()
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
     if by_integers:
-        assert few_rows is None and codes is not None
-        serve = serve_by_code_panels(attend, codes)
+        assert codes is not None
+        serve = serve_by_code_panels(attend, codes, few_rows)
     elif few_rows is None:
         serve = serve_by_panels(attend, codes)
     else:

@@ -89,10 +89,10 @@ def serve_by_panels(call: Call, codes: Codes | None) -> Serve:
     return serve
 
 
-def float_panels(call: Call) -> list[ir.Function]:
+def float_panels(call: Call, max_width: int = MAX_WIDTH) -> list[ir.Function]:
     """Functions for one, two and more vectors of rows, by what they are wide."""
     module, has_window = call.function.module, call.has_window
-    widths = range(1, MAX_WIDTH + 1)
+    widths = range(1, max_width + 1)
     return [Panel(module, call.head_dim, width, call.blocking, has_window).function for width in widths]
 
 

@@ -324,9 +324,8 @@ def code_kernel(
     with _lock:
         if tiles:
             return _tiles_for(head_dim, codes, window)
-        by_integers = multiplies_codes(codes)
-        few_rows = None if by_integers else _few_rows(head_dim, single_query_rows, window)
-        return _compile(head_dim, few_rows, codes, window is not None, by_integers)
+        few_rows = _few_rows(head_dim, single_query_rows, window)
+        return _compile(head_dim, few_rows, codes, window is not None, multiplies_codes(codes))
 
 
 def multiplies_codes(codes: Codes) -> bool:
