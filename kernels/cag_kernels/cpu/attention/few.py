@@ -15,7 +15,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from cag_kernels.cpu.attention.panel import SUM_CHANNELS, Blocking
 from cag_kernels.cpu.emit import FLOAT, INT16, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Value
 
-_SUMS_IN_REGISTERS = {16: 24, 8: 12}  # lanes of a register -> sums beside what they meet
+SUMS_IN_REGISTERS = {16: 24, 8: 12}  # lanes of a register -> sums beside what they meet
 _LINE = LINE_BYTES // 2  # numbers in a line of the cache
 _TURNED_BYTES = 8192  # of turned keys at most: the first cache has more to hold
 
@@ -162,7 +162,7 @@ class FewRows:
     def _passes(self) -> list[range]:
         """Vectors of channels by the pass that sums them, as many as registers hold sums of; denominators are summed
         with the last ones, by themselves if there is no room."""
-        rows, most = len(self.rows), _SUMS_IN_REGISTERS[self.blocking.lanes]
+        rows, most = len(self.rows), SUMS_IN_REGISTERS[self.blocking.lanes]
         num_passes = -(-len(self.chunks) // max(1, most // rows))
         size = -(-len(self.chunks) // num_passes)
         passes = [self.chunks[first : first + size] for first in range(0, len(self.chunks), size)]
@@ -253,5 +253,5 @@ def _emit_outer(
 
 def _vectors_of_keys(rows: int, head_dim: int, blocking: Blocking) -> int:
     """How many are turned at once: so that enough sums are under way, in registers and in the first cache."""
-    room = min(_SUMS_IN_REGISTERS[blocking.lanes] // rows, _TURNED_BYTES // (4 * head_dim * blocking.lanes))
+    room = min(SUMS_IN_REGISTERS[blocking.lanes] // rows, _TURNED_BYTES // (4 * head_dim * blocking.lanes))
     return max(1, min(1 << (room.bit_length() - 1), blocking.tile // blocking.lanes)) if room else 1

@@ -14,22 +14,23 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.code_panel import PAIRS, code_factors
 from cag_kernels.cpu.attention.code_tile import num_channel_groups
+from cag_kernels.cpu.attention.few import SUMS_IN_REGISTERS
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, POINTER, ROUNDING, Emitter, Value
 from cag_kernels.cpu.pairs import emit_pairs
 from cag_kernels.prefixes import Codes
 
-_SUMS_IN_REGISTERS = {16: 24, 8: 12}  # lanes of a register -> sums beside what they meet
 _WORDS = 8  # of four bytes: how much of a key is turned at once
-_CODES_OF_WORD = {8: ((0, 8), (8, 8)), 4: ((0, 4), (8, 4), (4, 4), (12, 4))}
+_SHIFTS = {8: (0, 8), 4: (0, 8, 4, 12)}  # bits of a code -> where two of a word begin, each in its half, in order of
+# channels: first, second; of 4 bits also those half of the channels behind them
 
 
 def few_codes_serve(head_dim: int, codes: Codes, blocking: Blocking) -> bool:
     """Whether whole vectors of neighbouring codes belong to one group, and a key has enough of them."""
     pair = 2 * blocking.lanes
-    halves = {bits: head_dim * bits // 8 for bits in (codes.key_bits, codes.value_bits)}
-    is_whole = halves[codes.value_bits] % pair == 0 and min(codes.group_channels, head_dim) % pair == 0
-    return is_whole and halves[codes.key_bits] >= 4 * _WORDS
+    key_bytes, value_bytes = (head_dim * bits // 8 for bits in (codes.key_bits, codes.value_bits))
+    is_whole = value_bytes % pair == 0 and min(codes.group_channels, head_dim) % pair == 0
+    return is_whole and key_bytes >= 4 * _WORDS
 
 
 class FewCodes:
@@ -60,7 +61,7 @@ class FewCodes:
         self.value_parameters = emit.scratch(2 * self.num_groups * tile)
         self.scores, self.weight_words = (emit.scratch(rows * tile) for _ in range(2))
         self.weights_by_key = emit.scratch(self.side.lanes * tile)
-        self.vectors = 2 if 2 * rows <= _SUMS_IN_REGISTERS[lanes] else 1  # of keys at once
+        self.vectors = 2 if 2 * rows <= SUMS_IN_REGISTERS[lanes] else 1  # of keys at once
         self.turned = emit.scratch(self.row_bytes[0] // 4 * self.vectors * lanes)
         self._emit_range()
 
@@ -214,15 +215,14 @@ class FewCodes:
     def _emit_products(self) -> list[list[Value]]:
         """Sums of products of the turned keys with each row: of a row, of a vector of keys."""
         emit, builder, lanes, vectors = self.emit, self.emit.builder, self.emit.lanes, range(self.vectors)
-        codes = _CODES_OF_WORD[self.codes.key_bits]
         nothing = [ir.Constant(emit.integers, [0] * lanes)] * (len(self.rows) * self.vectors)
         with emit.loop(emit.integer(0), emit.integer(self.row_bytes[0] // 4), 1, nothing) as word:
             place = emit.at(self.turned, builder.mul(word.index, emit.integer(self.vectors * lanes)))
             words = [emit.load_integers(emit.at(place, vector * lanes)) for vector in vectors]
             sums = list(word.values)
             channel = builder.mul(word.index, emit.integer(4))
-            for number, (shift, bits) in enumerate(codes):
-                keys = [self._pair_of_codes(found, shift, bits) for found in words]
+            for number, shift in enumerate(_SHIFTS[self.codes.key_bits]):
+                keys = [self._pair_of_codes(found, shift, self.codes.key_bits) for found in words]
                 behind = number % 2 + (number // 2) * self.head_dim // 2
                 for row in self.rows:
                     index = builder.add(channel, emit.integer(row * self.head_dim + behind))
@@ -381,7 +381,7 @@ class FewCodes:
         """First channels of blocks of two vectors, as many at once as registers hold sums of."""
         size = 2 * self.emit.lanes
         blocks = list(range(group * self.group, min((group + 1) * self.group, self.head_dim), size))
-        most = max(1, _SUMS_IN_REGISTERS[self.emit.lanes] // (2 * len(self.rows)))
+        most = max(1, SUMS_IN_REGISTERS[self.emit.lanes] // (2 * len(self.rows)))
         return [blocks[first : first + most] for first in range(0, len(blocks), most)]
 
     def _emit_blocks(
