@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not llvm.get_host_cpu_features().get("avx2", Fal
 
 BITS = [(8, 8), (4, 4), (8, 4), (4, 8)]
 NARROW, WIDE = Blocking(8, 4), Blocking(16, 8)  # the latter by halves where vectors have 8 lanes
+HOST = WIDE if pairs_win(16) else NARROW
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
     (9, 3, 64, 15, 1000),
     (9, 3, 64, 1, 1000),
@@ -160,25 +161,36 @@ def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_head
         assert torch.equal(own[1], lse[:, index : index + 1])
 
 
+SINGLE = [  # rows of a key/value head, head_dim, num_tokens, num_exact, tokens and channels of a group
+    (1, 64, 1077, 4, (64, 64)),
+    (2, 32, 513, 0, (128, 32)),
+    (3, 64, 1025, 70, (192, 32)),
+    (4, 128, 641, 4, (64, 64)),
+    (5, 96, 130, 0, (64, 96)),  # a key's codes are no whole number of what is turned at once
+    (6, 128, 577, 64, (64, 128)),
+    (7, 256, 65, 4, (64, 64)),
+    (8, 160, 1, 0, (64, 160)),
+    (8, 64, 2, 1, (64, 64)),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits"), [(shape, BITS[(first + number) % 4]) for number, shape in enumerate(SINGLE) for first in (0, 1)]
+)
+def test_code_for_one_query_has_the_bits_of_code_for_any_number(shape, bits, integers, monkeypatch):
+    assert_bits_of_one_query(HOST, shape, bits, integers, monkeypatch)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("blocking", [NARROW, WIDE])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(
-    ("rows", "head_dim", "num_tokens", "num_exact", "groups"),
-    [
-        (1, 64, 1077, 4, (64, 64)),
-        (2, 32, 513, 0, (128, 32)),
-        (3, 64, 1025, 70, (192, 32)),
-        (4, 128, 641, 4, (64, 64)),
-        (5, 96, 130, 0, (64, 96)),  # a key's codes are no whole number of what is turned at once
-        (6, 128, 577, 64, (64, 128)),
-        (7, 256, 65, 4, (64, 64)),
-        (8, 160, 1, 0, (64, 160)),
-        (8, 64, 2, 1, (64, 64)),
-    ],
-)
-def test_code_for_one_query_has_the_bits_of_code_for_any_number(
-    rows, head_dim, num_tokens, num_exact, groups, bits, blocking, integers, monkeypatch
-):
+@pytest.mark.parametrize("shape", SINGLE)
+def test_code_for_one_query_has_these_bits_on_other_processors(shape, bits, blocking, integers, monkeypatch):
+    assert_bits_of_one_query(blocking, shape, bits, integers, monkeypatch)
+
+
+def assert_bits_of_one_query(blocking, shape, bits, integers, monkeypatch):
+    rows, head_dim, num_tokens, num_exact, groups = shape
     sizes = {"group_tokens": groups[0], "group_channels": groups[1]}
     query, prefix = make((2 * rows, 2, head_dim, 1, num_tokens), bits, num_exact=num_exact, **sizes)
     query[1] *= 9
