@@ -59,12 +59,12 @@ def tiled_attention(
 def scores_of(rows: Tensor, keys: Tensor) -> Tensor:
     """`rows @ keys.mT`. Of wide heads some channels after the other: one long sum, as a library may take it, rounds
     each product against all before it."""
-    size = _PART_CHANNELS if rows.shape[-1] > _WIDE_HEAD_DIM else rows.shape[-1]
-    scores, *others = (
-        part @ of_keys.mT for part, of_keys in zip(rows.split(size, -1), keys.split(size, -1), strict=True)
-    )
-    for other in others:
-        scores += other
+    head_dim = rows.shape[-1]
+    size = _PART_CHANNELS if head_dim > _WIDE_HEAD_DIM else head_dim
+    scores = rows[..., :size] @ keys[..., :size].mT
+    for first in range(size, head_dim, size):
+        part = slice(first, first + size)
+        scores += rows[..., part] @ keys[..., part].mT
     return scores
 
 
