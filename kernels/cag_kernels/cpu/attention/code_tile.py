@@ -10,7 +10,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.attention.dequantize import SIDES
-from cag_kernels.cpu.emit import INT8, INT16, INT32, Value
+from cag_kernels.cpu.emit import INT8, INT16, INT32, Emitter, Value
 from cag_kernels.prefixes import Codes
 
 CHUNK = 16  # codes that are widened at once, and channels of values side by side
@@ -126,3 +126,28 @@ class CodeTile:
                 with emit.loop(emit.integer(0), builder.mul(count, emit.integer(self.num_groups)), 1) as place:
                     number = emit.load_one_bfloat16(emit.at(source, place.index, INT16))
                     builder.store(number, emit.at(target, place.index), align=4)
+
+
+def emit_parameters_by_group(
+    emit: Emitter, source: Value, count: Value, target: Value, num_groups: int, tile: int
+) -> None:
+    """Scales, or offsets, of a tile's values, bfloat16 `[key, group]`, as float32 `[group, tile]`, zeros behind the
+    last key; what lies there in memory is not read."""
+    builder, lanes = emit.builder, emit.lanes
+    targets = [emit.at(target, group * tile) for group in range(num_groups)]
+    is_whole = builder.icmp_signed("==", count, emit.integer(tile))
+    with emit.when(is_whole), emit.loop(emit.integer(0), emit.integer(tile), lanes) as key:
+        place = emit.at(source, builder.mul(key.index, emit.integer(num_groups)), INT16)
+        found = builder.load(place, typ=ir.VectorType(INT16, lanes * num_groups), align=2)
+        for group, own in enumerate(targets):
+            order = [lane * num_groups + group for lane in range(lanes)]
+            halves = builder.shuffle_vector(found, found, ir.Constant(ir.VectorType(INT32, lanes), order))
+            emit.store(emit.widened(halves), emit.at(own, key.index))
+    with emit.when(builder.not_(is_whole)):
+        with emit.loop(emit.integer(0), emit.integer(num_groups * tile), lanes) as element:
+            emit.store(emit.constant(0.0), emit.at(target, element.index))
+        with emit.loop(emit.integer(0), count, 1) as key:
+            place = emit.at(source, builder.mul(key.index, emit.integer(num_groups)), INT16)
+            for group, own in enumerate(targets):
+                number = emit.load_one_bfloat16(emit.at(place, group, INT16))
+                builder.store(number, emit.at(own, key.index), align=4)

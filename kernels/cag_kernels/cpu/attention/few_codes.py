@@ -13,10 +13,19 @@ from collections.abc import Sequence
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.code_panel import PAIRS, code_factors
-from cag_kernels.cpu.attention.code_tile import num_channel_groups
+from cag_kernels.cpu.attention.code_tile import emit_parameters_by_group, num_channel_groups
+from cag_kernels.cpu.attention.code_words import (
+    codes_of_two,
+    interleaved,
+    joined_vectors,
+    pair_of_codes,
+    rounded_pairs,
+    side_by_side,
+    transposed_octets,
+)
 from cag_kernels.cpu.attention.few import SUMS_IN_REGISTERS
 from cag_kernels.cpu.attention.panel import Blocking
-from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, POINTER, ROUNDING, Emitter, Value
+from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, POINTER, Emitter, Value
 from cag_kernels.cpu.pairs import emit_pairs
 from cag_kernels.prefixes import Codes
 
@@ -58,7 +67,7 @@ class FewCodes:
         tile, lanes, emit = blocking.tile, blocking.lanes, self.emit
         self.row_query, self.sums, self.query_words = (emit.scratch(rows * head_dim) for _ in range(3))
         self.key_offsets = emit.scratch(head_dim)
-        self.value_parameters = emit.scratch(2 * self.num_groups * tile)
+        self.value_parameters = emit.scratch(2 * self.num_groups * tile)  # [scales and offsets, group, key]
         self.scores, self.weight_words = (emit.scratch(rows * tile) for _ in range(2))
         self.weights_by_key = emit.scratch(self.side.lanes * tile)
         self.vectors = 2 if 2 * rows <= SUMS_IN_REGISTERS[lanes] else 1  # of keys at once
@@ -111,7 +120,7 @@ class FewCodes:
         """Weighted sums from the order of channels to that in which two keys' codes come to lie side by side, or
         back."""
         emit, lanes = self.emit, self.emit.lanes
-        order = [number for half in range(2) for number in self._side_by_side(half)[::2]]
+        order = [number for half in range(2) for number in side_by_side(lanes, half)[::2]]
         order = [order.index(number) for number in range(2 * lanes)] if is_start else order
         with emit.loop(emit.integer(0), emit.integer(self.head_dim), 2 * lanes) as channel:
             for row in self.rows:
@@ -168,17 +177,9 @@ class FewCodes:
             scale = emit.load_bfloat16(emit.at(scales, channel.index, INT16))
             for row, inverse in zip(self.rows, inverses, strict=True):
                 number = builder.fmul(emit.load(self._of_row(self.row_query, row, channel.index)), scale)
-                words = self._words(number, inverse, 2)
+                words = rounded_pairs(emit, number, inverse, 2)
                 builder.store(words, self._of_row(self.query_words, row, channel.index), align=4)
         return factors
-
-    def _words(self, numbers: Value, inverse: Value, distance: int) -> Value:
-        """Each lane's number in 16 bits, and in the upper half that of the lane so far behind; any in the last ones."""
-        emit, builder, lanes = self.emit, self.emit.builder, self.emit.lanes
-        rounded = builder.bitcast(emit.multiply_add(numbers, inverse, emit.constant(ROUNDING)), emit.integers)
-        other = emit.reordered(rounded, rounded, [(lane - distance) % (2 * lanes) for lane in range(2 * lanes)])[0]
-        low = builder.and_(rounded, ir.Constant(emit.integers, [0xFFFF] * lanes))
-        return builder.or_(low, builder.shl(other, ir.Constant(emit.integers, [16] * lanes)))
 
     def _emit_offsets(self) -> tuple[Value, Value]:
         """What the rows find in the offsets of even and of odd channels."""
@@ -207,8 +208,8 @@ class FewCodes:
         for begin in range(0, size, 4 * _WORDS):
             start = min(begin, size - 4 * _WORDS)
             loads = [builder.load(emit.at(row, start, INT8), typ=words, align=1) for row in rows]
-            joined = [_joined(builder, [loads[half + key] for half in halves]) for key in range(_WORDS)]
-            for number, turned in enumerate(_transposed_octets(builder, joined, lanes)):
+            joined = [joined_vectors(builder, [loads[half + key] for half in halves]) for key in range(_WORDS)]
+            for number, turned in enumerate(transposed_octets(builder, joined)):
                 place = (start // 4 + number) * self.vectors * lanes + vector * lanes
                 builder.store(turned, emit.at(self.turned, place), align=4)
 
@@ -222,7 +223,7 @@ class FewCodes:
             sums = list(word.values)
             channel = builder.mul(word.index, emit.integer(4))
             for number, shift in enumerate(_SHIFTS[self.codes.key_bits]):
-                keys = [self._pair_of_codes(found, shift, self.codes.key_bits) for found in words]
+                keys = [pair_of_codes(emit, found, shift, self.codes.key_bits) for found in words]
                 behind = number % 2 + (number // 2) * self.head_dim // 2
                 for row in self.rows:
                     index = builder.add(channel, emit.integer(row * self.head_dim + behind))
@@ -232,19 +233,6 @@ class FewCodes:
                         sums[total] = builder.add(sums[total], emit_pairs(emit, keys[vector], query))
             word.following = sums
         return [list(word.following[row * self.vectors : (row + 1) * self.vectors]) for row in self.rows]
-
-    def _pair_of_codes(self, words: Value, shift: int, bits: int) -> Value:
-        """The codes at bit `shift` of both halves of each word, in 16 bits: of 8 bits with a sign, of 4 without."""
-        builder, lanes = self.emit.builder, self.emit.lanes
-        if bits == 4:
-            if shift:
-                words = builder.lshr(words, ir.Constant(self.emit.integers, [shift] * lanes))
-            return builder.and_(words, ir.Constant(self.emit.integers, [0x000F000F] * lanes))
-        kind = ir.VectorType(INT16, 2 * lanes)
-        eight, halves = ir.Constant(kind, [8] * (2 * lanes)), builder.bitcast(words, kind)
-        if not shift:
-            halves = builder.shl(halves, eight)
-        return builder.bitcast(builder.ashr(halves, eight), self.emit.integers)
 
     # weights
 
@@ -275,7 +263,7 @@ class FewCodes:
             ]
             rows += [emit.constant(0.0)] * (size - len(rows))
             target = emit.at(self.weights_by_key, builder.mul(key.index, emit.integer(size)))
-            for number, vector in enumerate(_interleaved(builder, rows, lanes)):
+            for number, vector in enumerate(interleaved(builder, rows)):
                 emit.store(vector, emit.at(target, number * lanes))
 
     def _beside(self, numbers: Sequence[Value]) -> Value:
@@ -296,7 +284,10 @@ class FewCodes:
     def _emit_weighted(self, begin: Value, count: Value, corrections: list[Value], total: Value) -> Value:
         """Add the tile's weighted values, group by group of channels, and its weights to the denominators."""
         emit, builder = self.emit, self.emit.builder
-        self._emit_value_parameters(begin, count)
+        for part, pointer in enumerate(self.parameters[2:]):
+            source = emit.at(pointer, builder.mul(begin, emit.integer(self.num_groups)), INT16)
+            target = emit.at(self.value_parameters, part * self.num_groups * self.blocking.tile)
+            emit_parameters_by_group(emit, source, count, target, self.num_groups, self.blocking.tile)
         values = emit.at(self.value_codes, builder.mul(begin, emit.integer(self.row_bytes[1])), INT8)
         for group in range(self.num_groups):
             factors = self._emit_weight_words(group, count)
@@ -304,32 +295,6 @@ class FewCodes:
             for blocks in self._passes(group):
                 self._emit_blocks(values, count, blocks, corrections, factors, offsets)
         return total
-
-    def _emit_value_parameters(self, begin: Value, count: Value) -> None:
-        """Scales and offsets of the tile's values, `[scales and offsets, group, key]`, zeros behind the last key."""
-        emit, builder, lanes, groups = self.emit, self.emit.builder, self.emit.lanes, self.num_groups
-        tile, halves = self.blocking.tile, ir.VectorType(INT16, lanes * groups)
-        is_whole = builder.icmp_signed("==", count, emit.integer(tile))
-        index = builder.mul(begin, emit.integer(groups))
-        for part, pointer in enumerate(self.parameters[2:]):
-            source = emit.at(pointer, index, INT16)
-            targets = [emit.at(self.value_parameters, (part * groups + group) * tile) for group in range(groups)]
-            with emit.when(is_whole), emit.loop(emit.integer(0), emit.integer(tile), lanes) as key:
-                place = emit.at(source, builder.mul(key.index, emit.integer(groups)), INT16)
-                found = builder.load(place, typ=halves, align=2)
-                for group, target in enumerate(targets):
-                    chosen = ir.Constant(ir.VectorType(INT32, lanes), [lane * groups + group for lane in range(lanes)])
-                    own = builder.shuffle_vector(found, found, chosen)
-                    emit.store(emit.widened(own), emit.at(target, key.index))
-            with emit.when(builder.not_(is_whole)):
-                for target in targets:
-                    with emit.loop(emit.integer(0), emit.integer(tile), lanes) as key:
-                        emit.store(emit.constant(0.0), emit.at(target, key.index))
-                with emit.loop(emit.integer(0), count, 1) as key:
-                    place = emit.at(source, builder.mul(key.index, emit.integer(groups)), INT16)
-                    for group, target in enumerate(targets):
-                        number = emit.load_one_bfloat16(emit.at(place, group, INT16))
-                        builder.store(number, emit.at(target, key.index), align=4)
 
     def _emit_weight_words(self, group: int, count: Value) -> list[Value]:
         """Write the weights, times the scales of the values of a group, in 16 bits, two keys' side by side; the rows'
@@ -346,7 +311,7 @@ class FewCodes:
         with emit.loop(emit.integer(0), count, lanes) as key:
             scale = emit.load(emit.at(scales, key.index))
             for row, inverse in zip(self.rows, inverses, strict=True):
-                words = self._words(builder.fmul(self._weights(row, key.index), scale), inverse, 1)
+                words = rounded_pairs(emit, builder.fmul(self._weights(row, key.index), scale), inverse, 1)
                 place = builder.add(key.index, emit.integer(row * tile))
                 builder.store(words, emit.at(self.weight_words, place), align=4)
         return factors
@@ -433,63 +398,11 @@ class FewCodes:
                 self.emit.prefetch(self.emit.at(key, ahead, INT8))
 
     def _codes_of_two(self, keys: list[Value], block: int) -> list[Value]:
-        """Codes of two keys, from channel `block` on, side by side in words: two vectors of channels."""
-        emit, builder, lanes, bits = self.emit, self.emit.builder, self.emit.lanes, self.codes.value_bits
-        is_upper = bits == 4 and block >= self.head_dim // 2
-        byte = block - self.head_dim // 2 if is_upper else block
-        kind, wide = ir.VectorType(INT8, 2 * lanes), ir.VectorType(INT16, 2 * lanes)
-        loads = [builder.load(emit.at(key, byte, INT8), typ=kind, align=1) for key in keys]
-        rows = [builder.sext(load, wide) if bits == 8 else builder.zext(load, wide) for load in loads]
-        found = []
-        for half in range(2):
-            order = ir.Constant(ir.VectorType(INT32, 2 * lanes), self._side_by_side(half))
-            words = builder.bitcast(builder.shuffle_vector(*rows, order), emit.integers)
-            found.append(words if bits == 8 else self._pair_of_codes(words, 4 if is_upper else 0, 4))
-        return found
-
-    def _side_by_side(self, half: int) -> list[int]:
-        """Which of two rows' numbers, one behind the other, come to lie in a vector of pairs: as processors do it
-        quickly, the lower (0) or upper (1) four of each eight."""
-        lanes = self.emit.lanes
-        firsts = [eight + 4 * half + number for eight in range(0, 2 * lanes, 8) for number in range(4)]
-        return [number for first in firsts for number in (first, 2 * lanes + first)]
+        """Codes of two keys, from channel `block` on: two vectors of channels."""
+        half = self.head_dim // 2
+        if self.codes.value_bits == 8 or block < half:
+            return codes_of_two(self.emit, keys, block, self.codes.value_bits)
+        return codes_of_two(self.emit, keys, block - half, 4, is_upper=True)
 
     def _float(self, value: Value) -> Value:
         return self.emit.builder.sitofp(value, self.emit.vector)
-
-
-def _joined(builder: ir.IRBuilder, parts: Sequence[Value]) -> Value:
-    """One vector, or two behind each other."""
-    if len(parts) == 1:
-        return parts[0]
-    order = list(range(sum(part.type.count for part in parts)))
-    return builder.shuffle_vector(*parts, ir.Constant(ir.VectorType(INT32, len(order)), order))
-
-
-def _transposed_octets(builder: ir.IRBuilder, vectors: Sequence[Value], lanes: int) -> list[Value]:
-    """Within each eight lanes: lane `i` of vector `j` becomes lane `j` of vector `i`, of eight vectors."""
-    found = list(vectors)
-    for distance in (4, 2, 1):
-        for index in range(8):
-            if not index & distance:
-                first, second = found[index], found[index + distance]
-                upper = [lane + lanes - distance if lane & distance else lane for lane in range(lanes)]
-                lower = [lane + lanes if lane & distance else lane + distance for lane in range(lanes)]
-                orders = [ir.Constant(ir.VectorType(INT32, lanes), order) for order in (upper, lower)]
-                found[index], found[index + distance] = (
-                    builder.shuffle_vector(first, second, order) for order in orders
-                )
-    return found
-
-
-def _interleaved(builder: ir.IRBuilder, vectors: Sequence[Value], lanes: int) -> list[Value]:
-    """Lane 0 of all vectors, then lane 1 of all, and so on, in as many vectors."""
-    if len(vectors) == 1:
-        return list(vectors)
-    even, odd = _interleaved(builder, vectors[::2], lanes), _interleaved(builder, vectors[1::2], lanes)
-    kind, found = ir.VectorType(INT32, lanes), []
-    for first, second in zip(even, odd, strict=True):
-        for half in range(2):
-            order = [part + lane + half * lanes // 2 for lane in range(lanes // 2) for part in (0, lanes)]
-            found.append(builder.shuffle_vector(first, second, ir.Constant(kind, order)))
-    return found
