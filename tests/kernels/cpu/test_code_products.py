@@ -354,8 +354,10 @@ def test_nothing_around_the_codes_is_read(bits):
     assert all(map(torch.equal, cpu_quantized_attention(query, prefix._replace(**parts), scale=0.1), expected))
 
 
-def test_codes_of_the_largest_magnitude_do_not_overflow():
-    query, prefix = make((2, 1, 512, 3, 200), num_exact=0)
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("head_dim", [512, 576])
+def test_codes_of_the_largest_magnitude_do_not_overflow(num_queries, head_dim):
+    query, prefix = make((2, 1, head_dim, num_queries, 200), num_exact=0)
     full = torch.full_like(prefix.key_codes, 127)
     prefix = prefix._replace(key_codes=full, value_codes=full)
     query = query.abs().clamp(0.99, 1.0)

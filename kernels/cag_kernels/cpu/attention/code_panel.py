@@ -23,7 +23,8 @@ from cag_kernels.prefixes import Codes
 
 MAX_CODE_WIDTH = 2  # vectors of rows that meet a tile of codes at once
 PAIRS = 2  # in one turn of the loop; with more LLVM reorders sums, and registers do not hold them
-_LARGEST = 32767.0  # of 16 bits
+_LARGEST = 32767  # of 16 bits
+_LARGEST_CODE, _LARGEST_SUM = 128, 2**31 - 1
 _LEAST = 2.0**-111  # largest number of a row below which all are taken for zero: the inverse stays finite
 
 
@@ -61,7 +62,7 @@ class CodePanel(Panel):
     def _emit_scores(self) -> None:
         """Scores of the tile; the last block may score keys behind the last one, which nobody reads."""
         emit, block = self.emit, self.block
-        factors, offsets = self._emit_rounded(emit.integer(self.head_dim), self._query_of)
+        factors, offsets = self._emit_rounded(emit.integer(self.head_dim), self._query_of, self.head_dim)
         with emit.loop(emit.integer(0), self.num_keys, block) as base:
             keys = emit.at(self.keys, emit.builder.mul(base.index, emit.integer(self.head_dim // 2)))
             sums = self._emit_sums(
@@ -128,7 +129,9 @@ class CodePanel(Panel):
         num_pairs = builder.udiv(num_weights, emit.integer(2))
         size = min(self.codes.group_channels, self.head_dim)
         with emit.loop(emit.integer(0), emit.integer(self.num_groups), 1) as group:
-            factors, offsets = self._emit_rounded(num_weights, partial(self._weights_of, group.index))
+            factors, offsets = self._emit_rounded(
+                num_weights, partial(self._weights_of, group.index), self.blocking.tile
+            )
             begin = builder.mul(group.index, emit.integer(size))
             stop = emit.minimum(builder.add(begin, emit.integer(size)), emit.integer(self.head_dim))
             with emit.loop(begin, stop, block) as channel:
@@ -167,9 +170,12 @@ class CodePanel(Panel):
         rows = self._rows(emit.at(self.scores, builder.mul(key, emit.integer(self.row_floats))))
         return _Numbers(rows, scale, emit.at(scale, self.blocking.tile * self.num_groups))
 
-    def _emit_rounded(self, count: Value, numbers: Callable[[Value], _Numbers]) -> tuple[list[Value], list[Value]]:
-        """Write `count` numbers of each row, times their scales, in 16 bits; the rows' factors, and the sums of their
-        numbers times the offsets: those with even places and those with odd ones, each in order."""
+    def _emit_rounded(
+        self, count: Value, numbers: Callable[[Value], _Numbers], num_codes: int
+    ) -> tuple[list[Value], list[Value]]:
+        """Write `count` numbers of each row, times their scales, in 16 bits, to be multiplied by as many codes, at most
+        `num_codes`; the rows' factors, and the sums of their numbers times the offsets: those with even places and
+        those with odd ones, each in order."""
         emit, builder, width = self.emit, self.emit.builder, self.width
         nothing, least = emit.constant(0.0), ir.Constant(emit.integers, [0] * emit.lanes)
         with emit.loop(emit.integer(0), count, 2, [least] * width + [nothing] * (2 * width)) as place:
@@ -183,7 +189,7 @@ class CodePanel(Panel):
                     found[index] = emit.multiply_add(row, offset, found[index])
             place.following = found
         largest, even, uneven = (place.following[part * width : (part + 1) * width] for part in range(3))
-        factors, inverses = code_factors(emit, largest)
+        factors, inverses = code_factors(emit, largest, num_codes)
         with emit.loop(emit.integer(0), count, 2) as place:
             both = [numbers(builder.add(place.index, emit.integer(odd))) for odd in range(2)]
             scaled = [[builder.fmul(row, emit.spread(part.scale)) for row in part.rows] for part in both]
@@ -212,14 +218,16 @@ class CodePanel(Panel):
         return self.emit.builder.sitofp(value, self.emit.vector)
 
 
-def code_factors(emit: Emitter, patterns: Sequence[Value]) -> tuple[list[Value], list[Value]]:
-    """What integers are multiplied by, and what numbers are to become integers, from the bits of the largest ones."""
+def code_factors(emit: Emitter, patterns: Sequence[Value], num_codes: int) -> tuple[list[Value], list[Value]]:
+    """What integers are multiplied by, and what numbers are to become integers, from the bits of the largest ones: so
+    that the sum of products with `num_codes` codes fits into 32 bits."""
     builder = emit.builder
+    limit = float(min(_LARGEST, _LARGEST_SUM // (_LARGEST_CODE * num_codes)))
     largest = [builder.bitcast(pattern, emit.vector) for pattern in patterns]
-    factors = [builder.fmul(value, emit.constant(1 / _LARGEST)) for value in largest]
+    factors = [builder.fmul(value, emit.constant(1 / limit)) for value in largest]
     inverses = []
     for value in largest:
         is_some = builder.fcmp_ordered(">=", value, emit.constant(_LEAST))
-        inverse = builder.fdiv(emit.constant(_LARGEST), value)
+        inverse = builder.fdiv(emit.constant(limit), value)
         inverses.append(builder.select(is_some, inverse, emit.constant(0.0)))
     return factors, inverses

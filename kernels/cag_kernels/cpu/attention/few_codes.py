@@ -172,7 +172,8 @@ class FewCodes:
                 emit.larger_magnitude(builder.fmul(row, scale), before)
                 for row, before in zip(rows, channel.values, strict=True)
             ]
-        factors, inverses = code_factors(emit, [emit.across(row, emit.larger_integer) for row in channel.following])
+        largest = [emit.across(row, emit.larger_integer) for row in channel.following]
+        factors, inverses = code_factors(emit, largest, self.head_dim)
         with emit.loop(emit.integer(0), emit.integer(self.head_dim), lanes) as channel:
             scale = emit.load_bfloat16(emit.at(scales, channel.index, INT16))
             for row, inverse in zip(self.rows, inverses, strict=True):
@@ -307,7 +308,8 @@ class FewCodes:
                 emit.larger_magnitude(builder.fmul(self._weights(row, key.index), scale), before)
                 for row, before in zip(self.rows, key.values, strict=True)
             ]
-        factors, inverses = code_factors(emit, [emit.across(row, emit.larger_integer) for row in key.following])
+        largest = [emit.across(row, emit.larger_integer) for row in key.following]
+        factors, inverses = code_factors(emit, largest, tile)
         with emit.loop(emit.integer(0), count, lanes) as key:
             scale = emit.load(emit.at(scales, key.index))
             for row, inverse in zip(self.rows, inverses, strict=True):
