@@ -16,6 +16,7 @@ from cag.home import cag_home as user_home
 from cag_bench.codec_list import parse_codecs
 from cag_bench.corpus import read_corpus
 from cag_bench.quality import QualityOptions, run_quality
+from cag_bench.quality_table import corpus_names
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 USER_HOME = user_home()
@@ -48,8 +49,8 @@ def rows(shared_data, tmp_path_factory):
         summary = run_quality(engine, list(corpora.values()), options, folder / "out", lambda *_: None)
     finally:
         home.undo()
-    names = {corpus.sha256: name for name, corpus in corpora.items()}
-    return {(names[row["corpus"]["sha256"]], row["label"]): row for row in summary["rows"]}
+    names = dict(zip(corpus_names([corpus.paths for corpus in corpora.values()]), corpora, strict=True))
+    return {(names[row["corpus"]["name"]], row["label"]): row for row in summary["rows"]}
 
 
 @pytest.mark.parametrize("codec", BARS)
