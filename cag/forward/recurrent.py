@@ -207,8 +207,7 @@ class KeptStates:
     @property
     def num_bytes(self) -> int:
         """Bytes of the states behind own tokens: those before them are the prefix's."""
-        tensors = {id(state): state for place, states in self._behind.items() if place for state in states.values()}
-        return sum(state.nbytes for state in tensors.values())
+        return sum(state.nbytes for place, states in self._behind.items() if place for state in states.values())
 
     def add(self, num_tail: int, states: States) -> None:
         """Behind more tokens. Those that were there stay until `settle`: whoever is interrupted in between finds what

@@ -36,6 +36,10 @@ class Codes(NamedTuple):
     group_tokens: int
     group_channels: int
 
+    def row_bytes(self, head_dim: int) -> tuple[int, int]:
+        """Bytes of a token's codes, of the key and of the value."""
+        return head_dim * self.key_bits // 8, head_dim * self.value_bits // 8
+
 
 class QuantizedPrefix(NamedTuple):
     """Codes with scales and offsets, `x ~ code * scale + offset`; the first tokens are kept exact.

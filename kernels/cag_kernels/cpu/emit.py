@@ -213,11 +213,12 @@ class Emitter:
         return value
 
     def transposed(self, vectors: Sequence[Value]) -> list[Value]:
-        """Lane `i` of vector `j` becomes lane `j` of vector `i`: as many vectors as lanes, of numbers of four bytes."""
+        """Lane `i` of vector `j` becomes lane `j` of vector `i`: of as many vectors as lanes, of numbers of four bytes,
+        or of fewer, a power of two, within each so many lanes."""
         found = list(vectors)
-        distance = self.lanes // 2
+        distance = len(found) // 2
         while distance:
-            for index in range(self.lanes):
+            for index in range(len(found)):
                 if not index & distance:
                     first, second = found[index], found[index + distance]
                     # the lane of the pair (first, second) that belongs into each lane

@@ -14,6 +14,7 @@ from cag_kernels.report import prefix_paths
 pytest.importorskip("llvmlite")
 import llvmlite.binding as llvm
 
+from cag_kernels.cpu.attention.few_codes import few_codes_serve
 from cag_kernels.cpu.attention.loops import attention_module
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.pairs import pairs_win
@@ -37,12 +38,12 @@ SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
 
 @pytest.fixture(autouse=True)
 def integers(monkeypatch):
-    """Integers also where tiles would serve; gives a switch to another blocking."""
+    """Integers also where tiles would serve, in this processor's vectors; gives a switch to another blocking."""
 
     def use(blocking):
         monkeypatch.setattr(cpu, "code_kernel", _kernels(blocking))
 
-    use(NARROW)
+    use(HOST)
     return use
 
 
@@ -202,7 +203,9 @@ def assert_bits_of_one_query(blocking, shape, bits, integers, monkeypatch):
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80])
-def test_heads_that_code_for_one_query_does_not_take(head_dim):
+def test_heads_that_code_for_one_query_does_not_take(head_dim, integers):
+    assert not few_codes_serve(head_dim, Codes(8, 8, 64, head_dim), WIDE)
+    integers(WIDE)
     query, prefix = make((4, 2, head_dim, 3, 200))
     together = cpu_quantized_attention(query, prefix, scale=0.2)
     assert_near(query, prefix, 0.2, together)
@@ -253,6 +256,7 @@ def test_other_processors_blocking(blocking, num_queries, bits, window, integers
     """Lanes and blocks do not show in the bits; tiles and ranges do."""
     query, prefix = make((6, 2, 64, num_queries, 777), bits, num_exact=0)
     seen = {"offset": 776, "window": window, "positions": torch.arange(num_queries, dtype=torch.int32)}
+    integers(NARROW)
     expected = cpu_quantized_attention(query, prefix, scale=0.2, **seen)
     integers(blocking)
     found = cpu_quantized_attention(query, prefix, scale=0.2, **seen)

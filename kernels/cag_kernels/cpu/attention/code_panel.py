@@ -165,7 +165,7 @@ class CodePanel(Panel):
 
     def _weights_of(self, group: Value, key: Value) -> _Numbers:
         emit, builder = self.emit, self.emit.builder
-        index = builder.add(builder.mul(key, emit.integer(self.num_groups)), group)
+        index = builder.add(builder.mul(group, emit.integer(self.blocking.tile)), key)
         scale = emit.at(self.others[1], index)
         rows = self._rows(emit.at(self.scores, builder.mul(key, emit.integer(self.row_floats))))
         return _Numbers(rows, scale, emit.at(scale, self.blocking.tile * self.num_groups))

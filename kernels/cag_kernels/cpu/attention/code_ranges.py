@@ -18,11 +18,11 @@ from cag_kernels.cpu.emit import INT16, Value
 from cag_kernels.prefixes import Codes
 
 
-def serve_by_code_panels(call: Call, codes: Codes, few_rows: int | None = None) -> Serve:
+def serve_by_integers(call: Call, codes: Codes, few_rows: int | None = None) -> Serve:
     """Groups of keys must be whole tiles. With `few_rows`: for one query of exactly so many rows, without a window."""
     assert codes.group_tokens % call.blocking.tile == 0
     if few_rows is not None and few_codes_serve(call.head_dim, codes, call.blocking):
-        emit_codes, widest = _few(call, codes, few_rows), -(-few_rows // call.blocking.lanes)
+        emit_codes, widest = _few(call, codes, few_rows), 1  # they are no more than a vector has lanes
     else:
         emit_codes, widest = _tile_by_tile(call, codes), MAX_WIDTH
     exact = _ExactTiles(call, codes, widest)

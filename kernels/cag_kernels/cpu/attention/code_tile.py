@@ -25,8 +25,7 @@ def num_channel_groups(head_dim: int, codes: Codes) -> int:
 
 def codes_place(call: Call, codes: Codes, side: int, head: Value, token: Value) -> Value:
     """Where the codes of a key (side 0) or a value (1) lie in memory."""
-    size = call.head_dim * (codes.key_bits, codes.value_bits)[side] // 8
-    skipped = call.emit.builder.mul(token, call.emit.integer(size))
+    skipped = call.emit.builder.mul(token, call.emit.integer(codes.row_bytes(call.head_dim)[side]))
     return call.emit.at(call[SIDES[side].codes], call.index(head, (call[SIDES[side].stride], skipped)), INT8)
 
 
@@ -34,7 +33,7 @@ class CodeTile:
     """Memory of one tile, and how it is filled.
 
     keys: int16 `[tile, head_dim]`. values: int16 `[head_dim / CHUNK, tile / 2, CHUNK, 2]`, codes of two keys side by
-    side. key_parameters: float32 `[2, head_dim]`, scales and offsets; value_parameters: float32 `[2, tile, groups]`,
+    side. key_parameters: float32 `[2, head_dim]`, scales and offsets; value_parameters: float32 `[2, groups, tile]`,
     zeros behind the last key. Codes behind the last key are any.
     """
 
@@ -42,6 +41,7 @@ class CodeTile:
         self.call, self.emit, self.builder, self.codes = call, call.emit, call.emit.builder, codes
         self.tile, self.head_dim = call.blocking.tile, call.head_dim
         self.num_groups = num_channel_groups(call.head_dim, codes)
+        self.row_bytes = codes.row_bytes(call.head_dim)
         self.keys, self.values = (self.emit.scratch(self.tile * self.head_dim // 2) for _ in range(2))
         self.key_parameters = self.emit.scratch(2 * self.head_dim)
         self.value_parameters = self.emit.scratch(2 * self.tile * self.num_groups)
@@ -53,17 +53,13 @@ class CodeTile:
         self._emit_key_parameters(head, first)
         self._emit_value_parameters(head, first, count)
 
-    def row_bytes(self, side: int) -> int:
-        """Bytes of a token's key (0) or value (1)."""
-        return self.head_dim * (self.codes.key_bits, self.codes.value_bits)[side] // 8
-
     def _emit_keys(self, head: Value, first: Value, count: Value) -> None:
         emit, builder, bits = self.emit, self.builder, self.codes.key_bits
         source = codes_place(self.call, self.codes, 0, head, first)
         with emit.loop(emit.integer(0), count, 1) as token:
-            row = emit.at(source, builder.mul(token.index, emit.integer(self.row_bytes(0))), INT8)
+            row = emit.at(source, builder.mul(token.index, emit.integer(self.row_bytes[0])), INT8)
             target = emit.at(self.keys, builder.mul(token.index, emit.integer(self.head_dim)), INT16)
-            for byte in range(0, self.row_bytes(0), CHUNK):
+            for byte in range(0, self.row_bytes[0], CHUNK):
                 load = builder.load(emit.at(row, byte, INT8), typ=_CODES, align=1)
                 for channel, codes in self._channels(load, byte, bits):
                     builder.store(self._wide(codes, bits), emit.at(target, channel, INT16), align=2)
@@ -78,9 +74,9 @@ class CodeTile:
         ]
         with emit.loop(emit.integer(0), count, 2) as token:
             tokens = [token.index, emit.minimum(builder.add(token.index, emit.integer(1)), last)]
-            rows = [emit.at(source, builder.mul(index, emit.integer(self.row_bytes(1))), INT8) for index in tokens]
+            rows = [emit.at(source, builder.mul(index, emit.integer(self.row_bytes[1])), INT8) for index in tokens]
             target = emit.at(self.values, builder.mul(token.index, emit.integer(CHUNK // 2)))
-            for byte in range(0, self.row_bytes(1), CHUNK):
+            for byte in range(0, self.row_bytes[1], CHUNK):
                 loads = [builder.load(emit.at(row, byte, INT8), typ=_CODES, align=1) for row in rows]
                 halves = zip(*(self._channels(load, byte, bits) for load in loads), strict=True)
                 for (channel, even), (_, odd) in halves:
@@ -111,21 +107,11 @@ class CodeTile:
                 emit.store(emit.load_bfloat16(emit.at(source, channel, INT16)), target)
 
     def _emit_value_parameters(self, head: Value, first: Value, count: Value) -> None:
-        """As they lie in memory; of the last tile one by one, with zeros behind them."""
-        emit, builder, size = self.emit, self.builder, self.tile * self.num_groups
         index = self.call.index(head, (self.call[Field.NUM_KEYS], first), (self.num_groups, 0))
-        is_whole = builder.icmp_signed("==", count, emit.integer(self.tile))
         for part, field in enumerate((Field.VALUE_SCALES, Field.VALUE_OFFSETS)):
-            source = emit.at(self.call[field], index, INT16)
-            target = emit.at(self.value_parameters, part * size)
-            with emit.when(is_whole), emit.loop(emit.integer(0), emit.integer(size), emit.lanes) as place:
-                emit.store(emit.load_bfloat16(emit.at(source, place.index, INT16)), emit.at(target, place.index))
-            with emit.when(builder.not_(is_whole)):
-                with emit.loop(emit.integer(0), emit.integer(size), emit.lanes) as place:
-                    emit.store(emit.constant(0.0), emit.at(target, place.index))
-                with emit.loop(emit.integer(0), builder.mul(count, emit.integer(self.num_groups)), 1) as place:
-                    number = emit.load_one_bfloat16(emit.at(source, place.index, INT16))
-                    builder.store(number, emit.at(target, place.index), align=4)
+            source = self.emit.at(self.call[field], index, INT16)
+            target = self.emit.at(self.value_parameters, part * self.num_groups * self.tile)
+            emit_parameters_by_group(self.emit, source, count, target, self.num_groups, self.tile)
 
 
 def emit_parameters_by_group(

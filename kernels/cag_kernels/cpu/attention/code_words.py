@@ -66,22 +66,6 @@ def joined_vectors(builder: ir.IRBuilder, parts: Sequence[Value]) -> Value:
     return builder.shuffle_vector(*parts, ir.Constant(ir.VectorType(INT32, len(order)), order))
 
 
-def transposed_octets(builder: ir.IRBuilder, vectors: Sequence[Value]) -> list[Value]:
-    """Within each eight lanes of eight vectors: lane `i` of vector `j` becomes lane `j` of vector `i`."""
-    found, lanes = list(vectors), vectors[0].type.count
-    for distance in (4, 2, 1):
-        for index in range(8):
-            if not index & distance:
-                first, second = found[index], found[index + distance]
-                upper = [lane + lanes - distance if lane & distance else lane for lane in range(lanes)]
-                lower = [lane + lanes if lane & distance else lane + distance for lane in range(lanes)]
-                orders = [ir.Constant(ir.VectorType(INT32, lanes), order) for order in (upper, lower)]
-                found[index], found[index + distance] = (
-                    builder.shuffle_vector(first, second, order) for order in orders
-                )
-    return found
-
-
 def interleaved(builder: ir.IRBuilder, vectors: Sequence[Value]) -> list[Value]:
     """Lane 0 of all vectors, then lane 1 of all, and so on, in as many vectors: a power of two of them."""
     if len(vectors) == 1:

@@ -21,7 +21,6 @@ from cag_kernels.cpu.attention.code_words import (
     pair_of_codes,
     rounded_pairs,
     side_by_side,
-    transposed_octets,
 )
 from cag_kernels.cpu.attention.few import SUMS_IN_REGISTERS
 from cag_kernels.cpu.attention.panel import Blocking
@@ -37,7 +36,7 @@ _SHIFTS = {8: (0, 8), 4: (0, 8, 4, 12)}  # bits of a code -> where two of a word
 def few_codes_serve(head_dim: int, codes: Codes, blocking: Blocking) -> bool:
     """Whether whole vectors of neighbouring codes belong to one group, and a key has enough of them."""
     pair = 2 * blocking.lanes
-    key_bytes, value_bytes = (head_dim * bits // 8 for bits in (codes.key_bits, codes.value_bits))
+    key_bytes, value_bytes = codes.row_bytes(head_dim)
     is_whole = value_bytes % pair == 0 and min(codes.group_channels, head_dim) % pair == 0
     return is_whole and key_bytes >= 4 * _WORDS
 
@@ -60,7 +59,7 @@ class FewCodes:
         self.head_dim, self.rows, self.blocking, self.codes = head_dim, range(rows), blocking, codes
         self.num_groups = num_channel_groups(head_dim, codes)
         self.group = min(codes.group_channels, head_dim)
-        self.row_bytes = [head_dim * bits // 8 for bits in (codes.key_bits, codes.value_bits)]
+        self.row_bytes = codes.row_bytes(head_dim)
         self.query, self.key_codes, self.value_codes, *self.parameters = self.function.args[:7]
         self.maximum, self.denominator, self.weighted = self.function.args[7:10]
         self.first, self.num_keys, self.num_lanes = self.function.args[10:]
@@ -210,7 +209,7 @@ class FewCodes:
             start = min(begin, size - 4 * _WORDS)
             loads = [builder.load(emit.at(row, start, INT8), typ=words, align=1) for row in rows]
             joined = [joined_vectors(builder, [loads[half + key] for half in halves]) for key in range(_WORDS)]
-            for number, turned in enumerate(transposed_octets(builder, joined)):
+            for number, turned in enumerate(emit.transposed(joined)):
                 place = (start // 4 + number) * self.vectors * lanes + vector * lanes
                 builder.store(turned, emit.at(self.turned, place), align=4)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.call import Call, Field
-from cag_kernels.cpu.attention.code_ranges import serve_by_code_panels
+from cag_kernels.cpu.attention.code_ranges import serve_by_integers
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_few, serve_by_panels
 from cag_kernels.cpu.attention.window_call import emit_first_keys, emit_range_bounds, emit_seeing
@@ -42,7 +42,7 @@ def attention_module(
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
     if by_integers:
         assert codes is not None
-        serve = serve_by_code_panels(attend, codes, few_rows)
+        serve = serve_by_integers(attend, codes, few_rows)
     elif few_rows is None:
         serve = serve_by_panels(attend, codes)
     else:

@@ -30,7 +30,7 @@ class Coded(Operands):
 
     def __init__(self, call: Call, emit: TileEmitter, codes: Codes) -> None:
         self.bits = codes.key_bits, codes.value_bits
-        super().__init__(call, emit, (call.head_dim * codes.key_bits // 8, call.head_dim * codes.value_bits // 8))
+        super().__init__(call, emit, codes.row_bytes(call.head_dim))
         self.dequantizer = Dequantizer(call, codes)
         self.codes = codes
         self.keys = emit.bytes_on_stack(self.piece_bytes)
