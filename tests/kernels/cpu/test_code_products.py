@@ -49,7 +49,7 @@ def integers(monkeypatch):
 
 def _kernels(blocking):
     def kernel(head_dim, codes, _tiles, window=None, rows=None):
-        few_rows = cpu._few_rows(head_dim, rows, window)
+        few_rows = cpu._few_rows(head_dim, rows, window) if few_codes_serve(head_dim, codes, blocking) else None
         key = blocking, head_dim, codes, window is not None, few_rows
         if key not in _made:
             arguments = head_dim, blocking, few_rows, codes, window is not None, True

@@ -11,7 +11,7 @@ from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.attention.code_panel import MAX_CODE_WIDTH, CodePanel
 from cag_kernels.cpu.attention.code_tile import CodeTile, codes_place, num_channel_groups
 from cag_kernels.cpu.attention.dequantize import SIDES, Dequantizer
-from cag_kernels.cpu.attention.few_codes import FewCodes, few_codes_serve
+from cag_kernels.cpu.attention.few_codes import FewCodes
 from cag_kernels.cpu.attention.panel import MAX_WIDTH, WideTile
 from cag_kernels.cpu.attention.ranges import Range, Serve, emit_nothing, emit_panels, float_panels
 from cag_kernels.cpu.emit import INT16, Value
@@ -19,12 +19,13 @@ from cag_kernels.prefixes import Codes
 
 
 def serve_by_integers(call: Call, codes: Codes, few_rows: int | None = None) -> Serve:
-    """Groups of keys must be whole tiles. With `few_rows`: for one query of exactly so many rows, without a window."""
+    """Groups of keys must be whole tiles. With `few_rows`: for one query of exactly so many rows, without a window, of
+    codes that `few_codes_serve`."""
     assert codes.group_tokens % call.blocking.tile == 0
-    if few_rows is not None and few_codes_serve(call.head_dim, codes, call.blocking):
-        emit_codes, widest = _few(call, codes, few_rows), 1  # they are no more than a vector has lanes
-    else:
+    if few_rows is None:
         emit_codes, widest = _tile_by_tile(call, codes), MAX_WIDTH
+    else:
+        emit_codes, widest = _few(call, codes, few_rows), 1  # they are no more than a vector has lanes
     exact = _ExactTiles(call, codes, widest)
     builder = call.emit.builder
 

@@ -324,8 +324,18 @@ def code_kernel(
     with _lock:
         if tiles:
             return _tiles_for(head_dim, codes, window)
+        by_integers = multiplies_codes(codes)
         few_rows = _few_rows(head_dim, single_query_rows, window)
-        return _compile(head_dim, few_rows, codes, window is not None, multiplies_codes(codes))
+        if by_integers and not _few_codes_serve(head_dim, codes):
+            few_rows = None
+        return _compile(head_dim, few_rows, codes, window is not None, by_integers)
+
+
+def _few_codes_serve(head_dim: int, codes: Codes) -> bool:
+    from cag_kernels.cpu.attention.few_codes import few_codes_serve
+    from cag_kernels.cpu.attention.panel import host_blocking
+
+    return few_codes_serve(head_dim, codes, host_blocking())
 
 
 def multiplies_codes(codes: Codes) -> bool:
