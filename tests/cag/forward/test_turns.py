@@ -158,8 +158,9 @@ def test_a_build_goes_at_once_when_nobody_answers_any_more(turns, monkeypatch):
 
 
 @pytest.mark.parametrize("num_pauses", [0, 1])
-def test_what_a_check_raises_ends_a_wait_and_takes_no_turn_from_anybody(turns, num_pauses):
-    stopped = []
+def test_what_a_check_raises_ends_a_wait_and_takes_no_turn_from_anybody(turns, num_pauses, monkeypatch):
+    now, stopped = [100.0], []
+    monkeypatch.setattr("cag.forward.turns.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def check():
         if stopped:
@@ -169,6 +170,7 @@ def test_what_a_check_raises_ends_a_wait_and_takes_no_turn_from_anybody(turns, n
     build.until_inside()
     answer = Worker(turns, "answer", [], polite=False)
     until(lambda: turns._num_waiting == 1)
+    now[0] += 5.0  # as above
     build.go()
     answer.until_inside()
     stopped.append(True)
