@@ -1,6 +1,7 @@
 """Products over packed weights, and over plain ones, against the ordinary product."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -105,12 +106,40 @@ def test_every_number_of_rows(rows, dtype):
 
 
 @compiled
-def test_compiled_blocks_have_the_bits_of_few_rows(monkeypatch):
+@pytest.mark.parametrize("in_features", [80, 576, 4096])
+def test_compiled_blocks_have_the_bits_of_few_rows(in_features, monkeypatch):
+    """Also of blocks of which the cache holds some rows only."""
     monkeypatch.setattr(linear, "MOST_COMPILED_ROWS", dict.fromkeys(linear.MOST_COMPILED_ROWS, 700))
-    block, weight, bias = operands(700, 67, 576, bias=True)
+    block, weight, bias = operands(700, 67, in_features, bias=True)
     packed = pack_weight(weight)
     few = [packed_linear(part, packed, bias) for part in torch.split(block, 9)]
     assert torch.equal(packed_linear(block, packed, bias), torch.cat(few))
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_vectors_of_any_width_give_the_same_bits(lanes, monkeypatch):
+    """Those that this processor does not have are cut by the compiler."""
+    from cag_kernels.cpu.attention.panel import Blocking
+    from cag_kernels.cpu.products import linear as cpu_linear
+
+    cases = [operands(rows, 67, 848, bias=True) for rows in (1, 2, 6, 7, 24, 25, 140)]
+    expected = [packed_linear(block, pack_weight(weight), bias) for block, weight, bias in cases]
+    monkeypatch.setattr(cpu_linear, "host_blocking", lambda: Blocking(lanes, 4))
+    monkeypatch.setattr(cpu_linear, "_compile", cache(cpu_linear.LinearKernel))
+    for (block, weight, bias), one in zip(cases, expected, strict=True):
+        assert torch.equal(packed_linear(block, pack_weight(weight), bias), one)
+
+
+def test_rows_that_are_served_at_once_are_about_as_many_each_time():
+    from cag_kernels.cpu.products import linear as cpu_linear
+
+    for num_rows in (1, 24, 25, 130, 700):
+        for in_features in (64, 576, 1536, 8960, 100_000):
+            at_once = cpu_linear._rows_at_once(num_rows, 4 * in_features, 24)
+            times = -(-num_rows // at_once)
+            assert at_once <= max(24, cpu_linear.CACHED_BYTES // (4 * in_features))
+            assert at_once * times - num_rows < times
 
 
 @compiled
@@ -161,7 +190,7 @@ def test_strided_blocks_and_gradients_are_served():
     packed = pack_weight(weight)
     strided = block.t().contiguous().t()
     assert torch.equal(packed_linear(strided, packed, bias), packed_linear(block, packed, bias))
-    for rows in (block, operands(FEW_ROWS + 1, 40, 48)[0]):
+    for rows in (block, operands(2 * FEW_ROWS + 1, 40, 48)[0]):
         rows.requires_grad_()
         products = [packed_linear(rows, packed, bias), packed_linear(rows, pack_weight(weight * 2), bias)]
         sum(products).sum().backward()
@@ -197,7 +226,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(dtype):
 @compiled
 def test_python_threads_do_not_disturb_each_other():
     """Unpacking threads too: the memory that a weight is unpacked to belongs to one thread."""
-    cases = [operands(rows, 131, 576, bias=rows % 2 == 0) for rows in (*range(2, 18), 130, 131, 132)]
+    cases = [operands(rows, 131, 576, bias=rows % 2 == 0) for rows in (*range(2, 18), 130, 131, 257, 258)]
     cases = [(block, pack_weight(weight), bias) for block, weight, bias in cases]
     alone = [packed_linear(*case) for case in cases]
     with ThreadPoolExecutor(4) as pool:

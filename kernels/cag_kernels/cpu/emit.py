@@ -134,6 +134,13 @@ class Emitter:
         index = self.integer(index) if isinstance(index, int) else index
         return self.builder.gep(pointer, [index], source_etype=element)
 
+    def opaque(self, pointer: Value) -> Value:
+        """The same address, of which the compiler knows nothing: it has a register of its own, and what lies near is
+        found from there. Addresses of two registers, which it would take for loops, are no part of an instruction that
+        computes on some processors, and take a place beside it."""
+        kind = ir.FunctionType(POINTER, [POINTER])
+        return self.builder.call(ir.InlineAsm(kind, "", "=r,0", side_effect=False), [pointer])
+
     def constant(self, value: float) -> Value:
         """A vector of one number."""
         return ir.Constant(self.vector, [value] * self.lanes)

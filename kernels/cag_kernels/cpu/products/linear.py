@@ -5,6 +5,10 @@ through once in the order in which it lies, each number of it meets every row of
 added up across lanes. A bfloat16 weight is half as much to read and is widened on the way. Threads share panels out
 (`cpu.team`); no number depends on which thread computes it, nor on how many rows there are: a row's sums take the same
 turns alone and in company.
+
+Where registers are many a pass has many rows, and `lay` copies these first, 64 features of all rows side by side. So a
+pass finds them from one address, and in places of the first cache that do not push each other out, as those of rows of
+4,096 numbers do. Of a long block as many rows are served at once as the second cache holds.
 """
 
 from __future__ import annotations
@@ -18,17 +22,19 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels.cpu.attention.panel import host_blocking
-from cag_kernels.cpu.emit import FLOAT, INT16, INT32, INT64, POINTER, Emitter, Value, function_blocks
+from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, Emitter, Value, function_blocks
 from cag_kernels.cpu.passes import emit_passes
 from cag_kernels.cpu.program import Program
-from cag_kernels.cpu.tape import CompiledStep, Reads, new_call
+from cag_kernels.cpu.tape import CompiledStep, Reads, new_call, scratch_memory
 from cag_kernels.cpu.team import Share
 from cag_kernels.packed import PANEL
 
 MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
 TILE = 64  # input features of one sum, a multiple of 16
 FEATURES = 4  # input features of one turn of the loop
-AHEAD = 16  # input features ahead of which the weight is asked for
+AHEAD_BYTES = {16: 2048, 8: 512}  # lanes -> ahead of which the weight is asked for
+LAYS = {16: True, 8: False}  # lanes -> whether a block is laid by tiles before it is multiplied
+CACHED_BYTES = 1 << 19  # of laid rows that are served at once, if that is more than a pass has
 
 _lock = threading.Lock()
 
@@ -38,13 +44,15 @@ class Field(IntEnum):
 
     NEXT_TASK = 0
     BLOCK = 1  # [num_rows, in_features] float32
-    WEIGHT = 2  # [num_panels, in_features, PANEL] float32 or bfloat16
-    BIAS = 3  # [out_features] float32, anything where HAS_BIAS is 0
-    OUT = 4  # [num_rows, out_features] float32
-    NUM_ROWS = 5
-    IN_FEATURES = 6  # a multiple of 16
-    OUT_FEATURES = 7
-    HAS_BIAS = 8  # 0 or 1
+    LAID = 2  # the same, where it is laid, as [tiles of TILE features, num_rows, TILE]; one row is that as it is
+    WEIGHT = 3  # [num_panels, in_features, PANEL] float32 or bfloat16
+    BIAS = 4  # [out_features] float32, anything where HAS_BIAS is 0
+    OUT = 5  # [num_rows, out_features] float32
+    NUM_ROWS = 6
+    ROWS_AT_ONCE = 7
+    IN_FEATURES = 8  # a multiple of 16
+    OUT_FEATURES = 9
+    HAS_BIAS = 10  # 0 or 1
 
 
 class LinearKernel:
@@ -53,12 +61,14 @@ class LinearKernel:
     def __init__(self, is_bfloat16: bool) -> None:
         program = Program(linear_module, host_blocking().lanes, is_bfloat16)
         self._number_bytes = 2 if is_bfloat16 else 4
-        self._multiply = CompiledStep(program.address("linear"), program)
+        self._lay, self._multiply = (CompiledStep(program.address(name), program) for name in ("lay", "linear"))
 
     def run(self, fields: tuple[int, ...], memory: tuple[Tensor, ...]) -> None:
         """Serve one call; `fields` are `Field` in order, `memory` is what their addresses are of."""
         weight, in_features, out_features = (fields[i] for i in (Field.WEIGHT, Field.IN_FEATURES, Field.OUT_FEATURES))
         reads = Reads(weight, out_features, self._number_bytes * in_features, PANEL)
+        if fields[Field.LAID] != fields[Field.BLOCK]:
+            self._lay.shared(new_call(fields, memory), -(-in_features // TILE))
         self._multiply.shared(new_call(fields, memory), -(-out_features // PANEL), reads)
 
 
@@ -69,12 +79,21 @@ def compiled_linear(
     `out [num_rows, out_features]` float32 if given."""
     num_rows, in_features = rows.shape
     out = rows.new_empty(num_rows, out_features) if out is None else out
-    start = 0 if bias is None else bias.data_ptr()
-    pointers = (rows.data_ptr(), panels.data_ptr(), start, out.data_ptr())
-    kernel = compiled_kernel(panels.dtype == torch.bfloat16)
-    fields = (0, *pointers, num_rows, in_features, out_features, int(bias is not None))
-    kernel.run(fields, (rows, panels, out) if bias is None else (rows, panels, bias, out))
+    laid, at_once, lanes = rows, num_rows, host_blocking().lanes
+    if num_rows > 1 and LAYS[lanes]:
+        size = -(-in_features // TILE) * TILE
+        laid, at_once = scratch_memory(num_rows * size), _rows_at_once(num_rows, 4 * size, MAX_ROWS[lanes])
+    parts = rows, laid, panels, bias, out
+    pointers = (0 if part is None else part.data_ptr() for part in parts)
+    fields = (0, *pointers, num_rows, at_once, in_features, out_features, int(bias is not None))
+    compiled_kernel(panels.dtype == torch.bfloat16).run(fields, tuple(part for part in parts if part is not None))
     return out
+
+
+def _rows_at_once(num_rows: int, row_bytes: int, pass_rows: int) -> int:
+    """Of whole passes that the second cache holds, at least one; about the same number each time."""
+    most = max(1, CACHED_BYTES // (row_bytes * pass_rows)) * pass_rows
+    return -(-num_rows // -(-num_rows // most))
 
 
 def compiled_kernel(is_bfloat16: bool) -> LinearKernel:
@@ -89,8 +108,9 @@ def _compile(is_bfloat16: bool) -> LinearKernel:
 
 
 def linear_module(lanes: int, is_bfloat16: bool) -> ir.Module:
-    """Module with `linear`, of one pointer to the fields of a call."""
+    """Module with `lay` and `linear`, each of one pointer to the fields of a call."""
     module = ir.Module(name="linear")
+    _Lay(module, lanes)
     passes = [_Pass(module, lanes, rows, is_bfloat16).function for rows in range(1, MAX_ROWS[lanes] + 1)]
     _Linear(module, lanes, passes, is_bfloat16)
     return module
@@ -99,20 +119,20 @@ def linear_module(lanes: int, is_bfloat16: bool) -> ir.Module:
 class _Pass:
     """`rows` rows of the block by one panel.
 
-    Arguments: the panel, the first row of the block, the panel's first bias and its first number out; then features
-    from a row of the block to the next, those of out, how many biases there are, and how many features of the panel.
+    Arguments: the panel, the first row of the block, the panel's first bias and its first number out; then input
+    features, rows of the block, numbers from a row of out to the next, biases, and features of the panel.
     """
 
     def __init__(self, module: ir.Module, lanes: int, rows: int, is_bfloat16: bool) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 4)
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 5)
         self.function = ir.Function(module, kind, name=f"rows_{rows}")
         self.function.linkage = "internal"
         self.emit = Emitter(self.function, lanes)
         self.rows = range(rows)
         self.vectors = range(PANEL // lanes)
-        self.is_bfloat16 = is_bfloat16
+        self.is_bfloat16, self.is_laid = is_bfloat16, LAYS[lanes]
         self.panel, self.block, self.bias, self.out = self.function.args[:4]
-        self.stride, self.out_stride, self.num_bias, self.num_out = self.function.args[4:]
+        self.in_features, self.num_rows, self.out_stride, self.num_bias, self.num_out = self.function.args[4:]
         self._emit_features()
 
     def _emit_features(self) -> None:
@@ -121,8 +141,8 @@ class _Pass:
         totals = [emit.scratch(emit.lanes) for _ in self.rows for _ in self.vectors]
         for total in totals:
             emit.store(emit.constant(0.0), total)
-        with emit.loop(emit.integer(0), self.stride, TILE) as tile:
-            stop = emit.minimum(builder.add(tile.index, emit.integer(TILE)), self.stride)
+        with emit.loop(emit.integer(0), self.in_features, TILE) as tile:
+            stop = emit.minimum(builder.add(tile.index, emit.integer(TILE)), self.in_features)
             for total, value in zip(totals, self._emit_tile(tile.index, stop), strict=True):
                 emit.store(builder.fadd(emit.load(total), value), total)
         self._emit_end([emit.load(total) for total in totals])
@@ -131,14 +151,22 @@ class _Pass:
         """Sums stay in registers, one for each vector out. With few of them additions wait for each other, which
         reading the weight hides."""
         emit, builder = self.emit, self.emit.builder
-        places = [emit.at(self.block, builder.mul(self.stride, emit.integer(row))) for row in self.rows]
+        begin = builder.sub(builder.mul(start, self.num_rows), start) if self.is_laid else emit.integer(0)
+        block, apart = (
+            emit.at(self.block, begin),
+            [builder.mul(self.in_features, emit.integer(row)) for row in self.rows],
+        )
         nothing = [emit.constant(0.0)] * (len(self.rows) * len(self.vectors))
         with emit.loop(start, stop, FEATURES, nothing) as feature:
+            first = emit.at(block, feature.index)
+            places = [emit.at(first, step) for step in apart]
+            if self.is_laid:
+                near = emit.opaque(first)
+                places = [emit.at(near, row * TILE) for row in self.rows]
             sums = feature.values
             for step in range(FEATURES):
-                index = builder.add(feature.index, emit.integer(step))
-                weights = self._weights(index)
-                numbers = [emit.spread(emit.at(place, index)) for place in places]
+                weights = self._weights(builder.add(feature.index, emit.integer(step)))
+                numbers = [emit.spread(emit.at(place, step)) for place in places]
                 products = [(number, weight) for number in numbers for weight in weights]
                 sums = [emit.multiply_add(*product, total) for product, total in zip(products, sums, strict=True)]
             feature.following = sums
@@ -148,7 +176,7 @@ class _Pass:
         """A panel's numbers for one input feature; those some way ahead are asked for."""
         emit, element = self.emit, INT16 if self.is_bfloat16 else FLOAT
         place = emit.at(self.panel, emit.builder.mul(feature, emit.integer(PANEL)), element)
-        emit.prefetch(emit.at(place, AHEAD * PANEL, element))
+        emit.prefetch(emit.at(place, AHEAD_BYTES[emit.lanes], INT8))
         load = emit.load_bfloat16 if self.is_bfloat16 else emit.load
         return [load(emit.at(place, vector * emit.lanes, element)) for vector in self.vectors]
 
@@ -219,43 +247,79 @@ def _store_some(emit: Emitter, value: Value, pointer: Value, count: Value) -> No
     emit.builder.call(function, [value, pointer, ir.Constant(INT32, 4), _inside(emit, count)])
 
 
-class _Linear:
-    """The function that threads run: task by task, panel by panel, pass by pass."""
+class _Fields:
+    """A function of one pointer to the fields of a call."""
 
-    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], is_bfloat16: bool) -> None:
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name="linear")
+    def __init__(self, module: ir.Module, name: str, lanes: int) -> None:
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
         self.emit = Emitter(self.function, lanes)
-        self.passes = passes
-        self.element = INT16 if is_bfloat16 else FLOAT
-        fields = {field: self._read(field) for field in list(Field)[1:]}
-        self.block, self.weight, self.bias, self.out = (fields[field] for field in list(Field)[1:5])
-        self.num_rows, self.in_features, self.out_features, self.has_bias = (fields[field] for field in list(Field)[5:])
-        self._emit_tasks()
+        self.next_task = self.emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)
+        self.fields = {field: self._read(field) for field in list(Field)[1:]}
 
     def _read(self, field: Field) -> Value:
         value = self.emit.builder.load(self.emit.at(self.function.args[0], int(field), INT64), typ=INT64, align=8)
         return self.emit.builder.inttoptr(value, POINTER) if Field.BLOCK <= field <= Field.OUT else value
 
-    def _emit_tasks(self) -> None:
-        emit, builder = self.emit, self.emit.builder
-        share = Share(emit, self.out_features, emit.integer(PANEL))
-        with share.units(emit, emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)) as unit:
+
+class _Lay(_Fields):
+    """Copies the block tile by tile. What is behind the last feature stays as it is: nobody reads it."""
+
+    def __init__(self, module: ir.Module, lanes: int) -> None:
+        super().__init__(module, "lay", lanes)
+        emit, builder, in_features = self.emit, self.emit.builder, self.fields[Field.IN_FEATURES]
+        share = Share(emit, in_features, emit.integer(TILE))
+        with share.units(emit, self.next_task) as unit:
             first = builder.mul(unit, share.size)
-            stop = emit.minimum(builder.add(first, share.size), self.out_features)
-            with emit.loop(first, stop, PANEL) as feature:
-                self._emit_panel(feature.index)
+            stop = emit.minimum(builder.add(first, share.size), in_features)
+            with emit.loop(first, stop, TILE) as tile:
+                self._emit_tile(tile.index, emit.minimum(builder.add(tile.index, emit.integer(TILE)), stop))
         builder.ret_void()
 
-    def _emit_panel(self, first: Value) -> None:
-        """All rows of the block by one panel."""
-        emit, builder = self.emit, self.emit.builder
-        num_out = emit.minimum(builder.sub(self.out_features, first), emit.integer(PANEL))
-        panel = emit.at(self.weight, builder.mul(first, self.in_features), self.element)
-        bias, num_bias = emit.at(self.bias, first), builder.mul(self.has_bias, num_out)
+    def _emit_tile(self, start: Value, stop: Value) -> None:
+        emit, builder, num_rows = self.emit, self.emit.builder, self.fields[Field.NUM_ROWS]
+        begin = emit.at(self.fields[Field.LAID], builder.sub(builder.mul(start, num_rows), start))
+        with emit.loop(emit.integer(0), num_rows, 1) as row:
+            source = emit.at(self.fields[Field.BLOCK], builder.mul(row.index, self.fields[Field.IN_FEATURES]))
+            target = emit.at(begin, builder.mul(row.index, emit.integer(TILE)))
+            with emit.loop(start, stop, emit.lanes) as feature:
+                emit.store(emit.load(emit.at(source, feature.index)), emit.at(target, feature.index))
+
+
+class _Linear(_Fields):
+    """The function that threads run: task by task, rows that are served at once, panel by panel, pass by pass."""
+
+    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], is_bfloat16: bool) -> None:
+        super().__init__(module, "linear", lanes)
+        self.passes = passes
+        self.element = INT16 if is_bfloat16 else FLOAT
+        self._emit_tasks()
+
+    def _emit_tasks(self) -> None:
+        emit, builder, fields = self.emit, self.emit.builder, self.fields
+        share = Share(emit, fields[Field.OUT_FEATURES], emit.integer(PANEL))
+        with share.units(emit, self.next_task) as unit:
+            first = builder.mul(unit, share.size)
+            stop = emit.minimum(builder.add(first, share.size), fields[Field.OUT_FEATURES])
+            with emit.loop(emit.integer(0), fields[Field.NUM_ROWS], fields[Field.ROWS_AT_ONCE]) as rows:
+                left = builder.sub(fields[Field.NUM_ROWS], rows.index)
+                num_rows = emit.minimum(left, fields[Field.ROWS_AT_ONCE])
+                with emit.loop(first, stop, PANEL) as feature:
+                    self._emit_panel(feature.index, rows.index, num_rows)
+        builder.ret_void()
+
+    def _emit_panel(self, first: Value, first_row: Value, num_rows: Value) -> None:
+        """Some rows of the block by one panel."""
+        emit, builder, fields = self.emit, self.emit.builder, self.fields
+        in_features, out_features = fields[Field.IN_FEATURES], fields[Field.OUT_FEATURES]
+        num_out = emit.minimum(builder.sub(out_features, first), emit.integer(PANEL))
+        panel = emit.at(fields[Field.WEIGHT], builder.mul(first, in_features), self.element)
+        bias, num_bias = emit.at(fields[Field.BIAS], first), builder.mul(fields[Field.HAS_BIAS], num_out)
+        block, step = (Field.LAID, emit.integer(TILE)) if LAYS[emit.lanes] else (Field.BLOCK, in_features)
 
         def arguments(row: Value) -> list[Value]:
-            block = emit.at(self.block, builder.mul(row, self.in_features))
-            out = emit.at(self.out, builder.add(builder.mul(row, self.out_features), first))
-            return [panel, block, bias, out, self.in_features, self.out_features, num_bias, num_out]
+            row = builder.add(first_row, row)
+            begin = emit.at(fields[block], builder.mul(row, step))
+            out = emit.at(fields[Field.OUT], builder.add(builder.mul(row, out_features), first))
+            return [panel, begin, bias, out, in_features, fields[Field.NUM_ROWS], out_features, num_bias, num_out]
 
-        emit_passes(emit, self.num_rows, self.passes, arguments)
+        emit_passes(emit, num_rows, self.passes, arguments)
