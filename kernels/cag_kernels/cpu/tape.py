@@ -27,7 +27,7 @@ from torch import Tensor
 from cag_kernels.cpu.threads import openmp_parallel, run_on_threads, thread_pool
 
 _state = threading.local()
-_pool_lock = threading.Lock()
+_pool_lock, _player_lock = threading.Lock(), threading.Lock()
 
 
 class Header(IntEnum):
@@ -86,7 +86,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._steps: list[_Step] = []
-        self._kept: list[Any] = []  # what the calls' addresses are of
+        self._kept: list[Any] = []  # what the addresses of steps and in their calls are of
         self._scratch = torch.empty(0, dtype=torch.float32)
         self._header = np.zeros(Header.STEPS + 1, dtype=np.int64)
         self._rows = np.zeros((0, STEP_FIELDS), dtype=np.int64)
@@ -111,7 +111,7 @@ class Tape:
         self._steps.append(_Step(entry, call, alone, reads))
 
     def keep(self, memory: Sequence[Any]) -> None:
-        """Keep what the addresses in calls are of, as long as the tape."""
+        """Keep what addresses are of, as long as the tape."""
         self._kept.extend(memory)
 
     def scratch(self, count: int) -> Tensor:
@@ -188,7 +188,8 @@ def _recording() -> Tape | None:
 
 
 class CompiledStep:
-    """A compiled function of one pointer, to be called and to be recorded. `owner` is what keeps its code alive."""
+    """A compiled function of one pointer, to be called and to be recorded. `owner` is what keeps its code alive: as long
+    as this object, or a tape that it is on."""
 
     def __init__(self, entry: int, owner: Any) -> None:
         self.entry = entry
@@ -201,6 +202,7 @@ class CompiledStep:
         if tape is None:
             self.function(call)
         else:
+            tape.keep((self,))
             tape.add(self.entry, call, alone=True)
 
     def shared(self, call: Any, num_tasks: int, reads: Reads | None = None) -> None:
@@ -209,23 +211,27 @@ class CompiledStep:
         if tape is None:
             run_on_threads(self.function, self.entry, call, num_tasks)
         else:
+            tape.keep((self,))
             tape.add(self.entry, call, alone=False, reads=reads)
 
 
 def _run_in_pool(memory: int, num_threads: int) -> None:
     """Where there is no OpenMP of GNU. Threads of two tapes must not wait for each other, hence the lock."""
+    play = _player().function
     with _pool_lock:
-        list(thread_pool(num_threads).map(lambda _: _player().function(memory), range(num_threads)))
+        list(thread_pool(num_threads).map(lambda _: play(memory), range(num_threads)))
+
+
+def _player() -> CompiledStep:
+    """What plays a tape, compiled once a process: two threads that came first would have two programs."""
+    with _player_lock:
+        return _compile_player()
 
 
 @cache
-def _program() -> Any:
+def _compile_player() -> CompiledStep:
     from cag_kernels.cpu.player import player_module
     from cag_kernels.cpu.program import Program
 
-    return Program(player_module)
-
-
-@cache
-def _player() -> CompiledStep:
-    return CompiledStep(_program().address("play"), _program())
+    program = Program(player_module)
+    return CompiledStep(program.address("play"), program)
