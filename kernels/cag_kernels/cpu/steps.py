@@ -86,7 +86,7 @@ def rotate_and_store(
 ) -> None:
     """See `cpu.rows.rotate_and_store`; `rounded` is the query besides in bfloat16, `targets` pages and places."""
     tensors = [projected, cosines, sines, query, rounded, *pool, *targets]
-    _shared(_rotate_and_store, tensors, [*query.shape, *pool[0].shape[:3]], 1)
+    _shared(_rotate_and_store, tensors, [*query.shape, *pool[0].shape[:3]], query.shape[1])
 
 
 def take_rows(source: Tensor, rows: Tensor, out: Tensor, rounded: Tensor | None = None) -> None:
@@ -170,29 +170,30 @@ def _head_norm(call: Any) -> None:
 
 
 def _rotate_and_store(call: Any) -> None:
-    if take_task(call) > 0:
-        return
     fields = carray(call, 16, np.int64)
     num_q_heads, num_rows, head_dim, num_pages = fields[10], fields[11], fields[12], fields[13]
     num_kv_heads, page_tokens = fields[14], fields[15]
     width = (num_q_heads + 2 * num_kv_heads) * head_dim
     pool = (num_pages, num_kv_heads, page_tokens, head_dim)
+    projected = carray(memory(fields[1]), (num_rows, width), np.float32)
+    cosines = carray(memory(fields[2]), (num_rows, head_dim), np.float32)
+    sines = carray(memory(fields[3]), (num_rows, head_dim), np.float32)
     query = carray(memory(fields[4]), (num_q_heads, num_rows, head_dim), np.float32)
-    cpu_rows.rotate_and_store(
-        carray(memory(fields[1]), (num_rows, width), np.float32),
-        carray(memory(fields[2]), (num_rows, head_dim), np.float32),
-        carray(memory(fields[3]), (num_rows, head_dim), np.float32),
-        query,
-        carray(memory(fields[6]), pool, np.uint16),
-        carray(memory(fields[7]), pool, np.uint16),
-        carray(memory(fields[8]), num_rows, np.int64),
-        carray(memory(fields[9]), num_rows, np.int64),
-    )
-    count = num_q_heads * num_rows * head_dim
-    numbers = carray(memory(fields[4]), count, np.float32)
-    rounded = carray(memory(fields[5]), count, np.uint16)
-    for index in range(count):
-        rounded[index] = narrowed(numbers[index])
+    rounded = carray(memory(fields[5]), (num_q_heads, num_rows, head_dim), np.uint16)
+    keys = carray(memory(fields[6]), pool, np.uint16)
+    values = carray(memory(fields[7]), pool, np.uint16)
+    pages = carray(memory(fields[8]), num_rows, np.int64)
+    places = carray(memory(fields[9]), num_rows, np.int64)
+    row = take_task(call)
+    while row < num_rows:
+        own = slice(row, row + 1)
+        cpu_rows.rotate_and_store(
+            projected[own], cosines[own], sines[own], query[:, own], keys, values, pages[own], places[own]
+        )
+        for head in range(num_q_heads):
+            for index in range(head_dim):
+                rounded[head, row, index] = narrowed(query[head, row, index])
+        row = take_task(call)
 
 
 def _take_rows(call: Any) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("llvmlite")
 import llvmlite.binding as llvm
 
 from cag_kernels.cpu.attention.few_codes import few_codes_serve
-from cag_kernels.cpu.attention.loops import attention_module
+from cag_kernels.cpu.attention.loops import attention_module, shares_ends
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.pairs import pairs_win
 
@@ -53,7 +53,7 @@ def _kernels(blocking):
         key = blocking, head_dim, codes, window is not None, few_rows
         if key not in _made:
             arguments = head_dim, blocking, few_rows, codes, window is not None, True
-            _made[key] = CompiledKernel(blocking, attention_module, *arguments)
+            _made[key] = CompiledKernel(blocking, attention_module, *arguments, shares=shares_ends(blocking))
         return _made[key]
 
     return kernel

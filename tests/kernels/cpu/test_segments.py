@@ -12,7 +12,7 @@ from cag_kernels.cpu.attention import segments as cpu
 from cag_kernels.cpu.attention.segments import CompiledKernel, cpu_attention, cpu_attention_serves, warm_up
 
 pytest.importorskip("llvmlite")
-from cag_kernels.cpu.attention.loops import attention_module
+from cag_kernels.cpu.attention.loops import attention_module, shares_ends
 from cag_kernels.cpu.attention.panel import Blocking
 
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
@@ -95,7 +95,7 @@ def test_other_processors_blocking(blocking, num_queries, monkeypatch):
     """Vectors of eight, as on a processor without AVX-512, and other cuts of the work."""
     query, keys, values = make((6, 2, 64, num_queries, 777))
     few_rows = 3 if num_queries == 1 else None
-    kernel = CompiledKernel(blocking, attention_module, 64, blocking, few_rows)
+    kernel = CompiledKernel(blocking, attention_module, 64, blocking, few_rows, shares=shares_ends(blocking))
     monkeypatch.setattr(cpu, "compiled_kernel", lambda *_which: kernel)
     assert_close(cpu_attention(query, keys, values, scale=0.2, offset=777), query, keys, values, 0.2)
 

@@ -1,7 +1,8 @@
 """The compiled functions of one call: `prepare` the query, `attend` task by task, `finish` by merging the ranges.
 
 A task is one range of keys of one key/value head. Threads take tasks from a shared counter, so they are busy alike; the
-ranges have a fixed number of keys and are merged in order, so the threads do not show in the result.
+ranges have a fixed number of keys and are merged in order, so the threads do not show in the result. What is done
+before and behind is cut into vectors of rows, which threads may share out, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from cag_kernels.cpu.attention.code_ranges import serve_by_integers
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_few, serve_by_panels
 from cag_kernels.cpu.attention.window_call import emit_first_keys, emit_range_bounds, emit_seeing
-from cag_kernels.cpu.emit import FLOAT, INT32, UNSEEN, Value, function_blocks
+from cag_kernels.cpu.emit import FLOAT, INT32, LINE_BYTES, UNSEEN, Value, function_blocks
+from cag_kernels.cpu.team import Share
 from cag_kernels.prefixes import Codes
+
+
+def shares_ends(blocking: Blocking) -> bool:
+    """Whether all threads run `prepare` and `finish`, else one does: where a vector of rows is a line of the cache."""
+    return 4 * blocking.lanes == LINE_BYTES
 
 
 def attention_module(
@@ -35,8 +42,8 @@ def attention_module(
     """
     module = ir.Module(name=f"attention_{head_dim}")
     prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
-    _emit_prepare(prepare)
-    if has_window:
+    _emit_vectors(prepare, lambda head, vector: _emit_prepare(prepare, head, vector))
+    if has_window:  # all threads write the same
         emit_first_keys(prepare, blocking.tile)
     prepare.emit.builder.ret_void()
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
@@ -49,29 +56,46 @@ def attention_module(
         serve = serve_by_few(attend, few_rows, codes)
     emit_tasks(attend, lambda task: _emit_task(attend, serve, task))
     attend.emit.builder.ret_void()
-    _emit_finish(Call(module, "finish", head_dim, blocking, has_window=has_window))
+    finish = Call(module, "finish", head_dim, blocking, has_window=has_window)
+    _emit_vectors(finish, lambda head, vector: _emit_finish(finish, head, vector))
+    finish.emit.builder.ret_void()
     return module
 
 
-def _emit_prepare(call: Call) -> None:
-    """Write the query transposed: so many rows by as many channels at a time, in registers."""
+def _emit_vectors(call: Call, emit_vector: Callable[[Value, Value], None]) -> None:
+    """Instructions for each vector of rows of each head that the calling thread takes (`shares_ends`)."""
+    emit, builder = call.emit, call.emit.builder
+    num_vectors = builder.udiv(call[Field.NUM_LANES], emit.integer(emit.lanes))
+    count = builder.mul(call[Field.NUM_KV_HEADS], num_vectors)
+
+    def emit_some(first: Value, stop: Value) -> None:
+        with emit.loop(first, stop, 1) as vector:
+            head, place = builder.udiv(vector.index, num_vectors), builder.urem(vector.index, num_vectors)
+            emit_vector(head, builder.mul(place, emit.integer(emit.lanes)))
+
+    if not shares_ends(call.blocking):
+        emit_some(emit.integer(0), count)
+        return
+    share = Share(emit, count, emit.integer(1))
+    with share.units(emit, call.place(Field.NEXT_TASK)) as unit:
+        first = builder.mul(unit, share.size)
+        emit_some(first, emit.minimum(builder.add(first, share.size), count))
+
+
+def _emit_prepare(call: Call, head: Value, vector: Value) -> None:
+    """Write queries transposed: so many rows by as many channels at a time, in registers."""
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
     scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
-    num_lanes = call[Field.NUM_LANES]
-    with (
-        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
-        emit.loop(zero, num_lanes, emit.lanes) as vector,
-    ):
-        rows = [_Row(call, head.index, builder.add(vector.index, emit.integer(lane))) for lane in range(emit.lanes)]
-        with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
-            numbers = []
-            for row in rows:
-                number = emit.load(row.place(Field.QUERY, channel.index))
-                numbers.append(builder.select(row.exists, builder.fmul(number, scale), emit.constant(0.0)))
-            for offset, column in enumerate(emit.transposed(numbers)):
-                place = builder.add(channel.index, emit.integer(offset))
-                target = call.index(head.index, (call.head_dim, place), (num_lanes, vector.index))
-                emit.store(column, emit.at(call[Field.SCALED], target))
+    rows = [_Row(call, head, builder.add(vector, emit.integer(lane))) for lane in range(emit.lanes)]
+    with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
+        numbers = []
+        for row in rows:
+            number = emit.load(row.place(Field.QUERY, channel.index))
+            numbers.append(builder.select(row.exists, builder.fmul(number, scale), emit.constant(0.0)))
+        for offset, column in enumerate(emit.transposed(numbers)):
+            place = builder.add(channel.index, emit.integer(offset))
+            target = call.index(head, (call.head_dim, place), (call[Field.NUM_LANES], vector))
+            emit.store(column, emit.at(call[Field.SCALED], target))
 
 
 class _Row:
@@ -122,26 +146,22 @@ def _emit_task(call: Call, serve: Serve, task: Value) -> None:
     serve(Range(head, first, builder.sub(stop, first), query, sums))
 
 
-def _emit_finish(call: Call) -> None:
-    """Join the ranges of every head and write the result, so many rows by as many channels at a time; maxima and
+def _emit_finish(call: Call, head: Value, vector: Value) -> None:
+    """Join the ranges of a vector of rows and write the result, so many rows by as many channels at a time; maxima and
     denominators end in range 0."""
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
-    with (
-        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
-        emit.loop(zero, call[Field.NUM_LANES], emit.lanes) as vector,
-    ):
-        base = builder.mul(head.index, call[Field.NUM_RANGES])
-        largest, total = emit_factors(call, base, vector.index)
-        rows = [_Row(call, head.index, builder.add(vector.index, emit.integer(lane))) for lane in range(emit.lanes)]
-        with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
-            columns = _emit_joined(call, base, channel.index, vector.index)
-            for row, numbers in zip(rows, emit.transposed(columns), strict=True):
-                with emit.when(row.exists):
-                    emit.store(numbers, row.place(Field.OUT, channel.index))
-        emit.store(largest, _row_place(call, Field.MAXIMUM, base, zero, vector.index))
-        emit.store(total, _row_place(call, Field.DENOMINATOR, base, zero, vector.index))
-    emit_logsumexps(call)
-    builder.ret_void()
+    base = builder.mul(head, call[Field.NUM_RANGES])
+    largest, total = emit_factors(call, base, vector)
+    rows = [_Row(call, head, builder.add(vector, emit.integer(lane))) for lane in range(emit.lanes)]
+    with emit.loop(zero, emit.integer(call.head_dim), emit.lanes) as channel:
+        columns = _emit_joined(call, base, channel.index, vector)
+        for row, numbers in zip(rows, emit.transposed(columns), strict=True):
+            with emit.when(row.exists):
+                emit.store(numbers, row.place(Field.OUT, channel.index))
+    emit.store(largest, _row_place(call, Field.MAXIMUM, base, zero, vector))
+    emit.store(total, _row_place(call, Field.DENOMINATOR, base, zero, vector))
+    behind = emit.minimum(builder.add(vector, emit.integer(emit.lanes)), call[Field.NUM_ROWS])
+    emit_logsumexps(call, head, vector, behind)
 
 
 def _emit_joined(call: Call, base: Value, channel: Value, row: Value) -> list[Value]:
@@ -158,20 +178,17 @@ def _emit_joined(call: Call, base: Value, channel: Value, row: Value) -> list[Va
     return list(part.following)
 
 
-def emit_logsumexps(call: Call) -> None:
-    """From the maximum and the denominator in range 0 of each head."""
+def emit_logsumexps(call: Call, head: Value, first: Value, stop: Value) -> None:
+    """Of some rows of a head, from the maxima and the denominators in its range 0."""
     emit, builder, zero = call.emit, call.emit.builder, call.emit.integer(0)
     logarithm = call.function.module.declare_intrinsic("llvm.log.f32", fnty=ir.FunctionType(FLOAT, [FLOAT]))
-    with (
-        emit.loop(zero, call[Field.NUM_KV_HEADS], 1) as head,
-        emit.loop(zero, call[Field.NUM_ROWS], 1) as row,
-    ):
-        base = builder.mul(head.index, call[Field.NUM_RANGES])
+    base = builder.mul(head, call[Field.NUM_RANGES])
+    with emit.loop(first, stop, 1) as row:
         maximum, denominator = (
             builder.load(_row_place(call, field, base, zero, row.index), typ=FLOAT, align=4)
             for field in (Field.MAXIMUM, Field.DENOMINATOR)
         )
-        target = call.index(head.index, (call[Field.NUM_ROWS], row.index))
+        target = call.index(head, (call[Field.NUM_ROWS], row.index))
         found = builder.fadd(builder.call(logarithm, [denominator]), maximum)
         builder.store(found, emit.at(call[Field.LOGSUMEXPS], target), align=4)
 

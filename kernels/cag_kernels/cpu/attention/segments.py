@@ -276,13 +276,13 @@ def warm_up_tiles(head_dims: Iterable[int], windows: Iterable[int | None] = (Non
 
 
 class CompiledKernel:
-    """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads.
-    `build(*arguments)` emits the module."""
+    """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads;
+    with `shares` also the first and the last. `build(*arguments)` emits the module."""
 
-    def __init__(self, blocking: Blocking, build: Callable[..., Any], *arguments: object) -> None:
+    def __init__(self, blocking: Blocking, build: Callable[..., Any], *arguments: object, shares: bool = False) -> None:
         from cag_kernels.cpu.program import Program
 
-        self.blocking = blocking
+        self.blocking, self._shares = blocking, shares
         program = Program(build, *arguments)
         self._prepare, self._attend, self._finish = (
             CompiledStep(program.address(name), program) for name in ("prepare", "attend", "finish")
@@ -291,9 +291,12 @@ class CompiledKernel:
     def run(self, fields: tuple[int, ...], num_tasks: int, memory: tuple[Tensor, ...]) -> None:
         """Serve one call; `fields` are `cpu.attention.call.Field` in order, `memory` is what their addresses are of."""
         call = new_call(fields, memory)
-        self._prepare.alone(call)
-        self._attend.shared(call, num_tasks)
-        self._finish.alone(call)
+        for step, is_shared in ((self._prepare, self._shares), (self._attend, True), (self._finish, self._shares)):
+            call[0] = 0  # the counter: a tape sets it back by itself
+            if is_shared:
+                step.shared(call, num_tasks)
+            else:
+                step.alone(call)
 
 
 def compiled_kernel(head_dim: int, single_query_rows: int | None = None, window: int | None = None) -> CompiledKernel:
@@ -357,11 +360,12 @@ def codes_arithmetic() -> str:
 def _compile(
     head_dim: int, few_rows: int | None, codes: Codes | None, has_window: bool, by_integers: bool = False
 ) -> CompiledKernel:
-    from cag_kernels.cpu.attention.loops import attention_module
+    from cag_kernels.cpu.attention.loops import attention_module, shares_ends
     from cag_kernels.cpu.attention.panel import host_blocking
 
     blocking = host_blocking()
-    return CompiledKernel(blocking, attention_module, head_dim, blocking, few_rows, codes, has_window, by_integers)
+    arguments = attention_module, head_dim, blocking, few_rows, codes, has_window, by_integers
+    return CompiledKernel(blocking, *arguments, shares=shares_ends(blocking))
 
 
 def _tiles_for(head_dim: int, codes: Codes | None, window: int | None) -> CompiledKernel:

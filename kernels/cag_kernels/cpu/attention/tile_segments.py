@@ -263,5 +263,5 @@ def _emit_finish(call: Call, channel_order: Sequence[int]) -> None:
         place = call.index(base, (lanes, first))
         emit.store(largest, emit.at(call[Field.MAXIMUM], place))
         emit.store(total, emit.at(call[Field.DENOMINATOR], place))
-    emit_logsumexps(call)
+        emit_logsumexps(call, head.index, first, stop)
     builder.ret_void()
