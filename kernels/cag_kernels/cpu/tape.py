@@ -188,8 +188,8 @@ def _recording() -> Tape | None:
 
 
 class CompiledStep:
-    """A compiled function of one pointer, to be called and to be recorded. `owner` is what keeps its code alive: as long
-    as this object, or a tape that it is on."""
+    """A compiled function of one pointer, to be called and to be recorded. `owner` is what keeps its code alive, as
+    long as this object or a tape that it is on."""
 
     def __init__(self, entry: int, owner: Any) -> None:
         self.entry = entry
