@@ -149,20 +149,16 @@ class _Pass:
 
     def _emit_tile(self, start: Value, stop: Value) -> list[Value]:
         """Sums stay in registers, one for each vector out. With few of them additions wait for each other, which
-        reading the weight hides."""
+        reading the weight hides. Rows that are laid are found from one address, others from one each."""
         emit, builder = self.emit, self.emit.builder
         begin = builder.sub(builder.mul(start, self.num_rows), start) if self.is_laid else emit.integer(0)
-        block, apart = (
-            emit.at(self.block, begin),
-            [builder.mul(self.in_features, emit.integer(row)) for row in self.rows],
-        )
+        block = emit.at(self.block, begin)
         nothing = [emit.constant(0.0)] * (len(self.rows) * len(self.vectors))
         with emit.loop(start, stop, FEATURES, nothing) as feature:
-            first = emit.at(block, feature.index)
-            places = [emit.at(first, step) for step in apart]
+            first, apart = emit.at(block, feature.index), self.in_features
             if self.is_laid:
-                near = emit.opaque(first)
-                places = [emit.at(near, row * TILE) for row in self.rows]
+                first, apart = emit.opaque(first), emit.integer(TILE)
+            places = [emit.at(first, builder.mul(apart, emit.integer(row))) for row in self.rows]
             sums = feature.values
             for step in range(FEATURES):
                 weights = self._weights(builder.add(feature.index, emit.integer(step)))
