@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 128  # of a forward of few rows
 # lanes of a vector -> rows up to which compiled code over a packed weight is quicker than unpacking it for a library;
-# see docs/log.md
+# see docs/design/008-few-rows.md
 MOST_COMPILED_ROWS = {16: 256, 8: sys.maxsize}
 
 

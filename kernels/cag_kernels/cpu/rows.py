@@ -1,7 +1,8 @@
 """The small steps between the products of a decoder layer, for few rows, compiled with numba.
 
 Each of them is a handful of torch operators on a few kilobytes, whose calls cost more than their work. One thread runs
-them; all arrays are C-contiguous and float32, the tail's keys and values bfloat16 bit patterns (uint16).
+a call, of all rows or of some; arrays are float32, the tail's keys and values bfloat16 bit patterns (uint16), and all
+but a query of some rows are C-contiguous.
 `rows_reference` has the same functions in plain torch.
 """
 

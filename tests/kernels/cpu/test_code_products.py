@@ -6,7 +6,7 @@ import torch
 
 from cag_kernels import choose_prefix_path, dequantize_prefix, quantize_prefix
 from cag_kernels.cpu.attention import segments as cpu
-from cag_kernels.cpu.attention.segments import CompiledKernel, cpu_quantized_attention
+from cag_kernels.cpu.attention.segments import attention_kernel, cpu_quantized_attention
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.prefixes import Codes
 from cag_kernels.report import prefix_paths
@@ -15,7 +15,6 @@ pytest.importorskip("llvmlite")
 import llvmlite.binding as llvm
 
 from cag_kernels.cpu.attention.few_codes import few_codes_serve
-from cag_kernels.cpu.attention.loops import attention_module, shares_ends
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.pairs import pairs_win
 
@@ -52,8 +51,7 @@ def _kernels(blocking):
         few_rows = cpu._few_rows(head_dim, rows, window) if few_codes_serve(head_dim, codes, blocking) else None
         key = blocking, head_dim, codes, window is not None, few_rows
         if key not in _made:
-            arguments = head_dim, blocking, few_rows, codes, window is not None, True
-            _made[key] = CompiledKernel(blocking, attention_module, *arguments, shares=shares_ends(blocking))
+            _made[key] = attention_kernel(head_dim, blocking, few_rows, codes, window is not None, by_integers=True)
         return _made[key]
 
     return kernel

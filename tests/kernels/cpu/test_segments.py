@@ -9,11 +9,11 @@ from cag_kernels import attention as dispatch
 from cag_kernels import available_paths, choose_path, segment_attention, segment_attention_reference
 from cag_kernels.cpu import threads as cpu_threads
 from cag_kernels.cpu.attention import segments as cpu
-from cag_kernels.cpu.attention.segments import CompiledKernel, cpu_attention, cpu_attention_serves, warm_up
+from cag_kernels.cpu.attention.segments import attention_kernel, cpu_attention, cpu_attention_serves, warm_up
 
 pytest.importorskip("llvmlite")
-from cag_kernels.cpu.attention.loops import attention_module, shares_ends
 from cag_kernels.cpu.attention.panel import Blocking
+from cag_kernels.cpu.tape import Tape
 
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
     (9, 3, 64, 15, 1000),
@@ -95,9 +95,18 @@ def test_other_processors_blocking(blocking, num_queries, monkeypatch):
     """Vectors of eight, as on a processor without AVX-512, and other cuts of the work."""
     query, keys, values = make((6, 2, 64, num_queries, 777))
     few_rows = 3 if num_queries == 1 else None
-    kernel = CompiledKernel(blocking, attention_module, 64, blocking, few_rows, shares=shares_ends(blocking))
+    kernel = attention_kernel(64, blocking, few_rows)
     monkeypatch.setattr(cpu, "compiled_kernel", lambda *_which: kernel)
-    assert_close(cpu_attention(query, keys, values, scale=0.2, offset=777), query, keys, values, 0.2)
+    found = cpu_attention(query, keys, values, scale=0.2, offset=777)
+    assert_close(found, query, keys, values, 0.2)
+    tape = Tape()
+    with tape.recording():
+        recorded = cpu_attention(query, keys, values, scale=0.2, offset=777)
+    for _ in range(2):
+        for part in recorded:
+            part.fill_(torch.nan)
+        tape.run()
+        assert all(map(torch.equal, recorded, found))
 
 
 @pytest.mark.parametrize("num_queries", [1, 15])

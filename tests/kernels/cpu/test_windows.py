@@ -17,12 +17,11 @@ from cag_kernels import (
     segment_attention,
 )
 from cag_kernels.cpu.attention import segments as cpu
-from cag_kernels.cpu.attention.segments import CompiledKernel, cpu_attention, cpu_quantized_attention, has_tiles
+from cag_kernels.cpu.attention.segments import attention_kernel, cpu_attention, cpu_quantized_attention, has_tiles
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.prefix_reference import cascade_attention_reference, prefix_attention_reference
 
 pytest.importorskip("llvmlite")
-from cag_kernels.cpu.attention.loops import attention_module, shares_ends
 from cag_kernels.cpu.attention.panel import Blocking
 
 TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not has_tiles(), reason="no tiles"))]
@@ -144,7 +143,7 @@ def test_places_are_those_behind_the_offset_where_none_are_given(window, num_que
 @pytest.mark.parametrize("blocking", [Blocking(8, 4), Blocking(8, 8), Blocking(16, 8, tile=32, range_tokens=96)])
 @pytest.mark.parametrize("num_queries", [1, 13])
 def test_other_processors_blocking(blocking, window, num_queries, monkeypatch):
-    kernel = CompiledKernel(blocking, attention_module, 64, blocking, None, None, True, shares=shares_ends(blocking))
+    kernel = attention_kernel(64, blocking, has_window=True)
     monkeypatch.setattr(cpu, "compiled_kernel", lambda *_which: kernel)
     query, prefix, behind = make((6, 2, 64, num_queries, 777), torch.float32)
     assert_close(attend(query, prefix, behind, window), query, prefix, behind, window)

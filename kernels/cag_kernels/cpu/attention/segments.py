@@ -277,7 +277,7 @@ def warm_up_tiles(head_dims: Iterable[int], windows: Iterable[int | None] = (Non
 
 class CompiledKernel:
     """Machine code of a module with `prepare`, `attend` and `finish` for one head dimension, run on several threads;
-    with `shares` also the first and the last. `build(*arguments)` emits the module."""
+    with `shares` also the first and the last, which must be made for it. `build(*arguments)` emits the module."""
 
     def __init__(self, blocking: Blocking, build: Callable[..., Any], *arguments: object, shares: bool = False) -> None:
         from cag_kernels.cpu.program import Program
@@ -356,16 +356,28 @@ def codes_arithmetic() -> str:
     return "by 16-bit integers" if by_integers else "dequantized a stretch at a time"
 
 
+def attention_kernel(
+    head_dim: int,
+    blocking: Blocking,
+    few_rows: int | None = None,
+    codes: Codes | None = None,
+    has_window: bool = False,
+    by_integers: bool = False,
+) -> CompiledKernel:
+    """Of a module as `loops.attention_module` says."""
+    from cag_kernels.cpu.attention.loops import attention_module, shares_ends
+
+    arguments = head_dim, blocking, few_rows, codes, has_window, by_integers
+    return CompiledKernel(blocking, attention_module, *arguments, shares=shares_ends(blocking))
+
+
 @cache
 def _compile(
     head_dim: int, few_rows: int | None, codes: Codes | None, has_window: bool, by_integers: bool = False
 ) -> CompiledKernel:
-    from cag_kernels.cpu.attention.loops import attention_module, shares_ends
     from cag_kernels.cpu.attention.panel import host_blocking
 
-    blocking = host_blocking()
-    arguments = attention_module, head_dim, blocking, few_rows, codes, has_window, by_integers
-    return CompiledKernel(blocking, *arguments, shares=shares_ends(blocking))
+    return attention_kernel(head_dim, host_blocking(), few_rows, codes, has_window, by_integers)
 
 
 def _tiles_for(head_dim: int, codes: Codes | None, window: int | None) -> CompiledKernel:
