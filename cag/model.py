@@ -101,10 +101,9 @@ class LanguageModel:
         self.kv_shapes, self.rules, self.seen = probed.kv_shapes, probed.rules, probed.seen
         # None: each layer has keys and values of its own
         self.places = probed.places if len(probed.kv_shapes) < len(probed.places) else None
-        self.pages = PagePool(self.kv_shapes, self.kv_dtype, self.device)
-        if self.device.type == "cpu" and self.kv_dtype == torch.bfloat16:
-            heads = self._network.config.get_text_config().num_attention_heads
-            compile_kernels(heads, self.kv_shapes, self.rules, self.compute_dtype)
+        self.pages = PagePool(self.kv_shapes, kv_dtype, self.device)
+        if self.device.type == "cpu":
+            compile_kernels(self._network, self.kv_shapes, self.rules, kv_dtype, compute_dtype)
         self.decoder = self._decoder_of(start) if start else self._checked_decoder()
         self._apart = SequencesApart(self._network if self.device.type == "cpu" and self.decoder is None else None)
         self.device_decoder: DeviceDecoder | None = None
@@ -368,9 +367,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _checked_decoder(self) -> FewRowsDecoder | None:
         """The quick forward for few rows, if it gives the logits of the network's own on a probe."""
-        if self.device.type != "cpu" or self.kv_dtype != torch.bfloat16 or self.recurrent is not None:
-            return None
-        decoder = recognize(self.network, self.kv_shapes[0].head_dim, self.seen, self.plan.product)
+        decoder = self._recognized(self.network) if self.device.type == "cpu" and self.recurrent is None else None
         if decoder is None:
             return None
 
@@ -379,10 +376,13 @@ class LanguageModel:
 
         return decoder if self._gives_the_same(in_two_parts) else None
 
+    def _recognized(self, network: Any) -> FewRowsDecoder | None:
+        return recognize(network, self.kv_shapes[0].head_dim, self.seen, self.plan.product, self.kv_dtype)
+
     def _decoder_of(self, start: Start) -> FewRowsDecoder | None:
         """The quick forward for few rows, if it gives to the bit what it gave when it was last compared with that of
         the network."""
-        decoder = recognize(self._network, self.kv_shapes[0].head_dim, self.seen, self.plan.product)
+        decoder = self._recognized(self._network)
         same = decoder is not None and digest_of(self.probe(decoder)) == start.probe_sha256
         return decoder if same else None
 

@@ -21,12 +21,13 @@ import torch
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
 from cag.forward.recurrent import ATTENDING, RECURRENT, STATELESS, has_recurrent_layers
 from cag.forward.rope import BY_LENGTH, settle_frequencies
-from cag.forward.weights import lay_out_weights, loses_in_bfloat16
+from cag.forward.weights import lay_out_weights, loses_in_16_bits
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
 from cag.models.checkpoint import NO_CODE, UNREADABLE, Checkpoint, left_over, read_checkpoint
 from cag.models.directory import TAKE_ANOTHER
 from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, chat_template_text, model_fingerprint
 from cag.prompt import PromptTemplate, encode
+from cag_kernels import multiplies_packed
 
 _COMPARED_TEXTS = ("Sum: 12,345.60  km", "of a\n\n\tline", "naïve 漢字 🎉", "def f(x):\n    return x")
 
@@ -91,12 +92,13 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
     refuse_unsupported(checkpoint.config)
     stored = checkpoint.dtype
     compute = chosen_dtype(dtype, plan, stored)
-    packs = plan.product == "packed" and (stored, compute) == (torch.bfloat16, torch.float32)
-    packs = packs and adapter is None  # merged weights are no bfloat16 any more
-    check_memory(checkpoint, stored if packs else compute, device)
-    network = read_network(directory, stored if packs else compute)
-    if packs and loses_in_bfloat16(network):
-        packs, network = False, read_network(directory, compute)
+    packs = plan.product == "packed" and compute == torch.float32
+    # an adapter's merged weights are of no 16 bits any more
+    kept = stored if packs and adapter is None and multiplies_packed(stored) else compute
+    check_memory(checkpoint, kept, device)
+    network = read_network(directory, kept)
+    if kept != compute and loses_in_16_bits(network):
+        network = read_network(directory, compute)
     if adapter is not None:
         network = with_adapter(network, adapter)
     with ThreadPoolExecutor(1, "cag-load") as beside:  # the network's modules are imported by now

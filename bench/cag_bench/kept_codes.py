@@ -30,7 +30,7 @@ class KeptCodes:
     ) -> None:
         self._codec, self._num_tokens = codec, shapes[0][0].num_tokens
         self._chunk_tokens = chunk_tokens
-        held = CodedBuffers(shapes, torch.device("cpu"), through_host=False)
+        held = CodedBuffers(shapes, torch.bfloat16, torch.device("cpu"), through_host=False)
         self._held = held  # whose memory the views are of
         self.buffers: list[tuple[CodedSide, CodedSide]] = held.views()
         self._chunks = [[self._segment(*item) for item in chunk] for _, chunk in groupby(encoded.items(), _start)]

@@ -41,6 +41,7 @@ from cag.forward.weights import Product, joined_product
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba, prefix_attention
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves
+from cag_kernels.cpu.floats import reads_floats
 
 if TYPE_CHECKING:
     from cag_kernels.cpu.paged import Tails
@@ -177,7 +178,7 @@ class FewRowsDecoder:
         for norm, first, count in layer.head_norms(num_kv_heads * head_dim):
             self._steps.head_norm(projected.numpy(), first, count, norm.weight, norm.epsilon)
         query = projected.new_empty(num_q_heads, num_rows, head_dim)
-        pool = keys.view(torch.uint16).numpy(), values.view(torch.uint16).numpy()
+        pool = self._steps.kept_numbers(keys), self._steps.kept_numbers(values)
         cosines, sines = rotation[0].numpy(), rotation[1].numpy()
         self._steps.rotate_and_store(
             projected.numpy(), cosines, sines, query.numpy(), *pool, batch.row_pages, batch.row_places
@@ -248,16 +249,21 @@ def _over_segment(
 
 
 def recognize(
-    network: Any, head_dim: int, seen: Sequence[SeenLayer], kind: str = "transposed"
+    network: Any,
+    head_dim: int,
+    seen: Sequence[SeenLayer],
+    kind: str = "transposed",
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> FewRowsDecoder | None:
     """A decoder for a network whose layers are of the kinds that `cag.forward.decoder_layers` knows; None for any
     other.
 
     Its weights are packed, or plain in bfloat16; `kind` is that of `cag.forward.weights.joined_product`, `seen` what
-    was seen of each layer.
+    was seen of each layer. Keys and values are kept in `kv_dtype`, of which no tile takes any but bfloat16: other ones
+    are attended to in float32.
     """
     model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
-    if not has_numba() or model is None or head is None:
+    if not has_numba() or not reads_floats(kv_dtype) or model is None or head is None:
         return None
     if parts_of(model) != MODEL_PARTS or parts_of(network) != {"model", "lm_head"}:
         return None
@@ -268,4 +274,5 @@ def recognize(
         return None
     if product is None or not layers:
         return None
-    return FewRowsDecoder(network, layers, norm, product, head_dim, model.norm.weight.dtype)
+    attends_in = model.norm.weight.dtype if kv_dtype == torch.bfloat16 else torch.float32
+    return FewRowsDecoder(network, layers, norm, product, head_dim, attends_in)

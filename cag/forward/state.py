@@ -398,4 +398,6 @@ def _attend_segment(
 
 def numbers_of(segment: PrefixSegment) -> DensePrefix:
     """A segment as numbers: borrowed, or made from codes."""
-    return segment if isinstance(segment, DensePrefix) else DensePrefix(*dequantize_prefix(segment, torch.bfloat16))
+    if isinstance(segment, DensePrefix):
+        return segment
+    return DensePrefix(*dequantize_prefix(segment, segment.exact_keys.dtype))

@@ -1,6 +1,6 @@
 """How a network's weights lie in memory on a CPU that computes in float32: as few bytes as were stored.
 
-A checkpoint in bfloat16 stays bfloat16: linear layers packed for a question's few rows (`cag_kernels.PackedWeight`),
+A checkpoint in 16 bits stays so: linear layers packed for a question's few rows (`cag_kernels.PackedWeight`),
 embeddings widened row by row. Widening is exact, so the numbers are those of a network in float32, which would take
 twice the memory and twice the reading for each token.
 """
@@ -99,7 +99,7 @@ class PackedLinear(nn.Module):
 
 
 class WidenedEmbedding(nn.Module):
-    """An embedding kept in bfloat16 whose rows come out in float32, times `scale`."""
+    """An embedding kept in 16 bits whose rows come out in float32, times `scale`."""
 
     def __init__(self, embedding: nn.Embedding, scale: float) -> None:
         super().__init__()
@@ -221,9 +221,9 @@ def use_transposed_products(network: nn.Module) -> None:
             module.__class__ = _TransposedLinear
 
 
-def loses_in_bfloat16(network: nn.Module) -> bool:
-    """Whether a network that was loaded in bfloat16 has numbers besides its parameters that were rounded with it. One
-    that its module keeps unrounded besides is put back."""
+def loses_in_16_bits(network: nn.Module) -> bool:
+    """Whether a network that was loaded in a type of 16 bits has numbers besides its parameters that were rounded with
+    it. One that its module keeps unrounded besides is put back."""
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and buffer.dtype != torch.float32:
@@ -239,7 +239,7 @@ def _is_rounded_to(value: Any, buffer: Tensor) -> bool:
 
 
 def pack_network(network: nn.Module) -> None:
-    """Turn a network in bfloat16, in place, into one that computes in float32 over bfloat16 weights."""
+    """Turn a network in any one type, in place, into one that computes in float32 over weights of that type."""
     for parent in list(network.modules()):
         for names in _groups(parent):
             layers = [getattr(parent, name) for name in names]

@@ -116,16 +116,18 @@ class CodedBuffers:
     def __init__(
         self,
         shapes: Sequence[tuple[CodedShape, CodedShape]],
+        dtype: torch.dtype,
         device: torch.device,
         *,
         through_host: bool,
         host: Tensor | None = None,
     ) -> None:
-        """`shapes` of each layer's keys and values; `host`: a copy that is there already."""
-        self._shapes = shapes
-        self._again = partial(CodedBuffers, shapes, device, through_host=True)
+        """`shapes` of each layer's keys and values, and the type of exact ones; `host`: a copy that is there
+        already."""
+        self._shapes, self._dtype = shapes, dtype
+        self._again = partial(CodedBuffers, shapes, dtype, device, through_host=True)
         sides = [side for both in shapes for side in both]
-        self._starts = list(accumulate((_side_layout(side)[0] for side in sides), initial=0))
+        self._starts = list(accumulate((_side_layout(side, dtype)[0] for side in sides), initial=0))
         size = self._starts[-1]
         if device.type == "cpu":
             target = _allocate([(1, 1, size)], torch.uint8, device)[0].view(-1)
@@ -134,7 +136,7 @@ class CodedBuffers:
         self._host, self._target, self.uploads = target, target, None
         if through_host:
             self._host, self.uploads = pinned(size) if host is None else host, Uploads(device)
-        self._whole = {dtype: target.view(dtype) for dtype in (torch.uint8, torch.int8, torch.bfloat16)}
+        self._whole = {kind: target.view(kind) for kind in (torch.uint8, torch.int8, torch.bfloat16, dtype)}
 
     def host_copy(self) -> HostCopy:
         """See `HostBuffers`."""
@@ -174,7 +176,7 @@ class CodedBuffers:
     def _sides(self) -> Iterator[tuple[int, tuple[_Place, ...]]]:
         """First byte and places of each side: keys, then values, layer by layer."""
         sides = (side for both in self._shapes for side in both)
-        return ((start, _side_layout(side)[1]) for start, side in zip(self._starts, sides, strict=False))
+        return ((start, _side_layout(side, self._dtype)[1]) for start, side in zip(self._starts, sides, strict=False))
 
 
 class _Place(NamedTuple):
@@ -186,15 +188,23 @@ class _Place(NamedTuple):
     first_byte: int
 
 
-_NUMPY = {torch.uint8: np.uint8, torch.int8: np.int8, torch.bfloat16: np.uint16}
+_NUMPY = {  # as `storage_view`
+    torch.uint8: np.uint8,
+    torch.int8: np.int8,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+}
 
 
 @lru_cache(maxsize=64)
-def _side_layout(shape: CodedShape) -> tuple[int, tuple[_Place, ...]]:
-    """Bytes of a side, and where its arrays lie in it. The layers of a model have few shapes."""
+def _side_layout(shape: CodedShape, exact: torch.dtype) -> tuple[int, tuple[_Place, ...]]:
+    """Bytes of a side, and where its arrays lie in it, exact tokens in a type. The layers of a model have few
+    shapes."""
     codes = torch.int8 if shape.bits == 8 else torch.uint8
     places, first = [], 0
-    for dtype, size in zip((codes, *[torch.bfloat16] * 4), shape.shapes, strict=True):
+    kinds = (codes, torch.bfloat16, torch.bfloat16, exact, exact)
+    for dtype, size in zip(kinds, shape.shapes, strict=True):
         places.append(_Place(dtype, size, (size[1] * size[2], size[2], 1), first))
         first += -(-math.prod(size) * dtype.itemsize // _ALIGNED) * _ALIGNED
     return first, tuple(places)

@@ -47,10 +47,10 @@ def _codes(
     reader: CacheReader, first_tokens: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Buffers | None:
     """Room for the codes of a cache; None where it has none that the device attends to."""
-    shapes = reader.coded_shapes(first_tokens) if dtype == torch.bfloat16 else None
+    shapes = reader.coded_shapes(first_tokens) if str(dtype) == f"torch.{reader.header.context.dtype}" else None
     if shapes is None or not all(_attended(*both, device) for both in shapes):
         return None
-    return CodedBuffers(shapes, device, through_host=device.type != "cpu")
+    return CodedBuffers(shapes, dtype, device, through_host=device.type != "cpu")
 
 
 def _streams(

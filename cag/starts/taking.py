@@ -16,7 +16,7 @@ from cag.errors import ModelError
 from cag.forward.decoder_layers import SeenLayer, Turning
 from cag.forward.layer_probe import ProbedNetwork
 from cag.forward.state import AttentionRule, KvPlace, KvShape
-from cag.forward.weights import PackedLinear, join_network, loses_in_bfloat16, use_products
+from cag.forward.weights import PackedLinear, join_network, loses_in_16_bits, use_products
 from cag.machine.runtime import RuntimePlan
 from cag.model_files import read_network, read_tokenizer
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
@@ -72,7 +72,7 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
 def _whole_network(plain: PlainNetwork, directory: Path, plan: RuntimePlan) -> Any:
     network = read_network(directory, torch.bfloat16)
     try:
-        if isinstance(plain.lm_head, PackedLinear) and loses_in_bfloat16(network):
+        if isinstance(plain.lm_head, PackedLinear) and loses_in_16_bits(network):
             raise ValueError("it has numbers that bfloat16 rounds.")
         adopt_weights(network, plain)
     except (AttributeError, ValueError) as error:

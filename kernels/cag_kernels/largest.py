@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu.attention.segments import has_byte_tiles, has_compiler, has_numba
-from cag_kernels.linear import packed_linear, tile_linear, tile_linear_serves
+from cag_kernels.device import HALF_TYPES
+from cag_kernels.linear import multiplies_packed, packed_linear, tile_linear, tile_linear_serves
 from cag_kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ Allocate = Callable[[int], Tensor]
 def largest_output_serves(weight: Tensor | PackedWeight) -> bool:
     """Whether `LargestOutput` takes a weight `[num_features, size]`, plain or packed, on this machine."""
     if isinstance(weight, PackedWeight):
-        fits = weight.out_features >= _LEAST_FEATURES and weight.panels.dtype == torch.bfloat16
-        return fits and has_numba() and _has_pairs()
+        fits = weight.out_features >= _LEAST_FEATURES and weight.panels.dtype in HALF_TYPES
+        return fits and has_numba() and _has_pairs() and multiplies_packed(weight.panels.dtype)
     fits = weight.shape[0] >= _LEAST_FEATURES and weight.shape[1] % _SIZE_MULTIPLE == 0
     return fits and tile_linear_serves(weight) and has_numba() and has_byte_tiles()
 
@@ -86,8 +87,8 @@ class LargestOutput:
 def largest_output(
     weight: Tensor | PackedWeight, allocate: Allocate | None = None, goes_on: Callable[[], bool] = lambda: True
 ) -> LargestOutput | None:
-    """For a weight `[num_features, size]` bfloat16, plain or packed, which is kept; the copy is made on the calling
-    thread alone and without the interpreter.
+    """For a weight `[num_features, size]` in bfloat16, or packed also in float16, which is kept; the copy is made on
+    the calling thread alone and without the interpreter.
 
     Args:
         weight: one that `largest_output_serves`.

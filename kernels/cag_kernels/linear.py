@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu.attention.segments import has_compiler, vector_lanes
+from cag_kernels.cpu.floats import reads_floats
 from cag_kernels.packed import PackedWeight
 from cag_kernels.rows_reference import gate_reference
 
@@ -41,7 +42,7 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
     _check(rows, packed, bias)
     if _wants_gradient(rows, bias):  # compiled code knows none, and what is unpacked to is overwritten before they flow
         product = packed_linear_reference(rows, packed, bias)
-    elif len(rows) and has_compiler() and len(rows) <= MOST_COMPILED_ROWS[vector_lanes()]:
+    elif len(rows) and multiplies_packed(packed.panels.dtype) and len(rows) <= MOST_COMPILED_ROWS[vector_lanes()]:
         from cag_kernels.cpu.products.linear import compiled_linear
 
         product = compiled_linear(rows.contiguous(), packed.panels, bias, packed.out_features)
@@ -49,6 +50,11 @@ def packed_linear(block: Tensor, packed: PackedWeight, bias: Tensor | None = Non
         product = _piece_by_piece(rows, packed)
         product = product if bias is None else product.add_(bias)
     return product.view(*block.shape[:-1], packed.out_features)
+
+
+def multiplies_packed(dtype: torch.dtype) -> bool:
+    """Whether there is compiled code over packed weights of a type on this machine."""
+    return has_compiler() and reads_floats(dtype)
 
 
 class PackedProduct:
@@ -143,11 +149,11 @@ def tile_linear_reference(block: Tensor, weight: Tensor, bias: Tensor | None = N
 
 
 def warm_up_linear(dtype: torch.dtype) -> None:
-    """Compile what `packed_linear` runs for weights of `dtype`, once a process; nothing without a compiler."""
-    if has_compiler():
+    """Compile what `packed_linear` runs for weights of `dtype`, once a process; nothing where that cannot be."""
+    if multiplies_packed(dtype):
         from cag_kernels.cpu.products.linear import compiled_kernel
 
-        compiled_kernel(dtype == torch.bfloat16)
+        compiled_kernel(dtype)
 
 
 def _piece_by_piece(rows: Tensor, packed: PackedWeight) -> Tensor:

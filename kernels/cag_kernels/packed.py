@@ -1,7 +1,7 @@
 """Weights packed once for products with few rows: panels of 16 output features, input feature by input feature.
 
-The layout only; who multiplies is in `linear`. A weight of bfloat16 stays bfloat16: half the memory, and half as much
-to read for each question and token.
+The layout only; who multiplies is in `linear`. A weight in 16 bits stays so: half the memory, and half as much to
+read for each question and token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 PANEL = 16  # output features side by side: one vector of the widest registers
 FEATURES_MULTIPLE = 16  # input features of a weight that can be packed
 MAX_UNPACKED = 1 << 24  # numbers: 64 MB in float32, whatever the size of a vocabulary
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Scratch(threading.local):

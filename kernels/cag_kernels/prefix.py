@@ -21,6 +21,7 @@ from cag_kernels.cpu.attention.segments import (
     has_numba,
     quantized_attention_serves,
 )
+from cag_kernels.cpu.floats import reads_floats
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
 from cag_kernels.merge import merge_segments
@@ -182,11 +183,11 @@ def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)
-        and tails.keys.dtype == torch.bfloat16
         and all(part.is_contiguous() for part in tails[:5])
         and (page_tokens % BLOCK_TOKENS == 0 or tails.pages.shape[1] == 1)
         and not query.requires_grad
         and has_numba()
+        and reads_floats(tails.keys.dtype)
     )
 
 

@@ -197,6 +197,32 @@ def test_a_copy_is_half_of_the_weight_and_can_be_given_up(lay):
     assert CodedWeight.encoded(exact, memory, lambda: True).codes.data_ptr() == memory.data_ptr()
 
 
+@by_pairs
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-18])
+def test_weights_packed_in_float16(shape, scale):
+    """Also such as are smaller than its normal numbers."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    weight = pack_weight((torch.randn(shape, generator=generator) * scale).half())
+    largest = largest_output(weight)
+    for num_rows in (1, 7, MAX_ROWS):
+        rows = random_rows(num_rows, shape[1])
+        assert largest(rows) == packed_linear(rows, weight).argmax(-1).tolist()
+
+
+@by_pairs
+def test_float16_weights_that_differ_by_their_last_bit():
+    row = torch.randn(64, generator=torch.Generator().manual_seed(0)).half()
+    other = row.clone()
+    other.view(torch.int16)[5] += 1
+    weight = pack_weight(torch.stack([row] * 40 + [other] + [row] * 40))
+    for sign in (1, -1):
+        rows = sign * other.sign() * torch.eye(64)[5:6]
+        assert (
+            largest_output(weight)(rows) == packed_linear(rows, weight).argmax(-1).tolist() == [40 if sign > 0 else 0]
+        )
+
+
 def test_weights_that_are_not_served(lay):
     assert not largest_output_serves(random_weight((1000, 96)))  # no whole tiles of bytes
     assert not largest_output_serves(lay(random_weight((31, 64))))

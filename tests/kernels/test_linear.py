@@ -19,7 +19,7 @@ from cag_kernels import (
 from cag_kernels.linear import packed_linear_reference, warm_up_linear
 
 compiled = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
-KINDS = [torch.float32, torch.bfloat16]
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def operands(rows, out_features, in_features, bias=False, dtype=torch.bfloat16):
@@ -42,7 +42,7 @@ def assert_as_good_as_linear(block, weight, bias):
 
 @pytest.mark.parametrize("rows", [2, 15, 47])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_packing_equals_linear(rows, bias, dtype):
     generator = torch.Generator().manual_seed(rows)
     block = torch.randn(1, rows, 33, generator=generator).to(dtype)
@@ -152,6 +152,14 @@ def test_every_shape(in_features, out_features, bias, dtype):
 
 
 @compiled
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_widened_exactly(dtype):
+    weight = torch.arange(1 << 16).to(torch.int16).view(dtype).view(-1, 16)
+    weight = torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
+    assert torch.equal(packed_linear(torch.eye(16), pack_weight(weight)), weight.float().t())
+
+
 def test_result_ends_where_it_should():
     block, weight, _ = operands(3, 5, 32)
     packed = pack_weight(weight)

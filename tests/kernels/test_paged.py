@@ -28,13 +28,13 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + math.prod(shape)))
 
 
-def paged(sessions, num_kv_heads, head_dim, page_tokens=BLOCK_TOKENS):
+def paged(sessions, num_kv_heads, head_dim, page_tokens=BLOCK_TOKENS, dtype=torch.bfloat16):
     """A pool of poisoned pages with the sessions' tokens in scattered ones."""
     lengths, counts, skipped = (np.array(column, dtype=np.int32) for column in zip(*sessions, strict=True))
     needed = [-(-int(length) // page_tokens) for length in lengths]
     order = np.random.default_rng(sum(needed)).permutation(sum(needed) + 3)
     pages = np.full((len(sessions), max(needed)), -1, dtype=np.int32)
-    pool = torch.full((2, len(order), num_kv_heads, page_tokens, head_dim), math.nan, dtype=torch.bfloat16)
+    pool = torch.full((2, len(order), num_kv_heads, page_tokens, head_dim), math.nan, dtype=dtype)
     first = 0
     for row, count, length in zip(pages, needed, lengths, strict=True):
         row[:count] = order[first : first + count]
@@ -91,6 +91,23 @@ def test_numbers_are_those_of_the_reference(kind, heads, head_dim, num_parts, wi
     def reference(dtype):
         others = [(out.to(dtype), lse.to(dtype)) for out, lse in zip(*parts, strict=True)]
         return attend_tails_reference(query.to(dtype), tails, skipped.tolist(), SCALE, others, window)
+
+    for mine, exact, plain in zip(found, reference(torch.float64), reference(torch.float32), strict=True):
+        assert_close(mine, exact, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", SESSIONS)
+def test_tails_of_other_types(kind, dtype):
+    tails, skipped = paged(SESSIONS[kind], 3, 64, dtype=dtype)
+    num_rows = int(tails.query_starts[-1])
+    query, lse = normal(9, num_rows, 64), normal(1, 9, num_rows)
+    parts = (normal(1, 9, num_rows, 64), lse) if skipped.any() else None
+    found = attend(query, tails, skipped, parts, window=40)
+
+    def reference(dtype):
+        others = [(parts[0][0].to(dtype), parts[1][0].to(dtype))] if parts else []
+        return attend_tails_reference(query.to(dtype), tails, skipped.tolist(), SCALE, others, 40)
 
     for mine, exact, plain in zip(found, reference(torch.float64), reference(torch.float32), strict=True):
         assert_close(mine, exact, plain)

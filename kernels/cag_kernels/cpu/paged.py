@@ -9,14 +9,16 @@ depends on other sessions, on other rows or on threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from cag_kernels.cpu.rows import Array, exponential, numba, widened
+from cag_kernels.cpu.rows import KEPT, Array, exponential, numba, widened
 from cag_kernels.cpu.steps import compiled_step, memory, take_task
 from cag_kernels.cpu.tape import CompiledStep, float_bits, new_call
 from cag_kernels.prefixes import BLOCK_TOKENS
@@ -33,7 +35,7 @@ class Field(IntEnum):
 
     NEXT_TASK = 0
     QUERY = 1  # [num_q_heads, num_rows, head_dim] float32
-    KEYS = 2  # [num_pages, num_kv_heads, page_tokens, head_dim] bfloat16 bit patterns
+    KEYS = 2  # [num_pages, num_kv_heads, page_tokens, head_dim], of a type that the step was compiled for
     VALUES = 3
     PAGES = 4  # [num_sessions, max_pages] int32
     LENGTHS = 5  # [num_sessions] int32, tokens of each tail, those of the rows included
@@ -105,9 +107,10 @@ class Tails:
         With a window, a row at place `t` of its tail sees places `t - window < place <= t`.
 
         query: `[num_q_heads, num_rows, head_dim]` float32; keys, values: `[num_pages, num_kv_heads, page_tokens,
-        head_dim]` bfloat16; parts: `[num_parts, num_q_heads, rows of these sessions, head_dim]` float32 with their
-        logsumexps; out: `[num_rows, num_q_heads * head_dim]` and logsumexps `[num_q_heads, num_rows]` float32 are
-        written for the rows of sessions `[sessions[0], sessions[1])`, all if None. All contiguous on the CPU.
+        head_dim]` bfloat16, float16 or float32; parts: `[num_parts, num_q_heads, rows of these sessions, head_dim]`
+        float32 with their logsumexps; out: `[num_rows, num_q_heads * head_dim]` and logsumexps `[num_q_heads,
+        num_rows]` float32 are written for the rows of sessions `[sessions[0], sessions[1])`, all if None. All
+        contiguous on the CPU.
         """
         first, last = (0, len(self)) if sessions is None else sessions
         num_pages, num_kv_heads, page_tokens, head_dim = keys.shape
@@ -120,30 +123,37 @@ class Tails:
             float_bits(scale), _NO_WINDOW if window is None else window,
         )  # fmt: skip
         one_thread = self.num_pairs(first, last) * num_q_heads < THREADS_PAIRS
-        _step().shared(new_call(fields, kept), 1 if one_thread else (last - first) * num_kv_heads)
+        _step(keys.dtype).shared(new_call(fields, kept), 1 if one_thread else (last - first) * num_kv_heads)
 
 
 @cache
-def _step() -> CompiledStep:
-    return compiled_step(_attend_sessions, **_OPTIONS)
+def _step(dtype: torch.dtype) -> CompiledStep:
+    return compiled_step(_attending(dtype), **_OPTIONS)
 
 
 _OPTIONS = {"fastmath": {"reassoc", "contract"}, "error_model": "numpy"}
 
 
-def _attend_sessions(call: Any) -> None:
-    """What each thread runs."""
-    fields: Any = carray(call, NUM_FIELDS, np.int64)
-    num_kv_heads, first = fields[_NUM_KV_HEADS], fields[_FIRST_SESSION]
-    num_tasks = (fields[_LAST_SESSION] - first) * num_kv_heads
-    task = take_task(call)
-    while task < num_tasks:
-        _attend_head(fields, first + task // num_kv_heads, task % num_kv_heads)
+def _attending(dtype: torch.dtype) -> Callable[[Any], None]:
+    """What each thread runs; for keys and values in a type."""
+    kept = KEPT[dtype]
+
+    def attend_sessions(call: Any) -> None:
+        fields: Any = carray(call, NUM_FIELDS, np.int64)
+        num_kv_heads, first = fields[_NUM_KV_HEADS], fields[_FIRST_SESSION]
+        num_tasks = (fields[_LAST_SESSION] - first) * num_kv_heads
+        pool = (fields[_NUM_PAGES], num_kv_heads, fields[_PAGE_TOKENS], fields[_HEAD_DIM])
+        keys, values = carray(memory(fields[_KEYS]), pool, kept), carray(memory(fields[_VALUES]), pool, kept)
         task = take_task(call)
+        while task < num_tasks:
+            _attend_head(fields, keys, values, first + task // num_kv_heads, task % num_kv_heads)
+            task = take_task(call)
+
+    return attend_sessions
 
 
 @numba.njit(nogil=True, **_OPTIONS)  # type: ignore[untyped-decorator]
-def _attend_head(fields: Any, session: Any, kv_head: Any) -> None:
+def _attend_head(fields: Any, keys: Array, values: Array, session: Any, kv_head: Any) -> None:
     """One key/value head of one session: block by block for all rows, then joined with the parts, row by row."""
     num_q_heads, num_rows, head_dim = fields[_NUM_Q_HEADS], fields[_NUM_ROWS], fields[_HEAD_DIM]
     num_sessions, max_pages, page_tokens = fields[_NUM_SESSIONS], fields[_MAX_PAGES], fields[_PAGE_TOKENS]
@@ -151,9 +161,6 @@ def _attend_head(fields: Any, session: Any, kv_head: Any) -> None:
     starts = carray(memory(fields[_STARTS]), num_sessions + 1, np.int32)
     length: Any = np.int64(carray(memory(fields[_LENGTHS]), num_sessions, np.int32)[session])
     skipped: Any = np.int64(carray(memory(fields[_SKIPPED]), num_sessions, np.int32)[session])
-    pool = (fields[_NUM_PAGES], fields[_NUM_KV_HEADS], page_tokens, head_dim)
-    keys = carray(memory(fields[_KEYS]), pool, np.uint16)
-    values = carray(memory(fields[_VALUES]), pool, np.uint16)
     query = carray(memory(fields[_QUERY]), (num_q_heads, num_rows, head_dim), np.float32)
     out = carray(memory(fields[_OUT]), (num_rows, num_q_heads, head_dim), np.float32)
     logsumexps = carray(memory(fields[_LOGSUMEXPS]), (num_q_heads, num_rows), np.float32)

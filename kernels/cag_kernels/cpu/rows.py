@@ -1,8 +1,8 @@
 """The small steps between the products of a decoder layer, for few rows, compiled with numba.
 
 Each of them is a handful of torch operators on a few kilobytes, whose calls cost more than their work. One thread runs
-a call, of all rows or of some; arrays are float32, the tail's keys and values bfloat16 bit patterns (uint16), and all
-but a query of some rows are C-contiguous.
+a call, of all rows or of some; arrays are float32, the tail's keys and values as `kept_numbers` gives them, and all but
+a query of some rows are C-contiguous.
 `rows_reference` has the same functions in plain torch.
 """
 
@@ -13,11 +13,15 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cag_kernels.cpu.kept import keep_code
 
 numba = importlib.import_module("numba")  # untyped
+types = numba.types
 
 Array = NDArray[Any]
 RELAXED = {"reassoc", "contract"}  # sums in any order: lanes of a vector; NaN and infinities keep their meaning
@@ -27,6 +31,40 @@ GELU_CUBIC = 0.044715 * GELU_LINEAR
 _GELU_LINEAR, _GELU_CUBIC = np.float32(GELU_LINEAR), np.float32(GELU_CUBIC)
 _LEAST, _MOST = np.float32(-126.0), np.float32(126.0)
 _TAYLOR = tuple(np.float32(0.6931471805599453**n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
+
+
+KEPT: dict[torch.dtype, type[np.generic]] = {
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
+    torch.float32: np.float32,
+}
+"""What arrays of numbers in a type hold: bit patterns where compiled code has to widen them."""
+
+
+def kept_numbers(tensor: Tensor) -> Array:
+    """The memory of a CPU tensor as an array of `KEPT`."""
+    array: Array = tensor.detach().view(torch.int16 if tensor.element_size() == 2 else tensor.dtype).numpy()
+    return array.view(KEPT[tensor.dtype])
+
+
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _float16_number(_context: Any, _pattern: Any) -> Any:
+    """The float32 of a float16 bit pattern."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _float16_pattern(_context: Any, _value: Any) -> Any:
+    """The float16 bit pattern nearest to a float32, ties to even; infinite where that is too large."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), generate
 
 
 def compiled(function: Callable[..., Any], relaxed: Set[str] = RELAXED) -> Any:
@@ -56,6 +94,44 @@ def _widened(pattern: Any) -> Any:
     return np.uint32(np.uint32(pattern) << np.uint32(16)).view(np.float32)
 
 
+def widened(number: Any) -> Any:
+    """A number of an array of `KEPT` as float32, for compiled code."""
+    raise NotImplementedError(type(number))
+
+
+def narrowed_to(value: Any, target: Any) -> Any:
+    """What an array of `KEPT` holds of the number nearest to a finite float32, for compiled code."""
+    raise NotImplementedError(target.dtype)
+
+
+@numba.extending.overload(widened)  # type: ignore[untyped-decorator]
+def _widened_by_type(number: Any) -> Any:
+    def of_float16(number: Any) -> Any:
+        return _float16_number(number)
+
+    def of_bfloat16(number: Any) -> Any:
+        return _bfloat16_number(number)
+
+    def of_float32(number: Any) -> Any:
+        return number
+
+    return {types.int16: of_float16, types.uint16: of_bfloat16, types.float32: of_float32}.get(number)
+
+
+@numba.extending.overload(narrowed_to)  # type: ignore[untyped-decorator]
+def _narrowed_by_type(value: Any, target: Any) -> Any:  # noqa: ARG001  numba calls with these names
+    def to_float16(value: Any, target: Any) -> Any:  # noqa: ARG001
+        return _float16_pattern(value)
+
+    def to_bfloat16(value: Any, target: Any) -> Any:  # noqa: ARG001
+        return narrowed(value)
+
+    def to_float32(value: Any, target: Any) -> Any:  # noqa: ARG001
+        return value
+
+    return {types.int16: to_float16, types.uint16: to_bfloat16, types.float32: to_float32}.get(target.dtype)
+
+
 def _narrowed(value: Any) -> Any:
     """The bfloat16 bit pattern nearest to a finite float32, ties to even; NaN stays NaN."""
     bits = np.float32(value).view(np.uint32)
@@ -73,7 +149,7 @@ def _inverse_rms(values: Any, epsilon: Any) -> Any:
 
 
 exponential = numba.njit(inline="always", fastmath=RELAXED)(_exponential)
-widened = numba.njit(inline="always")(_widened)
+_bfloat16_number = numba.njit(inline="always")(_widened)
 narrowed = numba.njit(inline="always")(_narrowed)
 inverse_rms = numba.njit(inline="always", fastmath=RELAXED, error_model="numpy")(_inverse_rms)
 
@@ -147,8 +223,9 @@ def rotate_and_store(
     """Queries, keys and values of new tokens, side by side in `projected`, to where attention wants them.
 
     projected: `[num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim]`; cosines, sines: `[num_rows, head_dim]`, pairs
-    half a head apart; query (out): `[num_q_heads, num_rows, head_dim]`; keys, values (out): `[num_pages, num_kv_heads,
-    page_tokens, head_dim]`, row `r` written to token `places[r]` of page `pages[r]`, int64 `[num_rows]` both.
+    half a head apart; query (out): `[num_q_heads, num_rows, head_dim]`; keys, values (out), as `kept_numbers`:
+    `[num_pages, num_kv_heads, page_tokens, head_dim]`, row `r` written to token `places[r]` of page `pages[r]`, int64
+    `[num_rows]` both.
     """
     num_q_heads, num_rows, head_dim = query.shape
     num_kv_heads, half = keys.shape[1], head_dim // 2
@@ -164,12 +241,12 @@ def rotate_and_store(
                     query[head, row, index] = turned_low
                     query[head, row, half + index] = turned_high
                 else:
-                    keys[page, head - num_q_heads, place, index] = narrowed(turned_low)
-                    keys[page, head - num_q_heads, place, half + index] = narrowed(turned_high)
+                    keys[page, head - num_q_heads, place, index] = narrowed_to(turned_low, keys)
+                    keys[page, head - num_q_heads, place, half + index] = narrowed_to(turned_high, keys)
         for head in range(num_kv_heads):
             start = (num_q_heads + num_kv_heads + head) * head_dim
             for index in range(head_dim):
-                values[page, head, place, index] = narrowed(projected[row, start + index])
+                values[page, head, place, index] = narrowed_to(projected[row, start + index], values)
 
 
 @compiled

@@ -11,12 +11,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels.cpu import rows as cpu_rows
 from cag_kernels.cpu.kept import keep_code
-from cag_kernels.cpu.rows import narrowed, numba
+from cag_kernels.cpu.rows import KEPT, narrowed, numba
 from cag_kernels.cpu.tape import CompiledStep, float_bits, new_call
 
 types, carray = numba.types, numba.carray
@@ -86,7 +87,8 @@ def rotate_and_store(
 ) -> None:
     """See `cpu.rows.rotate_and_store`; `rounded` is the query besides in bfloat16, `targets` pages and places."""
     tensors = [projected, cosines, sines, query, rounded, *pool, *targets]
-    _shared(_rotate_and_store, tensors, [*query.shape, *pool[0].shape[:3]], query.shape[1])
+    step = _rotating(pool[0].dtype)
+    _shared(step, tensors, [*query.shape, *pool[0].shape[:3]], query.shape[1])
 
 
 def take_rows(source: Tensor, rows: Tensor, out: Tensor, rounded: Tensor | None = None) -> None:
@@ -169,31 +171,38 @@ def _head_norm(call: Any) -> None:
         row = take_task(call)
 
 
-def _rotate_and_store(call: Any) -> None:
-    fields = carray(call, 16, np.int64)
-    num_q_heads, num_rows, head_dim, num_pages = fields[10], fields[11], fields[12], fields[13]
-    num_kv_heads, page_tokens = fields[14], fields[15]
-    width = (num_q_heads + 2 * num_kv_heads) * head_dim
-    pool = (num_pages, num_kv_heads, page_tokens, head_dim)
-    projected = carray(memory(fields[1]), (num_rows, width), np.float32)
-    cosines = carray(memory(fields[2]), (num_rows, head_dim), np.float32)
-    sines = carray(memory(fields[3]), (num_rows, head_dim), np.float32)
-    query = carray(memory(fields[4]), (num_q_heads, num_rows, head_dim), np.float32)
-    rounded = carray(memory(fields[5]), (num_q_heads, num_rows, head_dim), np.uint16)
-    keys = carray(memory(fields[6]), pool, np.uint16)
-    values = carray(memory(fields[7]), pool, np.uint16)
-    pages = carray(memory(fields[8]), num_rows, np.int64)
-    places = carray(memory(fields[9]), num_rows, np.int64)
-    row = take_task(call)
-    while row < num_rows:
-        own = slice(row, row + 1)
-        cpu_rows.rotate_and_store(
-            projected[own], cosines[own], sines[own], query[:, own], keys, values, pages[own], places[own]
-        )
-        for head in range(num_q_heads):
-            for index in range(head_dim):
-                rounded[head, row, index] = narrowed(query[head, row, index])
+@cache
+def _rotating(dtype: torch.dtype) -> Callable[[Any], None]:
+    """For keys and values in a type."""
+    kept = KEPT[dtype]
+
+    def rotate_and_store(call: Any) -> None:
+        fields = carray(call, 16, np.int64)
+        num_q_heads, num_rows, head_dim, num_pages = fields[10], fields[11], fields[12], fields[13]
+        num_kv_heads, page_tokens = fields[14], fields[15]
+        width = (num_q_heads + 2 * num_kv_heads) * head_dim
+        pool = (num_pages, num_kv_heads, page_tokens, head_dim)
+        projected = carray(memory(fields[1]), (num_rows, width), np.float32)
+        cosines = carray(memory(fields[2]), (num_rows, head_dim), np.float32)
+        sines = carray(memory(fields[3]), (num_rows, head_dim), np.float32)
+        query = carray(memory(fields[4]), (num_q_heads, num_rows, head_dim), np.float32)
+        rounded = carray(memory(fields[5]), (num_q_heads, num_rows, head_dim), np.uint16)
+        keys = carray(memory(fields[6]), pool, kept)
+        values = carray(memory(fields[7]), pool, kept)
+        pages = carray(memory(fields[8]), num_rows, np.int64)
+        places = carray(memory(fields[9]), num_rows, np.int64)
         row = take_task(call)
+        while row < num_rows:
+            own = slice(row, row + 1)
+            cpu_rows.rotate_and_store(
+                projected[own], cosines[own], sines[own], query[:, own], keys, values, pages[own], places[own]
+            )
+            for head in range(num_q_heads):
+                for index in range(head_dim):
+                    rounded[head, row, index] = narrowed(query[head, row, index])
+            row = take_task(call)
+
+    return rotate_and_store
 
 
 def _take_rows(call: Any) -> None:

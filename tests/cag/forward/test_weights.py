@@ -61,6 +61,7 @@ CONFIGS = {
     "olmo3": lambda: Olmo3Config(**SHARED, sliding_window=40, layer_types=LAYER_TYPES),
     "smollm3": lambda: SmolLM3Config(**SHARED, no_rope_layers=[1, 1, 0]),
 }
+FINER = {torch.float16: 2**-3, torch.float32: 2**-9}  # types besides bfloat16, and what they round of what that does
 OTHERS = {
     "gemma2": lambda: Gemma2Config(**SHARED, sliding_window=400),
 }
@@ -120,6 +121,35 @@ def test_logits_are_those_of_plain_transformers(kind, each_product, tmp_path):
     parts = [ids[:140], ids[140:157], ids[157:158], ids[158:159], ids[159:]]
     found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
     assert_same(found, expected, roundings=1 if each_product == "packed" else 4)
+
+
+@pytest.mark.parametrize("stored", FINER)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("long", [False, True])
+def test_models_stored_in_other_types(kind, stored, long, tmp_path):
+    """Finer than bfloat16: so much nearer they are to plain transformers. `long`: also a tail in two parts."""
+    write_tiny_model(tmp_path, config=CONFIGS[kind](), dtype=stored)
+    model = LanguageModel.load(tmp_path, model_id="tiny")
+    assert model.decoder is not None
+    assert model.rows_stay_apart
+    ids = random_ids(260 if long else 80)
+    first = 200 if long else 40
+    state, parts = model.new_state(), [ids[:first], ids[first : first + 1], ids[first + 1 :]]
+    found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
+    assert_same(found, plain_logits(tmp_path, ids), roundings=FINER[stored])
+
+
+@pytest.mark.parametrize("product", ["plain", "transposed", "tiles"])
+def test_float16_where_products_are_of_bfloat16(product, tmp_path, monkeypatch):
+    """Rows meet keys in float16 in float32: no tile takes these."""
+    use_plan(monkeypatch, "bfloat16", product)
+    write_tiny_model(tmp_path, config=CONFIGS["llama"](), dtype=torch.float16)
+    model = LanguageModel.load(tmp_path, model_id="tiny")
+    assert model.decoder._attends_in == torch.float32
+    assert model.kv_dtype == torch.float16
+    ids, state = random_ids(80), model.new_state()
+    found = torch.cat([model.forward(part, state, num_logits=0) for part in (ids[:40], ids[40:41], ids[41:])])
+    assert_same(found, plain_logits(tmp_path, ids), roundings=4)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -322,10 +352,34 @@ def test_weights_side_by_side_take_no_more_memory(monkeypatch, tmp_path):
     assert sum(memory.values()) <= sum(p.nbytes for p in plain.parameters()) + padding + HUGE_PAGE_BYTES
 
 
-def test_a_model_stored_in_float32_stays_as_it_is(tmp_path):
-    model = LanguageModel.load(write_tiny_model(tmp_path), model_id="tiny")
-    assert model.decoder is None
-    assert not any(isinstance(module, PackedLinear) for module in model.network.modules())
+@pytest.mark.parametrize("stored", FINER)
+def test_other_types_of_weights_stay_as_they_are(stored, tmp_path):
+    write_tiny_model(tmp_path, config=CONFIGS["qwen2"](), dtype=stored)
+    model = LanguageModel.load(tmp_path, model_id="tiny")
+    linear = [module for module in model.network.modules() if isinstance(module, PackedLinear)]
+    assert len(linear) == 7 * 3 + 1
+    assert {module.packed.panels.dtype for module in linear} == {stored}
+    assert model.network.model.embed_tokens.weight.dtype == stored
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored)
+    assert torch.equal(linear[0].weight, plain.model.layers[0].self_attn.q_proj.weight)
+    assert (model.kv_dtype, model.compute_dtype) == (stored, torch.float32)
+
+
+def test_an_adapter_keeps_the_quick_forward(tmp_path):
+    """Of a model in 16 bits, which merged weights are not."""
+    peft = pytest.importorskip("peft")
+    directory = write_tiny_model(tmp_path / "model", config=CONFIGS["llama"](), dtype=torch.bfloat16)
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(network, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = LanguageModel.load(directory, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+    assert model.rows_stay_apart
+    ids, state = random_ids(60), model.new_state()
+    found = torch.cat([model.forward(part, state, num_logits=0) for part in (ids[:40], ids[40:41], ids[41:])])
+    with torch.inference_mode():
+        assert_same(found, adapted.merge_and_unload()(input_ids=ids[None]).logits[0])
+    assert {m.packed.panels.dtype for m in model.network.modules() if isinstance(m, PackedLinear)} == {torch.float32}
 
 
 def test_another_compute_type_is_obeyed(tmp_path):

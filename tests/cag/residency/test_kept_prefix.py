@@ -264,7 +264,7 @@ def test_what_is_sent_to_a_device_is_as_small(tmp_path, documents, codec):
         firsts = first_tokens(prefix.resident)
         shapes = reader.coded_shapes(firsts)
         if shapes is not None:
-            sent = CodedBuffers(shapes, cpu, through_host=True)
+            sent = CodedBuffers(shapes, torch.bfloat16, cpu, through_host=True)
         else:
             sizes = [(2, reader.num_tokens - first, 32) for first in firsts]
             sent = HostBuffers(HostBuffers.of(sizes, torch.bfloat16, cpu)._device, through_host=True)

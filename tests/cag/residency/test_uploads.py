@@ -57,7 +57,7 @@ def buffers_of(engine, reader):
     """Buffers as a GPU has them, on the CPU."""
     shapes, cpu = reader.coded_shapes(), torch.device("cpu")
     if shapes is not None:
-        return CodedBuffers(shapes, cpu, through_host=True)
+        return CodedBuffers(shapes, torch.bfloat16, cpu, through_host=True)
     sizes = [(s.num_kv_heads, len(reader.token_ids()), s.head_dim) for s in engine.model.kv_shapes]
     in_place = HostBuffers.of(sizes, torch.bfloat16, cpu)
     return HostBuffers(in_place._device, through_host=True)

@@ -16,6 +16,7 @@ import llvmlite.binding as llvm
 
 from cag_kernels.cpu.attention.few_codes import few_codes_serve
 from cag_kernels.cpu.attention.panel import Blocking
+from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.pairs import pairs_win
 
 pytestmark = pytest.mark.skipif(not llvm.get_host_cpu_features().get("avx2", False), reason="no 16-bit products")
@@ -47,12 +48,13 @@ def integers(monkeypatch):
 
 
 def _kernels(blocking):
-    def kernel(head_dim, codes, _tiles, window=None, rows=None):
+    def kernel(head_dim, codes, _tiles, window=None, rows=None, dtype=torch.bfloat16):
         few_rows = cpu._few_rows(head_dim, rows, window) if few_codes_serve(head_dim, codes, blocking) else None
         key = blocking, head_dim, codes, window is not None, few_rows
-        if key not in _made:
-            _made[key] = attention_kernel(head_dim, blocking, few_rows, codes, window is not None, by_integers=True)
-        return _made[key]
+        if (*key, dtype) not in _made:
+            arguments = *key[1:2], blocking, few_rows, codes, window is not None, True, FloatType.of(dtype)
+            _made[*key, dtype] = attention_kernel(*arguments)
+        return _made[*key, dtype]
 
     return kernel
 
@@ -60,23 +62,23 @@ def _kernels(blocking):
 _made = {}
 
 
-def make(shape, bits=(8, 8), seed=0, **options):
+def make(shape, bits=(8, 8), seed=0, kept=torch.bfloat16, **options):
     """A query; a prefix whose channels lie apart and whose tokens' values differ in size."""
     num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens = shape
     generator = torch.Generator().manual_seed(seed + sum(shape))
     keys, values = torch.randn(2, num_kv_heads, num_tokens, head_dim, generator=generator)
     keys = keys + 2 * torch.randn(head_dim, generator=generator)
     values = values * torch.randn(num_tokens, 1, generator=generator).exp()
-    sides = (side.bfloat16() for side in (keys, values))
+    sides = (side.to(kept) for side in (keys, values))
     prefix = quantize_prefix(*sides, key_bits=bits[0], value_bits=bits[1], **options)
     return torch.randn(num_q_heads, num_queries, head_dim, generator=generator), prefix
 
 
 def met(prefix, tile=64):
-    """Keys and values that are met, in float64: `code * scale + offset`, in tiles with exact tokens as bfloat16."""
+    """Keys and values that are met, in float64: `code * scale + offset`, in tiles with exact tokens of their type."""
     stop = -(-prefix.exact_keys.shape[1] // tile) * tile
     sides = [side.clone() for side in dequantize_prefix(prefix, torch.float64)]
-    for side, rounded in zip(sides, dequantize_prefix(prefix, torch.bfloat16), strict=True):
+    for side, rounded in zip(sides, dequantize_prefix(prefix, prefix.exact_keys.dtype), strict=True):
         side[:, :stop] = rounded[:, :stop].double()
     return sides
 
@@ -118,6 +120,16 @@ def test_numbers_are_those_of_the_oracle(shape, bits, num_exact):
     query, prefix = make(shape, bits, num_exact=num_exact)
     for scale in (shape[2] ** -0.5, 1.0):
         assert_near(query, prefix, scale, cpu_quantized_attention(query, prefix, scale=scale))
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32])
+@pytest.mark.parametrize("num_queries", [1, 15])
+@pytest.mark.parametrize("blocking", [NARROW, WIDE])
+def test_exact_tokens_of_other_types(blocking, num_queries, kept, integers):
+    integers(blocking)
+    query, prefix = make((9, 3, 64, num_queries, 1000), kept=kept, num_exact=70)
+    assert prefix.exact_keys.dtype == kept
+    assert_near(query, prefix, 0.125, cpu_quantized_attention(query, prefix, scale=0.125))
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21])

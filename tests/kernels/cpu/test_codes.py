@@ -30,6 +30,7 @@ SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens
     (4, 4, 32, 3, 2),
     (6, 2, 32, 40, 129),
 ]
+MOST = torch.finfo(torch.float16).max
 BITS = [(8, 8), (4, 4), (8, 4), (4, 8)]
 TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not has_tiles(), reason="no tiles"))]
 
@@ -40,11 +41,13 @@ def numbers(monkeypatch):
     monkeypatch.setattr(cpu, "multiplies_codes", lambda _codes: False)
 
 
-def make(shape, bits=(8, 8), **options):
+def make(shape, bits=(8, 8), kept=torch.bfloat16, size=1, **options):
+    """A query in float32, and a prefix whose exact tokens are of a type."""
     num_q_heads, num_kv_heads, head_dim, num_queries, num_tokens = shape
     generator = torch.Generator().manual_seed(sum(shape))
-    keys, values = torch.randn(2, num_kv_heads, num_tokens, head_dim, generator=generator).bfloat16()
-    keys = keys + 2 * torch.randn(head_dim, generator=generator).bfloat16()
+    sides = torch.randn(2, num_kv_heads, num_tokens, head_dim, generator=generator).mul(size)
+    keys, values = sides.clamp(-MOST, MOST).to(kept)
+    keys = (keys + 2 * torch.randn(head_dim, generator=generator).mul(size).to(kept)).clamp(-MOST, MOST)
     prefix = quantize_prefix(keys, values, key_bits=bits[0], value_bits=bits[1], **options)
     return torch.randn(num_q_heads, num_queries, head_dim, generator=generator), prefix
 
@@ -59,6 +62,21 @@ def test_attention_over_codes_is_attention_over_numbers(shape, bits, dtype):
     numbers = DensePrefix(*dequantize_prefix(prefix, torch.bfloat16))
     plain = query if dtype == torch.float32 or has_tiles() else query.float()
     expected = cpu_attention(plain, *numbers, scale=0.1, offset=numbers.num_tokens)
+    assert all(map(torch.equal, prefix_attention(query, prefix, scale=0.1), expected))
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 64, 1, 1000), (4, 4, 96, 16, 512), (6, 2, 32, 40, 129)])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [2.0**-12, 1, 20_000])
+def test_codes_become_numbers_of_the_type_of_exact_tokens(shape, bits, kept, size):
+    """Also those that float16 has no number for."""
+    query, prefix = make(shape, bits, kept, size, num_exact=20)
+    query /= size
+    numbers = DensePrefix(*dequantize_prefix(prefix, kept))
+    if size == 20_000:
+        assert dequantize_prefix(prefix, torch.float32)[0].abs().max() > MOST
+    expected = cpu_attention(query, *numbers, scale=0.1, offset=numbers.num_tokens)
     assert all(map(torch.equal, prefix_attention(query, prefix, scale=0.1), expected))
 
 

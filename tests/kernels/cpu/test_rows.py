@@ -63,20 +63,28 @@ def test_head_norm_touches_its_heads_only():
     assert torch.equal(projected[:, 64:], before[:, 64:])
 
 
+STEPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-23}  # from 1 to the next number
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rotate_and_store_in_other_types(dtype):
+    test_rotate_and_store(7, (9, 3), 64, dtype)
+
+
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (2, 1)])
 @pytest.mark.parametrize("head_dim", [2, 64, 96])
-def test_rotate_and_store(num_rows, heads, head_dim):
+def test_rotate_and_store(num_rows, heads, head_dim, dtype=torch.bfloat16):
     num_q_heads, num_kv_heads = heads
     page_tokens, num_pages = 4, num_rows + 2
     projected = normal(num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim)
     angles = normal(num_rows, head_dim // 2)
     cosines, sines = torch.cat([angles.cos()] * 2, dim=1), torch.cat([angles.sin()] * 2, dim=1)
     query = torch.full((num_q_heads, num_rows, head_dim), math.nan)
-    pool = torch.zeros(2, num_pages, num_kv_heads, page_tokens, head_dim, dtype=torch.bfloat16)
+    pool = torch.zeros(2, num_pages, num_kv_heads, page_tokens, head_dim, dtype=dtype)
     order = torch.randperm(num_pages * page_tokens, generator=torch.Generator().manual_seed(num_rows))[:num_rows]
     pages, places = (order // page_tokens).numpy(), (order % page_tokens).numpy()
-    arrays = (query.numpy(), *(side.view(torch.uint16).numpy() for side in pool))
+    arrays = (query.numpy(), *map(cpu_rows.kept_numbers, pool))
     cpu_rows.rotate_and_store(projected.numpy(), cosines.numpy(), sines.numpy(), *arrays, pages, places)
     by_head = projected.view(num_rows, -1, head_dim).transpose(0, 1)
     turned = rows_reference.rotate_reference(by_head, cosines, sines)
@@ -84,13 +92,31 @@ def test_rotate_and_store(num_rows, heads, head_dim):
     assert_close(query, exact[:num_q_heads], turned[:num_q_heads])
     keys, values = (side.transpose(1, 2).flatten(0, 1) for side in pool)  # [tokens of all pages, heads, head_dim]
     expected = exact[num_q_heads : num_q_heads + num_kv_heads]
-    step = expected.abs().clamp_min(1e-30).log2().floor().exp2() * 2**-7  # distance of neighbours in bfloat16
+    step = expected.abs().clamp_min(1e-30).log2().floor().exp2() * STEPS[dtype]  # distance of neighbours
     assert ((keys[order].transpose(0, 1).double() - expected).abs() <= 0.5 * step + 1e-6).all()
-    assert torch.equal(values[order].transpose(0, 1), by_head[num_q_heads + num_kv_heads :].bfloat16())
+    assert torch.equal(values[order].transpose(0, 1), by_head[num_q_heads + num_kv_heads :].to(dtype))
     for tensor in (keys, values):
         untouched = torch.ones(len(tensor), dtype=torch.bool)
         untouched[order] = False
         assert not tensor[untouched].any()
+
+
+def test_rounding_to_float16_is_torchs_own():
+    """Ties, numbers too small to be normal, and such as are too large."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1 << 14, generator=generator) * 2.0 ** torch.randint(-28, 18, (1 << 14,), generator=generator)
+    halves = torch.arange(1 << 16).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()].float().sort().values
+    numbers = torch.cat([numbers, halves, (halves[1:] + halves[:-1]) / 2])  # each and what lies between two
+    numbers = numbers[: len(numbers) // 64 * 64].view(-1, 64)
+    projected = torch.cat([torch.zeros(len(numbers), 128), numbers], dim=1)
+    query, angles = torch.empty(1, len(numbers), 64), torch.zeros(len(numbers), 64)
+    keys, values = (torch.zeros(1, 1, len(numbers), 64, dtype=torch.float16) for _ in range(2))
+    pages, places = np.zeros(len(numbers), np.int64), np.arange(len(numbers))
+    pool = cpu_rows.kept_numbers(keys), cpu_rows.kept_numbers(values)
+    arrays = projected.numpy(), angles.numpy(), angles.numpy(), query.numpy()
+    cpu_rows.rotate_and_store(*arrays, *pool, pages, places)
+    assert torch.equal(values[0, 0].view(torch.int16), numbers.half().view(torch.int16))
 
 
 def test_rounding_is_torchs_own():

@@ -13,6 +13,7 @@ from cag_kernels.cpu.attention.segments import attention_kernel, cpu_attention, 
 
 pytest.importorskip("llvmlite")
 from cag_kernels.cpu.attention.panel import Blocking
+from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.tape import Tape
 
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
@@ -29,14 +30,15 @@ SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
     (10, 2, 80, 2, 7),
     (7, 1, 16, 11, 129),
 ]
+OTHERS = [torch.float16, torch.float32]  # types of keys and values besides bfloat16
 
 
-def make(shape, seed=0):
-    """A float32 query; bfloat16 keys and values that are slices of larger buffers full of NaN."""
+def make(shape, seed=0, kept=torch.bfloat16):
+    """A float32 query; keys and values in a type that are slices of larger buffers full of NaN."""
     num_q_heads, num_kv_heads, head_dim, num_queries, num_keys = shape
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(num_q_heads, num_queries, head_dim, generator=generator)
-    buffers = torch.full((2, num_kv_heads, num_keys + 70, head_dim), torch.nan, dtype=torch.bfloat16)
+    buffers = torch.full((2, num_kv_heads, num_keys + 70, head_dim), torch.nan, dtype=kept)
     inside = buffers[:, :, 3 : 3 + num_keys]
     inside.copy_(torch.randn(inside.shape, generator=generator))
     return query, inside[0], inside[1]
@@ -64,6 +66,15 @@ def test_matches_oracle_and_reads_nothing_around_the_keys(shape, num_threads, th
     assert_close(found, query, keys, values, shape[2] ** -0.5)
 
 
+@pytest.mark.parametrize("kept", OTHERS)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[7], SHAPES[9], SHAPES[11]])
+def test_keys_of_other_types(shape, kept):
+    query, keys, values = make(shape, kept=kept)
+    assert choose_path(query, keys, window=None, softcap=None, offset=keys.shape[1]) == "compiled"
+    found = cpu_attention(query, keys, values, scale=shape[2] ** -0.5, offset=keys.shape[1])
+    assert_close(found, query, keys, values, shape[2] ** -0.5)
+
+
 @pytest.mark.parametrize("num_queries", [1, 2, 5, 6, 10, 11, 13, 16, 21, 26, 32, 37, 48])
 def test_every_number_of_vectors_of_rows(num_queries):
     query, keys, values = make((6, 2, 32, num_queries, 100), seed=num_queries)
@@ -79,14 +90,43 @@ def test_every_group_of_a_single_query(group, head_dim):
 
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(2, 2), (3, 1), (8, 2), (9, 3), (16, 2)])
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 128, 256])
-def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_heads, head_dim):
+def test_a_query_has_the_same_bits_alone_and_in_company(num_q_heads, num_kv_heads, head_dim, kept=torch.bfloat16):
     """A single one of few rows has code of its own."""
-    query, keys, values = make((num_q_heads, num_kv_heads, head_dim, 7, 1077))
+    query, keys, values = make((num_q_heads, num_kv_heads, head_dim, 7, 1077), kept=kept)
     out, lse = cpu_attention(query, keys, values, scale=0.2, offset=1077)
     for index in range(query.shape[1]):
         own = cpu_attention(query[:, index : index + 1], keys, values, scale=0.2, offset=1077)
         assert torch.equal(own[0], out[:, index : index + 1])
         assert torch.equal(own[1], lse[:, index : index + 1])
+
+
+@pytest.mark.parametrize("kept", OTHERS)
+@pytest.mark.parametrize("head_dim", [32, 48, 128])
+def test_a_query_over_keys_of_other_types_has_the_same_bits_alone_and_in_company(head_dim, kept):
+    test_a_query_has_the_same_bits_alone_and_in_company(9, 3, head_dim, kept)
+
+
+@pytest.mark.parametrize("kept", OTHERS)
+@pytest.mark.parametrize("num_queries", [1, 9])
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_keys_of_other_types_in_vectors_of_any_width(lanes, num_queries, kept, monkeypatch):
+    query, keys, values = make((6, 2, 48, num_queries, 777), kept=kept)
+    kernel = attention_kernel(48, Blocking(lanes, lanes // 2), 3 if num_queries == 1 else None, kept=FloatType.of(kept))
+    monkeypatch.setattr(cpu, "compiled_kernel", lambda *_which: kernel)
+    assert_close(cpu_attention(query, keys, values, scale=0.2, offset=777), query, keys, values, 0.2)
+
+
+@pytest.mark.parametrize("num_queries", [1, 15])
+def test_keys_smaller_than_normal_float16_are_not_lost(num_queries):
+    query, keys, values = make((4, 2, 64, num_queries, 300), kept=torch.float16)
+    keys, values = keys * 2.0**-20, values * 2.0**-20
+    assert keys.abs().max() < torch.finfo(torch.float16).tiny
+    found = cpu_attention(query * 2.0**20, keys, values, scale=0.125, offset=300)
+    assert_close(found, query * 2.0**20, keys, values, 0.125)
+    expected = segment_attention_reference(
+        query.double() * 2.0**20, keys.double(), values.double(), scale=0.125, offset=300
+    )
+    assert (found[0].double() - expected[0]).abs().max() <= 1e-5 * expected[0].abs().max()
 
 
 @pytest.mark.parametrize("num_queries", [1, 2, 9])
@@ -181,7 +221,9 @@ def test_what_is_not_served():
     query, keys, _ = make((4, 2, 64, 3, 50))
     assert cpu_attention_serves(query, keys)
     assert not cpu_attention_serves(query.double(), keys)
-    assert not cpu_attention_serves(query, keys.float())
+    assert not cpu_attention_serves(query, keys.double())
+    assert not cpu_attention_serves(query.bfloat16(), keys.half())
+    assert not cpu_attention_serves(query.bfloat16(), keys.float())
     assert not cpu_attention_serves(query, keys[:, ::2])
     assert not cpu_attention_serves(query, keys[:, :0])
     assert not cpu_attention_serves(query[..., :40], keys[..., :40])

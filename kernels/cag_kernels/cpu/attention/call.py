@@ -7,7 +7,8 @@ from enum import IntEnum
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.panel import Blocking
-from cag_kernels.cpu.emit import INT64, POINTER, Emitter, Value
+from cag_kernels.cpu.emit import ELEMENTS, INT64, POINTER, Emitter, Value
+from cag_kernels.cpu.floats import FloatType
 
 
 class Field(IntEnum):
@@ -15,7 +16,7 @@ class Field(IntEnum):
 
     NEXT_TASK = 0
     QUERY = 1  # [num_kv_heads, num_rows, head_dim] float32 (bfloat16 for tiles)
-    KEYS = 2
+    KEYS = 2  # [num_kv_heads, num_keys, head_dim], of the type that the code was made for, as EXACT_KEYS
     VALUES = 3
     SCALED = 4  # [num_kv_heads, head_dim, num_lanes] float32: the query transposed, scaled, padded with zeros
     MAXIMUM = 5  # [num_kv_heads, num_ranges, num_lanes] float32; range 0 of a head holds the result in the end
@@ -45,7 +46,7 @@ class Field(IntEnum):
     KEY_OFFSETS = 27
     VALUE_SCALES = 28  # [num_kv_heads, num_keys, num_channel_groups] bfloat16
     VALUE_OFFSETS = 29
-    EXACT_KEYS = 30  # [num_kv_heads, num_exact, head_dim] bfloat16
+    EXACT_KEYS = 30  # [num_kv_heads, num_exact, head_dim]
     EXACT_VALUES = 31
 
 
@@ -65,11 +66,14 @@ class Call:
         *,
         has_window: bool = False,
         has_codes: bool = False,
+        kept: FloatType = FloatType.BFLOAT16,
     ) -> None:
+        """`kept`: the type of keys and values that are no codes."""
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
         self.head_dim = head_dim
         self.blocking = blocking
         self.has_window = has_window
+        self.kept, self.element = kept, ELEMENTS[kept]
         self.emit = self.make_emitter()
         last = Field.EXACT_VALUES if has_codes else Field.BEGIN
         fields = [field for field in list(Field)[1:] if field <= last]

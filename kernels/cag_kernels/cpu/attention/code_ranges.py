@@ -94,7 +94,7 @@ class _ExactTiles:
         self._num_tokens = call.blocking.tile
         self._dequantizer = Dequantizer(call, codes)
         self._rows = [self._dequantizer.rows_on_stack(self._num_tokens) for _ in range(2)]
-        self._wide = WideTile(call.emit, call.head_dim, call.blocking)
+        self._wide = WideTile(call.emit, call.head_dim, call.blocking, call.kept)
         self._panels = float_panels(call, widest)
 
     def emit_tiles(self, part: Range) -> Value:

@@ -1,8 +1,8 @@
 """Codes into numbers, as LLVM code: a stretch of a quantized prefix that is about to be attended to, and no more of it.
 
-In: a call whose keys and values are codes with scales and offsets (`prefixes.QuantizedPrefix`). Out: bfloat16 rows on
-the stack, to the bit what the store's codecs decode to: `code * scale`, then `+ offset`, each rounded to float32, then
-half a unit of bfloat16 added and the lower half dropped (docs/format.md 5.2).
+In: a call whose keys and values are codes with scales and offsets (`prefixes.QuantizedPrefix`). Out: rows on
+the stack, of the type of exact tokens, to the bit what the store's codecs decode to: `code * scale`, then `+ offset`,
+each rounded to float32, and the sum to that type (docs/format.md 5.2).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.call import Call, Field
-from cag_kernels.cpu.emit import INT8, INT16, INT32, POINTER, Value
+from cag_kernels.cpu.emit import HALF, INT8, INT16, INT32, POINTER, Value
+from cag_kernels.cpu.floats import FloatType
 from cag_kernels.prefixes import Codes
 
+_LARGEST_FLOAT16 = 65504.0
 GROUP_MULTIPLE = 16  # tokens of a group of keys and channels of a group of values are multiples of this
 
 
@@ -44,14 +46,14 @@ class Dequantizer:
 
     def rows_on_stack(self, num_tokens: int) -> Value:
         """Memory for `[num_tokens, head_dim]` numbers, of the whole function."""
-        memory = self.builder.alloca(INT16, size=num_tokens * self.call.head_dim)
+        memory = self.builder.alloca(self.call.element, size=num_tokens * self.call.head_dim)
         memory.align = 64
         memory.type = POINTER
         return memory
 
     def emit_side(self, side: int, head: Value, first: Value, count: Value, target: Value, num_tokens: int) -> None:
-        """Keys (0) or values (1) of tokens `[first, first + count)` into `target`, `[num_tokens, head_dim]` bfloat16,
-        with zeros behind them; `first` is a multiple of 16."""
+        """Keys (0) or values (1) of tokens `[first, first + count)` into `target`, `[num_tokens, head_dim]`, with
+        zeros behind them; `first` is a multiple of 16."""
         emit, builder, fields = self.emit, self.builder, SIDES[side]
         bits = (self.codes.key_bits, self.codes.value_bits)[side]
         row_bytes = self.call.head_dim * bits // 8
@@ -63,14 +65,14 @@ class Dequantizer:
             with emit.loop(block.index, stop, 1) as token:
                 parameters = keys or self._value_parameters(head, builder.add(first, token.index))
                 row = emit.at(source, builder.mul(token.index, emit.integer(row_bytes)), INT8)
-                place = emit.at(target, builder.mul(token.index, emit.integer(self.call.head_dim)), INT16)
+                place = emit.at(target, builder.mul(token.index, emit.integer(self.call.head_dim)), self.call.element)
                 values = {
                     channel: builder.fadd(builder.fmul(code, parameters[channel][0]), parameters[channel][1])
                     for channel, code in self.row_codes(row, bits)
                 }
                 for channel, width in self._stores:
                     vectors = [values[channel + first] for first in range(0, width, emit.lanes)]
-                    builder.store(self._rounded(vectors), emit.at(place, channel, INT16), align=2)
+                    builder.store(self._rounded(vectors), emit.at(place, channel, self.call.element), align=2)
         self.emit_exact(side, target, head, first, count)
         self.emit_zeros(target, count, num_tokens)
 
@@ -135,13 +137,18 @@ class Dequantizer:
 
     @property
     def _stores(self) -> list[tuple[int, int]]:
-        """First channel and number of channels of what is stored at once: two vectors where there are two."""
+        """First channel and number of channels of what is stored at once: two vectors of bfloat16 where there are
+        two."""
         lanes, head_dim = self.emit.lanes, self.call.head_dim
-        width = 2 * lanes if head_dim % (2 * lanes) == 0 else lanes
+        width = 2 * lanes if head_dim % (2 * lanes) == 0 and self.call.kept is FloatType.BFLOAT16 else lanes
         return [(channel, width) for channel in range(0, head_dim, width)]
 
     def _rounded(self, values: Sequence[Value]) -> Value:
-        """One vector or two behind each other, the upper halves of their numbers after half a unit was added."""
+        """One vector or two behind each other, in the type that is kept."""
+        if self.call.kept is FloatType.FLOAT32:
+            return values[0]
+        if self.call.kept is FloatType.FLOAT16:
+            return self._rounded_to_float16(values[0])
         halves = ir.VectorType(INT16, 2 * self.emit.lanes)
         parts = [
             self.builder.bitcast(
@@ -153,6 +160,14 @@ class Dequantizer:
         chosen = ir.Constant(ir.VectorType(INT32, len(upper)), upper)
         return self.builder.shuffle_vector(parts[0], parts[-1], chosen)
 
+    def _rounded_to_float16(self, value: Value) -> Value:
+        """The nearest one, ties to even; what is too large becomes the largest."""
+        emit, largest = self.emit, self.emit.constant(_LARGEST_FLOAT16)
+        smaller = emit.builder.select(emit.builder.fcmp_ordered("<", value, largest), value, largest)
+        least = emit.constant(-_LARGEST_FLOAT16)
+        inside = emit.builder.select(emit.builder.fcmp_ordered(">", smaller, least), smaller, least)
+        return emit.builder.fptrunc(inside, ir.VectorType(HALF, emit.lanes))
+
     def emit_exact(self, side: int, target: Value, head: Value, first: Value, count: Value) -> None:
         """Put the exact first tokens in the place of what their codes gave, in rows."""
         emit, builder, head_dim = self.emit, self.builder, self.call.head_dim
@@ -160,7 +175,7 @@ class Dequantizer:
         with self.emit.when(builder.icmp_signed("<", first, stop)):
             start = self.call.index(head, (self.call[Field.NUM_EXACT], first), (head_dim, 0))
             size = builder.mul(builder.sub(stop, first), emit.integer(head_dim))
-            source = emit.at(self.call[SIDES[side].exact], start, INT16)
+            source = emit.at(self.call[SIDES[side].exact], start, self.call.element)
             self._emit_copy(source, target, emit.integer(0), size)
 
     def emit_zeros(self, target: Value, count: Value, num_tokens: int) -> None:
@@ -171,9 +186,10 @@ class Dequantizer:
             self._emit_copy(None, target, start, stop)
 
     def _emit_copy(self, source: Value | None, target: Value, start: Value, stop: Value) -> None:
-        kind = ir.VectorType(INT16, self.emit.lanes)
-        with self.emit.loop(start, stop, self.emit.lanes) as element:
-            value = ir.Constant(kind, [0] * self.emit.lanes)
+        size, lanes = self.call.element, self.emit.lanes
+        kind = ir.VectorType(size, lanes)
+        with self.emit.loop(start, stop, lanes) as element:
+            value = ir.Constant(kind, [0] * lanes)
             if source is not None:
-                value = self.builder.load(self.emit.at(source, element.index, INT16), typ=kind, align=2)
-            self.builder.store(value, self.emit.at(target, element.index, INT16), align=2)
+                value = self.builder.load(self.emit.at(source, element.index, size), typ=kind, align=2)
+            self.builder.store(value, self.emit.at(target, element.index, size), align=2)

@@ -13,28 +13,29 @@ from functools import partial
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.panel import SUM_CHANNELS, Blocking
-from cag_kernels.cpu.emit import FLOAT, INT16, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Value
+from cag_kernels.cpu.emit import ELEMENTS, FLOAT, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Value
+from cag_kernels.cpu.floats import FloatType
 
 SUMS_IN_REGISTERS = {16: 24, 8: 12}  # lanes of a register -> sums beside what they meet
-_LINE = LINE_BYTES // 2  # numbers in a line of the cache
 _TURNED_BYTES = 8192  # of turned keys at most: the first cache has more to hold
 
 
 class FewRows:
     """Attention of `rows` rows over one range of keys.
 
-    Arguments: query `[head_dim, num_lanes]`, keys and values `[num_keys, head_dim]` bfloat16, and where the maxima and
+    Arguments: query `[head_dim, num_lanes]`, keys and values `[num_keys, head_dim]` as `kept`, and where the maxima and
     denominators `[num_lanes]` and the weighted sums `[head_dim, num_lanes]` go; then the number of keys and num_lanes.
     """
 
-    def __init__(self, module: ir.Module, head_dim: int, rows: int, blocking: Blocking) -> None:
+    def __init__(self, module: ir.Module, head_dim: int, rows: int, blocking: Blocking, kept: FloatType) -> None:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 2)
         self.function = ir.Function(module, kind, name=f"few_{rows}")
         self.function.linkage = "internal"
         self.emit = Emitter(self.function, blocking.lanes)
         self.head_dim = head_dim
         self.rows = range(rows)
-        self.blocking = blocking
+        self.blocking, self.kept, self.element = blocking, kept, ELEMENTS[kept]
+        self.line = LINE_BYTES // kept.num_bytes  # numbers in a line of the cache
         self.chunks = range(head_dim // blocking.lanes)
         arguments = self.function.args
         self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
@@ -43,7 +44,7 @@ class FewRows:
         self.sums = self.emit.scratch(rows * head_dim)
         self.vectors = _vectors_of_keys(rows, head_dim, blocking)
         self.turned = self.emit.scratch(head_dim * self.vectors * blocking.lanes)
-        self.turn = _turning_function(module, head_dim, self.vectors, blocking)
+        self.turn = _turning_function(module, head_dim, self.vectors, blocking, kept)
         self.scores = self.emit.scratch(rows * blocking.tile)
         self._emit_range()
 
@@ -57,11 +58,11 @@ class FewRows:
         with emit.loop(zero, self.num_keys, self.blocking.tile, start) as tile:
             count = emit.minimum(emit.builder.sub(self.num_keys, tile.index), emit.integer(self.blocking.tile))
             first = emit.builder.mul(tile.index, emit.integer(self.head_dim))
-            self._emit_scores(emit.at(self.keys, first, INT16), count)
+            self._emit_scores(emit.at(self.keys, first, self.element), count)
             softmax = [self._emit_softmax(row, count, tile.values[row]) for row in rows]
             corrections = [correction for _, correction in softmax]
             denominators = tile.values[len(rows) :]
-            totals = self._emit_weighted(emit.at(self.values, first, INT16), count, corrections, denominators)
+            totals = self._emit_weighted(emit.at(self.values, first, self.element), count, corrections, denominators)
             tile.following = [maximum for maximum, _ in softmax] + totals
         self._emit_end(tile.following)
 
@@ -100,7 +101,7 @@ class FewRows:
                 first, target = builder.add(base.index, lane.index), emit.at(self.turned, lane.index)
                 builder.call(self.turn, [keys, first, last, target])
             ahead = builder.mul(builder.add(base.index, emit.integer(self.blocking.tile)), emit.integer(self.head_dim))
-            ahead = emit.at(keys, ahead, INT16)
+            ahead = emit.at(keys, ahead, self.element)
             sums = self._emit_products(0, ahead)
             for channel in range(SUM_CHANNELS, self.head_dim, SUM_CHANNELS):
                 sums = [builder.fadd(*pair) for pair in zip(sums, self._emit_products(channel, ahead), strict=True)]
@@ -121,9 +122,9 @@ class FewRows:
         with emit.loop(emit.integer(first), emit.integer(stop), 1, nothing) as channel:
             keys = emit.at(self.turned, builder.mul(channel.index, emit.integer(self.vectors * emit.lanes)))
             size = self.vectors * emit.lanes  # of the keys that are asked for
-            for part in range(0, size, _LINE):
+            for part in range(0, size, self.line):
                 index = builder.add(builder.mul(channel.index, emit.integer(size)), emit.integer(part))
-                emit.prefetch(emit.at(ahead, index, INT16))
+                emit.prefetch(emit.at(ahead, index, self.element))
             query = emit.at(self.row_query, channel.index)
             channel.following, _ = _emit_outer(
                 emit,
@@ -154,7 +155,9 @@ class FewRows:
         passes, found = self._passes(), []
         for number, chunks in enumerate(passes):
             # each pass asks for its part of the next tile
-            lines = [line for line in range(0, self.head_dim, _LINE) if line * len(passes) // self.head_dim == number]
+            lines = [
+                line for line in range(0, self.head_dim, self.line) if line * len(passes) // self.head_dim == number
+            ]
             added = totals if number == len(passes) - 1 else []
             found = self._emit_channels(values, count, corrections, chunks, added, lines)
         return found
@@ -184,13 +187,13 @@ class FewRows:
         factors = [corrections[row] for row in self.rows for _ in chunks]
         start = [builder.fmul(emit.load(place), factor) for place, factor in zip(places, factors, strict=True)]
         with emit.loop(emit.integer(0), count, 1, [*start, *totals]) as key:
-            source = emit.at(values, builder.mul(key.index, emit.integer(self.head_dim)), INT16)
+            source = emit.at(values, builder.mul(key.index, emit.integer(self.head_dim)), self.element)
             for line in lines:
-                emit.prefetch(emit.at(source, self.blocking.tile * self.head_dim + line, INT16))
+                emit.prefetch(emit.at(source, self.blocking.tile * self.head_dim + line, self.element))
             sums, weights = _emit_outer(
                 emit,
                 [partial(emit.spread, emit.at(self.scores, self._score_index(row, key.index))) for row in self.rows],
-                [partial(emit.load_bfloat16, emit.at(source, chunk * emit.lanes, INT16)) for chunk in chunks],
+                [partial(self._load, source, chunk) for chunk in chunks],
                 key.values[: len(start)],
             )
             before = key.values[len(start) :]
@@ -199,33 +202,35 @@ class FewRows:
             emit.store(total, place)
         return list(key.following[len(start) :])
 
+    def _load(self, values: Value, chunk: int) -> Value:
+        return self.emit.load_float(self.emit.at(values, chunk * self.emit.lanes, self.element), self.kept)
+
     def _score_index(self, row: int, key: Value) -> Value:
         return self.emit.builder.add(key, self.emit.integer(row * self.blocking.tile))
 
 
-def _turning_function(module: ir.Module, head_dim: int, vectors: int, blocking: Blocking) -> ir.Function:
+def _turning_function(
+    module: ir.Module, head_dim: int, vectors: int, blocking: Blocking, kept: FloatType
+) -> ir.Function:
     """Function that lays a vector of keys out channel by channel.
 
     Arguments: the tile's keys, the first one of the vector, the last one of the tile, and where its numbers go, lanes
-    from a channel's to the next `vectors` apart. Turned are numbers of four bytes, pairs of channels; the last block
-    may begin within the one before. It is a function of its own so that what it keeps in registers is not kept in
-    the loops beside it.
+    from a channel's to the next `vectors` apart. The last block of channels may begin within the one before. It is a
+    function of its own so that what it keeps in registers is not kept in the loops beside it.
     """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, INT64, INT64, POINTER]), name="turn")
     function.linkage = "internal"
     emit, lanes = Emitter(function, blocking.lanes), blocking.lanes
     builder, (keys, first, last, target) = emit.builder, function.args
     tokens = [emit.minimum(builder.add(first, emit.integer(key)), last) for key in range(lanes)]
-    rows = [emit.at(keys, builder.mul(token, emit.integer(head_dim)), INT16) for token in tokens]
-    with emit.loop(emit.integer(0), emit.integer(head_dim), 2 * lanes) as block:
-        channel = emit.minimum(block.index, emit.integer(head_dim - 2 * lanes))
-        places = [emit.at(row, channel, INT16) for row in rows]
-        pairs = emit.transposed([builder.load(place, typ=emit.integers, align=2) for place in places])
+    element, size = ELEMENTS[kept], emit.columns_at_once(kept)
+    rows = [emit.at(keys, builder.mul(token, emit.integer(head_dim)), element) for token in tokens]
+    with emit.loop(emit.integer(0), emit.integer(head_dim), size) as block:
+        channel = emit.minimum(block.index, emit.integer(head_dim - size))
         step = emit.integer(vectors * lanes)
-        for number, pair in enumerate(pairs):
-            for odd, wide in enumerate(emit.widened_pair(pair)):
-                index = builder.mul(builder.add(channel, emit.integer(2 * number + odd)), step)
-                emit.store(wide, emit.at(target, index))
+        for number, wide in enumerate(emit.load_transposed([emit.at(row, channel, element) for row in rows], kept)):
+            index = builder.mul(builder.add(channel, emit.integer(number)), step)
+            emit.store(wide, emit.at(target, index))
     builder.ret_void()
     return function
 

@@ -17,6 +17,7 @@ from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_few, serve_by_panels
 from cag_kernels.cpu.attention.window_call import emit_first_keys, emit_range_bounds, emit_seeing
 from cag_kernels.cpu.emit import FLOAT, INT32, LINE_BYTES, UNSEEN, Value, function_blocks
+from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.team import Share
 from cag_kernels.prefixes import Codes
 
@@ -33,12 +34,13 @@ def attention_module(
     codes: Codes | None = None,
     has_window: bool = False,
     by_integers: bool = False,
+    kept: FloatType = FloatType.BFLOAT16,
 ) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
-    Over numbers, or over codes: these meet 16-bit integers if `by_integers`, else a range of them is turned into
-    numbers where it is attended to. For any number of rows, with a window or without; or for exactly `few_rows` of one
-    query, without a window.
+    Over numbers of the type `kept`, or over codes with exact numbers of that type: codes meet 16-bit integers if
+    `by_integers`, else a range of them is turned into numbers where it is attended to. For any number of rows, with a
+    window or without; or for exactly `few_rows` of one query, without a window.
     """
     module = ir.Module(name=f"attention_{head_dim}")
     prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
@@ -46,7 +48,8 @@ def attention_module(
     if has_window:  # all threads write the same
         emit_first_keys(prepare, blocking.tile)
     prepare.emit.builder.ret_void()
-    attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=codes is not None)
+    has_codes = codes is not None
+    attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=has_codes, kept=kept)
     if by_integers:
         assert codes is not None
         serve = serve_by_integers(attend, codes, few_rows)

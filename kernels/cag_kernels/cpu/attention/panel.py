@@ -15,7 +15,8 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 
 from cag_kernels.cpu.attention.window import emit_hidden, emit_num_hidden, emit_reference
-from cag_kernels.cpu.emit import INT16, INT32, INT64, POINTER, Emitter, Value
+from cag_kernels.cpu.emit import ELEMENTS, INT32, INT64, POINTER, Emitter, Value
+from cag_kernels.cpu.floats import FloatType
 
 MAX_WIDTH = 3  # vectors of rows that one pass over the keys serves
 CHANNELS = 4  # of a score in one turn of the loop
@@ -57,12 +58,12 @@ class WideTile:
     the keys of a tile are summed one behind the other.
     """
 
-    def __init__(self, emit: Emitter, head_dim: int, blocking: Blocking) -> None:
-        self.emit, self.head_dim, self.blocking = emit, head_dim, blocking
+    def __init__(self, emit: Emitter, head_dim: int, blocking: Blocking, kept: FloatType) -> None:
+        self.emit, self.head_dim, self.blocking, self.kept = emit, head_dim, blocking, kept
         self.keys, self.values = emit.scratch(blocking.tile * head_dim), emit.scratch(blocking.tile * head_dim)
 
     def emit_widened(self, keys: Value, values: Value, count: Value) -> None:
-        """`count` keys and values from memory."""
+        """`count` keys and values from memory, of the type `kept`."""
         emit, builder, lanes, block = self.emit, self.emit.builder, self.blocking.lanes, _block(1, self.blocking)
         # leftovers on the stack that are denormal would slow down the last block, which may reach behind the last key
         num_blocks = emit.rounded_up(count, emit.integer(block))
@@ -81,7 +82,7 @@ class WideTile:
                 emit.store(self._load(values, place), emit.at(target, builder.mul(key.index, emit.integer(lanes))))
 
     def _load(self, source: Value, index: Value) -> Value:
-        return self.emit.load_bfloat16(self.emit.at(source, index, INT16))
+        return self.emit.load_float(self.emit.at(source, index, ELEMENTS[self.kept]), self.kept)
 
 
 class Panel:
@@ -96,7 +97,15 @@ class Panel:
     name = "panel"
     num_pointers = 8
 
-    def __init__(self, module: ir.Module, head_dim: int, width: int, blocking: Blocking, has_window: bool) -> None:
+    def __init__(
+        self,
+        module: ir.Module,
+        head_dim: int,
+        width: int,
+        blocking: Blocking,
+        has_window: bool,
+        kept: FloatType = FloatType.BFLOAT16,
+    ) -> None:
         windows = [POINTER, INT64] if has_window else []
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * self.num_pointers + [INT64] * 2 + windows)
         self.function = ir.Function(module, kind, name=f"{self.name}_{width}")
@@ -104,7 +113,7 @@ class Panel:
         self.emit = Emitter(self.function, blocking.lanes)
         self.head_dim = head_dim
         self.width = width
-        self.blocking = blocking
+        self.blocking, self.element = blocking, ELEMENTS[kept]
         self.block = _block(width, blocking)
         self.row_floats = width * blocking.lanes
         pointers, numbers = self.function.args[: self.num_pointers], self.function.args[self.num_pointers :]
@@ -172,7 +181,7 @@ class Panel:
             begin = builder.mul(first_key, emit.integer(self.head_dim))
             asked = builder.add(begin, builder.mul(channel.index, emit.integer(self.block)))
             for side in self.ahead:
-                emit.prefetch(emit.at(side, asked, INT16))
+                emit.prefetch(emit.at(side, asked, self.element))
             for step in range(CHANNELS):
                 place = builder.add(channel.index, emit.integer(step))
                 rows = self._rows(emit.at(self.query, builder.mul(place, self.num_rows)))

@@ -15,7 +15,7 @@ from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.attention.dequantize import Dequantizer
 from cag_kernels.cpu.attention.few import FewRows
 from cag_kernels.cpu.attention.panel import MAX_WIDTH, Panel, WideTile
-from cag_kernels.cpu.emit import INT16, INT32, INT64, UNSEEN, Value, function_blocks
+from cag_kernels.cpu.emit import INT32, INT64, UNSEEN, Value, function_blocks
 from cag_kernels.prefixes import Codes
 
 
@@ -51,14 +51,14 @@ class _Numbers:
         call = self._call
         skipped = call.emit.builder.mul(part.first, call.emit.integer(call.head_dim))
         return [
-            call.emit.at(call[field], call.index(part.head, (call[stride], skipped)), INT16)
+            call.emit.at(call[field], call.index(part.head, (call[stride], skipped)), call.element)
             for field, stride in ((Field.KEYS, Field.KEYS_STRIDE), (Field.VALUES, Field.VALUES_STRIDE))
         ]
 
 
 def serve_by_few(call: Call, rows: int, codes: Codes | None) -> Serve:
     """By the function for that many rows."""
-    few = FewRows(call.function.module, call.head_dim, rows, call.blocking).function
+    few = FewRows(call.function.module, call.head_dim, rows, call.blocking, call.kept).function
     numbers = _Numbers(call, codes)
 
     def serve(part: Range) -> None:
@@ -71,7 +71,8 @@ def serve_by_few(call: Call, rows: int, codes: Codes | None) -> Serve:
 def serve_by_panels(call: Call, codes: Codes | None) -> Serve:
     """Tile by tile, with all panels of rows for each."""
     emit, builder, tile = call.emit, call.emit.builder, call.blocking.tile
-    panels, wide, numbers = float_panels(call), WideTile(emit, call.head_dim, call.blocking), _Numbers(call, codes)
+    panels, numbers = float_panels(call), _Numbers(call, codes)
+    wide = WideTile(emit, call.head_dim, call.blocking, call.kept)
 
     def serve(part: Range) -> None:
         sides = numbers.emit_sides(part)
@@ -79,10 +80,10 @@ def serve_by_panels(call: Call, codes: Codes | None) -> Serve:
         with emit.loop(emit.integer(0), part.count, tile) as begin:
             count = emit.minimum(builder.sub(part.count, begin.index), emit.integer(tile))
             skipped = builder.mul(begin.index, emit.integer(call.head_dim))
-            keys, values = (emit.at(side, skipped, INT16) for side in sides)
+            keys, values = (emit.at(side, skipped, call.element) for side in sides)
             wide.emit_widened(keys, values, count)
             following = builder.add(skipped, emit.integer(tile * call.head_dim))
-            ahead = [emit.at(side, following, INT16) for side in sides]
+            ahead = [emit.at(side, following, call.element) for side in sides]
             pointers = [part.query, wide.keys, wide.values, *part.sums, *ahead]
             emit_panels(call, panels, pointers, count, builder.add(part.first, begin.index))
 
@@ -93,7 +94,7 @@ def float_panels(call: Call, max_width: int = MAX_WIDTH) -> list[ir.Function]:
     """Functions for one, two and more vectors of rows, by what they are wide."""
     module, has_window = call.function.module, call.has_window
     widths = range(1, max_width + 1)
-    return [Panel(module, call.head_dim, width, call.blocking, has_window).function for width in widths]
+    return [Panel(module, call.head_dim, width, call.blocking, has_window, call.kept).function for width in widths]
 
 
 def emit_nothing(call: Call, sums: list[Value]) -> None:

@@ -1,4 +1,4 @@
-"""Segment attention compiled for this processor: a few rows of query over a long segment held in bfloat16.
+"""Segment attention compiled for this processor: a few rows of query over a long segment held in 16 or 32 bits.
 
 The code is made by LLVM (llvmlite) when a head dimension is first needed and runs on torch's own OpenMP threads, which
 are awake from the layer's products. The number of threads does not show in the result's bits.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cag_kernels.cpu.floats import FloatType, reads_floats
 from cag_kernels.cpu.tape import CompiledStep, float_bits, new_call, scratch_memory
 from cag_kernels.prefixes import Codes, QuantizedPrefix, code_bits
 
@@ -54,8 +55,7 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
     """Whether `cpu_attention` takes these tensors, with a window or without."""
     return (
         query.device.type == "cpu"
-        and keys.dtype == torch.bfloat16
-        and (query.dtype == torch.float32 or _tiles_serve(query))
+        and (query.dtype == torch.float32 or (keys.dtype == torch.bfloat16 and _tiles_serve(query)))
         and keys.shape[1] > 0
         and query.shape[1] > 0
         and query.shape[2] % HEAD_DIM_MULTIPLE == 0
@@ -63,6 +63,7 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
         and keys.stride()[1:] == (keys.shape[2], 1)
         and not query.requires_grad  # the compiled code knows no gradients
         and has_compiler()
+        and reads_floats(keys.dtype)
     )
 
 
@@ -131,7 +132,7 @@ def cpu_attention(
         kernel = tile_kernel(head_dim, window)
     else:
         num_rows = num_q_heads // keys.shape[0] * num_queries
-        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None, window)
+        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None, window, keys.dtype)
     values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
     return _run(kernel, query, keys, values, scale, _Window(offset, window, positions), into=into)
 
@@ -142,11 +143,11 @@ def quantized_attention_serves(query: Tensor, prefix: QuantizedPrefix) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)
-        and prefix.exact_keys.dtype == torch.bfloat16
         and prefix.num_tokens > 0
         and query.shape[1] > 0
         and not query.requires_grad
         and compiles_codes(query.shape[2], _codes(prefix))
+        and reads_floats(prefix.exact_keys.dtype)
     )
 
 
@@ -178,10 +179,11 @@ def cpu_quantized_attention(
     """
     is_behind = window is None or positions is not None or offset >= prefix.num_tokens - 1
     assert is_behind, "every query stands behind the prefix"
-    tiles = _tiles_serve(query)
+    dtype = prefix.exact_keys.dtype
+    tiles = dtype == torch.bfloat16 and _tiles_serve(query)
     query = query if tiles else query.float()
     rows = query.shape[0] // prefix.key_codes.shape[0] if query.shape[1] == 1 else None
-    kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window, rows)
+    kernel = code_kernel(query.shape[2], _codes(prefix), tiles, window, rows, dtype)
     exact = [side.contiguous() for side in (prefix.exact_keys, prefix.exact_values)]
     scales = (prefix.key_scales, prefix.key_offsets, prefix.value_scales, prefix.value_offsets)
     pointers = [tensor.data_ptr() for tensor in (*scales, *exact)]
@@ -249,16 +251,22 @@ def _run(
     return out, logsumexps
 
 
-def warm_up(head_dims: Iterable[int], group_sizes: Iterable[int] = (), windows: Iterable[int | None] = (None,)) -> None:
-    """Compile what calls with these head dimensions and windows need; nothing without a compiler.
+def warm_up(
+    head_dims: Iterable[int],
+    group_sizes: Iterable[int] = (),
+    windows: Iterable[int | None] = (None,),
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Compile what calls with these head dimensions and windows over keys of a type need; nothing where that cannot be.
 
     Each of `group_sizes` query heads a key/value head has code of its own for a single query.
     """
     kinds = list(product((None, *group_sizes), windows))
     for head_dim in head_dims:
-        if has_compiler() and head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM:
+        fits = head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM
+        if fits and has_compiler() and reads_floats(dtype):
             for group_size, window in kinds:
-                compiled_kernel(head_dim, group_size, window)
+                compiled_kernel(head_dim, group_size, window, dtype)
 
 
 def warm_up_tiles(head_dims: Iterable[int], windows: Iterable[int | None] = (None,)) -> None:
@@ -299,11 +307,17 @@ class CompiledKernel:
                 step.alone(call)
 
 
-def compiled_kernel(head_dim: int, single_query_rows: int | None = None, window: int | None = None) -> CompiledKernel:
-    """The kernel of a head dimension, compiled once a process; for one query of that many rows, or for any number; with
-    a window of that size, or without."""
+def compiled_kernel(
+    head_dim: int,
+    single_query_rows: int | None = None,
+    window: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> CompiledKernel:
+    """The kernel of a head dimension over keys of a type, compiled once a process; for one query of that many rows, or
+    for any number; with a window of that size, or without."""
+    few_rows = _few_rows(head_dim, single_query_rows, window)
     with _lock:
-        return _compile(head_dim, _few_rows(head_dim, single_query_rows, window), None, window is not None)
+        return _compile(head_dim, few_rows, None, window is not None, False, dtype)
 
 
 def _few_rows(head_dim: int, single_query_rows: int | None, window: int | None) -> int | None:
@@ -320,10 +334,15 @@ def tile_kernel(head_dim: int, window: int | None = None) -> CompiledKernel:
 
 
 def code_kernel(
-    head_dim: int, codes: Codes, tiles: bool, window: int | None = None, single_query_rows: int | None = None
+    head_dim: int,
+    codes: Codes,
+    tiles: bool,
+    window: int | None = None,
+    single_query_rows: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> CompiledKernel:
-    """The kernel for a prefix in codes, for bfloat16 queries if `tiles`, else for float32 ones, then for one query of
-    that many rows, or for any number; compiled once."""
+    """The kernel for a prefix in codes with exact numbers of a type, for bfloat16 queries if `tiles`, else for float32
+    ones, then for one query of that many rows, or for any number; compiled once."""
     with _lock:
         if tiles:
             return _tiles_for(head_dim, codes, window)
@@ -331,7 +350,7 @@ def code_kernel(
         few_rows = _few_rows(head_dim, single_query_rows, window)
         if by_integers and not _few_codes_serve(head_dim, codes):
             few_rows = None
-        return _compile(head_dim, few_rows, codes, window is not None, by_integers)
+        return _compile(head_dim, few_rows, codes, window is not None, by_integers, dtype)
 
 
 def _few_codes_serve(head_dim: int, codes: Codes) -> bool:
@@ -363,21 +382,23 @@ def attention_kernel(
     codes: Codes | None = None,
     has_window: bool = False,
     by_integers: bool = False,
+    kept: FloatType = FloatType.BFLOAT16,
 ) -> CompiledKernel:
     """Of a module as `loops.attention_module` says."""
     from cag_kernels.cpu.attention.loops import attention_module, shares_ends
 
-    arguments = head_dim, blocking, few_rows, codes, has_window, by_integers
+    arguments = head_dim, blocking, few_rows, codes, has_window, by_integers, kept
     return CompiledKernel(blocking, attention_module, *arguments, shares=shares_ends(blocking))
 
 
 @cache
 def _compile(
-    head_dim: int, few_rows: int | None, codes: Codes | None, has_window: bool, by_integers: bool = False
+    head_dim: int, few_rows: int | None, codes: Codes | None, has_window: bool, by_integers: bool, dtype: torch.dtype
 ) -> CompiledKernel:
     from cag_kernels.cpu.attention.panel import host_blocking
 
-    return attention_kernel(head_dim, host_blocking(), few_rows, codes, has_window, by_integers)
+    kept = FloatType.of(dtype)
+    return attention_kernel(head_dim, host_blocking(), few_rows, codes, has_window, by_integers, kept)
 
 
 def _tiles_for(head_dim: int, codes: Codes | None, window: int | None) -> CompiledKernel:

@@ -72,7 +72,7 @@ def float32(*shape: int) -> Tensor:
 
 
 def exact_weight(weight: Tensor | PackedWeight) -> ExactWeight:
-    """A weight as it lies, in bfloat16."""
+    """A weight as it lies, in 16 bits."""
     return PanelWeight(weight) if isinstance(weight, PackedWeight) else TileWeight(weight)
 
 

@@ -43,7 +43,7 @@ def bound_of_sums(count: int) -> float:
 def encode(weight: Array, unit: float, codes: Array, scales: Array, errors: Array, norms: Array) -> None:
     """A weight in codes.
 
-    weight: `[num_features, size]` bfloat16 patterns (uint16); unit: `bound_of_sums(size)`; codes (out): `[num_groups,
+    weight: `[num_features, size]` as `cpu.rows.kept_numbers`; unit: `bound_of_sums(size)`; codes (out): `[num_groups,
     size / QUAD, LANES]` int32, four codes each; scales, errors, norms (out): `[num_groups * LANES]` float32. Features
     behind the last, and those with numbers beyond all bounds, are bounded by nothing.
     """

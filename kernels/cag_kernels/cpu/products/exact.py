@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cag_kernels.cpu.products import bounds as cpu_bounds
@@ -18,11 +16,12 @@ from cag_kernels.cpu.products import linear as cpu_linear
 from cag_kernels.cpu.products import tile_bounds as cpu_tile_bounds
 from cag_kernels.cpu.products import tile_linear as cpu_tile_linear
 from cag_kernels.cpu.products.codes import DEPTH, LANES, QUAD, ROWS
+from cag_kernels.cpu.rows import Array, kept_numbers
 from cag_kernels.packed import PackedWeight
 
 
 class ExactWeight(Protocol):
-    """A weight in bfloat16.
+    """A weight in 16 bits.
 
     Attributes:
         num_features, size: of the weight.
@@ -36,8 +35,8 @@ class ExactWeight(Protocol):
     def compile(self) -> None:
         """The code of bounds of such weights, once a process."""
 
-    def patterns(self, features: slice) -> NDArray[np.uint16]:
-        """`[num_features, size]` of whole groups of features."""
+    def patterns(self, features: slice) -> Array:
+        """`[num_features, size]` of whole groups of features, as `cpu.rows.kept_numbers` gives them."""
 
     def integers(self, num_rows: int) -> Tensor:
         """Memory for what `cpu.products.codes` makes of so many rows."""
@@ -63,10 +62,9 @@ class TileWeight:
         """See `ExactWeight`."""
         cpu_tile_bounds.compiled_kernel()
 
-    def patterns(self, features: slice) -> NDArray[np.uint16]:
+    def patterns(self, features: slice) -> Array:
         """See `ExactWeight`."""
-        found: NDArray[np.uint16] = self.memory[features].view(torch.uint16).numpy()
-        return found
+        return kept_numbers(self.memory[features])
 
     def integers(self, num_rows: int) -> Tensor:
         """See `ExactWeight`."""
@@ -96,13 +94,12 @@ class PanelWeight:
         """See `ExactWeight`."""
         cpu_bounds.compiled_kernel()
 
-    def patterns(self, features: slice) -> NDArray[np.uint16]:
+    def patterns(self, features: slice) -> Array:
         """See `ExactWeight`."""
         stop = min(features.stop, self.num_features)
         panels = self.memory[features.start // LANES : -(-stop // LANES)]
         rows = PackedWeight(panels, stop - features.start).unpacked()
-        found: NDArray[np.uint16] = rows.view(torch.uint16).numpy()
-        return found
+        return kept_numbers(rows)
 
     def integers(self, num_rows: int) -> Tensor:
         """See `ExactWeight`."""
@@ -110,7 +107,7 @@ class PanelWeight:
 
     def gathered(self, most: int) -> Tensor:
         """See `ExactWeight`."""
-        return torch.zeros(-(-most // LANES), self.size, LANES, dtype=torch.bfloat16)
+        return torch.zeros(-(-most // LANES), self.size, LANES, dtype=self.memory.dtype)
 
     def record_bounds(self, memory: tuple[Tensor, ...], num_rows: int, num_groups: int) -> None:
         """See `ExactWeight`."""

@@ -2,7 +2,7 @@
 
 A panel of the packed weight holds 16 output features, for each input feature side by side. So the weight streams
 through once in the order in which it lies, each number of it meets every row of the block in registers, and nothing is
-added up across lanes. A bfloat16 weight is half as much to read and is widened on the way. Threads share panels out
+added up across lanes. A weight in 16 bits is half as much to read and is widened on the way. Threads share panels out
 (`cpu.team`); no number depends on which thread computes it, nor on how many rows there are: a row's sums take the same
 turns alone and in company.
 
@@ -22,7 +22,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels.cpu.attention.panel import host_blocking
-from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, INT64, POINTER, Emitter, Value, function_blocks
+from cag_kernels.cpu.emit import ELEMENTS, INT8, INT32, INT64, POINTER, Emitter, Value, function_blocks
+from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.passes import emit_passes
 from cag_kernels.cpu.program import Program
 from cag_kernels.cpu.tape import CompiledStep, Reads, new_call, scratch_memory
@@ -45,7 +46,7 @@ class Field(IntEnum):
     NEXT_TASK = 0
     BLOCK = 1  # [num_rows, in_features] float32
     LAID = 2  # the same, where it is laid, as [tiles of TILE features, num_rows, TILE]; one row is that as it is
-    WEIGHT = 3  # [num_panels, in_features, PANEL] float32 or bfloat16
+    WEIGHT = 3  # [num_panels, in_features, PANEL], of the type that the code was made for
     BIAS = 4  # [out_features] float32, anything where HAS_BIAS is 0
     OUT = 5  # [num_rows, out_features] float32
     NUM_ROWS = 6
@@ -58,9 +59,10 @@ class Field(IntEnum):
 class LinearKernel:
     """Machine code for every shape and one type of weight, run on several threads."""
 
-    def __init__(self, is_bfloat16: bool) -> None:
-        program = Program(linear_module, host_blocking().lanes, is_bfloat16)
-        self._number_bytes = 2 if is_bfloat16 else 4
+    def __init__(self, dtype: torch.dtype) -> None:
+        kept = FloatType.of(dtype)
+        program = Program(linear_module, host_blocking().lanes, kept)
+        self._number_bytes = kept.num_bytes
         self._lay, self._multiply = (CompiledStep(program.address(name), program) for name in ("lay", "linear"))
 
     def run(self, fields: tuple[int, ...], memory: tuple[Tensor, ...]) -> None:
@@ -86,7 +88,7 @@ def compiled_linear(
     parts = rows, laid, panels, bias, out
     pointers = (0 if part is None else part.data_ptr() for part in parts)
     fields = (0, *pointers, num_rows, at_once, in_features, out_features, int(bias is not None))
-    compiled_kernel(panels.dtype == torch.bfloat16).run(fields, tuple(part for part in parts if part is not None))
+    compiled_kernel(panels.dtype).run(fields, tuple(part for part in parts if part is not None))
     return out
 
 
@@ -96,23 +98,23 @@ def _rows_at_once(num_rows: int, row_bytes: int, pass_rows: int) -> int:
     return -(-num_rows // -(-num_rows // most))
 
 
-def compiled_kernel(is_bfloat16: bool) -> LinearKernel:
+def compiled_kernel(dtype: torch.dtype) -> LinearKernel:
     """The kernel for a type of weight, compiled once a process."""
     with _lock:
-        return _compile(is_bfloat16)
+        return _compile(dtype)
 
 
 @cache
-def _compile(is_bfloat16: bool) -> LinearKernel:
-    return LinearKernel(is_bfloat16)
+def _compile(dtype: torch.dtype) -> LinearKernel:
+    return LinearKernel(dtype)
 
 
-def linear_module(lanes: int, is_bfloat16: bool) -> ir.Module:
+def linear_module(lanes: int, kept: FloatType) -> ir.Module:
     """Module with `lay` and `linear`, each of one pointer to the fields of a call."""
     module = ir.Module(name="linear")
     _Lay(module, lanes)
-    passes = [_Pass(module, lanes, rows, is_bfloat16).function for rows in range(1, MAX_ROWS[lanes] + 1)]
-    _Linear(module, lanes, passes, is_bfloat16)
+    passes = [_Pass(module, lanes, rows, kept).function for rows in range(1, MAX_ROWS[lanes] + 1)]
+    _Linear(module, lanes, passes, kept)
     return module
 
 
@@ -123,14 +125,14 @@ class _Pass:
     features, rows of the block, numbers from a row of out to the next, biases, and features of the panel.
     """
 
-    def __init__(self, module: ir.Module, lanes: int, rows: int, is_bfloat16: bool) -> None:
+    def __init__(self, module: ir.Module, lanes: int, rows: int, kept: FloatType) -> None:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 5)
         self.function = ir.Function(module, kind, name=f"rows_{rows}")
         self.function.linkage = "internal"
         self.emit = Emitter(self.function, lanes)
         self.rows = range(rows)
         self.vectors = range(PANEL // lanes)
-        self.is_bfloat16, self.is_laid = is_bfloat16, LAYS[lanes]
+        self.kept, self.is_laid = kept, LAYS[lanes]
         self.panel, self.block, self.bias, self.out = self.function.args[:4]
         self.in_features, self.num_rows, self.out_stride, self.num_bias, self.num_out = self.function.args[4:]
         self._emit_features()
@@ -170,11 +172,11 @@ class _Pass:
 
     def _weights(self, feature: Value) -> list[Value]:
         """A panel's numbers for one input feature; those some way ahead are asked for."""
-        emit, element = self.emit, INT16 if self.is_bfloat16 else FLOAT
+        emit, element = self.emit, ELEMENTS[self.kept]
         place = emit.at(self.panel, emit.builder.mul(feature, emit.integer(PANEL)), element)
         emit.prefetch(emit.at(place, AHEAD_BYTES[emit.lanes], INT8))
-        load = emit.load_bfloat16 if self.is_bfloat16 else emit.load
-        return [load(emit.at(place, vector * emit.lanes, element)) for vector in self.vectors]
+        places = [emit.at(place, vector * emit.lanes, element) for vector in self.vectors]
+        return [emit.load_float(place, self.kept) for place in places]
 
     def _emit_end(self, sums: list[Value]) -> None:
         """Add the biases and write. A whole panel is written plainly: stores by a mask are slow on some processors."""
@@ -284,10 +286,10 @@ class _Lay(_Fields):
 class _Linear(_Fields):
     """The function that threads run: task by task, rows that are served at once, panel by panel, pass by pass."""
 
-    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], is_bfloat16: bool) -> None:
+    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], kept: FloatType) -> None:
         super().__init__(module, "linear", lanes)
         self.passes = passes
-        self.element = INT16 if is_bfloat16 else FLOAT
+        self.element = ELEMENTS[kept]
         self._emit_tasks()
 
     def _emit_tasks(self) -> None:
