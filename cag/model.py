@@ -160,7 +160,7 @@ class LanguageModel:
             model_id=model_id,
             fingerprints=started.fingerprints,
             plan=plan,
-            kv_dtype=torch.bfloat16,
+            kv_dtype=getattr(torch, start.stored_dtype),
             compute_dtype=getattr(torch, start.compute_dtype),
             start=start,
             started=started,

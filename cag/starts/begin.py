@@ -31,7 +31,8 @@ class Beginning:
 
     def __init__(self, directory: Path, path: Path, start: Start, tables: bytes) -> None:
         self.directory, self.path, self.start = directory, path, start
-        self._weights = WeightReading(directory, start.parameters, start.packed_sources, start.panel_rows)
+        arguments = start.parameters, start.packed_sources, start.panel_rows, start.stored_dtype
+        self._weights = WeightReading(directory, *arguments)
         self._tables = tables
 
     def weights(self) -> WeightMemory | None:

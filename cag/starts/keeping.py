@@ -29,6 +29,7 @@ from cag.starts.network import PlainNetwork, epsilons_of
 from cag.starts.record import Start, write_start
 from cag.starts.tokenizer import KeptTokenizer, read_tables
 from cag_kernels import PackedWeight
+from cag_kernels.device import HALF_TYPES
 from cag_kernels.packed import PANEL
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class StartKeeper:
                 for name, source in names:
                     if source not in stored:
                         continue
-                    if not _has_bits(attrgetter(name)(network), stream.get_tensor(source)):
+                    if not _has_bits(attrgetter(name)(network), stream.get_tensor(source), start.stored_dtype):
                         return False
                     found.add(name)
         return found == {name for name, _ in names}
@@ -107,7 +108,7 @@ def digest_of(logits: Tensor) -> str:
 
 
 def _may_be_kept(model: LanguageModel) -> bool:
-    on_cpu = model.device.type == "cpu" and model.adapter is None and model.kv_dtype == torch.bfloat16
+    on_cpu = model.device.type == "cpu" and model.adapter is None and model.kv_dtype in HALF_TYPES
     return on_cpu and model.decoder is not None and bool(model.tokenizer.is_fast)
 
 
@@ -116,11 +117,11 @@ def _packed_weights(network: Any) -> dict[str, PackedWeight]:
     return {f"{name}.weight": layer.packed for name, layer in layers}
 
 
-def _has_bits(weight: Tensor, stored: Tensor) -> bool:
-    """Whether a network's weight is that of a file, to the bit, or widened from it."""
-    if stored.dtype != torch.bfloat16 or weight.dtype not in (torch.bfloat16, torch.float32):
+def _has_bits(weight: Tensor, stored: Tensor, dtype: str) -> bool:
+    """Whether a network's weight is that of a file, which is of a type, to the bit, or widened from it."""
+    if stored.dtype != getattr(torch, dtype) or weight.dtype not in (stored.dtype, torch.float32):
         return False
-    bits = torch.int16 if weight.dtype == torch.bfloat16 else torch.int32
+    bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
     return torch.equal(weight.detach().view(bits), stored.to(weight.dtype).view(bits))
 
 
@@ -132,6 +133,7 @@ def _described(model: LanguageModel, tables: bytes) -> Start:
     start = Start(
         facts="",
         plan=plan_facts(model.plan),
+        stored_dtype=str(model.kv_dtype).removeprefix("torch."),
         compute_dtype=str(model.compute_dtype).removeprefix("torch."),
         parameters=sorted(name for name, _ in network.named_parameters()),
         packed=sorted(_packed_weights(network)),
@@ -176,7 +178,7 @@ def _same_angles(network: Any, plain: Any, start: Start) -> bool:
 
 def _same_logits(model: LanguageModel, plain: PlainNetwork) -> Tensor | None:
     """Logits of the probe tokens, if both forwards have the same bits."""
-    other = recognize(plain, model.kv_shapes[0].head_dim, model.seen, model.plan.product)
+    other = recognize(plain, model.kv_shapes[0].head_dim, model.seen, model.plan.product, model.kv_dtype)
     if other is None or model.decoder is None:
         return None
     found = model.probe(other)

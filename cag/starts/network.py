@@ -91,10 +91,11 @@ class PlainNetwork(nn.Module):
 
 def weights_of(memory: WeightMemory, start: Start) -> dict[str, Tensor | PackedWeight]:
     """Weights as views of the memories that they were read to."""
-    bits = [torch.from_numpy(part[: part.size // 2 * 2]).view(torch.bfloat16) for part in memory.memories]
+    dtype = getattr(torch, start.stored_dtype)
+    bits = [torch.from_numpy(part[: part.size // 2 * 2]).view(dtype) for part in memory.memories]
     found: dict[str, Tensor | PackedWeight] = {}
     for name, (index, first_byte, shape) in memory.places.items():
-        behind = bits[index][first_byte // torch.bfloat16.itemsize :]
+        behind = bits[index][first_byte // dtype.itemsize :]
         if name in start.packed:
             out_features, in_features = shape
             panels = -(-out_features // start.panel_rows), in_features, start.panel_rows

@@ -26,7 +26,8 @@ from cag.machine.memory_limits import available_memory_bytes
 from cag_store.scratch import HUGE_PAGE_BYTES, huge_mapping, mapped_array
 
 _ALIGNED = 64  # bytes: a weight begins with a line of the processor's cache
-_ITEM_BYTES = 2  # of bfloat16
+_ITEM_BYTES = 2
+_TYPES = {"bfloat16": "BF16", "float16": "F16"}  # what a record calls them -> what files call them
 _GRACE_S, _LEAST_RATE = (
     1.0,
     2e9,
@@ -78,15 +79,20 @@ class WeightMemory:
 
 
 class WeightReading:
-    """Reads the bfloat16 tensors `names` of the safetensors files of `directory`, and packs others in panels of
-    `panel_rows` rows, of which `packed` gives the names in the files; begins at once, and stops when the process
-    ends."""
+    """Reads the tensors `names` of the safetensors files of `directory`, all of one type of 16 bits, and packs others
+    in panels of `panel_rows` rows, of which `packed` gives the names in the files; begins at once, and stops when the
+    process ends."""
 
     def __init__(
-        self, directory: Path, names: Sequence[str], packed: Mapping[str, str] | None = None, panel_rows: int = 1
+        self,
+        directory: Path,
+        names: Sequence[str],
+        packed: Mapping[str, str] | None = None,
+        panel_rows: int = 1,
+        dtype: str = "bfloat16",
     ) -> None:
         self._found: WeightMemory | None = None
-        arguments = directory, names, packed or {}, panel_rows
+        arguments = directory, names, packed or {}, panel_rows, dtype
         self._thread = threading.Thread(target=self._read, args=arguments, name="cag-weights", daemon=True)
         self._thread.start()
 
@@ -96,9 +102,11 @@ class WeightReading:
         self._thread.join()
         return self._found
 
-    def _read(self, directory: Path, names: Sequence[str], packed: Mapping[str, str], panel_rows: int) -> None:
+    def _read(
+        self, directory: Path, names: Sequence[str], packed: Mapping[str, str], panel_rows: int, dtype: str
+    ) -> None:
         try:
-            sources = _sources(directory)
+            sources = _sources(directory, _TYPES[dtype])
             parts = [_Part(name, sources[name]) for name in names]
             parts += [_Part(name, sources[source], panel_rows) for name, source in packed.items()]
             self._found = _read_all(sorted(parts, key=_place))
@@ -187,18 +195,18 @@ def _padded(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNED) * _ALIGNED
 
 
-def _sources(directory: Path) -> dict[str, _Source]:
-    """Every bfloat16 tensor of the files by name. Raises: ValueError: a damaged file, or two with one name."""
+def _sources(directory: Path, kind: str) -> dict[str, _Source]:
+    """Every tensor of a type in the files by name. Raises: ValueError: a damaged file, or two with one name."""
     found: dict[str, _Source] = {}
     for path in sorted(directory.glob("*.safetensors")):
-        entries = _header(path)
+        entries = _header(path, kind)
         if not found.keys().isdisjoint(entries):
             raise ValueError("one name in two files")
         found |= entries
     return found
 
 
-def _header(path: Path) -> dict[str, _Source]:
+def _header(path: Path, kind: str) -> dict[str, _Source]:
     file_bytes = path.stat().st_size
     with path.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
@@ -207,7 +215,7 @@ def _header(path: Path) -> dict[str, _Source]:
         header: dict[str, Any] = dict(json.loads(stream.read(header_bytes)))
     found = {}
     for name, entry in header.items():
-        if name == "__metadata__" or entry["dtype"] != "BF16":
+        if name == "__metadata__" or entry["dtype"] != kind:
             continue
         (begin, end), shape = entry["data_offsets"], tuple(int(size) for size in entry["shape"])
         source = _Source(path, 8 + header_bytes + begin, shape)

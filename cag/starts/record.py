@@ -26,8 +26,9 @@ class Start:
     Attributes:
         facts: digest of what all of this follows from (`cag.starts.facts`).
         plan: what of the `RuntimePlan` it was found with.
+        stored_dtype: of all weights in the files, bfloat16 or float16; keys and values are kept in it.
         compute_dtype: what forwards compute in.
-        parameters: names of the network's weights that lie as its files have them; all are bfloat16 there.
+        parameters: names of the network's weights that lie as its files have them.
         packed: names of those that are packed in panels (`cag_kernels.packed`).
         panel_rows: rows of a weight in a panel.
         is_tied: whether the output matrix is the embedding, or packed from it.
@@ -43,6 +44,7 @@ class Start:
 
     facts: str
     plan: dict[str, Any]
+    stored_dtype: str
     compute_dtype: str
     parameters: list[str]
     packed: list[str]

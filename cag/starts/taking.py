@@ -59,21 +59,21 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
     except (KeyError, TypeError, ValueError):
         return None
     join_network(network)
-    fingerprints = model_fingerprint(directory)
+    fingerprints, dtype = model_fingerprint(directory), getattr(torch, start.stored_dtype)
     return StartedParts(
         network=network,
         tokenizer=KeptTokenizer(tables, lambda: _unchanged(read_tokenizer(directory), directory, fingerprints)),
         fingerprints=fingerprints,
         probed=probed,
-        load_network=lambda: _unchanged(_whole_network(network, directory, plan), directory, fingerprints),
+        load_network=lambda: _unchanged(_whole_network(network, directory, plan, dtype), directory, fingerprints),
     )
 
 
-def _whole_network(plain: PlainNetwork, directory: Path, plan: RuntimePlan) -> Any:
-    network = read_network(directory, torch.bfloat16)
+def _whole_network(plain: PlainNetwork, directory: Path, plan: RuntimePlan, dtype: torch.dtype) -> Any:
+    network = read_network(directory, dtype)
     try:
         if isinstance(plain.lm_head, PackedLinear) and loses_in_16_bits(network):
-            raise ValueError("it has numbers that bfloat16 rounds.")
+            raise ValueError("it has numbers that its type rounds.")
         adopt_weights(network, plain)
     except (AttributeError, ValueError) as error:
         raise ModelError(f"the model in {directory} is another one than was loaded: {error}") from error

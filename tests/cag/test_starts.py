@@ -64,10 +64,30 @@ def logits_of(model, num_tokens, seed=0):
     return model.forward(random_ids(num_tokens, seed), model.new_state(), num_logits=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama with biases", "qwen3"])
+def test_float16_weights_that_are_packed_are_kept_too(kind, monkeypatch, tmp_path):
+    use_plan(monkeypatch, "float32", "packed")
+    write_tiny_model(tmp_path, config=CONFIGS[kind](), dtype=torch.float16)
+    whole = load(tmp_path)
+    assert whole.kv_dtype == torch.float16
+    assert_started(load(tmp_path), whole)
+
+
+def test_float16_weights_that_are_rounded_are_not_kept(monkeypatch, tmp_path):
+    use_plan(monkeypatch, "bfloat16", "transposed")
+    write_tiny_model(tmp_path, config=CONFIGS["llama"](), dtype=torch.float16)
+    assert load(tmp_path).decoder is not None
+    assert not is_started(load(tmp_path))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in UNLIKE_LLAMA])
-def test_it_gives_the_bits_of_the_whole_model(kind, product, tmp_path):
+@pytest.mark.usefixtures("product")
+def test_it_gives_the_bits_of_the_whole_model(kind, tmp_path):
     whole = bfloat16_model(tmp_path, CONFIGS[kind]())
-    started = load(tmp_path)
+    assert_started(load(tmp_path), whole)
+
+
+def assert_started(started, whole):
     assert not is_started(whole) and is_started(started)
     for name in (
         "stop_ids",
@@ -353,13 +373,20 @@ def test_damaged_weights_are_not_read(damage, tmp_path):
     assert WeightReading(tmp_path, [], {"a": "a"}, 16).result() is None
 
 
+def test_weights_of_another_type_are_not_read(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(container(GOOD))
+    assert WeightReading(tmp_path, ["a"], dtype="float16").result() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(16, 16), (35, 48), (1, 16), (64, 3)])
-def test_weights_are_packed_as_the_kernels_want_them(shape, tmp_path):
-    weight = torch.randn(shape, dtype=torch.float32).bfloat16()
-    save_file({"odd": torch.zeros(3, dtype=torch.bfloat16), "weight": weight}, tmp_path / "model.safetensors")
-    read = WeightReading(tmp_path, ["odd"], {"first": "weight", "second": "weight"}, PANEL).result()
-    found = weights_of(read, SimpleNamespace(packed=["first", "second"], panel_rows=PANEL))
-    assert torch.equal(found["odd"], torch.zeros(3, dtype=torch.bfloat16))
+def test_weights_are_packed_as_the_kernels_want_them(shape, dtype, tmp_path):
+    weight = torch.randn(shape, dtype=torch.float32).to(dtype)
+    save_file({"odd": torch.zeros(3, dtype=dtype), "weight": weight}, tmp_path / "model.safetensors")
+    name = str(dtype).removeprefix("torch.")
+    read = WeightReading(tmp_path, ["odd"], {"first": "weight", "second": "weight"}, PANEL, name).result()
+    found = weights_of(read, SimpleNamespace(packed=["first", "second"], panel_rows=PANEL, stored_dtype=name))
+    assert torch.equal(found["odd"], torch.zeros(3, dtype=dtype))
     for name in ("first", "second"):
         assert found[name].panels.shape == (-(-shape[0] // PANEL), shape[1], PANEL)
         assert torch.equal(found[name].unpacked(), weight)
