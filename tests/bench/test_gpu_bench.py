@@ -77,6 +77,7 @@ def test_a_big_network_is_not_tried_on_a_cpu(tmp_path):
     assert not (tmp_path / "results.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise KernelWrong("off by 3")
@@ -91,6 +92,7 @@ def test_a_part_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch):
     assert found["RAG / first token"] > 0
 
 
+@pytest.mark.slow
 def test_a_figure_that_fails_leaves_those_behind_it_their_rows(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("CUDA error\nmore of it")

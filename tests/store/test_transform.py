@@ -160,7 +160,7 @@ def test_every_truncation_extension_and_wrong_buffer_is_refused(basis):
         decoded(codec, data, given[::-1])
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_damage_never_crashes_nor_takes_much_memory(basis, monkeypatch, compiled):
     if not compiled:
         monkeypatch.setattr(transform_loops, "compiled", lambda: None)

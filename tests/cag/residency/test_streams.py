@@ -170,7 +170,11 @@ def test_groups_that_keep_their_last_chunks(device, monkeypatch, needed, most_co
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles here")
-@pytest.mark.parametrize("choices", [{}, {"kept": 7, "pairing": "adjacent", "exact_tokens": 0, "step": -512}], ids=str)
+@pytest.mark.parametrize(
+    "choices",
+    [{}, pytest.param({"kept": 7, "pairing": "adjacent", "exact_tokens": 0, "step": -512}, marks=pytest.mark.slow)],
+    ids=["usual", "other choices"],
+)
 def test_the_kernels_in_their_interpreter_take_what_is_made_for_them(choices, monkeypatch):
     """Among it: segments without tokens between the others."""
     pytest.importorskip("triton")

@@ -232,7 +232,7 @@ def steps_of_a_layer(device, num_rows):
     return run
 
 
-@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize("num_rows", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_overlapping_launches_wait_for_each_other(device, num_rows, monkeypatch):
     """Bits with and without, layers behind each other, recorded too: whoever did not wait would read old numbers."""
     native = device.type == "cuda"
