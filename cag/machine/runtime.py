@@ -53,7 +53,7 @@ class RuntimePlan:
 
     `threads_small` serves up to `LARGE_ROWS / 2` tokens a forward, `threads_large` more. `product` says how a
     question's rows meet a weight: "plain", "transposed" (`cag_kernels.linear_without_packing`), "packed"
-    (`cag_kernels.packed_linear`, for weights stored in bfloat16) or "tiles" (`cag_kernels.tile_linear`). `measured_ms`
+    (`cag_kernels.packed_linear`, where float32 is computed) or "tiles" (`cag_kernels.tile_linear`). `measured_ms`
     holds, for "product/dtype/threads/rows", the milliseconds that led to the choice; empty where nothing had to be
     measured.
     """

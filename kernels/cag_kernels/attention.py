@@ -79,7 +79,7 @@ def available_paths(device: torch.device) -> dict[str, str]:
         fused = "torch CPU flash attention"
     paths = {"fused": fused, "tiled": "torch, tiles of keys with an online softmax"}
     if device.type == "cpu" and has_compiler():
-        paths["compiled"] = "LLVM code for this processor, sliding windows too, few float32 rows over bfloat16 keys"
+        paths["compiled"] = "LLVM code for this processor, sliding windows too, few float32 rows over keys in any type"
         if has_tiles():
             paths["compiled"] += ", and few bfloat16 rows by tiles (AMX)"
     return paths
