@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from cag.errors import UnsupportedModel
 from cag.forward.recurrent import RecurrentStep, attention_arguments
 from cag.forward.state import KvPlace, sides_of
+from cag.forward.weights import PackedLinear
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag_store.codecs.transform import Rotation
@@ -315,7 +316,7 @@ def _readings(model: LanguageModel) -> list[Tensor | None]:
             continue
         layer, shape = place.layer, model.kv_shapes[place.layer]
         for child in module.children():
-            if isinstance(child, torch.nn.Linear) and child.in_features == num_q_heads * shape.head_dim:
+            if isinstance(child, torch.nn.Linear | PackedLinear) and child.in_features == num_q_heads * shape.head_dim:
                 heads = child.weight.detach().double().cpu()
                 heads = heads.view(len(heads), shape.num_kv_heads, -1, shape.head_dim)
                 found[layer] = torch.einsum("ohgi,ohgj->hij", heads, heads)

@@ -16,10 +16,11 @@ from transformers import (
 )
 
 from cag.calibration import CalibrationOptions, calibrate, model_basis, model_codec, rotation
-from cag.calibration.observe import observe
+from cag.calibration.observe import _readings, observe
 from cag.calibration.rotation import find_rotations
 from cag.calibration.texts import own_texts, token_windows
 from cag.errors import UnsupportedModel, UsageError
+from cag.machine.runtime import RuntimePlan
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag.residency.buffers import storage_view
@@ -131,6 +132,15 @@ def test_gradients_are_those_of_the_likelihood(model):
             assert side.num_gradients == 2 * (32 - 4)
         assert keys.reading is None
         assert values.reading is not None
+
+
+def test_what_reads_values_is_found_in_packed_weights(tmp_path, monkeypatch):
+    directory, found = write_tiny_model(tmp_path, config=CONFIGS["llama"]), []
+    for product in ("packed", "plain"):
+        plan = RuntimePlan("cpu", "float32", 1, 1, product, {}, "for tests")
+        monkeypatch.setattr("cag.model.plan_runtime", lambda _device, plan=plan: plan)
+        found.append(_readings(LanguageModel.load(directory, model_id="tiny")))
+    assert all(map(torch.equal, *found))
 
 
 def test_mean_and_covariance_are_those_of_the_rows(model):

@@ -6,6 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from cag.forward.weights import PackedLinear
+from cag_kernels.packed import PANEL
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -49,6 +52,14 @@ def tiny_config(**changes) -> LlamaConfig:
         "pad_token_id": 257,
     }
     return LlamaConfig(**settings | changes)
+
+
+def own_weight(layer, feature=None):
+    """The memory of a linear layer's weight, or of one of its outputs, to be changed in place."""
+    if isinstance(layer, PackedLinear):
+        panels = layer.packed.panels
+        return panels if feature is None else panels[feature // PANEL, :, feature % PANEL]
+    return layer.weight if feature is None else layer.weight[feature]
 
 
 def write_tiny_model(

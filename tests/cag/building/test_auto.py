@@ -17,6 +17,7 @@ from cag.engine import Engine
 from cag.errors import BuildInterrupted, FidelityMissed, UnsupportedModel, UsageError
 from cag.prefill import BLOCK_TOKENS
 from cag_store.errors import UnencodableArray
+from tiny import own_weight
 
 LOSSY = [codec["id"] for codec in LADDER]
 
@@ -97,7 +98,7 @@ def test_int4_keeps_wide_keys_where_they_are_needed(engine, corpus):
     attention = engine.model.network.model.layers[1].self_attn
     with torch.no_grad():
         for projection in (attention.q_proj, attention.k_proj):
-            projection.weight.mul_(6)
+            own_weight(projection).mul_(6)
     layers = list(range(len(engine.model.kv_shapes)))
     plain = engine.build([corpus], name="plain", codec="int4")
     wide = engine.build([corpus], name="wide", codec={"id": "int4", "wide_key_layers": layers})
@@ -188,7 +189,7 @@ def test_a_named_codec_over_its_bound_is_refused_and_the_store_is_as_it_was(engi
 @pytest.mark.parametrize("codec", LOSSY)
 def test_a_named_codec_that_cannot_hold_the_values_says_so(engine, corpus, codec):
     with torch.no_grad():
-        engine.model.network.model.layers[1].self_attn.k_proj.weight[0].mul_(1e38)
+        own_weight(engine.model.network.model.layers[1].self_attn.k_proj, 0).mul_(1e38)
     with pytest.raises(UnencodableArray, match=f"'{codec}'.*use 'lossless'"):
         engine.build([corpus], name="a", codec=codec, max_kl=1.0)
     assert engine.store.names() == []
@@ -197,7 +198,7 @@ def test_a_named_codec_that_cannot_hold_the_values_says_so(engine, corpus, codec
 
 def test_a_loss_that_is_no_number_is_an_error(engine, corpus):
     with torch.no_grad():
-        engine.model.network.lm_head.weight[0] = float("nan")
+        own_weight(engine.model.network.lm_head, 0).fill_(float("nan"))
     with pytest.raises(UnsupportedModel, match="not numbers"):
         engine.build([corpus], name="a", codec="int8")
     assert engine.store.names() == []

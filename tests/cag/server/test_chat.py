@@ -40,8 +40,8 @@ async def test_a_completion_is_the_engines_answer_with_its_proof(serving, engine
         "prompt_tokens_details": {"cached_tokens": alone.usage.cached_tokens},
         "completion_tokens_details": {
             "reasoning_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": alone.usage.accepted_tokens,
+            "rejected_prediction_tokens": alone.usage.drafted_tokens - alone.usage.accepted_tokens,
         },
     }
     assert alone.usage.cached_tokens == engine.find("handbook")[1].num_tokens
