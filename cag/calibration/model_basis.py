@@ -20,7 +20,7 @@ from cag_store.codecs.transform import Basis
 from cag_store.errors import CorruptEntry
 from cag_store.jsontext import canonical_bytes
 
-CALIBRATION_VERSION = 1  # rises when the same options give another basis
+CALIBRATION_VERSION = 2  # rises when the same options give another basis
 STEP = CalibrationOptions.step
 
 
