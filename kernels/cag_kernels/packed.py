@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cag_kernels.prefixes import FLOATS
+
 PANEL = 16  # output features side by side: one vector of the widest registers
 FEATURES_MULTIPLE = 16  # input features of a weight that can be packed
 MAX_UNPACKED = 1 << 24  # numbers: 64 MB in float32, whatever the size of a vocabulary
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Scratch(threading.local):
@@ -77,7 +78,7 @@ def can_pack(weight: Tensor) -> bool:
     """Whether `pack_weight` takes a weight."""
     return (
         weight.dim() == 2
-        and weight.dtype in DTYPES
+        and weight.dtype in FLOATS
         and weight.device.type == "cpu"
         and weight.shape[0] > 0
         and weight.shape[1] > 0

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-
-from cag_kernels.cpu.floats import FloatType
 
 Value = Any  # llvmlite's values carry no types for a checker
 POINTER = ir.PointerType()
@@ -26,7 +25,7 @@ INT64 = ir.IntType(64)
 LINE_BYTES = 64  # of a processor's cache
 SECOND_CACHE = 2  # see `Emitter.prefetch`
 UNSEEN = -3.0e38  # below every score of finite inputs: the running maximum before the first key
-ELEMENTS = {FloatType.BFLOAT16: INT16, FloatType.FLOAT16: INT16, FloatType.FLOAT32: FLOAT}  # of their size in memory
+ELEMENTS = {torch.bfloat16: INT16, torch.float16: INT16, torch.float32: FLOAT}  # of their size in memory
 _LEAST_EXPONENT, _NO_EXPONENT = -126.0, -127.0  # of a float32 above 0; the bits of the other are those of 0
 ROUNDING = 1.5 * 2.0**23  # a number of up to 22 bits plus this: the lowest bits of the sum are the nearest integer
 # of 2**f for |f| <= 1/2, exactly 1 at 0, elsewhere to 3e-6: five terms with the least largest error (Lawson's weights)
@@ -165,26 +164,26 @@ class Emitter:
         """A vector of bfloat16, widened: its bits are the upper half of a float32's."""
         return self.widened(self.builder.load(pointer, typ=ir.VectorType(INT16, self.lanes), align=2))
 
-    def load_float(self, pointer: Value, kind: FloatType) -> Value:
+    def load_float(self, pointer: Value, kind: torch.dtype) -> Value:
         """A vector of numbers of a type, as float32."""
-        if kind is FloatType.FLOAT32:
+        if kind is torch.float32:
             return self.load(pointer)
-        if kind is FloatType.BFLOAT16:
+        if kind is torch.bfloat16:
             return self.load_bfloat16(pointer)
         halves = self.builder.load(pointer, typ=ir.VectorType(HALF, self.lanes), align=2)
         return self.builder.fpext(halves, self.vector)
 
-    def load_transposed(self, pointers: Sequence[Value], kind: FloatType) -> list[Value]:
+    def load_transposed(self, pointers: Sequence[Value], kind: torch.dtype) -> list[Value]:
         """Of as many rows of numbers of a type as a vector has lanes, from each pointer on: vectors of one column
         each, as float32, `columns_at_once` of them."""
-        if kind is not FloatType.BFLOAT16:
+        if kind is not torch.bfloat16:
             return self.transposed([self.load_float(pointer, kind) for pointer in pointers])
         pairs = self.transposed([self.builder.load(pointer, typ=self.integers, align=2) for pointer in pointers])
         return [column for pair in pairs for column in self.widened_pair(pair)]
 
-    def columns_at_once(self, kind: FloatType) -> int:
+    def columns_at_once(self, kind: torch.dtype) -> int:
         """How many `load_transposed` gives: bfloat16 is turned in pairs, before it is widened."""
-        return 2 * self.lanes if kind is FloatType.BFLOAT16 else self.lanes
+        return 2 * self.lanes if kind is torch.bfloat16 else self.lanes
 
     def widened(self, halves: Value) -> Value:
         """Int16 that are bfloat16, as float32."""

@@ -1,35 +1,12 @@
-"""The types of numbers that compiled code reads from memory and widens to float32: keys, values and weights.
-
-Names and sizes only; what they are as instructions is in `cpu.emit`, and in `cpu.rows` for numba.
-"""
+"""Which types of numbers compiled code reads from memory and widens to float32: of keys, values and weights."""
 
 from __future__ import annotations
 
-from enum import Enum
 from functools import cache
 
 import torch
 
-
-class FloatType(Enum):
-    """A type by the name that torch gives it."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> FloatType:
-        """Raises: ValueError: compiled code reads no such numbers."""
-        return cls(str(dtype).removeprefix("torch."))
-
-    @property
-    def num_bytes(self) -> int:
-        """Of one number."""
-        return 4 if self is FloatType.FLOAT32 else 2
-
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from cag_kernels.prefixes import FLOATS
 
 
 @cache
@@ -44,4 +21,4 @@ def reads_floats(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         features = llvm.get_host_cpu_features()
         return bool(features.get("f16c", False) or features.get("fullfp16", False))
-    return dtype in DTYPES
+    return dtype in FLOATS

@@ -16,7 +16,6 @@ import llvmlite.binding as llvm
 
 from cag_kernels.cpu.attention.few_codes import few_codes_serve
 from cag_kernels.cpu.attention.panel import Blocking
-from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.pairs import pairs_win
 
 pytestmark = pytest.mark.skipif(not llvm.get_host_cpu_features().get("avx2", False), reason="no 16-bit products")
@@ -52,7 +51,7 @@ def _kernels(blocking):
         few_rows = cpu._few_rows(head_dim, rows, window) if few_codes_serve(head_dim, codes, blocking) else None
         key = blocking, head_dim, codes, window is not None, few_rows
         if (*key, dtype) not in _made:
-            arguments = *key[1:2], blocking, few_rows, codes, window is not None, True, FloatType.of(dtype)
+            arguments = *key[1:2], blocking, few_rows, codes, window is not None, True, dtype
             _made[*key, dtype] = attention_kernel(*arguments)
         return _made[*key, dtype]
 

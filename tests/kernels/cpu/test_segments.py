@@ -13,7 +13,6 @@ from cag_kernels.cpu.attention.segments import attention_kernel, cpu_attention, 
 
 pytest.importorskip("llvmlite")
 from cag_kernels.cpu.attention.panel import Blocking
-from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.tape import Tape
 
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
@@ -111,7 +110,7 @@ def test_a_query_over_keys_of_other_types_has_the_same_bits_alone_and_in_company
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_keys_of_other_types_in_vectors_of_any_width(lanes, num_queries, kept, monkeypatch):
     query, keys, values = make((6, 2, 48, num_queries, 777), kept=kept)
-    kernel = attention_kernel(48, Blocking(lanes, lanes // 2), 3 if num_queries == 1 else None, kept=FloatType.of(kept))
+    kernel = attention_kernel(48, Blocking(lanes, lanes // 2), 3 if num_queries == 1 else None, kept=kept)
     monkeypatch.setattr(cpu, "compiled_kernel", lambda *_which: kernel)
     assert_close(cpu_attention(query, keys, values, scale=0.2, offset=777), query, keys, values, 0.2)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.emit import ELEMENTS, INT64, POINTER, Emitter, Value
-from cag_kernels.cpu.floats import FloatType
 
 
 class Field(IntEnum):
@@ -66,7 +66,7 @@ class Call:
         *,
         has_window: bool = False,
         has_codes: bool = False,
-        kept: FloatType = FloatType.BFLOAT16,
+        kept: torch.dtype = torch.bfloat16,
     ) -> None:
         """`kept`: the type of keys and values that are no codes."""
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)

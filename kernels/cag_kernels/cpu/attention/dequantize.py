@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.emit import HALF, INT8, INT16, INT32, POINTER, Value
-from cag_kernels.cpu.floats import FloatType
 from cag_kernels.prefixes import Codes
+from cag_kernels.quantize import LARGEST_HALF
 
-_LARGEST_FLOAT16 = 65504.0
 GROUP_MULTIPLE = 16  # tokens of a group of keys and channels of a group of values are multiples of this
 
 
@@ -140,14 +140,14 @@ class Dequantizer:
         """First channel and number of channels of what is stored at once: two vectors of bfloat16 where there are
         two."""
         lanes, head_dim = self.emit.lanes, self.call.head_dim
-        width = 2 * lanes if head_dim % (2 * lanes) == 0 and self.call.kept is FloatType.BFLOAT16 else lanes
+        width = 2 * lanes if head_dim % (2 * lanes) == 0 and self.call.kept is torch.bfloat16 else lanes
         return [(channel, width) for channel in range(0, head_dim, width)]
 
     def _rounded(self, values: Sequence[Value]) -> Value:
         """One vector or two behind each other, in the type that is kept."""
-        if self.call.kept is FloatType.FLOAT32:
+        if self.call.kept is torch.float32:
             return values[0]
-        if self.call.kept is FloatType.FLOAT16:
+        if self.call.kept is torch.float16:
             return self._rounded_to_float16(values[0])
         halves = ir.VectorType(INT16, 2 * self.emit.lanes)
         parts = [
@@ -162,9 +162,9 @@ class Dequantizer:
 
     def _rounded_to_float16(self, value: Value) -> Value:
         """The nearest one, ties to even; what is too large becomes the largest."""
-        emit, largest = self.emit, self.emit.constant(_LARGEST_FLOAT16)
+        emit, largest = self.emit, self.emit.constant(LARGEST_HALF)
         smaller = emit.builder.select(emit.builder.fcmp_ordered("<", value, largest), value, largest)
-        least = emit.constant(-_LARGEST_FLOAT16)
+        least = emit.constant(-LARGEST_HALF)
         inside = emit.builder.select(emit.builder.fcmp_ordered(">", smaller, least), smaller, least)
         return emit.builder.fptrunc(inside, ir.VectorType(HALF, emit.lanes))
 

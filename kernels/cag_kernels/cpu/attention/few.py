@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.panel import SUM_CHANNELS, Blocking
 from cag_kernels.cpu.emit import ELEMENTS, FLOAT, INT64, LINE_BYTES, POINTER, UNSEEN, Emitter, Value
-from cag_kernels.cpu.floats import FloatType
 
 SUMS_IN_REGISTERS = {16: 24, 8: 12}  # lanes of a register -> sums beside what they meet
 _TURNED_BYTES = 8192  # of turned keys at most: the first cache has more to hold
@@ -27,7 +27,7 @@ class FewRows:
     denominators `[num_lanes]` and the weighted sums `[head_dim, num_lanes]` go; then the number of keys and num_lanes.
     """
 
-    def __init__(self, module: ir.Module, head_dim: int, rows: int, blocking: Blocking, kept: FloatType) -> None:
+    def __init__(self, module: ir.Module, head_dim: int, rows: int, blocking: Blocking, kept: torch.dtype) -> None:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 2)
         self.function = ir.Function(module, kind, name=f"few_{rows}")
         self.function.linkage = "internal"
@@ -35,7 +35,7 @@ class FewRows:
         self.head_dim = head_dim
         self.rows = range(rows)
         self.blocking, self.kept, self.element = blocking, kept, ELEMENTS[kept]
-        self.line = LINE_BYTES // kept.num_bytes  # numbers in a line of the cache
+        self.line = LINE_BYTES // kept.itemsize  # numbers in a line of the cache
         self.chunks = range(head_dim // blocking.lanes)
         arguments = self.function.args
         self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
@@ -210,7 +210,7 @@ class FewRows:
 
 
 def _turning_function(
-    module: ir.Module, head_dim: int, vectors: int, blocking: Blocking, kept: FloatType
+    module: ir.Module, head_dim: int, vectors: int, blocking: Blocking, kept: torch.dtype
 ) -> ir.Function:
     """Function that lays a vector of keys out channel by channel.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.call import Call, Field
@@ -17,7 +18,6 @@ from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_few, serve_by_panels
 from cag_kernels.cpu.attention.window_call import emit_first_keys, emit_range_bounds, emit_seeing
 from cag_kernels.cpu.emit import FLOAT, INT32, LINE_BYTES, UNSEEN, Value, function_blocks
-from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.team import Share
 from cag_kernels.prefixes import Codes
 
@@ -34,7 +34,7 @@ def attention_module(
     codes: Codes | None = None,
     has_window: bool = False,
     by_integers: bool = False,
-    kept: FloatType = FloatType.BFLOAT16,
+    kept: torch.dtype = torch.bfloat16,
 ) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
+import torch
 from llvmlite import ir
 
 from cag_kernels.cpu.attention.window import emit_hidden, emit_num_hidden, emit_reference
 from cag_kernels.cpu.emit import ELEMENTS, INT32, INT64, POINTER, Emitter, Value
-from cag_kernels.cpu.floats import FloatType
 
 MAX_WIDTH = 3  # vectors of rows that one pass over the keys serves
 CHANNELS = 4  # of a score in one turn of the loop
@@ -58,7 +58,7 @@ class WideTile:
     the keys of a tile are summed one behind the other.
     """
 
-    def __init__(self, emit: Emitter, head_dim: int, blocking: Blocking, kept: FloatType) -> None:
+    def __init__(self, emit: Emitter, head_dim: int, blocking: Blocking, kept: torch.dtype) -> None:
         self.emit, self.head_dim, self.blocking, self.kept = emit, head_dim, blocking, kept
         self.keys, self.values = emit.scratch(blocking.tile * head_dim), emit.scratch(blocking.tile * head_dim)
 
@@ -104,7 +104,7 @@ class Panel:
         width: int,
         blocking: Blocking,
         has_window: bool,
-        kept: FloatType = FloatType.BFLOAT16,
+        kept: torch.dtype = torch.bfloat16,
     ) -> None:
         windows = [POINTER, INT64] if has_window else []
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * self.num_pointers + [INT64] * 2 + windows)

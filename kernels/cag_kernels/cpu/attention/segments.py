@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.floats import FloatType, reads_floats
+from cag_kernels.cpu.floats import reads_floats
 from cag_kernels.cpu.tape import CompiledStep, float_bits, new_call, scratch_memory
 from cag_kernels.prefixes import Codes, QuantizedPrefix, code_bits
 
@@ -382,7 +382,7 @@ def attention_kernel(
     codes: Codes | None = None,
     has_window: bool = False,
     by_integers: bool = False,
-    kept: FloatType = FloatType.BFLOAT16,
+    kept: torch.dtype = torch.bfloat16,
 ) -> CompiledKernel:
     """Of a module as `loops.attention_module` says."""
     from cag_kernels.cpu.attention.loops import attention_module, shares_ends
@@ -397,8 +397,7 @@ def _compile(
 ) -> CompiledKernel:
     from cag_kernels.cpu.attention.panel import host_blocking
 
-    kept = FloatType.of(dtype)
-    return attention_kernel(head_dim, host_blocking(), few_rows, codes, has_window, by_integers, kept)
+    return attention_kernel(head_dim, host_blocking(), few_rows, codes, has_window, by_integers, dtype)
 
 
 def _tiles_for(head_dim: int, codes: Codes | None, window: int | None) -> CompiledKernel:

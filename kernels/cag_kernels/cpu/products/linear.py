@@ -23,7 +23,6 @@ from torch import Tensor
 
 from cag_kernels.cpu.attention.panel import host_blocking
 from cag_kernels.cpu.emit import ELEMENTS, INT8, INT32, INT64, POINTER, Emitter, Value, function_blocks
-from cag_kernels.cpu.floats import FloatType
 from cag_kernels.cpu.passes import emit_passes
 from cag_kernels.cpu.program import Program
 from cag_kernels.cpu.tape import CompiledStep, Reads, new_call, scratch_memory
@@ -60,9 +59,8 @@ class LinearKernel:
     """Machine code for every shape and one type of weight, run on several threads."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        kept = FloatType.of(dtype)
-        program = Program(linear_module, host_blocking().lanes, kept)
-        self._number_bytes = kept.num_bytes
+        program = Program(linear_module, host_blocking().lanes, dtype)
+        self._number_bytes = dtype.itemsize
         self._lay, self._multiply = (CompiledStep(program.address(name), program) for name in ("lay", "linear"))
 
     def run(self, fields: tuple[int, ...], memory: tuple[Tensor, ...]) -> None:
@@ -109,7 +107,7 @@ def _compile(dtype: torch.dtype) -> LinearKernel:
     return LinearKernel(dtype)
 
 
-def linear_module(lanes: int, kept: FloatType) -> ir.Module:
+def linear_module(lanes: int, kept: torch.dtype) -> ir.Module:
     """Module with `lay` and `linear`, each of one pointer to the fields of a call."""
     module = ir.Module(name="linear")
     _Lay(module, lanes)
@@ -125,7 +123,7 @@ class _Pass:
     features, rows of the block, numbers from a row of out to the next, biases, and features of the panel.
     """
 
-    def __init__(self, module: ir.Module, lanes: int, rows: int, kept: FloatType) -> None:
+    def __init__(self, module: ir.Module, lanes: int, rows: int, kept: torch.dtype) -> None:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 5)
         self.function = ir.Function(module, kind, name=f"rows_{rows}")
         self.function.linkage = "internal"
@@ -286,7 +284,7 @@ class _Lay(_Fields):
 class _Linear(_Fields):
     """The function that threads run: task by task, rows that are served at once, panel by panel, pass by pass."""
 
-    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], kept: FloatType) -> None:
+    def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], kept: torch.dtype) -> None:
         super().__init__(module, "linear", lanes)
         self.passes = passes
         self.element = ELEMENTS[kept]
