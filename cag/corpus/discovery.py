@@ -6,18 +6,19 @@ order in which a file system lists its entries never shows.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
-import unicodedata
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePath
+from pathlib import Path
 
-from cag.corpus.folders import OnError, OnSkip, walk_files
+from cag.corpus.folders import OnError, OnSkip, mode_of, portable_name, walk_files
 from cag.corpus.loaders import unreadable
-from cag.errors import UsageError
+from cag.errors import UnreadableDocument, UsageError
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -50,25 +51,33 @@ def find_files(arguments: Sequence[str | Path], on_error: OnError, on_skip: OnSk
     for argument in arguments:
         if argument == "":
             raise UsageError("a path is empty.", hint="Name a file or a folder; `.` is the current one.")
-        # `resolve` would replace links, and with them the names that the user knows.
-        path = Path(os.path.abspath(Path(argument).expanduser()))  # noqa: PTH100
-        if path.is_dir():
-            files += [_below(path, file) for file in walk_files(path, on_error, on_skip)]
-        elif path.is_file():
-            files.append(FoundFile(path, portable_name(path.name), portable_name(path.parent.name), True))
-        elif path.exists():
-            on_error(unreadable(portable_name(path), "it is neither a file nor a folder"))
-        elif isinstance(argument, str) and glob.has_magic(argument):
-            files += _glob(path, on_error, on_skip)
-        else:
-            on_error(unreadable(portable_name(path), "there is no such file or folder"))
+        try:
+            files += _named(argument, on_error, on_skip)
+        except UnreadableDocument as error:
+            on_error(error)
     return files
 
 
-def portable_name(path: PurePath | str) -> str:
-    """A path as posix text in NFC; bytes of a file name that are not UTF-8 become U+FFFD."""
-    text = path.as_posix() if isinstance(path, PurePath) else path
-    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "replace"))
+def _named(argument: str | Path, on_error: OnError, on_skip: OnSkip) -> list[FoundFile]:
+    """The files that one argument names. Raises: UnreadableDocument: it names none."""
+    path = _absolute(Path(argument))
+    mode = mode_of(path)
+    if stat.S_ISDIR(mode):
+        return [_below(path, file) for file in walk_files(path, on_error, on_skip)]
+    if stat.S_ISREG(mode):
+        return [FoundFile(path, portable_name(path.name), portable_name(path.parent.name), True)]
+    if mode:
+        raise unreadable(portable_name(path), "it is neither a file nor a folder")
+    if isinstance(argument, str) and glob.has_magic(argument):
+        return _glob(path, on_error, on_skip)
+    raise unreadable(portable_name(path), "there is no such file or folder")
+
+
+def _absolute(path: Path) -> Path:
+    """`path` from the root on, with its links: `resolve` would replace them, and with them the names the user knows."""
+    with contextlib.suppress(RuntimeError):  # a `~` of nobody's is a name like others, as in a shell
+        path = path.expanduser()
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _below(root: Path, file: Path, *, is_explicit: bool = False) -> FoundFile:
@@ -76,13 +85,14 @@ def _below(root: Path, file: Path, *, is_explicit: bool = False) -> FoundFile:
 
 
 def _glob(pattern: Path, on_error: OnError, on_skip: OnSkip) -> list[FoundFile]:
+    """The files that a pattern names. Raises: UnreadableDocument: none."""
     first_magic = next(index for index, part in enumerate(pattern.parts) if _MAGIC.search(part))
     root, parts = Path(*pattern.parts[:first_magic]), pattern.parts[first_magic:]
     max_depth = None if "**" in parts else len(parts)
-    files = walk_files(root, on_error, on_skip, max_depth=max_depth) if root.is_dir() else []
+    files = walk_files(root, on_error, on_skip, max_depth=max_depth) if stat.S_ISDIR(mode_of(root)) else []
     matches = [file for file in files if _matches(file.relative_to(root).parts, parts)]
     if not matches:
-        on_error(unreadable(portable_name(pattern), "no file matches this pattern"))
+        raise unreadable(portable_name(pattern), "no file matches this pattern")
     # `*.ext` asks for that type; `docs/*` does not ask for the pictures among the documents.
     is_explicit = bool(pattern.suffix) and not _MAGIC.search(pattern.suffix)
     return [_below(root, file, is_explicit=is_explicit) for file in matches]

@@ -6,7 +6,11 @@ what is inside is met under its own path, and what is above would lead back. So 
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
@@ -18,6 +22,13 @@ OnSkip = Callable[[Path, str], None]
 
 _EXCLUDED_FOLDERS = frozenset(("node_modules", "__pycache__", "venv", "CVS", "_darcs"))
 _VENV_MARK = "pyvenv.cfg"
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def portable_name(path: PurePath | str) -> str:
+    """A path as posix text in NFC; bytes of a file name that are not UTF-8 become U+FFFD."""
+    text = path.as_posix() if isinstance(path, PurePath) else path
+    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "replace"))
 
 
 def natural_key(relative: PurePath) -> tuple[object, ...]:
@@ -46,26 +57,49 @@ def walk_files(root: Path, on_error: OnError, on_skip: OnSkip, *, max_depth: int
         depth = len(folder.relative_to(root).parts)
         entries = [] if max_depth is not None and depth >= max_depth else _entries(folder, on_error)
         for entry in entries:
-            if entry.is_dir():
+            try:
+                mode = mode_of(entry)
+            except UnreadableDocument as error:
+                on_error(error)
+                continue
+            if stat.S_ISDIR(mode):
                 pending += [] if _is_excluded(entry) else [entry]
-            elif entry.is_file():
+            elif stat.S_ISREG(mode):
                 files.append(entry)
             else:
-                on_skip(entry, "broken link" if entry.is_symlink() else "not a regular file")
+                on_skip(entry, "not a regular file" if mode else "broken link")
     return sorted(files, key=lambda path: natural_key(path.relative_to(root)))
+
+
+def mode_of(path: Path) -> int:
+    """`st_mode` of what a path leads to; 0 where it leads nowhere.
+
+    Raises: UnreadableDocument: the system does not say which.
+    """
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno in _NOWHERE:
+            return 0
+        raise unreadable(portable_name(path), f"the system refuses it ({error.strerror})") from error
+    except ValueError as error:
+        raise unreadable(portable_name(path), f"it is no path ({error})") from error
 
 
 def _entries(folder: Path, on_error: OnError) -> Iterator[Path]:
     try:
         entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     except OSError as error:
-        on_error(unreadable(folder.as_posix(), f"the folder cannot be listed ({error.strerror})"))
+        on_error(unreadable(portable_name(folder), f"the folder cannot be listed ({error.strerror})"))
         return
     yield from sorted(entries, key=lambda path: natural_key(PurePath(path.name)), reverse=True)
 
 
 def _is_excluded(folder: Path) -> bool:
-    return folder.name in _EXCLUDED_FOLDERS or (folder / _VENV_MARK).is_file()
+    try:
+        return folder.name in _EXCLUDED_FOLDERS or bool(mode_of(folder / _VENV_MARK))
+    except UnreadableDocument:
+        return False  # nor will it be listed, which is when that is said
 
 
 def _is_new(folder: Path, root: Path, seen: set[tuple[int, int]], on_skip: OnSkip) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cag.corpus.discovery import FoundFile, find_files, portable_name
+from cag.corpus.discovery import FoundFile, find_files
 from cag.corpus.document import CorpusReport, Document, text_sha256
+from cag.corpus.folders import portable_name
 from cag.corpus.loaders import CorpusLimits, Extract, Source, format_of, load_source, unreadable
 from cag.corpus.loaders.base import NOT_DOCUMENTS
 from cag.corpus.normalization import normalize_text

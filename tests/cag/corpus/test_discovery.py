@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path, PurePath
 
 import pytest
@@ -164,6 +165,45 @@ def test_a_file_name_that_is_not_utf8(tree):
     report = load_corpus([root])
     assert ids(report) == ["a.md", "caf\ufffd.md"]
     report.documents[1].path.encode("utf-8")
+
+
+@pytest.fixture
+def private_tree(request):
+    """A folder with a file and a folder of the mode that is asked for, seen by a user whom modes bind."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        (root / "private").mkdir()
+        for name in ("a.md", "private/b.md"):
+            (root / name).write_text(name)
+            (root / name).chmod(0o644)
+        (root / "private").chmod(request.param)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # modes do not bind root
+        yield root
+        os.seteuid(user)
+        (root / "private").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("private_tree", "refused"), [(0, "private"), (0o444, "private/b.md")], indirect=["private_tree"]
+)
+def test_a_folder_without_rights_is_an_error_that_names_it(private_tree, refused):
+    with pytest.raises(UnreadableDocument, match="Permission denied") as caught:
+        load_corpus([private_tree])
+    assert caught.value.facts["path"] == f"{private_tree}/{refused}"
+    report = load_corpus([private_tree], skip_errors=True)
+    assert ids(report) == ["a.md"]
+    assert [path for path, _ in report.skipped] == [f"{private_tree}/{refused}"]
+    with pytest.raises(UnreadableDocument, match="Permission denied"):
+        load_corpus([private_tree / "private" / "b.md"])
+
+
+@pytest.mark.parametrize("argument", ["x" * 300 + ".md", "~no-such-user/docs", "nul\0byte"])
+def test_odd_paths_are_errors_that_name_them(tree, argument):
+    report = load_corpus([tree({"a.md": "a"}), argument], skip_errors=True)
+    assert ids(report) == ["a.md"]
+    assert report.skipped[0][0].endswith(argument)
 
 
 def test_no_argument_is_an_empty_corpus():

@@ -49,5 +49,21 @@ def test_compatibility_forms_stay():
     assert normalize_text("x\u00b2 \uff21") == "x\u00b2 \uff21"
 
 
+@given(st.text(st.sampled_from("e\u0301\u0316\u0344\u0f73\u1e09\u2014 "), max_size=300))
+@example("e" + "\u0344" * 40)
+@example("\u1e09" + "\u0301\u0316" * 40)
+def test_marks_are_composed_few_at_a_time(text):
+    normal = normalize_text(text)
+    assert normalize_text(normal) == normal == unicodedata.normalize("NFC", normal)
+    runs = re.findall("[\u0301\u0316\u0308\u0327\u0f71\u0f72]+", unicodedata.normalize("NFD", normal))
+    assert max(map(len, runs), default=0) <= 33  # a letter may bring three of its own
+    assert max(map(len, re.split("[e\u1e09\u2014 \n]", text))) > 10 or "\u034f" not in normal
+
+
+def test_a_document_of_marks_is_read_at_once():
+    marks = "\u0301\u0316" * 50_000  # composed as one run, these take most of a minute
+    assert normalize_text("a" + marks).count("\u0316") == 50_000
+
+
 def test_one_line():
     assert one_line(" a\r\n b\u00a0c ") == "a b c"
