@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from cag.residency.recurrent import loaded_states
 from cag.residency.resident import ResidentPrefix
 from cag.short_model import with_rope
 from cag.starts.begin import Beginning
-from cag.stores import export_cache, find_cache, import_cache, open_store, translated_lookup
+from cag.stores import export_cache, find_cache, import_cache, known_documents, open_store, translated_lookup
 from cag_kernels import warm_up_largest
 from cag_store import CacheReader, CopyReport, Manifest, Ref, Store, check_states
 from cag_store.codecs import warm_up
@@ -159,14 +159,15 @@ class Engine:
     ) -> BuildReport:
         """Build `name` again over `paths`: known documents keep their order, new ones come last.
 
-        Documents that `paths` no longer name go. Everything before the first changed document is taken from the store,
-        where its exact chunks are there still (`BuildReport.recomputed_tokens`). Codec, bound and texts are the old
-        ones, and the day that a chat template may name is that of the first build; a codec that was searched is kept
-        while it stays within the bound, and searched again when it does not. The old expiry ends, `ttl_s` sets a new
-        one. `force` keeps a cache that misses its bound.
+        Documents that `paths` no longer name go; of equal texts the known document stays (a corpus that was read
+        already is taken as it is). Everything before the first changed document is taken from the store, where its
+        exact chunks are there still (`BuildReport.recomputed_tokens`). Codec, bound and texts are the old ones, and the
+        day that a chat template may name is that of the first build; a codec that was searched is kept while it stays
+        within the bound, and searched again when it does not. The old expiry ends, `ttl_s` sets a new one. `force`
+        keeps a cache that misses its bound.
         """
         manifest = self.find(name)[1]
-        corpus = _read(paths, skip_errors)
+        corpus = _read(paths, skip_errors, known_documents(manifest))
         places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
         codec, layout = dict(manifest.codec), manifest.layout
@@ -352,8 +353,10 @@ def _warm_up() -> None:
     warm_up_largest()
 
 
-def _read(paths: Sequence[str | Path] | CorpusReport, skip_errors: bool) -> CorpusReport:
-    return paths if isinstance(paths, CorpusReport) else load_corpus(paths, skip_errors=skip_errors)
+def _read(
+    paths: Sequence[str | Path] | CorpusReport, skip_errors: bool, known: Collection[tuple[str, str]] = ()
+) -> CorpusReport:
+    return paths if isinstance(paths, CorpusReport) else load_corpus(paths, skip_errors=skip_errors, known=known)
 
 
 def _text(content: bytes, doc_id: str) -> str:
@@ -369,8 +372,8 @@ def _with_corpus(report: BuildReport, corpus: CorpusReport) -> BuildReport:
 
 
 def _with_changes(report: BuildReport, before: Manifest, documents: Sequence[Document]) -> BuildReport:
-    old = {entry.doc_id: entry.sha256 for entry in before.documents}
-    new = {document.doc_id: document.sha256 for document in documents}
+    old = {entry.doc_id: (entry.title, entry.sha256) for entry in before.documents}
+    new = {document.doc_id: (document.title, document.sha256) for document in documents}
     return replace(
         report,
         added=tuple(doc_id for doc_id in new if doc_id not in old),

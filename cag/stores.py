@@ -40,6 +40,11 @@ def find_cache(store: Store, name: str) -> tuple[Ref, Manifest]:
         return store.resolve(name)
 
 
+def known_documents(manifest: Manifest) -> list[tuple[str, str]]:
+    """Paths and ids of a cache's documents: what `load_corpus` is told of them for an update."""
+    return [(document.path, document.doc_id) for document in manifest.documents]
+
+
 def export_cache(
     store: Store,
     name: str,

@@ -9,6 +9,7 @@ a lossy codec encodes what is exact. Nothing else of the store changes before th
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -252,7 +253,7 @@ def build_cache(
     """Build a cache over `documents` in their order, and let `name` refer to it, for `ttl_s` seconds or for good.
 
     Raises:
-        UsageError: an expiry that is not ahead, or beyond the calendar.
+        UsageError: an expiry that is not ahead, or beyond the calendar; two documents of one id.
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
         InsufficientResources: too little memory for one copy of the cache, said before anything is computed.
         FidelityMissed: the cache misses the bound that was given; the name still refers to what it referred to.
@@ -265,6 +266,7 @@ def build_cache(
         codec_from_config(options.codec)
     if ttl_s is not None:
         _check_ttl(ttl_s)
+    _check_ids(documents)
     layout = lay_out(
         model.tokenizer,
         options.template or model.template,
@@ -339,6 +341,12 @@ def _check_window(model: LanguageModel, layout: PrefixLayout) -> None:
         )
 
 
+def _check_ids(documents: Sequence[Document]) -> None:
+    doc_id, times = max(Counter(document.doc_id for document in documents).items(), key=lambda item: item[1])
+    if times > 1:
+        raise UsageError(f"{times} documents have the id {doc_id!r}.", hint="Citations name documents by their ids.")
+
+
 def _check_memory(model: LanguageModel, layout: PrefixLayout) -> None:
     needed = len(layout.token_ids) * model.kv_bytes_per_token + (model.recurrent.num_bytes if model.recurrent else 0)
     free = free_memory_bytes(model.device)
@@ -375,8 +383,8 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
         codec=cache.codec,
         chunks=cache.entries,
         documents=tuple(
-            DocumentEntry(d.doc_id, d.title, d.path, d.sha256, span.start, span.end)
-            for d, span in zip(build.documents, build.layout.spans, strict=True)
+            DocumentEntry(d.doc_id, d.title, d.path, digest, span.start, span.end)
+            for d, digest, span in zip(build.documents, blobs, build.layout.spans, strict=True)
         ),
         layout=build.layout.to_json(),
         blob_bytes=store.blob_bytes([*blobs, *cag_store.config_resources(cache.codec)]),

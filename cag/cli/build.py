@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,6 +36,7 @@ from cag.cli.output import (
     print_json,
 )
 from cag.cli.progress import Report, shown_progress
+from cag.stores import find_cache, known_documents
 
 if TYPE_CHECKING:
     from cag.building.options import BuildProgress, BuildReport
@@ -125,8 +127,10 @@ def update(
 
     PATHs are all of its documents: those that they no longer name go.
     """
-    corpus = _corpus_of(paths, skip_errors)
-    engine = load_engine_of(store_at(store), name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
+    opened = store_at(store)
+    known = known_documents(find_cache(opened, name)[1])
+    corpus = _corpus_of(paths, skip_errors, known)
+    engine = load_engine_of(opened, name, ModelChoice(model, adapter, device, dtype), verbose=verbose)
     options = given(ttl_s=ttl, force=force or None)
     with shown_progress("tokens") as report:
         built = engine.update(name, corpus, on_progress=lambda progress: _tell(report, progress), **options)
@@ -134,13 +138,13 @@ def update(
     _print_report(built, as_json=as_json)
 
 
-def _corpus_of(paths: list[str], skip_errors: bool) -> CorpusReport:
+def _corpus_of(paths: list[str], skip_errors: bool, known: Collection[tuple[str, str]] = ()) -> CorpusReport:
     """The documents. Raises: as `load_corpus`, with what this command can do about it."""
     from cag.corpus import load_corpus
     from cag.errors import UnreadableDocument
 
     try:
-        return load_corpus(paths, skip_errors=skip_errors)
+        return load_corpus(paths, skip_errors=skip_errors, known=known)
     except UnreadableDocument as error:
         hint = f"{error.hint} --skip-errors goes on without it, and says so.".strip()
         raise UnreadableDocument(error.message, hint=hint, **error.facts) from error

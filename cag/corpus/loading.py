@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from cag.corpus.discovery import FoundFile, find_files
@@ -12,7 +13,7 @@ from cag.corpus.folders import portable_name
 from cag.corpus.loaders import CorpusLimits, Extract, Source, format_of, load_source, unreadable
 from cag.corpus.loaders.base import NOT_DOCUMENTS
 from cag.corpus.normalization import normalize_text
-from cag.corpus.titles import choose_title, title_of_name
+from cag.corpus.titles import chosen_title, title_line, title_of_name
 from cag.errors import EmptyCorpus, UnreadableDocument
 
 Progress = Callable[[int, int, str], None]
@@ -24,18 +25,21 @@ def load_corpus(
     skip_errors: bool = False,
     progress: Progress | None = None,
     limits: CorpusLimits | None = None,
+    known: Collection[tuple[str, str]] = (),
 ) -> CorpusReport:
     """Read files, folders (recursively), globs (strings) and JSONL files of documents into one corpus.
 
     Order and ids are those of `cag.corpus.discovery`. An id that is taken gets the name of its folder in front, then a
     number behind, so that a document never changes its id because another one was added after it.
 
+    known: (path, id) of documents of an earlier load, which keep their ids and, among equal texts, their places, so
+    that neither changes because another document was added before them.
     progress: called after each file with (files done, files in all, path).
 
     Raises: UnreadableDocument for a path that does not exist and for a file that cannot be read as what it claims to be
     (with `skip_errors` these are listed in `skipped` instead); EmptyCorpus when no document with text is left.
     """
-    collector = _Collector(skip_errors, limits or CorpusLimits())
+    collector = _Collector(skip_errors, limits or CorpusLimits(), frozenset(known))
     arguments = [paths] if isinstance(paths, str | Path) else paths
     files = find_files(arguments, collector.refuse, collector.skip)
     for done, file in enumerate(files, start=1):
@@ -56,16 +60,25 @@ def load_documents(
     return list(load_corpus(paths, skip_errors=skip_errors, progress=progress, limits=limits).documents)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """One text of a file. `place`: how a report names it; `ids`: those that it may have, in the order of preference."""
+
+    path: str
+    place: str
+    ids: tuple[str, str]
+    title: str
+    text: str
+
+
 @dataclass
 class _Collector:
     skip_errors: bool
     limits: CorpusLimits
-    documents: list[Document] = field(default_factory=list)
-    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    known: frozenset[tuple[str, str]]
+    found: list[_Found] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    places: dict[str, str] = field(default_factory=dict)
-    doc_ids: set[str] = field(default_factory=set)
 
     def refuse(self, error: UnreadableDocument) -> None:
         """Raise `error`, or list it when errors are to be skipped."""
@@ -95,41 +108,57 @@ class _Collector:
 
     def _add(self, file: FoundFile, extract: Extract) -> None:
         path = portable_name(file.path)
-        wanted_id = extract.doc_id or "#".join(filter(None, (file.relative, extract.fragment)))
         place = f"{path}#{extract.doc_id or extract.fragment}" if extract.fragment else path
         text = normalize_text(extract.text)
         if not text.strip():
             self.empty.append(place)
             return
-        sha256 = text_sha256(text)
-        if sha256 in self.places:
-            self.duplicates.append((place, self.places[sha256]))
-            return
-        self.places[sha256] = place
-        doc_id = self._free_id(wanted_id, file.root_name)
-        title = choose_title(extract.title) or title_of_name(extract.doc_id or file.relative)
-        self.documents.append(Document(doc_id, title, path, text, sha256))
-
-    def _free_id(self, wanted: str, root_name: str) -> str:
-        candidate, number = wanted, 1
-        if candidate in self.doc_ids:
-            candidate = wanted = f"{root_name}/{wanted}"
-        while candidate in self.doc_ids:
-            number += 1
-            candidate = f"{wanted}~{number}"
-        self.doc_ids.add(candidate)
-        return candidate
+        wanted_id = extract.doc_id or "#".join(filter(None, (file.relative, extract.fragment)))
+        # a line of JSON has the title that somebody gave it
+        title = (title_line if extract.fragment else chosen_title)(extract.title)
+        title = title or title_of_name(extract.doc_id or file.relative)
+        self.found.append(_Found(path, place, (wanted_id, f"{file.root_name}/{wanted_id}"), title, text))
 
     def report(self) -> CorpusReport:
         """The report. Raises: EmptyCorpus."""
-        if not self.documents:
+        if not self.found:
             found = f"{len(self.empty)} empty, {len(self.skipped)} skipped"
             first = f", for instance {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             hint = (
                 "Name files or folders with text: .txt .md .rst .html .pdf .docx, source code, or JSONL of documents."
             )
             raise EmptyCorpus(f"no document with text was found ({found}{first}).", hint=hint)
-        return CorpusReport(tuple(self.documents), tuple(self.duplicates), tuple(self.empty), tuple(self.skipped))
+        documents, duplicates = _settle(self.found, self.known)
+        return CorpusReport(documents, duplicates, tuple(self.empty), tuple(self.skipped))
+
+
+def _settle(
+    found: Sequence[_Found], known: Collection[tuple[str, str]]
+) -> tuple[tuple[Document, ...], tuple[tuple[str, str], ...]]:
+    """Documents in the order of `found` and (place, place of the same text): known ones choose before all others."""
+    places: dict[str, str] = {}
+    documents: dict[int, Document] = {}
+    duplicates: dict[int, tuple[str, str]] = {}
+    taken: set[str] = set()
+    kept_ids = [next((doc_id for doc_id in one.ids if (one.path, doc_id) in known), None) for one in found]
+    for index in sorted(range(len(found)), key=lambda index: kept_ids[index] is None):
+        one, sha256 = found[index], text_sha256(found[index].text)
+        if sha256 in places:
+            duplicates[index] = (one.place, places[sha256])
+            continue
+        places[sha256] = one.place
+        doc_id = kept_ids[index] if kept_ids[index] not in taken else None
+        doc_id = doc_id or _free_id(one.ids, taken)
+        taken.add(doc_id)
+        documents[index] = Document(doc_id, one.title, one.path, one.text, sha256)
+    order = range(len(found))
+    return tuple(documents[i] for i in order if i in documents), tuple(duplicates[i] for i in order if i in duplicates)
+
+
+def _free_id(wanted: tuple[str, str], taken: Collection[str]) -> str:
+    """The first id of `wanted` that nobody has, or the last with a number behind it."""
+    numbered = (f"{wanted[-1]}~{number}" for number in count(2))
+    return next(doc_id for doc_id in chain(wanted, numbered) if doc_id not in taken)
 
 
 def _read(path: Path, limits: CorpusLimits) -> Source:

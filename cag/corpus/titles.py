@@ -16,13 +16,15 @@ _PLACEHOLDER = re.compile(
 )
 
 
-def choose_title(*candidates: str | None) -> str:
-    """The first candidate that is a title of one line, cut to `MAX_TITLE_CHARACTERS`; "" when none is."""
-    for candidate in candidates:
-        title = one_line(candidate or "")
-        if title and not _PLACEHOLDER.fullmatch(title):
-            return title[:MAX_TITLE_CHARACTERS].rstrip()
-    return ""
+def title_line(title: str) -> str:
+    """`title` as one line, cut to `MAX_TITLE_CHARACTERS`."""
+    return one_line(title)[:MAX_TITLE_CHARACTERS].rstrip()
+
+
+def chosen_title(title: str) -> str:
+    """The title that a program wrote into a file, as `title_line`; "" where nobody chose it."""
+    line = title_line(title)
+    return "" if _PLACEHOLDER.fullmatch(line) else line
 
 
 def title_of_name(name: str) -> str:

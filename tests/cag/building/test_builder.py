@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -67,6 +68,41 @@ def test_update_keeps_the_order_of_known_documents_and_appends_new_ones(tiny_eng
     (long_corpus / "part3.txt").write_text("Changed.")
     changed = tiny_engine.update("a", [long_corpus])
     assert 0 < changed.reused_tokens < report.num_tokens / 2
+
+
+def test_update_keeps_known_documents_whose_copies_and_namesakes_come_first(tiny_engine, tmp_path):
+    english, german = tmp_path / "en", tmp_path / "de"
+    for folder, name in ((english, "index.md"), (german, "faq.md"), (german, "index2.md")):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(f"All of {name}. " * 30)
+    before = tiny_engine.build([english, german], name="a")
+    (english / "faq.md").write_text("Other questions.")
+    (english / "a-copy.md").write_text((german / "index2.md").read_text())
+    report = tiny_engine.update("a", [english, german])
+    assert (report.added, report.changed, report.removed) == (("en/faq.md",), (), ())
+    assert report.reused_tokens >= before.num_tokens - 2 * BLOCK_TOKENS
+
+
+def test_update_says_which_titles_are_others(tiny_engine, tmp_path):
+    file = tmp_path / "docs.jsonl"
+    for title in ("Old", "New"):
+        lines = [{"doc_id": "1", "title": "Stays", "text": "one"}, {"doc_id": "2", "title": title, "text": "two"}]
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        report = tiny_engine.build([file], name="a") if title == "Old" else tiny_engine.update("a", [file])
+    assert report.changed == ("2",)
+
+
+def test_documents_of_one_id_are_refused_before_anything_is_computed(tiny_engine, long_corpus):
+    documents = load_documents(long_corpus)
+    with pytest.raises(UsageError, match="2 documents have the id"):
+        build_cache(tiny_engine.model, tiny_engine.store, "a", [*documents, documents[0]], BuildOptions())
+
+
+def test_a_corpus_of_wrong_digests_is_answered_from(tiny_engine, long_corpus):
+    documents = [replace(document, sha256="0" * 64) for document in load_documents(long_corpus)]
+    build_cache(tiny_engine.model, tiny_engine.store, "a", documents, BuildOptions())
+    with tiny_engine.open("a") as prefix:
+        assert prefix.ask("Line?", max_tokens=2).usage.cached_tokens
 
 
 def test_an_updated_cache_equals_one_built_at_once(tiny_engine, tiny_model_dir, long_corpus, tmp_path):

@@ -110,6 +110,7 @@ def test_update_says_which_documents_are_others(cag, book, corpus):
     changes = {kind: updated.json[kind] for kind in ("added", "changed", "removed")}
     assert changes == {"added": ["zeta.txt"], "changed": ["alpha.md"], "removed": ["relay.txt"]}
     assert {"added: zeta.txt", "changed: alpha.md", "removed: relay.txt"} <= set(updated.stderr.splitlines())
+    (corpus / "a-copy.md").write_text((corpus / "alpha.md").read_text())  # known documents are told from copies
     again = cag("update", "book", corpus, "--store", book, "--json").json
     assert again["added"] == again["changed"] == again["removed"] == []
 
@@ -224,10 +225,12 @@ def test_a_bound_that_is_none_is_refused(build, bound):
 
 
 @pytest.mark.parametrize("command", [["build", "--name", "book"], ["update", "book"]])
-def test_a_file_that_cannot_be_read_comes_with_what_to_do(cag, tmp_path, command):
-    (tmp_path / "cafe.txt").write_bytes(b"caf\xe9")
-    hint = cag(*command, tmp_path, "--json").error["hint"]
+def test_a_file_that_cannot_be_read_comes_with_what_to_do(cag, book, tmp_path, command):
+    folder = tmp_path / "unreadable"
+    folder.mkdir()
+    (folder / "cafe.txt").write_bytes(b"caf\xe9")
+    hint = cag(*command, folder, "--store", book, "--json").error["hint"]
     assert "iconv" in hint
     assert "--skip-errors" in hint
-    (tmp_path / "cafe.txt").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
-    assert "iconv" not in cag(*command, tmp_path, "--json").error["hint"]
+    (folder / "cafe.txt").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
+    assert "iconv" not in cag(*command, folder, "--store", book, "--json").error["hint"]

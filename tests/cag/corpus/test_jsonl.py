@@ -64,6 +64,11 @@ def test_lines_of_something_else_are_an_error_only_when_asked_for(tree):
         load_corpus([root / "questions.jsonl"])
 
 
+@pytest.mark.parametrize("title", ["Untitled (album)", "Document 1", "Q3-report.pdf", "Anonymous"])
+def test_a_title_that_is_given_is_taken_whatever_it_says(load_one, title):
+    assert load_one("a.jsonl", json.dumps({"doc_id": "7", "title": title, "text": "x"})).title == title
+
+
 def test_lone_surrogates_do_not_break_the_digest(load_one):
     document = load_one("a.jsonl", '{"doc_id": "\\ud800", "title": "t\\ud800", "text": "x\\ud800"}')
     assert document.text == "x\ufffd"

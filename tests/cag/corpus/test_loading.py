@@ -52,6 +52,16 @@ def test_ids_that_collide_get_the_name_of_their_folder_then_a_number(tree):
     assert [document.doc_id for document in load_documents(arguments[:2])] == ids[:2]
 
 
+def test_known_documents_keep_their_ids_and_win_among_equal_texts(tree):
+    root = tree({"x/b.md": "text", "y/a.md": "namesake", "y/c.md": "last"})
+    arguments = [root / "x", root / "y"]
+    known = [(document.path, document.doc_id) for document in load_documents(arguments)]
+    tree({"x/a.md": "new", "x/a-copy.md": "text", "y/b.md": "another"})
+    report = load_corpus(arguments, known=known)
+    assert [document.doc_id for document in report.documents] == ["x/a.md", "b.md", "a.md", "y/b.md", "c.md"]
+    assert report.duplicates == ((f"{root}/x/a-copy.md", f"{root}/x/b.md"),)
+
+
 def test_a_binary_file_named_txt_is_an_error_or_skipped_on_request(tree):
     root = tree({"a.md": "a", "bad.txt": b"\x89PNG\r\n\x1a\n\x00\x00"})
     with pytest.raises(UnreadableDocument, match="PNG") as caught:
