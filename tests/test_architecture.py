@@ -22,9 +22,9 @@ FORBIDDEN = {
 MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 # The walk of the data through `cag/`: a module imports only what stands before it.
 WALK = [
-    "home", "errors", "machine", "stores", "models", "corpus", "retrieval", "prompt", "thinking", "ngrams", "forward",
-    "model_files", "starts", "short_model", "model", "identity", "prefill", "residency", "generation", "prefix",
-    "fresh", "first_steps", "calibration", "building", "engine", "describe", "server", "cli",
+    "home", "errors", "machine", "stores", "models", "words", "corpus", "retrieval", "prompt", "thinking", "ngrams",
+    "forward", "model_files", "starts", "short_model", "model", "identity", "prefill", "residency", "generation",
+    "prefix", "fresh", "first_steps", "calibration", "building", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 # The walk through those of its packages that are stages of their own.
 WALKS = {
@@ -38,7 +38,7 @@ WALKS = {
         "uploads", "host_copies", "buffers", "angles", "basis_tensors", "segment_tensors", "stream_decoding",
         "stream_buffers", "resident", "recurrent",
     ],
-    "generation": ["answer", "citations", "speculation", "thoughts", "generate", "scheduler", "session"],
+    "generation": ["answer", "sentences", "citations", "speculation", "thoughts", "generate", "scheduler", "session"],
     "building": [
         "probes", "fidelity", "key_errors", "ladder", "rungs", "snapshots", "chunks", "trials", "options", "builder",
     ],

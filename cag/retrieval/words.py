@@ -6,17 +6,19 @@ Ideographs and syllabic scripts are written without spaces; each of their charac
 from __future__ import annotations
 
 import re
+import unicodedata
 
-# Kana, CJK ideographs, Hangul syllables.
-UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+from cag.words import EAST_ASIAN as UNSPACED
+from cag.words import MARKS
+
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:[{MARKS}]+[^\W{UNSPACED}]*)*")
 # A common word is one piece, a long or rare one several; numbers and identifiers break up further.
 PIECE = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]{{1,7}}|\d{{1,2}}|[^\w\s]|_")
 
 
 def split_words(text: str) -> list[str]:
     """The words of `text` in lower case, in order; punctuation is dropped, one-letter words and digits stay."""
-    return WORD.findall(text.lower())
+    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def estimated_piece_spans(text: str) -> list[tuple[int, int]]:

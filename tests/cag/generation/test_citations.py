@@ -62,6 +62,79 @@ def test_answers_that_rest_on_nothing_cite_nothing(answer):
     assert INDEX.cite("How often are delta valves checked?", answer) == ()
 
 
+def index_of(*texts: str) -> CitationIndex:
+    return CitationIndex([Doc(str(number), "", text) for number, text in enumerate(texts)], [""] * len(texts))
+
+
+@pytest.mark.parametrize(
+    "text, question, answer, quote",
+    [
+        ("密封件每十四天更换一次。夜班由张伟负责。", "谁负责夜班", "张伟", "夜班由张伟负责。"),
+        ("水泵每分钟输送30升水。阀门有九个。", "多少升?", "30升", "水泵每分钟输送30升水。"),
+        ("電話番号は内線4711です。住所は一丁目です。", "電話番号は?", "4711", "電話番号は内線4711です。"),
+        (
+            "야간 근무는 김민수가 담당한다. 밸브를 점검한다.",
+            "야간 근무는 누가?",
+            "김민수",
+            "야간 근무는 김민수가 담당한다.",
+        ),
+        ("पंप हर मिनट तीस लीटर देता है। वाल्व बंद है।", "कितना?", "तीस लीटर", "पंप हर मिनट तीस लीटर देता है।"),
+        (
+            "Насосы стоят внизу. Ночная смена звонит Ивану.",
+            "Кому?",
+            "Ивану",
+            "Ночная смена звонит Ивану.",
+        ),
+    ],
+)
+def test_answers_in_any_script_are_cited(text, question, answer, quote):
+    cited = index_of("Nothing of it is here.", text).cite(question, answer)
+    assert [citation.quote for citation in cited] == [quote]
+
+
+def test_initials_end_no_sentence():
+    index = index_of("It grew fast. After the war, President Charles W. Eliot changed it. Plan B. was dropped.")
+    assert index.cite("Who changed it?", "Charles W. Eliot")[0].quote == (
+        "After the war, President Charles W. Eliot changed it."
+    )
+
+
+def test_the_quote_of_a_long_sentence_holds_the_answer():
+    text = (
+        "name, " + ", ".join(f"item{number} costs {number} euro" for number in range(60)) + ", gadget costs 4711 euro"
+    )
+    quote = index_of(text + ", " + text.replace("4711", "12")).cite("What does the gadget cost?", "4711 euro")[0].quote
+    assert "gadget costs 4711 euro" in quote
+    assert len(quote) <= citations.MAX_QUOTE_CHARS
+    assert quote.split()[0] in text.split() and quote.split()[-1].strip(",") in text.replace(",", "").split()
+
+
+FACTS = [
+    "The alpha gate opens at seven in the morning.",
+    "Beta pumps move thirty litres every minute.",
+    "Gamma valves hold twelve bar under load.",
+    "Delta crews replace filters each Tuesday.",
+    "Epsilon tanks store nine tons of diesel.",
+]
+
+
+def test_an_answer_of_many_sentences_is_cited_by_each():
+    cited = index_of(*FACTS).cite("Summarize the plant.", " ".join(FACTS))
+    assert len(cited) == citations.MAX_CITATIONS
+    assert {citation.quote for citation in cited} < set(FACTS)
+    assert [citation.score for citation in cited] == sorted((citation.score for citation in cited), reverse=True)
+
+
+def test_what_the_documents_do_not_say_takes_no_citation_from_the_rest():
+    hedged = "Thirty litres every minute; the text does not say how they are driven."
+    assert [citation.quote for citation in index_of(*FACTS).cite("How much?", hedged)] == [FACTS[1]]
+
+
+def test_marks_may_be_composed_or_not():
+    index = index_of("The caf\u00e9 closes at nine.", "The pump stands still.")
+    assert index.cite("When?", "cafe\u0301 at nine")[0].doc_id == "0"
+
+
 @given(st.lists(st.text(max_size=200), min_size=1, max_size=4), st.text(max_size=60), st.text(max_size=60))
 def test_quotes_are_literal_spans_whatever_the_text(texts, question, answer):
     documents = [Doc(str(number), "", text) for number, text in enumerate(texts)]

@@ -100,6 +100,13 @@ class TestBm25(ConformanceOfRetriever):
         passages = [Passage("0", "d", "", "猫が好き", 0, 4), Passage("1", "d", "", "犬が好き", 0, 4)]
         assert Bm25Retriever(passages).scores("犬").argmax() == 1
 
+    def test_marks_are_parts_of_words_and_may_be_composed_or_not(self):
+        texts = ["Le caf\u00e9 est ferm\u00e9", "The cafe is here", "हिन्दी पंप"]
+        retriever = Bm25Retriever([Passage(str(n), "d", "", text, 0, 4) for n, text in enumerate(texts)])
+        assert retriever.scores("cafe\u0301").nonzero()[0].tolist() == [0]
+        assert retriever.scores("हिन्दी").nonzero()[0].tolist() == [2]
+        assert not retriever.scores("ह न द").any()
+
     def test_passages_without_a_word_score_zero(self):
         assert Bm25Retriever([Passage("0", "d", "", "?!", 0, 2)]).scores("what").tolist() == [0.0]
 
