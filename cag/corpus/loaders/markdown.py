@@ -13,7 +13,9 @@ from cag.corpus.loaders.base import Extract, Source
 from cag.corpus.loaders.text import read_text
 
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
-_YAML_LINE = re.compile(r"[ \t]*(#.*|- ?.*|[\w.\"'-][\w .\"'-]*:(\s.*)?|[\]}],?)?|[ \t]+.*")
+_YAML_KEY = re.compile(r"[\w.\"'][\w .\"'-]*:(\s.*)?")
+_YAML_START = re.compile(rf"(#.*\n)*{_YAML_KEY.pattern}")
+_YAML_LINE = re.compile(rf"[ \t]*(#.*|- ?.*|{_YAML_KEY.pattern}|[\]}}],?)?|[ \t]+.*")
 _FRONT_TITLE = re.compile(r"^title:[ \t]+(?P<quote>[\"']?)(?P<title>[^\n|>&*!{\[].*?)(?P=quote)[ \t]*$", re.MULTILINE)
 # A first heading stands near the top; parsing a long text for its title would cost more than reading it.
 _TITLE_CHARACTERS = 32_768
@@ -28,11 +30,14 @@ def load(source: Source) -> list[Extract]:
 
 
 def split_front_matter(text: str) -> tuple[str, str]:
-    """(front matter without its fences, rest); ("", text) when the text starts with a rule and not with YAML."""
+    """(front matter without its fences, rest); ("", text) when the text starts with a rule and not with YAML.
+
+    Front matter begins with a key, comments above it or not; a list between two rules is text, whatever stands in it.
+    """
     found = _FRONT_MATTER.match(text)
     front_matter = (found.group(1) or "") if found else ""
     lines = front_matter.splitlines()
-    is_yaml = any(":" in line for line in lines) and all(_YAML_LINE.fullmatch(line) for line in lines)
+    is_yaml = _YAML_START.match(front_matter) and all(_YAML_LINE.fullmatch(line) for line in lines)
     return (front_matter, text[found.end() :]) if found and is_yaml else ("", text)
 
 

@@ -1,21 +1,24 @@
 """reStructuredText through docutils, Sphinx flavour included, as light Markdown.
 
 The document is parsed but not transformed: what docutils does not know (Sphinx directives and roles) is still in the
-tree as an error with its source, and is read from there by `rst_directives`, so no text is lost and no global registry
-is touched. Includes and raw output are off. Left out: comments, tables of contents, link targets, pictures without a
-text.
+tree as an error with its source, and is read from there by `rst_directives`, so no text is lost and nothing has to be
+registered. Roles that a document defines hold in that document only. Includes and raw output are off. Left out:
+comments, tables of contents, link targets, pictures without a text.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import cache
+from threading import Lock
 
 from docutils import frontend, nodes, utils
-from docutils.parsers.rst import Parser
+from docutils.parsers.rst import Parser, roles
 
 from cag.corpus.loaders import markup, rst_directives
 from cag.corpus.loaders.base import Extract, Source
@@ -29,14 +32,31 @@ _LEFT_OUT = (
 # Sphinx fills these in from its configuration, which a document does not hold.
 _SPHINX_VARIABLES = ("version", "release", "today")
 _ROLE = re.compile(r":(?P<role>[\w:+.-]+):`(?P<content>.*)`", re.DOTALL)
-_ROLE_TITLE = re.compile(r"(?P<title>.*?)\s*<[^<>]*>", re.DOTALL)
+_ROLE_TITLE = re.compile(r"(?P<title>.+?)(?P<space>\s*)<[^<>]*>", re.DOTALL)
+# Roles whose content is never code: there a target may follow its title without a space.
+_PROSE_ROLES = ("ref", "numref", "doc", "term", "download", "any")
+_ROLES_LOCK = Lock()
 
 
 def load(source: Source) -> list[Extract]:
     """One text. Raises: UnreadableDocument for binary data and for encodings that are not certain."""
-    document = _parse(read_text(source))
-    renderer = _Renderer(document.substitution_defs)
-    return [Extract(markup.join_blocks(renderer.blocks(document)), renderer.title)]
+    text = read_text(source)
+    with _own_roles():
+        document = _parse(text)
+        renderer = _Renderer(document.substitution_defs)
+        return [Extract(markup.join_blocks(renderer.blocks(document)), renderer.title)]
+
+
+@contextmanager
+def _own_roles() -> Iterator[None]:
+    """One document at a time: docutils keeps the roles that documents define in a dictionary of the process."""
+    with _ROLES_LOCK:
+        kept = roles._roles
+        roles._roles = {}
+        try:
+            yield
+        finally:
+            roles._roles = kept
 
 
 @cache
@@ -76,7 +96,7 @@ class _Renderer:
     def _block(self, node: nodes.Node) -> Iterable[str]:
         if isinstance(node, _LEFT_OUT):
             return []
-        render = getattr(self, f"_{type(node).__name__}", None)
+        render = getattr(self, f"_render_{type(node).__name__}", None)
         if render is not None:
             return list(render(node))
         if isinstance(node, nodes.Admonition) and not isinstance(node, nodes.system_message):
@@ -113,20 +133,20 @@ class _Renderer:
             return f"|{node.astext()}|"
         return "".join(self._inline(child) for child in definition.children if not list(child.findall(nodes.image)))
 
-    def _section(self, node: nodes.section) -> list[str]:
+    def _render_section(self, node: nodes.section) -> list[str]:
         self._level += 1
         blocks = self.blocks(node)
         self._level -= 1
         return blocks
 
-    def _title(self, node: nodes.title) -> list[str]:
+    def _render_title(self, node: nodes.title) -> list[str]:
         text = self._line(node)
         if not isinstance(node.parent, nodes.section):
             return [text]
         self.title = self.title or text
         return [markup.heading(self._level, text)]
 
-    def _literal_block(self, node: nodes.literal_block) -> list[str]:
+    def _render_literal_block(self, node: nodes.literal_block) -> list[str]:
         languages = [name for name in node.get("classes", []) if name != "code"]
         # Numbers of lines, where docutils has added them, are elements of the class "ln".
         code = "".join(
@@ -134,47 +154,49 @@ class _Renderer:
         )
         return [markup.fence(code, languages[0] if languages else "")]
 
-    _doctest_block = _math_block = _literal_block
+    _render_doctest_block = _render_math_block = _render_literal_block
 
-    def _bullet_list(self, node: nodes.Element) -> list[str]:
+    def _render_bullet_list(self, node: nodes.Element) -> list[str]:
         return [markup.bullets(self.blocks(item) for item in node.children)]
 
-    def _enumerated_list(self, node: nodes.Element) -> list[str]:
+    def _render_enumerated_list(self, node: nodes.Element) -> list[str]:
         return [markup.bullets((self.blocks(item) for item in node.children), first_number=node.get("start", 1))]
 
-    def _definition_list_item(self, node: nodes.Element) -> list[str]:
+    def _render_definition_list_item(self, node: nodes.Element) -> list[str]:
         *terms, body = node.children
         return [markup.definition(" : ".join(map(self._line, terms)), self.blocks(body))]
 
-    def _field(self, node: nodes.Element) -> list[str]:
+    def _render_field(self, node: nodes.Element) -> list[str]:
         name, body = node.children
         return self._labelled(self._line(name), self.blocks(body))
 
-    def _option_list_item(self, node: nodes.Element) -> list[str]:
+    def _render_option_list_item(self, node: nodes.Element) -> list[str]:
         group, description = node.children
         options = ", ".join(option.astext() for option in group.children)
         return [markup.definition(options, self.blocks(description))]
 
-    def _line_block(self, node: nodes.Element) -> list[str]:
-        return ["\n".join(line for child in node.children for line in self._block(child))]
+    def _render_line_block(self, node: nodes.Element) -> list[str]:
+        lines = (line for child in node.children for line in self._block(child))
+        is_inner = isinstance(node.parent, nodes.line_block)
+        return [textwrap.indent("\n".join(lines), "  " if is_inner else "")]
 
-    def _block_quote(self, node: nodes.Element) -> list[str]:
+    def _render_block_quote(self, node: nodes.Element) -> list[str]:
         return [markup.quotation(self.blocks(node))]
 
-    def _footnote(self, node: nodes.Element) -> list[str]:
+    def _render_footnote(self, node: nodes.Element) -> list[str]:
         label = next((child.astext() for child in node.children if isinstance(child, nodes.label)), "#")
         return [f"[{label}] {' '.join(self.blocks(node))}"]
 
-    _citation = _footnote
+    _render_citation = _render_footnote
 
-    def _image(self, node: nodes.Element) -> list[str]:
+    def _render_image(self, node: nodes.Element) -> list[str]:
         return [str(node.get("alt", ""))]
 
-    def _admonition(self, node: nodes.Element) -> list[str]:
+    def _render_admonition(self, node: nodes.Element) -> list[str]:
         title, *body = self.blocks(node) or [""]
         return self._labelled(title, body)
 
-    def _table(self, node: nodes.Element) -> list[str]:
+    def _render_table(self, node: nodes.Element) -> list[str]:
         caption = [self._line(child) for child in node.children if isinstance(child, nodes.title)]
         rows = [[" ".join(self.blocks(entry)) for entry in row.children] for row in node.findall(nodes.row)]
         return [*caption, markup.table(rows)]
@@ -183,7 +205,7 @@ class _Renderer:
         first, *rest = blocks or [""]
         return [f"{label}: {first}".rstrip(), *rest]
 
-    def _system_message(self, node: nodes.system_message) -> list[str]:
+    def _render_system_message(self, node: nodes.system_message) -> list[str]:
         """Source that docutils refused: an unknown directive is read, anything else is kept as it stands."""
         if node["level"] < _ERROR_LEVEL:
             return []
@@ -214,6 +236,6 @@ def _role_text(source: str) -> str:
         return source
     content = found.group("content")
     titled = _ROLE_TITLE.fullmatch(content)
-    if titled and titled.group("title"):
+    if titled and (titled.group("space") or found.group("role").rpartition(":")[2] in _PROSE_ROLES):
         return titled.group("title")
     return content.rsplit(".", 1)[-1].lstrip("~") if content.startswith("~") else content.lstrip("!")

@@ -1,7 +1,11 @@
 """reStructuredText, plain and Sphinx-flavoured. What docutils does not know must not be lost, printed or run."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from docutils import frontend
+
+from cag.corpus.loaders import CorpusLimits, Source, rst
 
 PAGE = """
 .. _top:
@@ -166,6 +170,46 @@ def test_a_date_does_not_change_the_text_from_day_to_day(load_one):
 
 def test_variables_of_sphinx_vanish_and_other_unknown_ones_stay(load_one):
     assert load_one("a.rst", "Docs |version|\n==============\n\n|other|\n").text == "# Docs\n\n|other|"
+
+
+def test_line_blocks_keep_their_lines_and_indents(load_one):
+    page = "| 12 High *Street*\n| Bath\n|\n|   England\n|     Europe\n| Post\n"
+    assert load_one("a.rst", page).text == "12 High Street\nBath\n\n  England\n    Europe\nPost"
+
+
+def test_a_role_that_a_document_defines_does_not_reach_the_next(load_one):
+    page = "Returns a :cpp:`std::vector<int>`, :strongish:`word`.\n"
+    alone = load_one("b.rst", page).text
+    assert alone == "Returns a std::vector<int>, word."
+    defined = load_one("a.rst", f".. role:: cpp(code)\n   :language: cpp\n.. role:: strongish(title)\n\n{page}").text
+    assert defined.endswith("word.")
+    assert load_one("b.rst", page).text == alone
+
+
+def test_roles_of_documents_that_are_read_at_once_keep_apart(load_one):
+    """Each defines the same role anew, as one that changes what is shown or not."""
+    bases = ("emphasis", "pep-reference")
+    pages = [f".. role:: mine({base})\n\n" + ":mine:`8` y\n" * 50 for base in bases * 4]
+    sources = [Source(f"{number}.rst", page.encode(), CorpusLimits()) for number, page in enumerate(pages)]
+    alone = [rst.load(source) for source in sources]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(rst.load, sources)) == alone
+
+
+@pytest.mark.parametrize(
+    ("role", "text"),
+    [
+        (":ref:`Install <install>`", "Install"),
+        (":ref:`Install<install>`", "Install"),
+        (":std:doc:`Install<install>`", "Install"),
+        (":cpp:any:`std::map <map>`", "std::map"),
+        (":cpp:type:`std::vector<int>`", "std::vector<int>"),
+        (":cpp:type:`a vector <std::vector>`", "a vector"),
+    ],
+)
+def test_the_target_of_a_role_is_left_out(load_one, role, text):
+    assert load_one("a.rst", f"See {role}.\n").text == f"See {text}."
 
 
 def test_a_default_role_does_not_reach_the_next_document(load_one):

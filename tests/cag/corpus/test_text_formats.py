@@ -47,9 +47,27 @@ def test_markdown_is_kept_and_its_front_matter_taken_off(load_one):
     assert (document.title, document.text) == ("The guide", "# Other\n\n*text*\n- [x](y)")
 
 
-def test_a_rule_at_the_top_is_no_front_matter(load_one):
-    text = "---\n\nWords between rules, kept.\n\n---\n\nmore"
+@pytest.mark.parametrize(
+    "between",
+    [
+        "\nWords between rules, kept.\n",
+        "- first rule: wash hands\n- second rule",
+        "-first: wash hands",
+        "\n# Rules\n\nFirst: wash hands.\n",
+        "  indented: words",
+    ],
+)
+def test_a_rule_at_the_top_is_no_front_matter(load_one, between):
+    text = f"---\n{between}\n---\n\nmore"
     assert load_one("a.md", text).text == text
+
+
+@pytest.mark.parametrize(
+    "matter", ["title: T", "# made by hand\ntitle: T", "title: T\n\n# comment\ntags:\n- a\n- b: c"]
+)
+def test_front_matter_is_taken_off(load_one, matter):
+    document = load_one("a.md", f"---\n{matter}\n---\nmore")
+    assert (document.title, document.text) == ("T", "more")
 
 
 @pytest.mark.parametrize(
