@@ -17,10 +17,12 @@ from docx.document import Document as WordDocument
 from docx.opc.constants import RELATIONSHIP_TYPE
 from docx.oxml import parse_xml
 from docx.oxml.ns import qn
+from docx.oxml.simpletypes import ST_Merge
 from docx.text.paragraph import Paragraph
 
 from cag.corpus.loaders import markup
 from cag.corpus.loaders.base import Extract, Source, check_text_size, unreadable
+from cag.corpus.loaders.tables import Cell, table
 
 _TRANSPARENT = {qn(f"w:{name}") for name in ("sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag")}
 _BOX = qn("w:txbxContent")
@@ -28,6 +30,7 @@ _LEFT_OUT = {qn("w:del"), qn("w:moveFrom"), "{http://schemas.openxmlformats.org/
 _MATH_TEXT = "{http://schemas.openxmlformats.org/officeDocument/2006/math}t"
 _BREAKS = {qn("w:tab"): " ", qn("w:br"): "\n", qn("w:cr"): "\n", qn("w:noBreakHyphen"): "-"}
 _NOTES = {qn("w:footnoteReference"): "", qn("w:endnoteReference"): "e"}
+_SKIPPED_COLUMNS = f"{qn('w:trPr')}/{qn('w:gridBefore')}"
 _HEADING = re.compile(r"heading ([1-9])", re.IGNORECASE)
 
 
@@ -126,11 +129,21 @@ class _Reader:
         return mark + text if text else ""
 
     def _table(self, element: Any) -> str:
-        rows = [row for row in _children(element) if row.tag == qn("w:tr")]
-        return markup.table([self._cell(cell) for cell in _children(row) if cell.tag == qn("w:tc")] for row in rows)
+        above: dict[int, str] = {}
+        return table([self._cells(row, above) for row in _children(element) if row.tag == qn("w:tr")])
 
-    def _cell(self, element: Any) -> str:
-        return " ".join(self.blocks(element))
+    def _cells(self, row: Any, above: dict[int, str]) -> list[Cell]:
+        """The cells of a row. Those that go on from above take their text from there, by the column they begin in."""
+        column = sum(int(skipped.get(qn("w:val"))) for skipped in row.iterfind(_SKIPPED_COLUMNS))
+        cells = [Cell("", column)] if column else []
+        for element in _children(row):
+            if element.tag == qn("w:tc"):
+                goes_on = element.vMerge == ST_Merge.CONTINUE
+                text = above.get(column, "") if goes_on else " ".join(self.blocks(element))
+                above[column] = text
+                cells.append(Cell(text, max(element.grid_span, 1)))
+                column += cells[-1].num_columns
+        return cells
 
 
 def _children(parent: Any) -> Iterator[Any]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 from bs4 import BeautifulSoup, Tag
 from bs4.element import NavigableString, PageElement, PreformattedString
 
 from cag.corpus.loaders import markup
 from cag.corpus.loaders.base import Extract, Source
+from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
 
 _DROPPED = [
@@ -59,6 +61,7 @@ _CONTAINERS = (
 _BLOCKS = frozenset((*_HEADINGS, *_CONTAINERS, "pre", "ul", "ol", "menu", "dl", "table", "blockquote", "hr"))
 _LEAVES = ("br", "img")
 _MAX_DEPTH = 512  # Chromium's
+_MAX_SPAN = 1000
 _LANGUAGE = re.compile(r"(?:language|lang|highlight|brush)[-:]([\w+#.-]+)")
 _NOT_A_LANGUAGE = ("default", "none", "text", "notranslate")
 
@@ -177,8 +180,24 @@ def _table(element: Tag) -> list[str]:
     if element.find(("table", "pre", *_HEADINGS)):
         return _blocks(element)
     caption = element.find("caption")
-    rows = [[" ".join(_blocks(cell)) for cell in row.find_all(("td", "th"))] for row in element.find_all("tr")]
-    return [_paragraph([_inline(caption)]) if caption else "", markup.table(rows)]
+    groups = [list(group) for _, group in groupby(element.find_all("tr"), lambda row: id(row.parent))]
+    rows = [_cells(row, len(group) - index) for group in groups for index, row in enumerate(group)]
+    return [_paragraph([_inline(caption)]) if caption else "", table(rows)]
+
+
+def _cells(row: Tag, num_rows: int) -> list[Cell]:
+    """The cells of a row; `num_rows` with those below it in its group, over which no cell reaches."""
+    return [
+        Cell(" ".join(_blocks(cell)), _span(cell, "colspan"), min(_span(cell, "rowspan") or num_rows, num_rows))
+        for cell in row.find_all(("td", "th"))
+    ]
+
+
+def _span(cell: Tag, name: str) -> int:
+    """As HTML reads it: 1 for what is no number, at most 1000; a `rowspan` of 0 reaches to the end."""
+    found = re.match(r"\s*\+?([0-9]{1,9})", str(cell.get(name) or ""))
+    span = int(found.group(1)) if found else 1
+    return min(span, _MAX_SPAN) or (1 if name == "colspan" else 0)
 
 
 def _quotation(element: Tag) -> list[str]:

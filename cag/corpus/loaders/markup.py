@@ -47,15 +47,3 @@ def definition(term: str, blocks: Iterable[str]) -> str:
 def quotation(blocks: Iterable[str]) -> str:
     """Blocks marked as a quotation."""
     return textwrap.indent(join_blocks(blocks), "> ", lambda _: True) if (blocks := list(blocks)) else ""
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """A table with one line a row, the first row as its head. Cells are put on one line each."""
-    lines = [[" ".join(cell.split()) for cell in row] for row in rows]
-    lines = [row for row in lines if any(row)]
-    if not lines:
-        return ""
-    width = max(len(row) for row in lines)
-    lines = [row + [""] * (width - len(row)) for row in lines]
-    lines.insert(1, ["---"] * width)
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)

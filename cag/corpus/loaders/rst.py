@@ -22,6 +22,7 @@ from docutils.parsers.rst import Parser, roles
 
 from cag.corpus.loaders import markup, rst_directives
 from cag.corpus.loaders.base import Extract, Source
+from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
 
 _ERROR_LEVEL = 3
@@ -198,8 +199,17 @@ class _Renderer:
 
     def _render_table(self, node: nodes.Element) -> list[str]:
         caption = [self._line(child) for child in node.children if isinstance(child, nodes.title)]
-        rows = [[" ".join(self.blocks(entry)) for entry in row.children] for row in node.findall(nodes.row)]
-        return [*caption, markup.table(rows)]
+        parts = [part for group in node.findall(nodes.tgroup) if group.parent is node for part in group.children]
+        rows = [
+            self._cells(row) for part in parts if isinstance(part, nodes.thead | nodes.tbody) for row in part.children
+        ]
+        return [*caption, table(rows)]
+
+    def _cells(self, row: nodes.Element) -> list[Cell]:
+        return [
+            Cell(" ".join(self.blocks(entry)), entry.get("morecols", 0) + 1, entry.get("morerows", 0) + 1)
+            for entry in row.children
+        ]
 
     def _labelled(self, label: str, blocks: list[str]) -> list[str]:
         first, *rest = blocks or [""]

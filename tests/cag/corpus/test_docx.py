@@ -61,6 +61,31 @@ def test_headings_lists_and_tables_in_order(load_one):
     assert document.title == "Handbook"
 
 
+def test_a_cell_over_several_rows_or_columns_is_repeated_in_each(load_one):
+    def build(document):
+        table = document.add_table(rows=4, cols=3)
+        table.cell(0, 1).merge(table.cell(0, 2))
+        table.cell(1, 0).merge(table.cell(2, 0))
+        for row, column, text in (
+            *((0, 0, "Region"), (0, 1, "Price"), (1, 0, "Europe"), (1, 1, "10"), (1, 2, "12")),
+            *((2, 1, "30"), (2, 2, "36"), (3, 0, "Asia"), (3, 1, "8"), (3, 2, "9")),
+        ):
+            table.cell(row, column).text = text
+
+    assert load_one("a.docx", word_file(build)).text == (
+        "| Region | Price | Price |\n| --- | --- | --- |\n| Europe | 10 | 12 |\n| Europe | 30 | 36 |\n| Asia | 8 | 9 |"
+    )
+
+
+def test_a_row_that_begins_in_a_later_column(load_one):
+    cell = "<w:tc><w:p><w:r><w:t>{}</w:t></w:r></w:p></w:tc>"
+    rows = (
+        f"<w:tr>{cell.format('a')}{cell.format('b')}</w:tr>"
+        f"<w:tr><w:trPr><w:gridBefore w:val='1'/></w:trPr>{cell.format('c')}</w:tr>"
+    )
+    assert load_one("a.docx", with_body(f"<w:tbl>{rows}</w:tbl>")).text == "| a | b |\n| --- | --- |\n|  | c |"
+
+
 def test_the_title_of_the_properties_comes_first(load_one):
     def build(document):
         document.core_properties.title = "Official title"

@@ -75,6 +75,46 @@ def test_unclosed_tags(load_one):
     assert text == "- a\n- b\n\n| 1 | 2 |\n| --- | --- |\n| 3 |  |\n\nx\n\ny"
 
 
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (
+            "<tr><th>Area<th>Plan<th>Price<tr><td rowspan=2>EU<td>Basic<td>10<tr><td>Pro<td>30<tr><td>US<td>Basic<td>8",
+            "| Area | Plan | Price |\n| --- | --- | --- |\n| EU | Basic | 10 |\n| EU | Pro | 30 |\n| US | Basic | 8 |",
+        ),
+        (
+            "<tr><th rowspan=2>Plan<th colspan=2>Latency<tr><th>p50<th>p99<tr><td>Pro<td>5<td>9",
+            "| Plan | Latency | Latency |\n| --- | --- | --- |\n| Plan | p50 | p99 |\n| Pro | 5 | 9 |",
+        ),
+        (  # a row for one cell, with more columns than there are
+            "<tr><th>Plan<th>Price<tr><td colspan=100%>Europe<tr><td>Pro<td>9",
+            "| Plan | Price |\n| --- | --- |\n| Europe |  |\n| Pro | 9 |",
+        ),
+        (  # over no other part of the table, and 0 to its end
+            "<thead><tr><th rowspan=9>A<th>B<tbody><tr><td rowspan=0>1<td>2<tr><td>3",
+            "| A | B |\n| --- | --- |\n| 1 | 2 |\n| 1 | 3 |",
+        ),
+        ("<tr><td colspan=x rowspan=-1>a<td colspan=0>b<tr><td>c", "| a | b |\n| --- | --- |\n| c |  |"),
+    ],
+)
+def test_a_cell_over_several_rows_or_columns_is_repeated_in_each(load_one, rows, text):
+    assert load_one("a.html", f"<table>{rows}</table>").text == text
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "<tr><td colspan=100000 rowspan=65534>" + "long " * 20_000 + "<td>end" + "<tr><td>x" * 1_000,
+        "<tr>" + "<td>y" * 1_000 + "<tr><td>x" * 1_000 + "<td>end",
+        "<tr><td colspan=1000 rowspan=1000>x<td>end" * 500,
+    ],
+)
+def test_a_table_does_not_grow_beyond_measure(load_one, rows):
+    text = load_one("a.html", f"<table>{rows}</table>").text
+    assert "| end |" in text
+    assert len(text) < 10 * len(rows) + 300_000
+
+
 def test_a_table_that_lays_out_a_page_is_no_table(load_one):
     assert (
         load_one("a.html", "<table><tr><td><h1>T</h1><pre>code</pre></td></tr></table>").text == "# T\n\n```\ncode\n```"

@@ -172,6 +172,27 @@ def test_variables_of_sphinx_vanish_and_other_unknown_ones_stay(load_one):
     assert load_one("a.rst", "Docs |version|\n==============\n\n|other|\n").text == "# Docs\n\n|other|"
 
 
+def test_a_cell_over_several_rows_or_columns_is_repeated_in_each(load_one):
+    page = """
++--------+-------+-------+
+| Region | Plan  | Price |
++========+=======+=======+
+| Europe | Basic | 10    |
+|        +-------+-------+
+|        | Pro   | 30    |
++--------+-------+-------+
+| Asia           | 8     |
++----------------+-------+
+"""
+    rows = "| Europe | Basic | 10 |\n| Europe | Pro | 30 |\n| Asia | Asia | 8 |"
+    assert load_one("a.rst", page).text == f"| Region | Plan | Price |\n| --- | --- | --- |\n{rows}"
+
+
+def test_a_table_in_a_cell_is_read_once(load_one):
+    page = "+---------+---+\n| == ==   | x |\n| a  b    |   |\n| c  d    |   |\n| == ==   |   |\n+---------+---+\n"
+    assert load_one("a.rst", page).text.count("c | d") == 1
+
+
 def test_line_blocks_keep_their_lines_and_indents(load_one):
     page = "| 12 High *Street*\n| Bath\n|\n|   England\n|     Europe\n| Post\n"
     assert load_one("a.rst", page).text == "12 High Street\nBath\n\n  England\n    Europe\nPost"
