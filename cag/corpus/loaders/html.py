@@ -1,92 +1,39 @@
 """HTML through Beautiful Soup: the main part of the page as light Markdown.
 
-Kept: headings, paragraphs, lists, tables, code, the alternative text of pictures. Left out: navigation, scripts,
-styles, page footers, controls of forms, link targets. With a `main` element (or role) only that is read, as long as it
-holds text.
+Kept: headings, paragraphs, lists, tables, code, the alternative text of pictures, tabs and sections that are folded
+away. Left out: navigation, scripts, styles, the footer of the page, controls of forms, numbers of lines, link targets.
+With `main` elements (or roles) only these are read, as long as they hold text. End tags may be missing where HTML lets
+them, and text may stand where it should not: nothing that a browser shows as text is lost for that.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from typing import cast
 
-from bs4 import BeautifulSoup, Tag
+from bs4 import Tag
 from bs4.element import NavigableString, PageElement, PreformattedString
 
 from cag.corpus.loaders import markup
 from cag.corpus.loaders.base import Extract, Source
+from cag.corpus.loaders.html_page import BLOCKS, CODE, HEADINGS, LISTS, read_page
 from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
 
-_DROPPED = [
-    "script",
-    "style",
-    "template",
-    "noscript",
-    "nav",
-    "svg",
-    "iframe",
-    "object",
-    "canvas",
-    "button",
-    "select",
-    "head",
-]
-_NOISE = (
-    "[role=navigation], [role=search], [role=contentinfo], [hidden], [aria-hidden=true], a.headerlink, a.anchor, "
-    "a.anchorjs-link, a.hash-link, a.skip-link, body > footer, body > div > footer, input, textarea"
-)
-_MAIN = "main, [role=main]"
-_HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-_CONTAINERS = (
-    *(
-        "html",
-        "body",
-        "main",
-        "article",
-        "section",
-        "div",
-        "header",
-        "footer",
-        "aside",
-        "p",
-        "address",
-        "figure",
-        "center",
-    ),
-    *("figcaption", "details", "summary", "form", "fieldset", "legend", "li", "dt", "dd", "caption", "tr", "td", "th"),
-    *("tbody", "thead", "tfoot", "hgroup", "search", "dialog", "title"),
-)
-_BLOCKS = frozenset((*_HEADINGS, *_CONTAINERS, "pre", "ul", "ol", "menu", "dl", "table", "blockquote", "hr"))
+_MAINS = ":is(main, [role=main]):not(:is(main, [role=main]) *)"
 _LEAVES = ("br", "img")
-_MAX_DEPTH = 512  # Chromium's
 _MAX_SPAN = 1000
 _LANGUAGE = re.compile(r"(?:language|lang|highlight|brush)[-:]([\w+#.-]+)")
 _NOT_A_LANGUAGE = ("default", "none", "text", "notranslate")
 
 
-class _Page(BeautifulSoup):
-    """A page that is refused while it is read, once its elements nest deeper than browsers let them."""
-
-    def pushTag(self, tag: Tag) -> None:  # noqa: N802  (Beautiful Soup's name)
-        """Called for each element that begins. Raises: RecursionError."""
-        super().pushTag(tag)
-        if len(self.tagStack) > _MAX_DEPTH:
-            raise RecursionError
-
-
 def load(source: Source) -> list[Extract]:
     """One text. Raises: UnreadableDocument for binary data and for encodings that are not certain; RecursionError."""
-    # Beautiful Soup warns about markup that looks like a file name, an address or XML; line ends prevent that.
-    page = _Page(f"\n{read_text(source, allow_declared=True)}\n", "lxml")
-    page_title = page.title.get_text() if page.title else ""
-    first_heading = page.find(_HEADINGS)
-    title = page_title if page_title.strip() else first_heading.get_text() if first_heading else ""
-    for element in (*page.find_all(_DROPPED), *page.select(_NOISE)):
-        element.decompose()
-    mains = (markup.join_blocks(_blocks(element)) for element in page.select(_MAIN)[:1])
-    return [Extract(next(filter(None, mains), "") or markup.join_blocks(_blocks(page)), title)]
+    page, title = read_page(read_text(source, allow_declared=True))
+    blocks = [block for element in page.select(_MAINS) for block in _blocks(element)] or _blocks(page)
+    return [Extract(markup.join_blocks(blocks), title)]
 
 
 def _blocks(element: Tag) -> list[str]:
@@ -97,7 +44,7 @@ def _rendered(node: PageElement) -> str | list[str]:
     """Blocks, or the text of what stands within a line."""
     if not isinstance(node, Tag) or node.name in _LEAVES:
         return _inline(node)
-    if node.name in _BLOCKS:
+    if node.name in BLOCKS:
         return _RENDERERS.get(node.name, _blocks)(node)
     parts = list(map(_rendered, node.children))
     return _grouped(parts) if any(isinstance(part, list) for part in parts) else "".join(map(str, parts))
@@ -117,7 +64,7 @@ def _grouped(parts: Iterable[str | list[str]]) -> list[str]:
 
 
 def _heading(element: Tag) -> list[str]:
-    return [markup.heading(int(element.name[1]), _paragraph([_inline(element)]))]
+    return [markup.heading(int(element.name[1]), " ".join(_blocks(element)))]
 
 
 def _paragraph(run: list[str]) -> str:
@@ -127,12 +74,9 @@ def _paragraph(run: list[str]) -> str:
 
 
 def _inline(node: PageElement) -> str:
+    """A piece of text, or one of `_LEAVES`."""
     if isinstance(node, Tag):
-        if node.name == "br":
-            return "\n"
-        if node.name == "img":
-            return str(node.get("alt") or "")
-        return "".join(map(_inline, node.children))
+        return "\n" if node.name == "br" else str(node.get("alt") or "")
     is_text = isinstance(node, NavigableString) and not isinstance(node, PreformattedString)
     return re.sub(r"\s+", " ", str(node)) if is_text else ""
 
@@ -154,43 +98,68 @@ def _language(element: Tag) -> str:
 
 
 def _list(element: Tag) -> list[str]:
+    """What follows an item without being one belongs to it, as browsers show it; other things stand before the list."""
     first_number = None
     if element.name == "ol":
         start = str(element.get("start") or "1")
         first_number = int(start) if re.fullmatch(r"[0-9]{1,9}", start) else 1
-    items = [
-        _blocks(child) if child.name == "li" else _grouped([_rendered(child)])
-        for child in element.find_all(True, recursive=False)
-    ]
-    return [markup.bullets(items, first_number=first_number)]
+    lead: list[str] = []
+    items: list[list[str]] = []
+    for name, nodes in _groups(element, ("li",)):
+        if name:
+            items += map(_blocks, cast(Iterable[Tag], nodes))
+        else:
+            (items[-1] if items else lead).extend(_grouped(map(_rendered, nodes)))
+    return [*lead, markup.bullets(items, first_number=first_number)]
 
 
 def _definitions(element: Tag) -> list[str]:
     blocks: list[str] = []
-    for child in element.find_all(True, recursive=False):
-        if child.name == "dd" and blocks:
-            blocks[-1] = markup.definition(blocks[-1], _blocks(child))
+    for name, nodes in _groups(element, ("dt", "dd")):
+        if name == "dt":
+            blocks += (markup.join_blocks(_blocks(node)) for node in cast(Iterable[Tag], nodes))
+        elif name == "dd" and blocks:
+            bodies = [markup.definition("", _blocks(node)) for node in cast(Iterable[Tag], nodes)]
+            blocks[-1] = "\n".join(filter(str.strip, (blocks[-1], *bodies)))
         else:
-            blocks.append(markup.join_blocks(_definitions(child) if child.name == "div" else _blocks(child)))
+            blocks += _grouped(map(_rendered, nodes))
     return blocks
+
+
+def _groups(element: Tag, names: tuple[str, ...]) -> Iterator[tuple[str, Iterator[PageElement]]]:
+    """Runs of children of one of `names`, and of anything else under the name ""."""
+    return groupby(
+        _opened(element, names), lambda node: node.name if isinstance(node, Tag) and node.name in names else ""
+    )
+
+
+def _opened(element: Tag, names: tuple[str, ...]) -> Iterator[PageElement]:
+    """The children of an element; of one that wraps some of `names` and is no list, its children in place of it."""
+    for child in element.children:
+        if isinstance(child, Tag) and child.name not in (*names, *LISTS) and child.find(names, recursive=False):
+            yield from _opened(child, names)
+        else:
+            yield child
 
 
 def _table(element: Tag) -> list[str]:
     # Tables that lay out a page, or number the lines of code, hold other structure and are no tables of data.
-    if element.find(("table", "pre", *_HEADINGS)):
+    if element.find(("table", "pre", *HEADINGS)):
         return _blocks(element)
-    caption = element.find("caption")
     groups = [list(group) for _, group in groupby(element.find_all("tr"), lambda row: id(row.parent))]
     rows = [_cells(row, len(group) - index) for group in groups for index, row in enumerate(group)]
-    return [_paragraph([_inline(caption)]) if caption else "", table(rows)]
+    return [*_blocks(element), table(rows)]  # the caption, and what stands outside the cells
 
 
 def _cells(row: Tag, num_rows: int) -> list[Cell]:
-    """The cells of a row; `num_rows` with those below it in its group, over which no cell reaches."""
-    return [
+    """The cells of a row, which are empty then; `num_rows`: with those below it in its group, where all of them end."""
+    cells = [
         Cell(" ".join(_blocks(cell)), _span(cell, "colspan"), min(_span(cell, "rowspan") or num_rows, num_rows))
         for cell in row.find_all(("td", "th"))
     ]
+    for cell in row.find_all(("td", "th")):
+        cell.clear()
+    return cells
 
 
 def _span(cell: Tag, name: str) -> int:
@@ -205,11 +174,9 @@ def _quotation(element: Tag) -> list[str]:
 
 
 _RENDERERS: dict[str, Callable[[Tag], list[str]]] = {
-    **dict.fromkeys(_HEADINGS, _heading),
-    "pre": _code,
-    "ul": _list,
-    "ol": _list,
-    "menu": _list,
+    **dict.fromkeys(HEADINGS, _heading),
+    **dict.fromkeys(CODE, _code),
+    **dict.fromkeys(LISTS, _list),
     "dl": _definitions,
     "table": _table,
     "blockquote": _quotation,

@@ -35,8 +35,9 @@ def bullets(items: Iterable[Sequence[str]], *, first_number: int | None = None) 
     for index, blocks in enumerate(items):
         mark = "- " if first_number is None else f"{first_number + index}. "
         body = "\n".join(block for block in blocks if block.strip())
-        lines.append(mark + textwrap.indent(body, " " * len(mark)).lstrip(" "))
-    return "\n".join(line for line in lines if line.strip(" -.0123456789"))
+        if body:
+            lines.append(mark + textwrap.indent(body, " " * len(mark)).lstrip(" "))
+    return "\n".join(lines)
 
 
 def definition(term: str, blocks: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 import pytest
 
-from cag.corpus.loaders import html
+from cag.corpus.loaders import html_page
 from cag.errors import UnreadableDocument
 
 PAGE = """<!DOCTYPE html><html><head><title>Keys &mdash; Manual</title><style>p {color: red}</style>
@@ -64,6 +64,82 @@ def test_without_main_the_body_is_read(load_one):
 
 def test_an_empty_main_does_not_hide_the_page(load_one):
     assert load_one("a.html", "<main></main><p>text</p>").text == "text"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("<section><h2>Quota</h2><p>500 requests.</p></section><p>See keys.", "## Quota\n\n500 requests.\n\nSee keys."),
+        ("<header>Manual</header><main><h1>Keys</h1>Rotate.</main><footer>2024</footer>", "# Keys\n\nRotate."),
+        ("<nav>Home</nav><article>words <p>more</article><footer>2024</footer>", "words\n\nmore"),
+        ("<my-app>custom <p>words</my-app><figure><figcaption>Fig 1</figure>", "custom\n\nwords\n\nFig 1"),
+    ],
+)
+def test_a_page_whose_head_and_body_are_not_written(load_one, body, text):
+    document = load_one("a.html", f"<!DOCTYPE html><meta charset=utf-8><title>T</title><link rel=x href=y>{body}")
+    assert (document.title, document.text) == ("T", text)
+
+
+def test_all_mains_are_read_once(load_one):
+    assert (
+        load_one("a.html", "<main>one<div role=main>two</div></main>x<main>three</main>").text == "one\n\ntwo\n\nthree"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("<ul>free <i>text</i><li>a</li>tail <b>text</b></ul>", "free text\n\n- a\n  tail text"),
+        ("<ul><b>bold</b> indented <i>it</i> more<p>para</ul>", "bold indented it more\n\npara"),
+        ("<ol><li>a</li><ul><li>in a</li></ul><li>b</li></ol>", "1. a\n   - in a\n2. b"),
+        ("<ul><app-item><li>a</li></app-item><app-item><li>b</li></app-item></ul>", "- a\n- b"),
+        ("<ol><li>10</li><li>2.5</li></ol>", "1. 10\n2. 2.5"),
+        ("<dl>free<dt>t</dt><dd>d</dd>tail<div><dt>u</dt><dd>e</dd></div></dl>", "free\n\nt\n  d\n\ntail\n\nu\n  e"),
+        ("<dir><li>a</dir><xmp>x <b></xmp>", "- a\n\n```\nx <b>\n```"),
+        ("<table>free<caption>C</caption><tr>loose<td>a</td></tr></table>", "free\n\nC\n\nloose\n\n| a |\n| --- |"),
+        ("<table><form><tr><td>a</td></tr></form></table>", "| a |\n| --- |"),
+        ("<h2><div>One</div><div>two</div></h2>", "## One two"),
+        ("<article>a</article><div><footer>Source: b</footer></div>", "a\n\nSource: b"),
+        ("<div hidden>no</div><div role=tabpanel hidden>tab</div><p hidden=until-found>fold", "tab\n\nfold"),
+        (
+            "<h3><button>Why?</button></h3><p>Press <button>Go</button>.<div><button>Copy</button></div>",
+            "### Why?\n\nPress Go.",
+        ),
+        ("<pre><span class=linenos>1</span>x\n<span class=linenos>2</span>y</pre>", "```\nx\ny\n```"),
+    ],
+)
+def test_text_is_kept_wherever_it_stands(load_one, body, text):
+    assert load_one("a.html", f"<body>{body}</body>").text == text
+
+
+@pytest.mark.parametrize(
+    ("heading", "text"),
+    [
+        ('<a class="anchor" href="#x">Install</a>', "Install"),
+        ('Install<a class="headerlink" href="#x">¶</a>', "Install"),
+        ('<a class="anchor" href="#x"><svg></svg></a>Install', "Install"),
+        ('Install <a class="header-anchor" href="#x">\u200b</a>', "Install"),
+        ('Install <a href="guide.html#x">#</a>', "Install"),
+        ('<a href="#x">+=</a>', "+="),
+    ],
+)
+def test_links_of_headings_to_themselves_say_nothing(load_one, heading, text):
+    document = load_one("a.html", f"<h2>{heading}</h2>words")
+    assert (document.title, document.text) == (text, f"## {text}\n\nwords")
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("<dl><dt>t" + "<dd>x" * 600 + "</dl>", "t" + "\n  x" * 600),
+        ("<dl>" + "<dt>t<dt>u<dd><b>x<dd><p>y" * 300 + "</dl>", "\n\n".join(["t\n\nu\n  x\n  y"] * 300)),
+        ("<ul>" + "<li><font>x" * 600 + "</ul>", "\n".join(["- x"] * 600)),
+        ("<dl><dt>t<dd>x<dl><dt>u<dd>y<dd>z</dl>end<dd>w</dl>end", "t\n  x\n\n  u\n    y\n    z\n\n  end\n  w\n\nend"),
+        ("<table><tr><td><i>a<td><div>b<tr><td>c</table>", "| a | b |\n| --- | --- |\n| c |  |"),
+    ],
+)
+def test_end_tags_may_be_left_out(load_one, body, text):
+    assert load_one("a.html", body).text == text
 
 
 def test_the_first_heading_is_the_title_of_a_page_without_one(load_one):
@@ -148,16 +224,16 @@ def test_a_declared_encoding(load_one):
 def test_huge_nesting_is_refused_while_it_is_read(load_one, monkeypatch, tag):
     num_opened = 0
 
-    class Counted(html._Page):
+    class Counted(html_page._Page):
         def pushTag(self, tag):
             nonlocal num_opened
             num_opened += 1
             super().pushTag(tag)
 
-    monkeypatch.setattr(html, "_Page", Counted)
+    monkeypatch.setattr(html_page, "_Page", Counted)
     with pytest.raises(UnreadableDocument, match="nested too deeply"):
         load_one("a.html", tag * 20_000 + "deep")
-    assert num_opened <= 2 * html._MAX_DEPTH
+    assert num_opened <= 2 * html_page._MAX_DEPTH
 
 
 def test_reasonable_nesting_is_read(load_one):
