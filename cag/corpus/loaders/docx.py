@@ -22,14 +22,10 @@ from docx.text.paragraph import Paragraph
 
 from cag.corpus.loaders import markup
 from cag.corpus.loaders.base import Extract, Source, check_text_size, unreadable
+from cag.corpus.loaders.docx_text import BOX, LEFT_OUT, paragraph_text
 from cag.corpus.loaders.tables import Cell, table
 
 _TRANSPARENT = {qn(f"w:{name}") for name in ("sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag")}
-_BOX = qn("w:txbxContent")
-_LEFT_OUT = {qn("w:del"), qn("w:moveFrom"), "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"}
-_MATH_TEXT = "{http://schemas.openxmlformats.org/officeDocument/2006/math}t"
-_BREAKS = {qn("w:tab"): " ", qn("w:br"): "\n", qn("w:cr"): "\n", qn("w:noBreakHyphen"): "-"}
-_NOTES = {qn("w:footnoteReference"): "", qn("w:endnoteReference"): "e"}
 _SKIPPED_COLUMNS = f"{qn('w:trPr')}/{qn('w:gridBefore')}"
 _HEADING = re.compile(r"heading ([1-9])", re.IGNORECASE)
 
@@ -68,6 +64,8 @@ class _Reader:
         self.title = ""
         self._document = document
         self._next_number = 1
+        styles = document.styles.element.style_lst
+        self._raised_styles = {style.styleId for style in styles if style.rPr is not None and style.rPr.superscript}
 
     def blocks(self, parent: Any) -> list[str]:
         """Paragraphs and tables of an element, in order; neighbouring list items make one block."""
@@ -82,7 +80,7 @@ class _Reader:
                 elif text:
                     blocks.append(text)
                 in_list = bool(mark) if text else in_list
-                blocks += [block for box in child.iter(_BOX) if not _is_left_out(box) for block in self.blocks(box)]
+                blocks += [block for box in child.iter(BOX) if not _is_left_out(box) for block in self.blocks(box)]
             elif child.tag == qn("w:tbl"):
                 blocks.append(self._table(child))
                 in_list = False
@@ -119,8 +117,7 @@ class _Reader:
         return "- " if is_item or style.startswith("list bullet") or style == "list paragraph" else ""
 
     def _paragraph(self, element: Any, mark: str) -> str:
-        lines = "".join(_pieces(element)).split("\n")
-        text = "\n".join(" ".join(line.split()) for line in lines).strip()
+        text = paragraph_text(element, self._raised_styles)
         style = self._style(element)
         found = _HEADING.match(style)
         if text and (found or style == "title"):
@@ -151,21 +148,9 @@ def _children(parent: Any) -> Iterator[Any]:
     for child in parent:
         if child.tag in _TRANSPARENT:
             yield from _children(child)
-        elif child.tag not in _LEFT_OUT:
+        elif child.tag not in LEFT_OUT:
             yield child
 
 
 def _is_left_out(element: Any) -> bool:
-    return any(ancestor.tag in _LEFT_OUT for ancestor in element.iterancestors())
-
-
-def _pieces(element: Any) -> Iterator[str]:
-    for child in element:
-        if child.tag in (qn("w:t"), _MATH_TEXT):
-            yield child.text or ""
-        elif child.tag in _BREAKS:
-            yield _BREAKS[child.tag]
-        elif child.tag in _NOTES:
-            yield f"[{_NOTES[child.tag]}{child.get(qn('w:id'))}]"
-        elif child.tag not in _LEFT_OUT and child.tag != _BOX and child.tag != qn("w:pPr"):
-            yield from _pieces(child)
+    return any(ancestor.tag in LEFT_OUT for ancestor in element.iterancestors())

@@ -18,6 +18,7 @@ from bs4.element import NavigableString, PageElement, PreformattedString
 
 from cag.corpus.loaders import markup
 from cag.corpus.loaders.base import Extract, Source
+from cag.corpus.loaders.html_formulas import write_formulas
 from cag.corpus.loaders.html_page import BLOCKS, CODE, HEADINGS, LISTS, read_page
 from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
@@ -32,6 +33,7 @@ _NOT_A_LANGUAGE = ("default", "none", "text", "notranslate")
 def load(source: Source) -> list[Extract]:
     """One text. Raises: UnreadableDocument for binary data and for encodings that are not certain; RecursionError."""
     page, title = read_page(read_text(source, allow_declared=True))
+    write_formulas(page)
     blocks = [block for element in page.select(_MAINS) for block in _blocks(element)] or _blocks(page)
     return [Extract(markup.join_blocks(blocks), title)]
 

@@ -22,6 +22,7 @@ from docutils.parsers.rst import Parser, roles
 
 from cag.corpus.loaders import markup, rst_directives
 from cag.corpus.loaders.base import Extract, Source
+from cag.corpus.loaders.formulas import superscript
 from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
 
@@ -113,6 +114,8 @@ class _Renderer:
             return self._substituted(node)
         if isinstance(node, nodes.problematic):
             return _role_text(node.astext())
+        if isinstance(node, nodes.superscript):
+            return superscript(node.astext())
         if isinstance(node, nodes.footnote_reference | nodes.citation_reference):
             return f"[{node.astext() or '#'}]"
         if isinstance(node, nodes.image):

@@ -6,6 +6,7 @@ import zipfile
 
 import docx
 import pytest
+from docx.enum.style import WD_STYLE_TYPE
 
 from cag.corpus import CorpusLimits, load_corpus
 from cag.errors import UnreadableDocument
@@ -84,6 +85,44 @@ def test_a_row_that_begins_in_a_later_column(load_one):
         f"<w:tr><w:trPr><w:gridBefore w:val='1'/></w:trPr>{cell.format('c')}</w:tr>"
     )
     assert load_one("a.docx", with_body(f"<w:tbl>{rows}</w:tbl>")).text == "| a | b |\n| --- | --- |\n|  | c |"
+
+
+def test_raised_text_is_no_part_of_the_number_before_it(load_one):
+    def build(document):
+        document.styles.add_style("Exponent", WD_STYLE_TYPE.CHARACTER).font.superscript = True
+        paragraph = document.add_paragraph("about 10")
+        for part in ("-", "6"):  # Word cuts runs anywhere
+            paragraph.add_run(part).font.superscript = True
+        paragraph.add_run(", 10")
+        paragraph.add_run("9", style="Exponent")
+        paragraph.add_run(", 1")
+        paragraph.add_run("st").font.superscript = True
+
+    assert load_one("a.docx", word_file(build)).text == "about 10^-6, 10^9, 1st"
+
+
+@pytest.mark.parametrize(
+    ("formula", "text"),
+    [
+        ("<m:sSup><m:e>10</m:e><m:sup>6</m:sup></m:sSup>", "10^6"),
+        ("3<m:f><m:num>1</m:num><m:den>2</m:den></m:f>", "3 1/2"),
+        ("<m:f><m:num>a+b</m:num><m:den>2</m:den></m:f>", "(a+b)/2"),
+        ("2<m:d><m:e>3+4</m:e></m:d>", "2(3+4)"),
+        ("<m:d><m:dPr><m:begChr m:val='['/><m:endChr m:val=''/></m:dPr><m:e>a</m:e><m:e>b</m:e></m:d>", "[a|b"),
+        ("<m:rad><m:deg/><m:e>4</m:e></m:rad>", "√(4)"),
+        ("<m:rad><m:deg>3</m:deg><m:e>x+1</m:e></m:rad>", "(x+1)^(1/3)"),
+        (
+            "<m:nary><m:naryPr><m:chr m:val='∑'/></m:naryPr><m:sub>i=1</m:sub><m:sup>n</m:sup><m:e>i</m:e></m:nary>",
+            "∑_(i=1)^n i",
+        ),
+        ("<m:m><m:mr><m:e>1</m:e><m:e>2</m:e></m:mr><m:mr><m:e>3</m:e><m:e>4</m:e></m:mr></m:m>", "1, 2; 3, 4"),
+        ("<m:func><m:fName>log</m:fName><m:e>x</m:e></m:func><w:del>y</w:del>", "log x"),
+    ],
+)
+def test_formulas(load_one, formula, text):
+    runs = re.sub(r"(?<=>)([^<>]+)(?=<)", r"<m:r><m:t>\1</m:t></m:r>", f">{formula}<")[1:-1]
+    math = "http://schemas.openxmlformats.org/officeDocument/2006/math"
+    assert load_one("a.docx", with_body(f"<w:p><m:oMath xmlns:m='{math}'>{runs}</m:oMath></w:p>")).text == text
 
 
 def test_the_title_of_the_properties_comes_first(load_one):

@@ -142,6 +142,34 @@ def test_end_tags_may_be_left_out(load_one, body, text):
     assert load_one("a.html", body).text == text
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("10<sup>6</sup> m<sup>2</sup>, 10<sup>-3</sup>, Ca<sup>2+</sup>", "10^6 m^2, 10^-3, Ca^2+"),
+        ("x<sup>n + 1</sup>, 2<sup>3<sup>2</sup></sup>, H<sub>2</sub>O", "x^(n + 1), 2^(3^2), H2O"),
+        ("1<sup>st</sup>, 9<sup>TH</sup>, Cag<sup>TM</sup>, 20<sup>°</sup>, 5<sup>*</sup>", "1st, 9TH, CagTM, 20°, 5*"),
+        ("costs 10<sup><a href='#n1'>2</a></sup>, 5<a href='#n2'><sup>3,4</sup></a>", "costs 10[2], 5[3,4]"),
+        ("costs 10<sup>[2]</sup>, 10<sup>[<a href='#n1'>3</a>]</sup>", "costs 10[2], 10[3]"),
+        ("<a href=x>10<sup>6</sup></a>, 3<sup>1</sup>/<sub>2</sub> cups", "10^6, 3 1/2 cups"),
+        ("<sup>A note in small print.</sup>", "A note in small print."),
+        ("<math><msup><mn>10</mn><mn>6</mn></msup><mo>=</mo><mfrac><mn>1</mn><mi>n</mi></mfrac></math>", "10^6= 1/n"),
+        (
+            "<math><semantics><msup><mi>x</mi><mn>2</mn></msup>"
+            "<annotation encoding=application/x-tex>x^2</annotation></semantics></math>",
+            "x^2",
+        ),
+        ("<math alttext='{\\displaystyle a^{2}}'><mi>a</mi></math>", "a^{2}"),
+        (
+            "<math><munderover><mo>Σ</mo><mi>i=1</mi><mi>n</mi></munderover><msqrt><mn>4</mn></msqrt>"
+            "<mroot><mn>8</mn><mn>3</mn></mroot></math>",
+            "Σ_(i=1)^n √(4)(8)^(1/3)",
+        ),
+    ],
+)
+def test_powers_and_fractions_are_no_other_numbers(load_one, body, text):
+    assert load_one("a.html", f"<p>{body}").text == text
+
+
 def test_the_first_heading_is_the_title_of_a_page_without_one(load_one):
     assert load_one("a.html", "<h2>First</h2><p>x").title == "First"
 

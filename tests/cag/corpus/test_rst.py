@@ -193,6 +193,11 @@ def test_a_table_in_a_cell_is_read_once(load_one):
     assert load_one("a.rst", page).text.count("c | d") == 1
 
 
+def test_powers_are_no_other_numbers(load_one):
+    page = "10\\ :sup:`6`, x\\ :superscript:`n + 1`, 1\\ :sup:`st`, H\\ :sub:`2`\\ O\n"
+    assert load_one("a.rst", page).text == "10^6, x^(n + 1), 1st, H2O"
+
+
 def test_line_blocks_keep_their_lines_and_indents(load_one):
     page = "| 12 High *Street*\n| Bath\n|\n|   England\n|     Europe\n| Post\n"
     assert load_one("a.rst", page).text == "12 High Street\nBath\n\n  England\n    Europe\nPost"
