@@ -25,6 +25,7 @@ from cag.corpus.loaders.text import read_text
 
 _MAINS = ":is(main, [role=main]):not(:is(main, [role=main]) *)"
 _LEAVES = ("br", "img")
+_APART = ("label", "button")  # rows of tabs are made of them, with no space between
 _MAX_SPAN = 1000
 _LANGUAGE = re.compile(r"(?:language|lang|highlight|brush)[-:]([\w+#.-]+)")
 _NOT_A_LANGUAGE = ("default", "none", "text", "notranslate")
@@ -49,7 +50,9 @@ def _rendered(node: PageElement) -> str | list[str]:
     if node.name in BLOCKS:
         return _RENDERERS.get(node.name, _blocks)(node)
     parts = list(map(_rendered, node.children))
-    return _grouped(parts) if any(isinstance(part, list) for part in parts) else "".join(map(str, parts))
+    if any(isinstance(part, list) for part in parts):
+        return _grouped(parts)
+    return "".join(map(str, parts)) + (" " if node.name in _APART else "")
 
 
 def _grouped(parts: Iterable[str | list[str]]) -> list[str]:

@@ -39,8 +39,8 @@ def _denominator(raised: Tag) -> Tag | None:
 def _raised(element: Tag) -> str:
     """The mark of a note, which is a link, in brackets; anything else as a power."""
     text = element.get_text().strip()
-    around = element.find_parent("a", href=True)
-    is_link = element.find("a", href=True) or (around is not None and around.get_text().strip() == text)
+    parent = element.parent
+    is_link = element.find("a", href=True) or (parent and parent.get("href") and parent.contents == [element])
     written = superscript(text)
     return f"[{text}]" if is_link and _NOTE.fullmatch(text) and written != text else written
 

@@ -20,12 +20,12 @@ _NOISE = (
     "[role=navigation], [role=search], [role=contentinfo], a.skip-link, input, textarea, "
     # Of a page without a written body, libxml2 leaves what it does not know in the head.
     ":is(html, head, body) > footer, "
-    # Tabs and folded sections are hidden until a reader opens them.
-    ":is([hidden]:not([hidden=until-found i]), [aria-hidden=true]):not([role=tabpanel]), "
-    # The heads of folded sections are buttons, and prose says which to press.
-    "button:not(:is(h1, h2, h3, h4, h5, h6, summary, dt, p) button), "
+    "[aria-hidden=true]:not([role=tabpanel]), "
+    # The heads of folded sections and of columns are buttons, and prose says which to press.
+    "button:not([role=tab], :is(h1, h2, h3, h4, h5, h6, summary, dt, p, td, th) button), "
     "td.linenos, td.gutter, pre span.linenos, pre span.lineno"
 )
+_HIDDEN = "[hidden]:not([role=tabpanel], [hidden=until-found i])"
 _ANCHORS = (
     "a.headerlink, a.anchor, a.anchorjs-link, a.hash-link, "
     ":is(h1, h2, h3, h4, h5, h6, dt, caption, figcaption) a[href*='#']"
@@ -89,6 +89,9 @@ def read_page(text: str) -> tuple[BeautifulSoup, str]:
     """(what a reader sees of a page, its title or else its first heading). Raises: RecursionError."""
     # Beautiful Soup warns about markup that looks like a file name, an address or XML; line ends prevent that.
     page = _Page(f"\n{text}\n", "lxml")
+    # Tabs and folded sections are hidden until a reader opens them.
+    folded = {target for opener in page.select("[aria-controls]") for target in str(opener["aria-controls"]).split()}
+    _remove(element for element in page.select(_HIDDEN) if element.get("id") not in folded)
     _remove((*page.find_all(_DROPPED), *page.select(_NOISE)))
     _remove(anchor for anchor in page.select(_ANCHORS) if _ANCHOR_SIGNS.fullmatch(anchor.get_text()))
     titles = page.find_all("title")

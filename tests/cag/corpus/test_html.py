@@ -102,9 +102,15 @@ def test_all_mains_are_read_once(load_one):
         ("<article>a</article><div><footer>Source: b</footer></div>", "a\n\nSource: b"),
         ("<div hidden>no</div><div role=tabpanel hidden>tab</div><p hidden=until-found>fold", "tab\n\nfold"),
         (
-            "<h3><button>Why?</button></h3><p>Press <button>Go</button>.<div><button>Copy</button></div>",
-            "### Why?\n\nPress Go.",
+            "<h3><button>Why?</button></h3><p>Press <button>Go</button> now<div><button>Copy</button></div>",
+            "### Why?\n\nPress Go now",
         ),
+        ("<button aria-controls=a>More</button><p id=a hidden>fold<p hidden>no", "fold"),
+        (
+            "<div><button role=tab>npm</button><button role=tab>Yarn</button></div><label>a</label><label>b</label>",
+            "npm Yarn\n\na b",
+        ),
+        ("<table><tr><th><button>Name</button><tr><td><button>92</button></table>", "| Name |\n| --- |\n| 92 |"),
         ("<pre><span class=linenos>1</span>x\n<span class=linenos>2</span>y</pre>", "```\nx\ny\n```"),
     ],
 )
