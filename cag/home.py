@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -16,8 +17,16 @@ def cag_home() -> Path:
     """`$CAG_HOME`, or the platform's cache directory of the user. Read at each call; the folder may not exist yet."""
     configured = os.environ.get("CAG_HOME")
     if configured:
-        return Path(configured).expanduser().absolute()
+        return user_path(configured)
     return platformdirs.user_cache_path("cag", appauthor=False)
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as the user wrote it, from the root on, with `~` for the home; a `~` of nobody's is a name like others."""
+    path = Path(text)
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    return path.absolute()
 
 
 def is_trusted(path: Path) -> bool:

@@ -16,13 +16,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from cag.errors import CacheMismatch, UnsupportedModel, UsageError
+from cag.errors import CacheMismatch, CorpusTooLarge, UnsupportedModel, UsageError
 
 SYSTEM_TEXT = (
     "You answer questions about the documents below, and about nothing else. "
     "Give the answer in as few words as possible, copied from the documents: a name, a number with its unit, a short "
     "phrase. If the documents do not contain the answer, say: The documents do not say."
 )
+# Whitespace and rules of signs give tokens of many characters; a cut makes a few tokens more than the whole has there.
+_FEW_CHARACTERS_PER_TOKEN, _CUT_TOKENS = 16, 64
 CLOSING_TEXT = "These were all documents. Answer the question from them, in as few words as possible."
 
 # transformers keeps `split_special_tokens` inside the tokenizer: two threads that encode at once would mix it up.
@@ -278,17 +280,34 @@ def lay_out(
     *,
     system_text: str = SYSTEM_TEXT,
     closing_text: str = CLOSING_TEXT,
+    max_tokens: int | None = None,
 ) -> PrefixLayout:
-    """Tokenize the prefix over `documents`, in their order. An appended document leaves all earlier tokens alone."""
+    """Tokenize the prefix over `documents`, in their order. An appended document leaves all earlier tokens alone.
+
+    Raises: CorpusTooLarge: more than `max_tokens` tokens, found without tokenizing much more than these.
+    """
     ids = encode(tokenizer, template.before, special=True) + encode(tokenizer, system_text, special=False)
     spans = []
     for number, document in enumerate(documents, start=1):
-        start = len(ids)
-        ids += encode(tokenizer, document_marker(number, document.title) + document.text, special=False)
+        start, text = len(ids), document_marker(number, document.title) + document.text
+        if max_tokens is not None:
+            _check_room(tokenizer, text, max_tokens - start, max_tokens)
+        ids += encode(tokenizer, text, special=False)
         spans.append(DocumentSpan(document.doc_id, start, len(ids)))
     ids += encode(tokenizer, f"\n\n{closing_text}", special=False)
     ids += encode(tokenizer, template.middle, special=True)
     return PrefixLayout(template, system_text, closing_text, np.asarray(ids, dtype=np.int64), tuple(spans))
+
+
+def _check_room(tokenizer: Any, text: str, room: int, max_tokens: int) -> None:
+    """Refuse a text that has more tokens than `room`. A long one is told by its beginning, unless that has few tokens.
+
+    Raises: CorpusTooLarge.
+    """
+    beginning = text[: _FEW_CHARACTERS_PER_TOKEN * max(room, 0)]
+    many = len(text) > len(beginning) and len(encode(tokenizer, beginning, special=False)) > room + _CUT_TOKENS
+    if room < 0 or many:
+        raise CorpusTooLarge(f"the corpus has more than {max_tokens} tokens.", num_tokens=max_tokens)
 
 
 def question_ids(tokenizer: Any, template: PromptTemplate, question: str) -> list[int]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cag.errors import CacheNotFound, UsageError
-from cag.home import cag_home
+from cag.home import cag_home, user_path
 from cag_store import DEFAULT_CACHE_BYTES, CopyReport, Manifest, PieceCache, Ref, Store, copy_cache, is_url, only_name
 from cag_store.errors import CorruptEntry, EntryNotFound
 
@@ -29,7 +29,7 @@ def open_store(store: Store | str | Path | None = None, *, cache_bytes: int | No
     if store is None:
         return Store.open(cag_home() / "store")
     if not is_url(store):
-        return Store.open(Path(store).expanduser().absolute())
+        return Store.open(user_path(store))
     bound = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
     return Store.open(str(store), pieces=PieceCache(cag_home() / "objects", bound) if bound else None)
 

@@ -40,7 +40,8 @@ WALKS = {
     ],
     "generation": ["answer", "sentences", "citations", "speculation", "thoughts", "generate", "scheduler", "session"],
     "building": [
-        "probes", "fidelity", "key_errors", "ladder", "rungs", "snapshots", "chunks", "trials", "options", "builder",
+        "probes", "fidelity", "key_errors", "ladder", "rungs", "snapshots", "chunks", "trials", "options",
+        "requirements", "builder",
     ],
 }  # fmt: skip
 

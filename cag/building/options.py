@@ -126,7 +126,7 @@ class BuildReport:
 
     def to_json(self) -> dict[str, Any]:
         """The object that `cag build --json` prints."""
-        rate = self.computed_tokens / self.prefill_s if self.prefill_s else None
+        rate = self.computed_tokens / self.prefill_s if self.computed_tokens and self.prefill_s else None
         worked_out = {
             "raw_over_stored": self.raw_bytes / self.stored_bytes,
             "prefill_tokens_per_s": rate,

@@ -81,13 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _open_standard_streams() -> None:
     """What the caller has closed (`>&-`) becomes a file without end and bottom: another file that is opened later must
     not get its number, and with it what is printed. stdout gets a buffer where the environment asked for none: one
-    keeps what could not be written, so that `run` can tell whose error it is."""
+    keeps what could not be written, so that `run` can tell whose error it is. A character that its encoding lacks is
+    written as an escape."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  (takes the lowest number; for good)
     if isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, io.RawIOBase):
         encoding, errors = sys.stdout.encoding, sys.stdout.errors
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(sys.stdout.detach()), encoding, errors, line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run(arguments: list[str]) -> int:

@@ -36,7 +36,6 @@ from cag.cli.output import (
     print_json,
 )
 from cag.cli.progress import Report, shown_progress
-from cag.stores import find_cache, known_documents
 
 if TYPE_CHECKING:
     from cag.building.options import BuildProgress, BuildReport
@@ -127,6 +126,8 @@ def update(
 
     PATHs are all of its documents: those that they no longer name go.
     """
+    from cag.stores import find_cache, known_documents
+
     opened = store_at(store)
     known = known_documents(find_cache(opened, name)[1])
     corpus = _corpus_of(paths, skip_errors, known)

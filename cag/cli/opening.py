@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cag.cli.options import given
 from cag.cli.output import note_configuration
 from cag.cli.progress import shown_progress
+from cag.home import user_path
 
 if TYPE_CHECKING:
     from cag.engine import Engine
@@ -129,6 +130,6 @@ def portable_model(model: str) -> str:
     """A model directory as an absolute path, so that its caches can be asked from any folder; other names unchanged."""
     from cag.models import CATALOGUE
 
-    if not model or model in CATALOGUE or not Path(model).expanduser().is_dir():
+    if not model or model in CATALOGUE or not user_path(model).is_dir():
         return model
-    return str(Path(model).expanduser().absolute())
+    return str(user_path(model))

@@ -5,6 +5,7 @@ rich is imported where a table is drawn, so that the other commands start withou
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 import traceback
@@ -20,7 +21,8 @@ _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(cod
 
 def print_json(value: Mapping[str, Any]) -> None:
     """The one object of a command called with `--json`."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    print(json.dumps(value, ensure_ascii=not is_utf8), flush=True)
 
 
 def note(text: str) -> None:

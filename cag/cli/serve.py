@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,9 +29,15 @@ from cag.cli.quantities import duration_s, size_bytes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from pydantic import ValidationError
 
     from cag_store import Store
 
+_OPTIONS = {
+    "max_resident_bytes": "--max-resident-bytes",
+    "session_ttl_s": "--session-ttl",
+    "max_body_bytes": "--max-body-bytes",
+}
 SHUTDOWN_S = 30  # until everything is cut off after the signal to stop
 LAST_WORDS_S = 2  # before that, answers that still run end with an error that their clients are told
 
@@ -54,8 +61,7 @@ def serve(
         list[str] | None,
         typer.Option(
             "--api-key",
-            envvar="CAG_API_KEY",
-            help="Key that clients must send; may be repeated.",
+            help="Key that clients must send; may be repeated. CAG_API_KEY holds one.",
             show_default="none: open to all who reach the port",
         ),
     ] = None,
@@ -143,7 +149,7 @@ def serve(
 
     chosen = given(
         preload=tuple(preload or ()),
-        api_keys=tuple(api_key or ()),
+        api_keys=tuple(api_key or _key_of_environment()),
         tenant_keys=read_tenant_keys(tenant_keys) if tenant_keys is not None else None,
         cors_origins=tuple(cors_origin or ()),
         tenant_stores=tenant_stores or (str(cag_home() / "tenants") if tenant_keys is not None else None),
@@ -159,7 +165,7 @@ def serve(
     try:
         settings = ServerSettings(**chosen)
     except ValidationError as error:
-        raise UsageError(f"{error.errors(include_input=False)[0]['msg']}.") from error
+        raise UsageError(_told(error)) from error
     listener = _listen(host, port)
     with listener:
         if settings.is_open and not _is_loopback(host):
@@ -175,6 +181,18 @@ def serve(
         facts = {"url": _url(listener), "model": engine.model.model_id, "preload": list(settings.preload)}
         app = create_app(engine, settings=settings)
         _run(app, listener, facts, json_output=json_output, verbose=verbose)
+
+
+def _key_of_environment() -> list[str]:
+    """The key in CAG_API_KEY, as it is; a blank one is refused as any other that is none, and opens no server."""
+    return [os.environ["CAG_API_KEY"]] if "CAG_API_KEY" in os.environ else []
+
+
+def _told(error: ValidationError) -> str:
+    """The first mistake, with the option that it was made in."""
+    first = error.errors(include_input=False)[0]
+    option = _OPTIONS.get(str(next(iter(first["loc"]), "")))
+    return f"{option}: {first['msg']}." if option else f"{first['msg']}."
 
 
 def _load(store: Store, preload: tuple[str, ...], choice: ModelChoice, *, verbose: bool) -> Any:

@@ -6,7 +6,6 @@ order in which a file system lists its entries never shows.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from cag.corpus.folders import OnError, OnSkip, mode_of, portable_name, walk_files
 from cag.corpus.loaders import unreadable
 from cag.errors import UnreadableDocument, UsageError
+from cag.home import user_path
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -60,7 +60,8 @@ def find_files(arguments: Sequence[str | Path], on_error: OnError, on_skip: OnSk
 
 def _named(argument: str | Path, on_error: OnError, on_skip: OnSkip) -> list[FoundFile]:
     """The files that one argument names. Raises: UnreadableDocument: it names none."""
-    path = _absolute(Path(argument))
+    # Its links stay: `resolve` would replace them, and with them the names that the user knows.
+    path = Path(os.path.normpath(user_path(argument)))
     mode = mode_of(path)
     if stat.S_ISDIR(mode):
         return [_below(path, file) for file in walk_files(path, on_error, on_skip)]
@@ -71,13 +72,6 @@ def _named(argument: str | Path, on_error: OnError, on_skip: OnSkip) -> list[Fou
     if isinstance(argument, str) and glob.has_magic(argument):
         return _glob(path, on_error, on_skip)
     raise unreadable(portable_name(path), "there is no such file or folder")
-
-
-def _absolute(path: Path) -> Path:
-    """`path` from the root on, with its links: `resolve` would replace them, and with them the names the user knows."""
-    with contextlib.suppress(RuntimeError):  # a `~` of nobody's is a name like others, as in a shell
-        path = path.expanduser()
-    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _below(root: Path, file: Path, *, is_explicit: bool = False) -> FoundFile:

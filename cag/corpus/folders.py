@@ -22,6 +22,7 @@ OnSkip = Callable[[Path, str], None]
 
 _EXCLUDED_FOLDERS = frozenset(("node_modules", "__pycache__", "venv", "CVS", "_darcs"))
 _VENV_MARK = "pyvenv.cfg"
+_HIDDEN = (".", "~$")  # the second: what Word keeps beside a document that is open
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -88,7 +89,7 @@ def mode_of(path: Path) -> int:
 
 def _entries(folder: Path, on_error: OnError) -> Iterator[Path]:
     try:
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(_HIDDEN)]
     except OSError as error:
         on_error(unreadable(portable_name(folder), f"the folder cannot be listed ({error.strerror})"))
         return

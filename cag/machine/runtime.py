@@ -39,6 +39,7 @@ from cag_kernels import (
 
 SMALL_ROWS = 15  # a question
 LARGE_ROWS = 256  # a block of prefill
+_MOST_THREADS = 256  # that may be asked for; ten thousand are more than a process gets
 _MATRIX = (2048, 1536)
 _NUM_MEASUREMENTS = 3  # processes that measure undisturbed
 _MOST_MEASUREMENTS = 12  # processes that measure at all
@@ -176,8 +177,9 @@ def _with_environment(plan: RuntimePlan) -> RuntimePlan:
     wanted = os.environ.get("CAG_THREADS")
     if not wanted:
         return plan
-    if not wanted.isdigit() or int(wanted) < 1:
-        raise UsageError(f"CAG_THREADS is {wanted!r}, not a positive number.")
+    most = max(_MOST_THREADS, 4 * usable_cores())
+    if not wanted.isdigit() or not 1 <= int(wanted) <= most:
+        raise UsageError(f"CAG_THREADS is {wanted!r}; it must be a number from 1 to {most}.")
     facts = asdict(plan) | {"threads_small": int(wanted), "threads_large": int(wanted), "reason": "set by CAG_THREADS"}
     return RuntimePlan(**facts)
 

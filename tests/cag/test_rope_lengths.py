@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PhimoeConfig
 
-from cag.building.builder import RESERVED_TOKENS
+from cag.building.requirements import RESERVED_TOKENS
 from cag.calibration import CalibrationOptions, model_basis
 from cag.calibration.rotation import find_rotations
 from cag.engine import Engine

@@ -11,8 +11,11 @@ import pytest
 from transformers.utils import chat_template_utils
 
 import cag_store
-from cag.building.builder import RESERVED_TOKENS, BuildOptions, build_cache
-from cag.corpus import load_documents
+from cag import prompt
+from cag.building.builder import BuildOptions, build_cache
+from cag.building.requirements import RESERVED_TOKENS
+from cag.corpus import Document, load_documents
+from cag.corpus.document import text_sha256
 from cag.engine import Engine
 from cag.errors import BuildInterrupted, CacheMismatch, CacheNotFound, CorpusTooLarge, EmptyCorpus, UsageError
 from cag.prefill import BLOCK_TOKENS
@@ -277,6 +280,20 @@ def test_a_corpus_beyond_the_window_says_by_how_much(tiny_engine, tmp_path):
     over = caught.value.facts["num_tokens"] - (8192 - RESERVED_TOKENS)
     assert f"{over} more than fit" in str(caught.value)
     assert "several caches" in caught.value.hint
+
+
+@pytest.mark.parametrize("texts", [["word " * 2_000_000], ["word " * 2000] * 1000], ids=["one", "many"])
+def test_a_corpus_far_beyond_the_window_is_not_read_to_its_end(tiny_engine, monkeypatch, texts):
+    read = []
+    tokenize = prompt.encode
+    monkeypatch.setattr(prompt, "encode", lambda *args, **kind: read.append(len(args[1])) or tokenize(*args, **kind))
+    documents = [
+        Document(str(number), "Title", "/d", f"{number} {text}", text_sha256(text)) for number, text in enumerate(texts)
+    ]
+    with pytest.raises(CorpusTooLarge, match="more than 32768 tokens, many more than fit") as caught:
+        build_cache(tiny_engine.model, tiny_engine.store, "a", documents, BuildOptions())
+    assert caught.value.facts["num_tokens"] == 4 * 8192
+    assert sum(read) < 20 * caught.value.facts["num_tokens"]
 
 
 def test_system_text_is_part_of_the_prefix_and_kept_by_update(tiny_engine, corpus_dir):

@@ -54,6 +54,16 @@ def test_a_full_disk_behind_stdout_is_said(book, command, unbuffered):
     assert "Traceback" not in process.stderr
 
 
+def test_a_stdout_that_lacks_a_character_gets_an_escape(book):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    line = [*CAG, "show", "n\u00fcx", "--store", str(book), "--json"]
+    shown = subprocess.run(line, capture_output=True, env=environment)
+    assert "n\u00fcx" in json.loads(shown.stdout)["error"]["message"]
+    code = "import cag.cli; cag.cli._open_standard_streams(); print('5 \u20ac')"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert printed.stdout == b"5 \\u20ac\n"
+
+
 def test_an_error_that_nobody_reads_is_no_other_error(book):
     reading, writing = os.pipe()
     os.close(reading)

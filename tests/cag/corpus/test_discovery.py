@@ -55,7 +55,15 @@ def test_arguments_keep_the_order_in_which_they_are_given(tree):
 
 
 def test_hidden_version_control_and_environment_folders_are_left_out(tree):
-    excluded = [".git/x.md", ".hidden.md", "node_modules/x.md", "__pycache__/x.py", "CVS/x.md", "env/lib/x.py"]
+    excluded = [
+        ".git/x.md",
+        ".hidden.md",
+        "~$kept.docx",
+        "node_modules/x.md",
+        "__pycache__/x.py",
+        "CVS/x.md",
+        "env/lib/x.py",
+    ]
     root = tree({"kept.md": "kept", "env/pyvenv.cfg": "", **{name: name for name in excluded}})
     assert ids(load_corpus([root])) == ["kept.md"]
 

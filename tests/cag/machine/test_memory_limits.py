@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cag import engine, model_files
-from cag.building import builder
+from cag.building import requirements
 from cag.errors import InsufficientResources
 from cag.forward import choices
 from cag.machine import huge_pages, memory_limits
@@ -82,9 +82,9 @@ def test_weights_are_refused_above_the_limit(cgroup):
 def test_caches_are_refused_above_the_limit(cgroup):
     cgroup(100_000)
     model = SimpleNamespace(device=torch.device("cpu"), kv_bytes_per_token=1000, recurrent=None)
-    builder._check_memory(model, SimpleNamespace(token_ids=[0] * 50))
+    requirements.check_memory(model, SimpleNamespace(token_ids=[0] * 50))
     with pytest.raises(InsufficientResources):
-        builder._check_memory(model, SimpleNamespace(token_ids=[0] * 51))
+        requirements.check_memory(model, SimpleNamespace(token_ids=[0] * 51))
 
 
 def test_weights_are_moved_only_within_the_limit(cgroup):

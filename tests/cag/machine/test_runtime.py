@@ -160,9 +160,10 @@ def test_threads_from_the_environment(monkeypatch):
     monkeypatch.setenv("CAG_THREADS", "3")
     plan = plan_runtime(CPU)
     assert plan.threads_small == plan.threads_large == 3
-    monkeypatch.setenv("CAG_THREADS", "many")
-    with pytest.raises(UsageError, match="many"):
-        plan_runtime(CPU)
+    for wanted in ("many", "0", "99999"):  # a process gets no such number of threads
+        monkeypatch.setenv("CAG_THREADS", wanted)
+        with pytest.raises(UsageError, match=wanted):
+            plan_runtime(CPU)
 
 
 @pytest.mark.parametrize("device", ["tpu", "meta", "nonsense"])

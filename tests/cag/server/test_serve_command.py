@@ -9,7 +9,9 @@ import sys
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from cag.cli import app
 from cag.cli.serve import _is_loopback, serve
 from cag.errors import CacheNotFound, UsageError
 
@@ -37,6 +39,19 @@ def test_a_key_that_opens_to_all_or_to_nobody_is_refused_and_not_told(tmp_path, 
         serve(port=0, store=tmp_path, preload=["nobody"], api_key=["sk-one", key])
     assert "sk-one" not in str(refused.value)
     assert len(key) < 2 or key not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words", "line\n"])
+def test_the_key_of_the_environment_is_one_and_never_blank(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("CAG_API_KEY", key)
+    result = CliRunner().invoke(app, ["serve", "--port", "0", "--store", str(tmp_path), "--preload", "nobody"])
+    assert isinstance(result.exception, UsageError)
+    assert "API key 1 is empty, or has other characters" in str(result.exception)
+
+
+def test_a_bad_setting_names_its_option(tmp_path):
+    with pytest.raises(UsageError, match="--max-resident-bytes: Input should be"):
+        serve(port=0, store=tmp_path, preload=["nobody"], max_resident_bytes=0)
 
 
 @pytest.mark.parametrize(
