@@ -42,7 +42,7 @@ def laid_out(model: LanguageModel, documents: Sequence[Document], options: Build
             max_tokens=_FAR_TOO_LARGE * model.window_tokens,
         )
     except CorpusTooLarge as error:
-        found = error.facts["num_tokens"]
+        found = _FAR_TOO_LARGE * model.window_tokens
         raise _too_large(model, found, f"more than {found} tokens, many more than fit") from error
 
 
