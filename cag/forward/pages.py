@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cag.errors import InsufficientResources
 from cag.forward.state import KvShape, SequenceState, sides_of
 
 PAGE_TOKENS = 32
@@ -76,7 +79,11 @@ class PagePool:
         return self.num_pages * self.page_bytes
 
     def take(self, count: int) -> Pages:
-        """`count` pages of any content."""
+        """`count` pages of any content.
+
+        Raises:
+            InsufficientResources: there is no memory for them. Nobody else's pages are touched.
+        """
         self._collect()
         if count > len(self._free):
             self._grow(count - len(self._free))
@@ -91,8 +98,9 @@ class PagePool:
         self._collect()
         kept = max(SLAB_PAGES, self._kept_bytes // self.page_bytes)
         if self.num_pages > kept and len(self._free) == self.num_pages - self._num_scratch:
-            self._resize(kept)
             self._free = list(reversed(range(self._num_scratch, kept)))
+            with suppress(torch.OutOfMemoryError):  # not enough to copy what is kept: it stays where it is
+                self._resize(kept)
 
     def check_integrity(self, owned: Iterable[Pages]) -> None:
         """Every page is free or has one owner. For tests, and for whoever suspects the pool.
@@ -118,18 +126,55 @@ class PagePool:
         before = self.num_pages
         first = before or self._num_scratch
         slabs = -(-max(count + first - before, before // 2) // SLAB_PAGES)
-        self._resize(before + slabs * SLAB_PAGES)
+        try:
+            self._resize(before + slabs * SLAB_PAGES)
+        except torch.OutOfMemoryError as error:
+            raise InsufficientResources(
+                f"{count * self.page_tokens} more tokens of sessions take more memory than is free: {error}",
+                hint="End other sessions or close a cache, or ask for less.",
+            ) from error
         self._free = list(reversed(range(first, self.num_pages))) + self._free
 
     def _resize(self, num_pages: int) -> None:
+        """Move the pages, one layer and side after the other, so that one of them is there twice.
+
+        Raises:
+            OutOfMemoryError: for one of them; now all have the pages that are in both sizes.
+        """
         self.version += 1
         kept = min(num_pages, self.num_pages)
-        for index, shape in enumerate(self.shapes):
-            before = sides_of(self.keys[index], self.values[index])
-            self.keys[index] = before[0].new_empty(num_pages, *before[0].shape[1:])
-            self.values[index] = shape.values_beside(self.keys[index])
-            for side, old in zip((self.keys[index], self.values[index]), before, strict=False):
-                side[:kept] = old[:kept]
+        try:
+            for index in range(len(self.shapes)):
+                self._replace(index, partial(_moved, num_pages=num_pages))
+        except BaseException:
+            # each gives room to the next one, as the larger one did before
+            for index in reversed(range(len(self.shapes))):
+                self._replace(index, partial(_cut, num_pages=kept))
+            raise
+
+    def _replace(self, index: int, made: Callable[[Tensor], Tensor]) -> None:
+        """Put in the place of a layer's sides what is made of them."""
+        is_one = self.values[index] is self.keys[index]
+        self.keys[index] = made(self.keys[index])
+        self.values[index] = self.keys[index] if is_one else made(self.values[index])
+
+
+def _moved(side: Tensor, num_pages: int) -> Tensor:
+    """New memory for so many pages, with those that there are."""
+    moved = side.new_empty(num_pages, *side.shape[1:])
+    kept = min(num_pages, len(side))
+    moved[:kept] = side[:kept]
+    return moved
+
+
+def _cut(side: Tensor, num_pages: int) -> Tensor:
+    """The first pages only; where there is no memory to copy them they keep that of all."""
+    if len(side) == num_pages:
+        return side
+    try:
+        return _moved(side, num_pages)
+    except torch.OutOfMemoryError:
+        return side[:num_pages]
 
 
 class PagedTail:

@@ -1,12 +1,14 @@
 """The pool of pages: who owns what, what it costs, and that nothing is lost when it grows."""
 
 import gc
+import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cag.errors import InsufficientResources
 from cag.forward.pages import PAGE_TOKENS, SLAB_PAGES, PagedTail, PagePool
 from cag.forward.state import KvShape, Tail
 from cag.generation.generate import SamplingOptions
@@ -66,6 +68,58 @@ def test_memory_goes_back_when_nobody_has_a_page():
     tail.close()
     pool.settle()
     assert pool.num_bytes == SLAB_PAGES * pool.page_bytes
+    pool.check_integrity([])
+
+
+@pytest.mark.parametrize("refused", range(4))
+def test_memory_that_is_not_there_to_grow_costs_nobody_else_anything(refused, monkeypatch):
+    """The device refuses one of the pieces, and no longer than a test; fresh memory holds old numbers."""
+    pool, calls = make_pool(), itertools.count()
+    tail = PagedTail(pool)
+    tail.reserve(40, used=0)
+    for layer, shape in enumerate(SHAPES):
+        tail.store(layer, 0, *torch.full((2, shape.num_kv_heads, 40, shape.head_dim), layer + 1.0))
+    new_empty = torch.Tensor.new_empty
+
+    def fresh(self, *size):
+        if next(calls) == refused:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return new_empty(self, *size).fill_(99.0)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", fresh)
+    other, version = PagedTail(pool), pool.version
+    with pytest.raises(InsufficientResources, match="2 GiB"):
+        other.reserve(900, used=0)
+    assert (pool.version, pool.num_pages) != (version, SLAB_PAGES)  # what was recorded has moved
+    for _ in range(2):
+        pool.check_integrity([tail.pages, other.pages])
+        assert len({len(side) for side in (*pool.keys, *pool.values)}) == 1
+        for layer in range(len(SHAPES)):
+            assert all((side == layer + 1.0).all() for side in tail.gathered(layer, 40))
+        other.reserve(900, used=0)
+
+
+def test_where_nothing_can_be_copied_either_all_stay_where_they_are(monkeypatch):
+    pool, calls = make_pool(), itertools.count()
+    tail = PagedTail(pool)
+    tail.reserve(40, used=0)
+    new_empty = torch.Tensor.new_empty
+
+    def full(self, *size):
+        if next(calls) > 1:
+            raise torch.OutOfMemoryError("full")
+        return new_empty(self, *size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", full)
+    with pytest.raises(InsufficientResources):
+        tail.reserve(900, used=40)
+    pool.check_integrity([tail.pages])
+    assert {len(side) for side in (*pool.keys, *pool.values)} == {SLAB_PAGES}
+    monkeypatch.undo()
+    tail.reserve(900, used=40)
+    tail.close()
+    monkeypatch.setattr(torch.Tensor, "new_empty", full)
+    pool.settle()
     pool.check_integrity([])
 
 
