@@ -180,8 +180,12 @@ class StepReplays:
             self._memory = torch.cuda.graph_pool_handle()
         stream = self._stream = self._stream or _stream_of_recordings(self._device)
         torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # a thread can't make its first in a recording
-        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
-            return graph, self._run(step.tensors, step.state)
+        before = torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+                return graph, self._run(step.tensors, step.state)
+        finally:
+            torch.cuda.set_stream(before)  # torch stays in the other one if a recording does not end well
 
 
 def _stream_of_recordings(device: torch.device) -> torch.cuda.Stream:

@@ -203,11 +203,51 @@ def test_recordings_have_a_stream_of_their_own_and_a_handle_that_was_there(tmp_p
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: asked.append(priority) or "own stream")
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: asked.append("handle"))
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: "usual stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _stream: None)
     prefix = prefix_of(model, "numbers")
     for count in (1, 1, 5, 5):  # two steps, each as it is and recorded
         model.forward([3] * count, model.new_session_state(prefix))
     assert asked[0] < 0  # streams of loads have the usual priority
     assert asked[1:] == ["handle", ("record", "own stream", "thread_local")] * 2
+
+
+def test_a_recording_that_the_driver_refuses_leaves_the_stream_that_was(tmp_path, monkeypatch):
+    """torch's own `torch.cuda.graph`, with a driver that says of a wait inside that the recording is none any more."""
+    model = model_of("llama", torch.device("cpu"), tmp_path, monkeypatch)
+    model.run_in_steps(capture=True)
+    streams = ["usual stream"]
+
+    class Refused(Recording):
+        def capture_begin(self, *_pool, **_options):
+            assert streams[-1] == "own stream"
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    @contextmanager
+    def inside(stream):
+        before = streams[-1]
+        streams.append(stream)
+        yield
+        streams.append(before)
+
+    for name, fake in {
+        "CUDAGraph": Refused, "graph_pool_handle": object, "Stream": lambda *_, **__: "own stream", "stream": inside,
+        "current_blas_handle": lambda: None, "synchronize": lambda: None, "empty_cache": lambda: None,
+        "current_stream": lambda _device: streams[-1], "set_stream": streams.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    chunk = [3], model.new_session_state(prefix_of(model, "numbers"))
+    expected = plain(model, [chunk])
+    with pytest.warns(RuntimeWarning, match="not recorded"):
+        for _ in range(2):
+            assert_same(model.forward(*chunk), expected)
+            chunk[1].rewind(0)
+    assert "previous error" in model.replays.refusal
+    assert "own stream" in streams
+    assert streams[-1] == "usual stream"
 
 
 @pytest.mark.parametrize("kind", [8, 4])
