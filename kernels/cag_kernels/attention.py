@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves, has_compiler, has_tiles
-from cag_kernels.flash import fused_attention, has_flash_attn
+from cag_kernels.flash import fused_attention, fused_serves, has_flash_attn
 from cag_kernels.tiled import TILE_TOKENS, tiled_attention
 
 FUSED_MIN_ROWS = 128  # rows of query a key/value head from which converting the keys whole pays; see docs/log.md
@@ -59,7 +59,7 @@ def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: flo
         return "compiled"
     if _binding(window, offset + num_queries) is not None:
         return "tiled"
-    if query.is_cuda and query.dtype == torch.float32:  # fused kernels there take 16 bits only
+    if not fused_serves(query):
         return "tiled"
     if offset < num_keys - 1 and offset + num_queries != num_keys:
         return "tiled"

@@ -17,6 +17,16 @@ from torch import Tensor
 
 from cag_kernels.merge import merge_segments
 
+MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8  # of kernels on a GPU
+
+
+def fused_serves(query: Tensor) -> bool:
+    """Whether a fused kernel takes queries of this type and head_dim: on a GPU 16 bits and not all sizes."""
+    if not query.is_cuda:
+        return True
+    head_dim = query.shape[2]
+    return query.itemsize == 2 and head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM
+
 
 @cache
 def has_flash_attn() -> bool:

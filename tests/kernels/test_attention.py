@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cag_kernels import choose_path, merge_segments, segment_attention, segment_attention_reference
 from cag_kernels.attention import _device_tile
@@ -103,6 +104,18 @@ def test_dispatch_depends_on_sizes_dtypes_and_masks_only():
     assert choose_path(query, keys, **{**plain, "window": 5}) == windowed
     assert choose_path(query, keys, **{**plain, "window": 5, "offset": 124}) == "tiled"
     assert choose_path(query, keys, **{**plain, "window": 138}) == few
+
+
+def test_fused_kernels_of_a_gpu_get_the_heads_that_they_take():
+    """Tensors of a GPU without its memory, so that none is needed."""
+    found = {}
+    with FakeTensorMode():
+        for head_dim in (64, 100, 256, 264, 512):
+            query, keys = (torch.empty(8, count, head_dim, dtype=torch.float16, device="cuda") for count in (32, 1000))
+            for offset in (968, 1000):
+                found[head_dim, offset] = choose_path(query, keys, window=None, softcap=None, offset=offset)
+    assert {head_dim for (head_dim, _), path in found.items() if path == "fused"} == {64, 256}
+    assert {path for (head_dim, _), path in found.items() if head_dim not in (64, 256)} == {"tiled"}
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (50, 51), (100, 130)])

@@ -8,15 +8,15 @@ Source: paged attention, arXiv:2309.06180.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cag_kernels.prefixes import PagedTails
 from cag_kernels.triton.overlap import launch_options, wait_for_launch
-from cag_kernels.triton.tiles import halves, store_part, take_plain
+from cag_kernels.triton.tiles import halves, store_part, take_plain, tile_tokens
 
-BLOCK_TOKENS = 64
 SPLIT_TOKENS = 512  # of a long conversation; most tails are shorter
 
 
@@ -104,14 +104,16 @@ def attend_tails_parts(
     num_sessions, (num_kv_heads, page_tokens) = tails.lengths.shape[0], tails.keys.shape[1:3]
     group_size, half = num_q_heads // num_kv_heads, head_dim // 2
     num_rows = group_size * tails.max_queries
-    block_rows = min(64, max(16, triton.next_power_of_2(num_rows)))
+    is_wide = query.dtype == torch.float32
+    block_rows = min(32 if is_wide and head_dim > 128 else 64, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
+    block_tokens = tile_tokens(query.dtype, tails.keys.dtype, head_dim)
     attend_tails[(row_blocks * num_sessions, num_kv_heads, part_out.shape[0])](
         query, tails.keys, tails.values, tails.pages, tails.lengths, tails.query_starts, part_out, part_lse,
         scale, softcap or 0.0, window or 0, num_queries, *query.stride()[:2], *tails.keys.stride()[:3],
         *tails.values.stride()[:3], tails.pages.stride(0), row_blocks,
         group_size=group_size, half=half, block_half=max(16, triton.next_power_of_2(half)), block_rows=block_rows,
-        block_tokens=BLOCK_TOKENS, split_tokens=SPLIT_TOKENS, page_tokens=page_tokens,
-        has_window=window is not None, has_cap=softcap is not None, num_warps=4, num_stages=2,
+        block_tokens=block_tokens, split_tokens=SPLIT_TOKENS, page_tokens=page_tokens,
+        has_window=window is not None, has_cap=softcap is not None, num_warps=8 if is_wide else 4, num_stages=2,
         **launch_options(query.device),
     )  # fmt: skip

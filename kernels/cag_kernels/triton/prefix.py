@@ -25,9 +25,8 @@ from cag_kernels.triton.join import Join
 from cag_kernels.triton.launch_ways import launch_ways
 from cag_kernels.triton.many import attend_many
 from cag_kernels.triton.overlap import launch_options, wait_for_launch
-from cag_kernels.triton.tiles import halves, program_rows, store_part, take_plain
+from cag_kernels.triton.tiles import BLOCK_TOKENS, halves, program_rows, store_part, take_plain, tile_tokens
 
-BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256  # below, a partial result costs as much as the tokens that it saves
 FEW_ROWS, FEW_WARPS = 16, 4  # of `triton.few`
 JOINED_SPLIT_TOKENS = 256  # of a tail that a launch of few rows over codes takes along
@@ -122,17 +121,20 @@ def plan_splits(
         if num_rows <= FEW_ROWS and _few_serves(prefix, head_dim):
             return _plan_few(prefix, num_rows, num_processors, programs_a_processor, num_others)
         return _plan_many(prefix, num_rows, head_dim, num_processors, programs_a_processor)
-    block_rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
+    most_rows = (128 if head_dim <= 128 else 64) // (2 if dtype == torch.float32 else 1)
+    block_rows = min(most_rows, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
     programs_at_once = num_processors * (programs_a_processor or {128: 1, 64: 2}.get(block_rows, 4))
-    block_tokens = _block_tokens(prefix)
+    block_tokens = _block_tokens(prefix, dtype, head_dim)
     splits = _split(prefix, programs_at_once // (prefix[0].shape[0] * row_blocks), block_tokens)
-    return SplitPlan(block_rows, row_blocks, block_tokens, *splits, 8 if block_rows == 128 or head_dim > 128 else 4)
+    num_warps = 8 if head_dim > 128 or block_rows == most_rows else 4
+    return SplitPlan(block_rows, row_blocks, block_tokens, *splits, num_warps)
 
 
-def _block_tokens(prefix: Prefix) -> int:
+def _block_tokens(prefix: Prefix, dtype: torch.dtype, head_dim: int) -> int:
     """Tokens of a tile, which lies within one group."""
-    return math.gcd(prefix.group_tokens, BLOCK_TOKENS) if isinstance(prefix, QuantizedPrefix) else BLOCK_TOKENS
+    tokens = tile_tokens(dtype, prefix[0].dtype, head_dim)
+    return math.gcd(prefix.group_tokens, tokens) if isinstance(prefix, QuantizedPrefix) else tokens
 
 
 def _split(prefix: Prefix, wanted: int, block_tokens: int) -> tuple[int, int]:
@@ -178,7 +180,7 @@ def _plan_many(
     row_blocks = triton.cdiv(num_rows, block_rows)
     has_exact = prefix.exact_keys.shape[1] > 0
     wanted = num_processors * (programs or usual) // (prefix.key_codes.shape[0] * row_blocks) - has_exact
-    block_tokens = _block_tokens(prefix)
+    block_tokens = _block_tokens(prefix, torch.bfloat16, head_dim)
     split_tokens, num_splits = _split(prefix, wanted, block_tokens)
     return SplitPlan(
         block_rows, row_blocks, block_tokens, split_tokens, num_splits + has_exact, num_warps, tiles_ahead=3,

@@ -7,10 +7,22 @@ Source: online softmax, arXiv:1805.02867.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from cag_kernels.triton.numbers import LN_2, LOG2_E, converted, product, rounded
+
+BLOCK_TOKENS = 64  # of a tile of 16-bit numbers
+WIDE_BLOCK_TOKENS = {128: 32, 256: 16}  # channels up to which -> of a tile where something is float32
+
+
+def tile_tokens(query: torch.dtype, keys: torch.dtype, head_dim: int) -> int:
+    """Tokens of a tile. Keys and values in float32 take twice the shared memory, and products in float32 have their
+    operands in registers: larger tiles do not fit, or spill."""
+    if torch.float32 not in (query, keys):
+        return BLOCK_TOKENS
+    return next(tokens for channels, tokens in WIDE_BLOCK_TOKENS.items() if head_dim <= channels)
 
 
 @triton.jit

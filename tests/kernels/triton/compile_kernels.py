@@ -127,6 +127,8 @@ def launch_everything():
     attend(query[:, :1], DensePrefix(keys, values), tails, 132, **window, dtype=torch.bfloat16)
     wide = torch.zeros(2, 1, 128, 256, dtype=torch.float16)
     attend(wide[0, :, :1], quantize_prefix(*wide, key_bits=4, value_bits=4), None, 132, **window)
+    wide = wide.float()
+    attend(wide[0, :, :1], DensePrefix(*wide), None, 132, **masks)
     tables = angles(torch.zeros(64, dtype=torch.int64), torch.ones(64))
     codes, rows = torch.zeros(64, 700, dtype=torch.int16), torch.zeros(700, 1024, dtype=torch.int16)
     split = split_rows(rows, (64, 64, False))
