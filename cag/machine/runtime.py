@@ -78,7 +78,7 @@ def choose_device(device: str = "auto") -> torch.device:
     """`auto` is the CUDA device where there is one, the CPU elsewhere.
 
     Raises:
-        UsageError: a device that torch does not have here.
+        UsageError: a device that torch does not have here, or a CUDA device that is not the first one.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +90,9 @@ def choose_device(device: str = "auto") -> torch.device:
         raise UsageError(f"device {device!r} is not supported.", hint="Use auto, cpu or cuda.")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here.", hint="Use --device cpu.")
+    if chosen.type == "cuda" and chosen.index:  # kernels are launched on each thread's current device
+        hint = f"Set CUDA_VISIBLE_DEVICES={chosen.index} and use cuda."
+        raise UsageError(f"device {device!r} is not the first CUDA device, the only one that is used.", hint=hint)
     return chosen
 
 

@@ -179,6 +179,13 @@ def test_no_cuda_here():
         choose_device("cuda")
 
 
+def test_of_several_cuda_devices_the_first_one_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1 "):
+        choose_device("cuda:1")
+
+
 def test_what_torch_keeps_of_a_gpu_for_itself_is_free(monkeypatch):
     for name, found in (("mem_get_info", (3, 90)), ("memory_reserved", 50), ("memory_allocated", 8)):
         monkeypatch.setattr(torch.cuda, name, lambda _device, found=found: found)
