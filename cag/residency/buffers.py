@@ -24,7 +24,7 @@ from cag.forward.state import sides_of
 from cag.machine.huge_pages import has_huge_pages, huge_memory, whole_pages
 from cag.machine.memory_limits import available_memory_bytes
 from cag.residency.host_copies import HostCopy
-from cag.residency.uploads import Uploads, pinned, pinned_like
+from cag.residency.uploads import Uploads, pinned, pinned_bytes, pinned_like
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_store.codecs import CodedShape, CodedSide
 
@@ -83,7 +83,7 @@ class HostBuffers:
         """What is in the host's memory, for another time."""
         first = self._device[0][0]
         sizes = [(keys.shape[0], keys.shape[1], keys.shape[2]) for keys, _ in self._device]
-        num_bytes, sides = sum(part.nbytes for pair in self._host for part in sides_of(*pair)), self._num_sides
+        num_bytes, sides = sum(pinned_bytes(part) for pair in self._host for part in sides_of(*pair)), self._num_sides
         again = partial(HostBuffers.of, sizes, first.dtype, first.device, host=self._host, sides=sides)
         return HostCopy(num_bytes, again)
 
@@ -140,7 +140,7 @@ class CodedBuffers:
 
     def host_copy(self) -> HostCopy:
         """See `HostBuffers`."""
-        return HostCopy(self._host.nbytes, partial(self._again, host=self._host))
+        return HostCopy(pinned_bytes(self._host), partial(self._again, host=self._host))
 
     def views(self) -> list[tuple[CodedSide, CodedSide]]:
         """Writable arrays of all layers, as the store wants them."""

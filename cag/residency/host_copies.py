@@ -12,10 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from cag.residency.uploads import give_back_pinned
+
 
 @dataclass(frozen=True)
 class HostCopy:
-    """A cache in the host's memory. `again` gives buffers over it with device memory of their own, nothing sent yet."""
+    """A cache in the host's memory, of which it takes `num_bytes` (`cag.residency.uploads.pinned_bytes`). `again` gives
+    buffers over it with device memory of their own, nothing sent yet."""
 
     num_bytes: int
     again: Callable[[], Any]
@@ -49,5 +52,9 @@ class HostCopies:
         with self._lock:
             self._copies[digest] = copy
             self._copies.move_to_end(digest)
+            before = len(self._copies)
             while sum(kept.num_bytes for kept in self._copies.values()) > self.limit_bytes:
                 self._copies.popitem(last=False)
+            has_room = len(self._copies) < before
+        if has_room:
+            give_back_pinned()

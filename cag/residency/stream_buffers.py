@@ -31,7 +31,7 @@ from cag.residency.stream_decoding import (
     layer_runs,
     refuse_torn,
 )
-from cag.residency.uploads import Uploads, pinned
+from cag.residency.uploads import Uploads, pinned, pinned_bytes
 from cag_kernels import DensePrefix
 from cag_kernels.device import MAX_HEAD_DIM
 from cag_store.codecs import StreamShape, StreamSide
@@ -99,7 +99,7 @@ class StreamBuffers:
 
     def host_copy(self) -> HostCopy:
         """What is in the host's memory, for another time: the cache as small as it is stored."""
-        num_bytes = self._host.nbytes + self._bounds.nbytes
+        num_bytes = pinned_bytes(self._host) + self._bounds.nbytes
         return HostCopy(num_bytes, partial(self._again, kept=(self._host, self._bounds)))
 
     def views(self) -> list[tuple[StreamSide, StreamSide]]:
@@ -137,7 +137,7 @@ class StreamBuffers:
             turned = [[self._turned(run.rotation) for run, _ in self._room[side]] for side in sides]
         for first, last in self._pieces(groups):
             while len(self._in_work) >= MAX_PIECES:
-                self._in_work.popleft()[0]()
+                self._wait_for_a_piece()
             parts = self._read(sides, first, last)
             with self.uploads.stream():
                 for side, part in parts.items():
@@ -147,6 +147,11 @@ class StreamBuffers:
                         for layer in self._shapes[side].static.layers:
                             self.uploads.mark(layer)
                 self._in_work.append((self.uploads.done(), list(parts.values())))
+
+    def _wait_for_a_piece(self) -> None:
+        done, parts = self._in_work.popleft()
+        done()
+        del parts  # not sooner: the device has read them only now
 
     def _read(self, sides: range, first: int, last: int) -> dict[int, DecodedChunks]:
         """Send chunks [first, last) of the sides that keep some of them, and start to decode their codes, and to fetch

@@ -107,6 +107,18 @@ def pinned(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
+def pinned_bytes(memory: Tensor) -> int:
+    """What memory of `pinned` takes: torch rounds what is pinned up to a power of two."""
+    return 1 << (memory.nbytes - 1).bit_length() if memory.is_pinned() else memory.nbytes
+
+
+def give_back_pinned() -> None:
+    """Give the system the pinned memory that nobody uses any more, where torch can: it keeps it otherwise."""
+    give_back = getattr(torch.accelerator, "empty_host_cache", None)  # of newer versions
+    if give_back is not None and torch.cuda.is_available():
+        give_back()
+
+
 def pinned_like(tensor: Tensor) -> Tensor:
     """As much of it, for numbers."""
     return pinned(tensor.nbytes).view(tensor.dtype).view(tensor.shape)

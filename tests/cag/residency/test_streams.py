@@ -5,6 +5,7 @@ import importlib
 import os
 import struct
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from cag.engine import Engine
 from cag.forward.state import KvShape
 from cag.machine.runtime import RuntimePlan
 from cag.model import LanguageModel, ModelOptions
-from cag.residency import stream_decoding
+from cag.residency import stream_buffers, stream_decoding
 from cag.residency.angles import angles_on
 from cag.residency.buffers import storage_view
 from cag.residency.host_copies import HostCopies
@@ -219,6 +220,27 @@ def test_a_long_prefix_is_decoded_in_pieces(device, monkeypatch):
     monkeypatch.setattr("cag.residency.stream_buffers.MAX_CODES", 1)
     assert len(list(found._pieces(range(1)))) == len(cache.entries)
     assert_same_bits(cache.kept(device).layers(), cache.decoded())
+
+
+def test_a_piece_stays_until_the_device_is_done_with_it(monkeypatch):
+    cache, pieces, alive = Cache(200, 33), [], []
+    decode = stream_buffers.decode_chunks
+
+    def decoded(streams):
+        found = decode(streams)
+        pieces.append([weakref.ref(part) for part in found])
+        return found
+
+    def done(_uploads):
+        return lambda piece=pieces[-1]: alive.append(all(part() is not None for part in piece))
+
+    monkeypatch.setattr(stream_buffers, "MAX_CODES", 2 * 70 * 24)
+    monkeypatch.setattr(stream_buffers, "decode_chunks", decoded)
+    monkeypatch.setattr(Uploads, "done", done)
+    assert_same_bits(cache.kept(torch.device("cpu")).layers(), cache.decoded())
+    assert len(alive) > 0
+    assert all(alive)
+    assert sum(part() is not None for piece in pieces for part in piece) < sum(map(len, pieces))
 
 
 def test_what_is_there_is_read_in_one_launch(device, monkeypatch):

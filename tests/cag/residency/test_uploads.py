@@ -85,7 +85,22 @@ def test_a_cache_that_left_comes_back_from_the_host(engine, corpus_dir, monkeypa
         assert prefix.resident.tier == "memory"
 
 
-def test_copies_keep_their_limit():
+def test_copies_count_what_torch_takes_for_them(engine, corpus_dir, monkeypatch):
+    """It rounds memory that is pinned up to a power of two."""
+    engine.build([corpus_dir], name="a", codec="int8")
+    with engine.store.open_reader("a")[2] as reader:
+        copies = [buffers_of(engine, reader).host_copy()]
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+        copies.append(buffers_of(engine, reader).host_copy())
+    sizes = [copy.num_bytes for copy in copies]
+    assert sizes[1].bit_count() == 1
+    if engine.model.device.type == "cpu":
+        assert sizes[0] < sizes[1] < 2 * sizes[0]
+
+
+def test_copies_keep_their_limit(monkeypatch):
+    given_back = []
+    monkeypatch.setattr("cag.residency.host_copies.give_back_pinned", lambda: given_back.append(copies.num_bytes))
     copies = HostCopies(100)
     for name, size in (("a", 40), ("b", 40)):
         copies.put(name, HostCopy(size, dict))
@@ -97,6 +112,7 @@ def test_copies_keep_their_limit():
     assert copies.get("d") is None
     copies.put("a", HostCopy(30, dict))
     assert copies.num_bytes == 80
+    assert given_back == [90]  # once, when one had to go
 
 
 @pytest.mark.parametrize("codec", ["lossless", "int8", "int4"])
