@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,19 @@ CPU = torch.device("cpu")
 def short_copies(monkeypatch):
     """Nothing here is about the bandwidth, which takes seconds to measure."""
     monkeypatch.setitem(kernel_clock.COPY_BYTES, "cpu", 1 << 20)
+
+
+def test_the_script_keeps_all_its_time(tmp_path):
+    """The benchmark's budget is what the tests leave; a Python that only says how it is called."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in -c*) exit 1;; esac\necho "$@"\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[2] / "bench" / "gpu_session.sh"
+    for all_seconds, most in ((590, 300), (100, 60)):
+        out, environment = tmp_path / str(all_seconds), os.environ | {"PYTHON": str(python)}
+        subprocess.run(["bash", script, out, "240", "300", str(all_seconds)], check=True, env=environment)
+        budget = int((out / "bench.log").read_text().split("--budget ")[1])
+        assert most - 30 <= budget <= most
 
 
 def quiet(*_):
