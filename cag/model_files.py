@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,9 +22,10 @@ from cag.forward.recurrent import ATTENDING, RECURRENT, STATELESS, has_recurrent
 from cag.forward.rope import BY_LENGTH, settle_frequencies
 from cag.forward.weights import lay_out_weights, loses_in_16_bits
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
+from cag.models.adapters import with_adapter
 from cag.models.checkpoint import NO_CODE, UNREADABLE, Checkpoint, left_over, read_checkpoint
 from cag.models.directory import TAKE_ANOTHER
-from cag.models.fingerprint import ADAPTER_WEIGHTS, ModelFingerprints, chat_template_text, model_fingerprint
+from cag.models.fingerprint import ModelFingerprints, chat_template_text, model_fingerprint
 from cag.prompt import PromptTemplate, encode
 from cag_kernels import multiplies_packed
 
@@ -249,27 +249,3 @@ def check_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
             f"the model needs {needed / 1e9:.1f} GB of memory in {dtype}, and {free / 1e9:.1f} GB are free.",
             hint="Take a smaller model, or free memory.",
         )
-
-
-def with_adapter(network: Any, adapter: Path) -> Any:
-    """The network with a LoRA adapter merged in. Raises: ModelError."""
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError as error:
-        raise ModelError("LoRA adapters need peft.", hint="Install cag-engine[adapters].") from error
-    from safetensors import SafetensorError, safe_open
-
-    weights = adapter / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise ModelError(f"{adapter} holds no {weights.name}.", hint="Save the adapter as safetensors.")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error, below
-            adapted = PeftModel.from_pretrained(network, str(adapter))
-        with safe_open(weights, framework="pt") as stream:
-            missing = sorted(get_peft_model_state_dict(adapted).keys() - set(stream.keys()))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error
-    if missing:  # peft makes these up, in each process anew
-        raise ModelError(f"the adapter in {adapter} lacks {len(missing)} weights, such as {missing[0]}.")
-    return adapted.merge_and_unload()

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # the only file that peft reads, where it is there
+_MERGED = "each layer by itself"  # how adapters are: embedding and output matrix were one where they are tied
 INDEX_FILES = "*.safetensors.index.json"
 
 
@@ -100,6 +101,7 @@ def _adapter_parts(directory: Path) -> Iterable[tuple[str, str]]:
             hint="Save the adapter as safetensors; pickled weights are never read.",
             path=directory,
         )
+    yield "merged", _MERGED
     yield from _weight_parts(directory, "adapter_config.json", config, COSMETIC_ADAPTER_FIELDS)
 
 

@@ -186,6 +186,33 @@ def test_a_pickled_adapter_beside_other_tensors_is_not_read(tmp_path, tiny_model
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
 
 
+def _adapter_of_kind(kind):
+    import peft
+
+    if kind == "PREFIX_TUNING":
+        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    if kind == "PROMPT_TUNING":
+        return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    more = {"alora_invocation_tokens": [1, 2]} if kind == "alora_invocation_tokens" else {}
+    more |= {"lora_bias": True, "bias": "lora_only"} if kind == "no bias" else {}
+    more |= {"layer_replication": [(0, 2), (0, 2)]} if kind == "layer_replication" else {}
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **more)
+
+
+@pytest.mark.parametrize(
+    "kind", ["PREFIX_TUNING", "PROMPT_TUNING", "alora_invocation_tokens", "layer_replication", "no bias"]
+)
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+def test_an_adapter_that_no_weights_can_hold_is_refused_by_name(kind, tmp_path, tiny_model_dir):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    peft.get_peft_model(network, _adapter_of_kind(kind)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=f"cannot be merged.*{kind}|{kind}.*cannot be merged"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+
+
 def test_unknown_dtypes_and_devices_are_refused(tiny_model_dir):
     with pytest.raises(UsageError, match="int3"):
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(compute_dtype="int3"))

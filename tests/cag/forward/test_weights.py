@@ -382,6 +382,29 @@ def test_an_adapter_keeps_the_quick_forward(tmp_path):
     assert {m.packed.panels.dtype for m in model.network.modules() if isinstance(m, PackedLinear)} == {torch.float32}
 
 
+@pytest.mark.parametrize("compute_dtype, product", [("float32", "packed"), ("bfloat16", "tiles")])
+@pytest.mark.parametrize("tuned", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_one_side_of_tied_embeddings_leaves_the_other(
+    tuned, compute_dtype, product, tmp_path, monkeypatch
+):
+    """As before it was merged: embedding and output matrix share their weight, not what an adapter adds."""
+    peft = pytest.importorskip("peft")
+    use_plan(monkeypatch, compute_dtype, product)
+    directory = write_tiny_model(tmp_path / "model", config=CONFIGS["llama"](), dtype=torch.bfloat16, scale=0.1)
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", *tuned], init_lora_weights=False)
+    adapted = peft.get_peft_model(network, config)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model = LanguageModel.load(directory, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+    assert model.decoder is not None
+    ids = random_ids(60)
+    with torch.inference_mode():
+        expected = adapted(input_ids=ids[None]).logits[0]
+    found = model.forward(ids, model.new_state(), num_logits=0)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_another_compute_type_is_obeyed(tmp_path):
     bfloat16_model(tmp_path, CONFIGS["llama"]())
     model = LanguageModel.load(tmp_path, model_id="tiny", options=ModelOptions(compute_dtype="bfloat16"))
