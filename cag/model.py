@@ -22,6 +22,7 @@ from cag.forward.device_decoder import DeviceDecoder, recognize_on_device
 from cag.forward.kernels_ahead import compile_kernels
 from cag.forward.layer_probe import NUM_PROBES, Forward, gives_the_same, probe_ids, probe_network
 from cag.forward.pages import PagedState, PagedTail, PagePool
+from cag.forward.products import Float32Products, SequencesApart
 from cag.forward.recurrent import by_sequence, has_recurrent_layers, remembering
 from cag.forward.recurrent_probe import check_pieces, find_recurrent_layers
 from cag.forward.replays import StepReplays
@@ -30,7 +31,7 @@ from cag.forward.state import SequenceState, Tail, WholeState
 from cag.forward.step_cost import ARITHMETIC, SHARED_READING, StepCost
 from cag.forward.step_tensors import StepState, StepTensors
 from cag.forward.turns import ForwardTurns
-from cag.forward.weights import Float32Products, SequencesApart, join_network
+from cag.forward.weights import join_network
 from cag.machine.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.model_files import prepared, read_parts, stop_ids
 from cag.models.fingerprint import ModelFingerprints
@@ -196,9 +197,8 @@ class LanguageModel:
     def attends_to_codes(self) -> bool:
         """Whether questions attend to a prefix in codes as quickly as to numbers: Triton's kernels do, and on a CPU
         compiled code without caps."""
-        if self.device.type == "cuda":
-            return triton_runs_on(self.device)
-        return has_compiler() and all(rule.softcap is None for rule in self.rules)
+        compiled = has_compiler() and all(rule.softcap is None for rule in self.rules)
+        return triton_runs_on(self.device) if self.device.type == "cuda" else compiled
 
     @property
     def rows_stay_apart(self) -> bool:
@@ -309,7 +309,7 @@ class LanguageModel:
             placed = ids.to(self.device), batch.positions(self.device)
             return self._network_forward(*placed, batch.states[0], len(wanted))
         tensors = batch.upload(ids, wanted, self.device)
-        with self._apart(batch.counts):
+        with self._apart(batch.counts, batch.num_of_each(wanted)):
             return self.run_step(tensors, batch)
 
     def run_step(self, tensors: StepTensors, state: StepState) -> Tensor:

@@ -30,8 +30,8 @@ WALK = [
 WALKS = {
     "machine": ["versions", "memory_limits", "huge_pages", "runtime", "allocator"],
     "forward": [
-        "recurrent", "state", "branches", "turns", "step_cost", "weights", "latent", "attention_hook", "mask_probe",
-        "pages", "step_tensors", "batch", "choices", "decoder_layers", "recorded", "decoder", "replays",
+        "recurrent", "state", "branches", "turns", "step_cost", "weights", "products", "latent", "attention_hook",
+        "mask_probe", "pages", "step_tensors", "batch", "choices", "decoder_layers", "recorded", "decoder", "replays",
         "device_decoder", "layer_probe", "recurrent_probe", "kernels_ahead", "rope",
     ],
     "residency": [

@@ -62,7 +62,8 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: `[sequences, heads, tokens, head_dim]` in, `[sequences, tokens, heads,
-    head_dim]` out. There are several sequences only where layers are recurrent; those of others lie in one row.
+    head_dim]` out, contiguous, as networks may want to view it otherwise. There are several sequences only where layers
+    are recurrent; those of others lie in one row.
 
     A layer of latents attends to those. Otherwise queries and keys that are wider than values, or narrower, are served
     with zeros behind the narrower ones.
@@ -88,7 +89,7 @@ def _attend(
         out = _by_heads(attend, query, key, value)
     else:
         out = latent.found(attend(latent.asked(query), key, value)).to(query.dtype)
-    return out.transpose(0, 1).reshape(num_sequences, -1, len(out), out.shape[-1]), None
+    return out.transpose(0, 1).contiguous().view(num_sequences, -1, len(out), out.shape[-1]), None
 
 
 def _side_by_side(rows: Tensor) -> Tensor:

@@ -101,6 +101,11 @@ class Batch:
         ends = zip(self.starts[1:].tolist(), counts, strict=True)
         return [row for stop, count in ends for row in range(stop - count, stop)]
 
+    def num_of_each(self, rows: Sequence[int]) -> list[int]:
+        """How many of some rows, ascending, each sequence has."""
+        counts: list[int] = np.diff(np.searchsorted(rows, self.starts)).tolist()
+        return counts
+
     def positions(self, device: torch.device) -> Tensor:
         """Of all rows, `[num_rows]` int64."""
         return torch.from_numpy(self.row_positions).to(device)

@@ -15,9 +15,9 @@ from torch import Tensor
 from cag.errors import UnsupportedModel
 from cag.forward.decoder_layers import CLOSE, relative_difference
 from cag.forward.pages import PagedState
+from cag.forward.products import Float32Products
 from cag.forward.recurrent import RECURRENT, RecurrentLayers, RecurrentStep
 from cag.forward.state import SequenceState, WholeState
-from cag.forward.weights import Float32Products
 
 NEAR = 0.1  # of the logits' norm, where convolutions and states are rounded to 16 bits
 PIECES = (5, 1, 6)  # tokens of forwards that follow each other, as blocks and single steps do

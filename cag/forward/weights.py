@@ -8,14 +8,11 @@ twice the memory and twice the reading for each token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from cag.machine.huge_pages import move_weights
 from cag.machine.runtime import RuntimePlan
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from cag_kernels.cpu.products.tile_mlp import TileMlp
 
 FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
-_PIECE_WEIGHTS = 1 << 22  # widened at once
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kept side by side: one product serves all
 
 
@@ -114,17 +110,20 @@ class WidenedEmbedding(nn.Module):
 
 
 def _scale_of(embedding: nn.Embedding) -> float | None:
-    """What an embedding in float32 makes of a row of ones; None if that is not one number."""
+    """What an embedding in float32 multiplies each of its rows by; None of one that does anything else."""
     if type(embedding) is nn.Embedding:
         return 1.0
-    kept = embedding.weight, embedding.padding_idx
-    embedding.weight = nn.Parameter(torch.ones(1, embedding.weight.shape[1], dtype=torch.float32), requires_grad=False)
-    embedding.padding_idx = None  # which would be beyond the only row
+    kept, token_ids = (embedding.weight, embedding.padding_idx), torch.tensor([[2, 0, 2, 1]])
+    rows = torch.tensor([[1.0], [2.0], [4.0]]).expand(-1, embedding.weight.shape[1])
+    embedding.weight, embedding.padding_idx = nn.Parameter(rows, requires_grad=False), None  # which would be beyond
     try:
-        row = embedding(torch.zeros(1, dtype=torch.long))[0]
+        found = embedding(token_ids)
+        same = found.dtype == torch.float32 and torch.equal(found, rows[token_ids] * found[0, 1, 0])
+        return float(found[0, 1, 0]) if same else None
+    except Exception:  # one that is asked for something else than tokens, such as positions
+        return None
     finally:
         embedding.weight, embedding.padding_idx = kept
-    return float(row[0]) if row.dtype == torch.float32 and bool((row == row[0]).all()) else None
 
 
 class HeadProducts(nn.Module):
@@ -139,86 +138,21 @@ class HeadProducts(nn.Module):
         return block @ self.weight
 
 
-class _TransposedLinear(nn.Linear):
+class TransposedLinear(nn.Linear):
     """A linear layer with another order of the product for a question's few rows."""
 
     def forward(self, block: Tensor) -> Tensor:
+        """See torch."""
         if block.shape[-2] in FEW_ROWS and block.dtype == self.weight.dtype:
             return linear_without_packing(block, self.weight, self.bias)
         return super().forward(block)
-
-
-class Float32Products(TorchFunctionMode):
-    """A context manager: inside of it, embeddings and linear layers over 16-bit weights compute in float32.
-
-    A weight is widened a piece at a time, so memory holds no second copy of it; nothing of the network is changed.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """See torch."""
-        if func is nn.functional.linear:
-            return _widened_linear(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        return result.float() if func in (nn.functional.embedding, torch.embedding) else result
-
-
-class SequencesApart:
-    """Lets the linear layers of a network multiply the rows of each sequence by themselves, as if it were alone.
-
-    A library's product of many rows rounds otherwise than the same rows' products one by one, so that what a sequence
-    is answered would depend on who else is there. Calling it gives a context manager; without a network it does
-    nothing. One thread at a time.
-    """
-
-    def __init__(self, network: nn.Module | None) -> None:
-        self._counts: Sequence[int] | None = None
-        for module in network.modules() if network is not None else ():
-            if isinstance(module, nn.Linear | PackedLinear):
-                module.forward = partial(self._forward, module.forward)  # type: ignore[method-assign]
-            elif isinstance(module, HeadProducts):
-                module.forward = partial(self._side_by_side, module.forward)  # type: ignore[method-assign]
-
-    @contextmanager
-    def __call__(self, counts: Sequence[int]) -> Iterator[None]:
-        """Around a forward of `counts[i]` rows of sequence `i`, side by side."""
-        self._counts = counts if len(counts) > 1 else None
-        try:
-            yield
-        finally:
-            self._counts = None
-
-    def _forward(self, forward: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
-        counts = self._counts
-        if counts is not None and block.ndim > 2 and len(block) == len(counts):  # each a row of the forward
-            return torch.cat([forward(part) for part in torch.split_with_sizes(block, [1] * len(block))])
-        return self._side_by_side(forward, block)
-
-    def _side_by_side(self, forward: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
-        counts = self._counts
-        if counts is None:
-            return forward(block)
-        if block.shape[-2] == len(counts):  # one row of each, as the output matrix has
-            counts = [1] * len(counts)
-        return torch.cat([forward(part) for part in torch.split_with_sizes(block, list(counts), dim=-2)], dim=-2)
-
-
-def _widened_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`nn.functional.linear`, whose names these are, in float32."""
-    rows = max(1, _PIECE_WEIGHTS // weight.shape[1])
-    wide = input.float()
-    product = wide.new_empty(*wide.shape[:-1], weight.shape[0])
-    for first in range(0, weight.shape[0], rows):
-        product[..., first : first + rows] = wide @ weight[first : first + rows].float().t()
-    return product if bias is None else product.add_(bias)
 
 
 def use_transposed_products(network: nn.Module) -> None:
     """Let linear layers use `linear_without_packing` for few rows."""
     for module in network.modules():
         if type(module) is nn.Linear:
-            module.__class__ = _TransposedLinear
+            module.__class__ = TransposedLinear
 
 
 def loses_in_16_bits(network: nn.Module) -> bool:

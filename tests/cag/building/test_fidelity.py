@@ -11,7 +11,7 @@ from cag.building.probes import NUM_PROBES, make_probes
 from cag.corpus import Document
 from cag.corpus.document import text_sha256
 from cag.errors import InsufficientResources
-from cag.forward.weights import Float32Products
+from cag.forward.products import Float32Products
 from cag.model import LanguageModel, ModelOptions
 from cag.prefill import prefill
 from cag.prompt import lay_out
@@ -164,7 +164,7 @@ def test_a_network_in_16_bits_is_probed_in_float32(tmp_path):
 
 
 def test_products_in_pieces_are_the_whole_product(monkeypatch):
-    monkeypatch.setattr("cag.forward.weights._PIECE_WEIGHTS", 100)
+    monkeypatch.setattr("cag.forward.products._PIECE_WEIGHTS", 100)
     layer = torch.nn.Linear(24, 31, dtype=torch.bfloat16)
     block = torch.randn(2, 5, 24)
     with Float32Products(), torch.inference_mode():

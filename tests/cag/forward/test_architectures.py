@@ -30,6 +30,7 @@ ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_
 PER_LAYER_INPUT = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 258}
 
 FAMILIES = {
+    "afmoe": HEADS | {"sliding_window": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "cohere2": HEADS | {"sliding_window": 24},
     "deepseek_v2": LATENT | {"topk_method": "greedy"},
     "deepseek_v3": LATENT,
@@ -45,7 +46,9 @@ FAMILIES = {
     "longcat_flash": SHARED | {name: LATENT[name] for name in LATENT if "head_dim" in name or "rank" in name} | LONGCAT,
     "minicpm3": LATENT,
     "olmo2": SHARED,
+    "opt": SHARED | {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "phi": SHARED | {"partial_rotary_factor": 0.5},
+    "phimoe": SHARED | {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "smollm3": SHARED | {"no_rope_layer_interval": 2},
     "youtu": LATENT,
@@ -149,6 +152,29 @@ def test_in_bfloat16_they_are_near(family, tmp_path):
     model.forward(ids[:40].tolist(), state)
     found = model.forward(ids[40:].tolist(), state, num_logits=0)
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi"])
+def test_loss_is_measured_where_a_network_with_layer_norms_computes_in_bfloat16(family, tmp_path):
+    """In float32, whose rows meet weights in bfloat16."""
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    directory = write_tiny_model(tmp_path / family, config=config, dtype=torch.bfloat16, scale=0.1)
+    (tmp_path / "text.txt").write_text(TEXT)
+    engine = Engine.load(str(directory), store=tmp_path / "store", device="cpu", dtype="bfloat16")
+    report = engine.build([tmp_path / "text.txt"], name="int8", codec="int8")
+    assert 0 <= report.fidelity.mean_kl < 0.01
+
+
+@pytest.mark.parametrize("family", ["cohere2", "phimoe"])
+def test_sequences_together_want_the_logits_of_as_many_tokens_as_they_like(family, tmp_path):
+    """Each is given what it is given alone; a network that has no quick forward, with and without experts."""
+    model = LanguageModel.load(directory_of(family, tmp_path), model_id=family)
+    assert model.decoder is None
+    counts, wanted = [9, 1, 4], [5, 1, 2]
+    parts = [(torch.arange(count) * 7 % 250).tolist() for count in counts]
+    alone = [model.forward(p, model.new_session_state(), num_logits=n) for p, n in zip(parts, wanted, strict=True)]
+    together = model.forward_together([(part, model.new_session_state()) for part in parts], num_logits=wanted)
+    assert_close(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("device", DEVICES)
