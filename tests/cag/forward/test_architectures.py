@@ -13,8 +13,9 @@ from cag.engine import Engine
 from cag.errors import UnsupportedModel
 from cag.generation.generate import SamplingOptions
 from cag.generation.scheduler import Scheduler
-from cag.model import LanguageModel
+from cag.model import LanguageModel, ModelOptions
 from cag.prompt import question_ids
+from cag.residency.resident import ResidentPrefix
 from tiny import write_tiny_model
 
 SHARED = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -53,6 +54,44 @@ FAMILIES = {
     "smollm3": SHARED | {"no_rope_layer_interval": 2},
     "youtu": LATENT,
 }
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_k": 2}
+EXPERTS |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+EXPERTS |= {"moe_num_experts": 4, "moe_topk": 2, "n_shared_experts": 1}
+WINDOWED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+OTHERS = {  # that docs/models.md names: what they have besides the sizes of all
+    "apertus": {},
+    "cohere": {},
+    "ernie4_5": {},
+    "ernie4_5_moe": EXPERTS,
+    "exaone4": WINDOWED | {"sliding_window_pattern": 2},
+    "gemma": {},
+    "gemma2": WINDOWED,
+    "gemma3_text": WINDOWED,
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": EXPERTS,
+    "gpt_neox": {},
+    "granite_swa": {"sliding_window": 24},
+    "granitemoe": EXPERTS,
+    "hunyuan_v1_dense": {},
+    "llama": {},
+    "mimo_v2_flash": EXPERTS | {"sliding_window": 24},
+    "minimax_m2": EXPERTS,
+    "ministral": {"sliding_window": 24},
+    "ministral3": {},
+    "mistral": {"sliding_window": 24},
+    "mixtral": EXPERTS | {"sliding_window": 24},
+    "olmo": {},
+    "olmo3": WINDOWED,
+    "olmoe": EXPERTS,
+    "phi3": {"sliding_window": 24},
+    "qwen2": {},
+    "qwen2_moe": EXPERTS,
+    "qwen3": {},
+    "seed_oss": {},
+    "solar_open": EXPERTS,
+    "starcoder2": {"sliding_window": 24},
+}
 LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
 OFTEN = ("gpt_oss", "gemma4_text", "deepseek_v3", "gpt2", "qwen3_moe")  # one for each thing that differs
 FROM_THE_STORE = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
@@ -71,6 +110,15 @@ QUESTIONS = ["Who opens the gate?", "Why?", "How many litres does the pump move 
 def directory_of(family, root):
     """A random model of a family; its numbers are large enough for sinks and masks to matter."""
     return write_tiny_model(root / family, config=AutoConfig.for_model(family, **FAMILIES[family]))
+
+
+def config_of(family):
+    """Of any family that is served."""
+    if family in FAMILIES:
+        return AutoConfig.for_model(family, **FAMILIES[family])
+    own, sizes = OTHERS[family], AutoConfig.for_model(family)
+    known = {name for name in (*HEADS, *own) if hasattr(sizes, name)}
+    return AutoConfig.for_model(family, **{name: size for name, size in (HEADS | own).items() if name in known})
 
 
 def plain_network(directory):
@@ -212,6 +260,35 @@ def test_codecs_that_look_at_the_model(family, codec, tmp_path):
     assert report.fidelity.mean_kl < 0.2
     with engine.open("text") as prefix:
         assert prefix.ask("Why?", SamplingOptions(max_tokens=3)).usage.cached_tokens == report.num_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("computed_in", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_every_way_gives_what_transformers_gives(family, computed_in, tmp_path):
+    """In blocks beyond all windows, in company with other counts, and in branches, of all families that are served."""
+    exactly = computed_in == "float32"
+    stored, scale = (torch.float32, 0.3) if exactly else (torch.bfloat16, 0.1)
+    directory = write_tiny_model(tmp_path / family, config=config_of(family), dtype=stored, scale=scale)
+    model = LanguageModel.load(directory, model_id=family, options=ModelOptions(compute_dtype=computed_in))
+    ids, plain = torch.randint(0, 250, (90,), generator=torch.Generator().manual_seed(2)), plain_network(directory)
+    with torch.inference_mode():
+        expected = plain(input_ids=ids[None], use_cache=False).logits[0]
+
+    def assert_near(found, rows):
+        assert (found - expected[rows]).norm() < (1e-3 if exactly else 0.3) * expected[rows].norm()
+
+    state = model.new_state(capacity=60)
+    assert_near(model.forward(ids[:60].tolist(), state), [59])
+    prefix = ResidentPrefix.from_tail(state.tail, ids[:60].numpy())
+    sessions = [model.new_session_state(prefix) for _ in range(2)]
+    for first, count in ((60, 9), (69, 1), (70, 20)):
+        found = model.forward(ids[first : first + count].tolist(), sessions[0], num_logits=0)
+        assert_near(found, range(first, first + count))
+    chunks = [(ids[60:69].tolist(), model.new_session_state(prefix)), (ids[60:61].tolist(), sessions[1])]
+    assert_near(model.forward_together(chunks, num_logits=[5, 1]), [64, 65, 66, 67, 68, 60])
+    branches = [ids[60:70].tolist(), ids[60:66].tolist()]
+    assert_near(model.forward_branches(branches, prefix, [0, 9, 10, 15]), [60, 69, 60, 65])
 
 
 REFUSED = {
