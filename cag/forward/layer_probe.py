@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -168,7 +169,8 @@ def probe_network(network: Any, device: torch.device, recurrent: RecurrentLayers
     those that attend.
 
     Raises:
-        UnsupportedModel: not every layer attends once, or a layer attends to other tokens than its rule says.
+        UnsupportedModel: not every layer attends once, or a layer attends to other tokens than its rule says, or
+            positions are not what the network is told.
     """
     from cag.forward.attention_hook import ATTENTION_NAME
     from cag.forward.latent import find_latent_layers
@@ -191,6 +193,8 @@ def probe_network(network: Any, device: torch.device, recurrent: RecurrentLayers
             f"of the {num_layers} layers of {config.model_type} {sorted(probe.given) or 'none'} "
             f"{'attend' if len(probe.given) != 1 else 'attends'} through transformers' attention interface."
         )
+    if "position_ids" not in signature(network.forward).parameters:  # of other keywords it says nothing
+        raise UnsupportedModel(f"{config.model_type} takes no positions: it would begin again with each block.")
     check_masks(network, int(ids[0, 0]))
     rules = {layer: _needed(rule, most) for layer, rule in probe.rules.items()}
     places = probe.places()

@@ -291,7 +291,9 @@ def test_every_way_gives_what_transformers_gives(family, computed_in, tmp_path):
     assert_near(model.forward_branches(branches, prefix, [0, 9, 10, 15]), [60, 69, 60, 65])
 
 
+DECODER_ALONE = {"is_encoder_decoder": False, "is_decoder": True, "decoder_layers": 3, "decoder_ffn_dim": 64}
 REFUSED = {
+    "bart": (DECODER_ALONE | {"decoder_attention_heads": 4}, "takes no positions"),
     "bert": ({}, "sees other tokens"),
     "bloom": ({"n_layer": 2, "n_head": 4}, "none attend through"),
     "deepseek_v32": ({}, "indexed_attention"),
