@@ -1,5 +1,6 @@
 """Machine code that numba made is taken by a later process only whole, and while all sources are as they were."""
 
+import errno
 import importlib.util
 import sys
 
@@ -72,6 +73,14 @@ def test_code_for_other_types_is_not_taken(doubled, tmp_path):
     second.write_bytes(first.read_bytes())
     first.write_bytes(swapped)
     doubled(3, 1.5)
+
+
+def test_a_disk_that_is_full_costs_nothing_but_the_code(kept_code, doubled, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(kept_code._Files, "_save_data", full)
+    assert [doubled(3), doubled(3)] == [0, 0]
 
 
 def test_without_a_place_to_write_code_is_made_each_time(kept_code, doubled, monkeypatch):

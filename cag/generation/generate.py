@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from cag.thinking import AnswerForm
 
 DEFAULT_MAX_TOKENS = 128
 THOUGHT_TOKENS = 4096  # that an answer with thoughts may have besides, where nobody says how many in all
+_LIKELY = 1024  # tokens among which those of `top_p` mostly are
 GREEDY_BELOW = 1e-5  # a temperature: logits over less may leave the range of float32
 SHARED_BLOCK_TOKENS = 64  # of a question, read in a step with others' tokens
 WHOLE_BLOCK_TOKENS = 256  # the same in a step of its own
@@ -90,27 +90,35 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, device: torch.device) -> None:
         self.greedy = options.temperature < GREEDY_BELOW
-        self.warpers: list[Any] = []
+        self.temperature, self.top_p = float(options.temperature), float(options.top_p)
         self.generator = torch.Generator(device=device)
         if options.seed is not None:
             self.generator.manual_seed(options.seed)
         else:
             self.generator.seed()
-        if not self.greedy:
-            from transformers import TemperatureLogitsWarper, TopPLogitsWarper  # no greedy answer waits for them
-
-            self.warpers.append(TemperatureLogitsWarper(float(options.temperature)))
-            if options.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(float(options.top_p)))
 
     def __call__(self, logits: Tensor) -> int:
         """The greedy choice takes the lowest id of equal logits."""
         if self.greedy:
             return int(logits.argmax())
-        scores = logits[None]
-        for warper in self.warpers:
-            scores = warper(None, scores)
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator))
+        chances = (logits / self.temperature).softmax(dim=-1)
+        if self.top_p == 1:
+            return int(torch.multinomial(chances, 1, generator=self.generator))
+        likely, ids = self._nucleus(chances)
+        return int(ids[torch.multinomial(likely, 1, generator=self.generator)])
+
+    def _nucleus(self, chances: Tensor) -> tuple[Tensor, Tensor]:
+        """The fewest most likely tokens that have `top_p` of the chances together: their chances and ids.
+
+        They are looked for among a few before the whole vocabulary is sorted.
+        """
+        for count in (min(_LIKELY, len(chances)), len(chances)):
+            likely, ids = chances.topk(count)
+            before = likely.cumsum(0) - likely
+            inside = before < self.top_p
+            if not inside[-1]:
+                break
+        return likely[inside], ids[inside]
 
 
 class Generation:

@@ -80,6 +80,6 @@ def cache_router(service: AnswerService) -> APIRouter:
     async def ask(name: str, body: AskRequest, request: Request, tenant: Tenant) -> Response:
         """Answer one question: the object of `cag ask --json`, or events `token` and a final `answer`."""
         run = service.run(body.asked(CacheKey(tenant, name), service.settings.default_max_tokens))
-        return await answer_response(run, request, stream=body.stream)
+        return await answer_response(run, request, stream=bool(body.stream))
 
     return router

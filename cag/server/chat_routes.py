@@ -58,7 +58,7 @@ def chat_router(service: AnswerService) -> APIRouter:
             except BaseException:
                 run.cancel()
                 raise
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return EventStream(run, _chunks(run, head, include_usage))
 
     return router

@@ -53,7 +53,7 @@ StopString = Annotated[Text, Field(min_length=1)]
 class StreamOptions(Body):
     """What a stream carries besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class SamplingFields(Body):
@@ -64,7 +64,7 @@ class SamplingFields(Body):
     seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
     max_tokens: Integer | None = Field(default=None, ge=1)
     stop: list[StopString] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
-    stream: bool = False
+    stream: bool | None = False
     think: bool | None = None
 
     @field_validator("stop", mode="before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import string
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -22,10 +23,11 @@ CLIENT_GONE = 499  # nobody reads this response; it tells the access log
 SHOWN_MISTAKES = 8  # of one body
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
-# A path or URL up to the folders of a store (docs/format.md section 1).
-_PLACE = re.compile(
-    r"(?:[a-z][a-z0-9+.-]*:/)?/[^:;'\"\n]*?/(?=(?:chunks|blobs|manifests|refs|leases|locks|touched|tmp|format)\b)"
-)
+MAX_MESSAGE = 2000  # characters: a message may quote what a client sent
+# What may be a path or URL, and where the folders of a store begin in it (docs/format.md section 1).
+_RUN = re.compile(r"(?:[^:;'\"\n]|:(?=//))+")
+_SCHEME = string.ascii_lowercase + string.digits + "+.-"
+_FOLDER = re.compile(r"/(?=(?:chunks|blobs|manifests|refs|leases|locks|touched|tmp|format)\b)")
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,17 @@ def public_message(error: CagError | StoreError) -> str:
     if isinstance(error, CacheNotFound | EntryNotFound) and isinstance(name := error.facts.get("name"), str):
         expires_at = error.facts.get("expires_at")
         return f"cache {name!r} expired at {expires_at}." if expires_at else f"no cache is called {name!r}."
-    return _PLACE.sub("", str(error))
+    return _RUN.sub(_without_places, str(error)[:MAX_MESSAGE])
+
+
+def _without_places(run: re.Match[str]) -> str:
+    """A part of a message without paths and URLs up to the folders of a store; each character is looked at once."""
+    text, kept, at = run[0], [], 0
+    while (begin := text.find("/", at)) >= 0 and (folder := _FOLDER.search(text, begin + 1)):
+        scheme = text.rfind("://", at, folder.start())
+        kept.append(text[at:begin] if scheme < 0 else text[at:scheme].rstrip(_SCHEME))
+        at = folder.end()
+    return "".join([*kept, text[at:]])
 
 
 def install_error_handlers(app: FastAPI) -> None:

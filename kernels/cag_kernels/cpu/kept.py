@@ -43,6 +43,11 @@ class _KeptCode(_caching.FunctionCache):  # type: ignore[misc]
                 self.flush()
             return None
 
+    def save_overload(self, types: Any, data: Any) -> None:
+        """Keep code; where it cannot be written (a full disk), it is compiled again by the next process."""
+        with contextlib.suppress(OSError):
+            super().save_overload(types, data)
+
 
 class _Files(_caching.IndexDataCacheFile):  # type: ignore[misc]
     """numba's files, the code behind a hash of it and of what it was made for."""

@@ -122,8 +122,12 @@ def _keep(name: str, code: bytes) -> None:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f"{name}.{os.getpid()}"
-            temporary.write_bytes(sha256(code).digest() + code)
-            temporary.replace(folder / name)
+            try:
+                temporary.write_bytes(sha256(code).digest() + code)
+                temporary.replace(folder / name)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
             for other in folder.glob(f"{build}-*.code"):
                 if not other.name.startswith(f"{build}-{sources}-"):
                     other.unlink(missing_ok=True)

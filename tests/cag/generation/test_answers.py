@@ -1,17 +1,19 @@
 """Behind a cache: the same logits and answers as without one, every token accounted for, nothing copied."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, TopPLogitsWarper
 
 from cag.corpus import load_documents
 from cag.engine import Engine
 from cag.errors import RequestTooLong, UsageError
 from cag.fresh import ask_fresh
-from cag.generation.generate import SamplingOptions
+from cag.generation.generate import Sampler, SamplingOptions
 from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag.prompt import lay_out, question_ids
@@ -180,6 +182,28 @@ def test_sampling_is_repeatable_with_a_seed_and_differs_without(built):
         options = {"max_tokens": 16, "temperature": 2, "top_p": 0.95}
         assert prefix.ask(QUESTION, seed=1, **options).text == prefix.ask(QUESTION, seed=1, **options).text
         assert len({prefix.ask(QUESTION, seed=seed, **options).text for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95])
+def test_what_is_sampled_among_is_what_transformers_samples_among(spread, top_p):
+    logits = spread * torch.randn(3000, generator=torch.Generator().manual_seed(4)) + torch.arange(3000) * 1e-4
+    sampler = Sampler(SamplingOptions(temperature=0.7, top_p=top_p, seed=3), torch.device("cpu"))
+    expected = TopPLogitsWarper(top_p)(None, logits[None] / 0.7)[0].softmax(0)
+    likely, ids = sampler._nucleus((logits / 0.7).softmax(0))
+    assert set(ids.tolist()) == set(expected.nonzero()[:, 0].tolist())
+    torch.testing.assert_close(likely / likely.sum(), expected[ids])
+    assert {sampler(logits) for _ in range(50)} <= set(ids.tolist())
+
+
+def test_sampled_answers_wait_for_no_import_of_transformers():
+    """It is none that threads may begin at the same time: those that come second find it without its names."""
+    code = (
+        "import sys, torch; from cag.generation.generate import Sampler, SamplingOptions;"
+        "sys.modules['transformers'] = None;"
+        "Sampler(SamplingOptions(temperature=1.0, top_p=0.5, seed=1), torch.device('cpu'))(torch.zeros(9))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_temperature_that_no_number_can_be_divided_by_is_greedy(built):

@@ -227,8 +227,6 @@ def test_an_error_in_the_midst_of_a_draft_leaves_a_state_of_single_steps(engine)
         options = SamplingOptions(max_tokens=60, speculate=True)
         whole = generation(prefix, "Who?", options).run()
         made = generation(prefix, "Who?", options, Copying(whole.token_ids))
-        sampler, made.sampler.greedy = made.sampler, False
-        sampler.warpers = []
         chosen = iter(whole.token_ids)
 
         def failing(_logits):

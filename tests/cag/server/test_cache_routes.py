@@ -5,7 +5,8 @@ import json
 import pytest
 
 from cag.describe import describe_cache
-from cag.server.errors import error_facts
+from cag.errors import UsageError
+from cag.server.errors import MAX_MESSAGE, error_facts
 from cag_store.errors import CorruptEntry, EntryNotFound
 
 FIDELITY = {"mean_kl", "mean_kl_se", "p95_kl", "top1", "num_probes", "nll_change", "probes", "method"}
@@ -224,6 +225,16 @@ async def test_errors_do_not_tell_where_the_store_lies(serving, engine, copy_of)
     assert missing["message"] == asked["message"] == "no cache is called 'nix'."
     assert [row["name"] for row in damaged] == ["broken"]
     assert str(root) not in json.dumps([missing, damaged])
+
+
+@pytest.mark.parametrize("text", ["/" * 2_000_000, "a/" * 1_000_000, "/chunks" * 300_000])
+def test_a_message_is_looked_through_once_and_cut(text):
+    assert len(error_facts(UsageError(text)).message) <= MAX_MESSAGE
+
+
+def test_each_place_in_a_message_is_left_out():
+    error = CorruptEntry("no /srv/a b/chunks/ab, s3://bucket/x/blobs/cd: see docs/format.md and gs://b/refs/n.json")
+    assert error_facts(error).message == "no chunks/ab, blobs/cd: see docs/format.md and refs/n.json"
 
 
 @pytest.mark.parametrize("place", ["/srv/my caches/store", "s3://bucket/a/b", "/s"])

@@ -96,6 +96,13 @@ async def test_include_usage_adds_one_chunk_that_holds_it(serving):
     assert last["cag"]["citations"] == whole["cag"]["citations"]
 
 
+async def test_null_is_as_if_it_were_not_there(serving):
+    async with serving() as served:
+        whole = (await served.client.post(URL, json=body())).json()
+        null = await served.client.post(URL, json=body(stream=None, stream_options={"include_usage": None}))
+    assert null.json()["choices"] == whole["choices"]
+
+
 async def test_sampling_fields_reach_the_engine(serving, engine):
     alone = engine.ask("handbook", QUESTION, max_tokens=9, temperature=0.8, top_p=0.9, seed=5)
     greedy = engine.ask("handbook", QUESTION, max_tokens=9)

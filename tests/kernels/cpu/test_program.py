@@ -1,8 +1,10 @@
 """Machine code that is kept in files: found again by what it follows from, and made again where a file is not whole."""
 
+import errno
 import subprocess
 import sys
 from ctypes import CFUNCTYPE, c_int64
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,16 @@ def test_code_of_other_sources_is_not_taken_and_goes(folder, monkeypatch):
     assert emitted == [5, 5]
     assert len(set(folder.iterdir())) == 1
     assert not before & set(folder.iterdir())
+
+
+def test_what_a_full_disk_did_not_take_leaves_no_file(folder, monkeypatch):
+    def full(self, data):
+        self.touch()
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert add(7, 1) == 8
+    assert not list(folder.iterdir())
 
 
 def test_every_source_of_the_package_counts(tmp_path, monkeypatch):
