@@ -33,6 +33,7 @@ class PagePool:
 
     Attributes:
         version: counts how often the pages have moved; what was recorded over an older one is worth nothing.
+        before_moving: told before they move, so that nobody holds the memory that they leave.
         scratch_page: the page that nobody gets and anybody may write to, None without `has_scratch`.
     """
 
@@ -48,6 +49,7 @@ class PagePool:
         """`kept_bytes`: how much is not given back when nobody has a page, so that it does not move soon again."""
         self.shapes = shapes
         self.version = 0
+        self.before_moving: Callable[[PagePool], None] = lambda _pool: None
         self.scratch_page = 0 if has_scratch else None
         self._kept_bytes = kept_bytes
         self.page_tokens = PAGE_TOKENS
@@ -141,6 +143,7 @@ class PagePool:
         Raises:
             OutOfMemoryError: for one of them; now all have the pages that are in both sizes.
         """
+        self.before_moving(self)
         self.version += 1
         kept = min(num_pages, self.num_pages)
         try:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cag.forward.pages import PagePool
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu.attention.segments import (
@@ -100,8 +101,11 @@ class RecordedForwards:
         owner, place = getattr(tail, "pool", tail), batch.sides(0)[0].data_ptr()
         if self._places.setdefault(owner, place) != place:
             self._places[owner] = place
-            _forget(self._found, id(owner))
+            self._forget_over(owner)
         return owner
+
+    def _forget_over(self, owner: Any) -> None:
+        _forget(self._found, id(owner))
 
     def _record(
         self, batch: Batch, max_pages: int, size: int, chosen: Sequence[int] | None, last_alone: bool
@@ -138,6 +142,8 @@ class RecordedForwards:
             if owner is not None and owner not in self._watched:
                 self._watched.add(owner)
                 weakref.finalize(owner, _forget, self._found, id(owner)).atexit = False
+            if isinstance(owner, PagePool):
+                owner.before_moving = self._forget_over
         while len(self._found) > MAX_RECORDINGS:
             self._found.popitem(last=False)
 

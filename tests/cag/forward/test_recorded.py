@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_weights import CONFIGS, bfloat16_model, random_ids, use_plan
 
+from cag.forward.pages import PAGE_TOKENS, SLAB_PAGES
 from cag.forward.recorded import MAX_RECORDINGS
 from cag.forward.state import SequenceState
 from cag.residency.resident import ResidentPrefix
@@ -176,6 +177,22 @@ def test_a_prefix_that_is_gone_takes_its_recordings_along(model):
     gc.collect()
     assert not any(key[1] == place for key in recorded._found)
     assert memory() is None
+
+
+def test_pages_that_move_leave_no_memory_behind(model):
+    """Whatever was recorded over them, when the pool grows and when it gives its memory back."""
+    pool, state = model.pages, model.new_session_state(prefix_of(model, 64))
+
+    def left_by(move):
+        model.forward_together([(random_ids(3), model.new_session_state(state.prefix))])
+        before = [weakref.ref(side) for side in (*pool.keys, *pool.values)]
+        move()
+        return [side for side in before if side() is not None]
+
+    assert left_by(lambda: state.begin(4 * SLAB_PAGES * PAGE_TOKENS)) == []
+    state.tail.close()
+    assert left_by(model.settle_pages) == []
+    assert pool.num_pages == SLAB_PAGES
 
 
 def test_only_so_many_are_kept(model):
