@@ -18,6 +18,7 @@ from cag_store.manifest import Manifest
 from cag_store.usage import size_of
 
 _SHORTEST_IDLE_S = 1.0
+_MOST = 1e12  # seconds or tokens of a build: more is none
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,14 @@ def rebuild_seconds(manifests: Collection[Manifest]) -> dict[str, float]:
 
 def _seconds_per_token(manifest: Manifest) -> float | None:
     """From the opaque `build` of the manifest, so nothing about it is taken for granted."""
-    computed = manifest.build.get("computed_tokens")
-    clocks = [manifest.build.get("prefill_s"), manifest.build.get("encode_s", 0.0)]
-    if not isinstance(computed, int) or computed < 1:
-        return None
-    seconds = sum(clock for clock in clocks if isinstance(clock, (int, float)))
-    return seconds / computed if seconds > 0 else None
+    computed, *clocks = (_amount(manifest.build.get(key)) for key in ("computed_tokens", "prefill_s", "encode_s"))
+    seconds = sum(clocks)
+    return seconds / computed if computed >= 1 and seconds > 0 else None
+
+
+def _amount(value: object) -> float:
+    """A number of seconds or tokens; 0 for what is none."""
+    return float(value) if isinstance(value, (int, float)) and 0 <= value <= _MOST else 0.0
 
 
 def _released(tenant: Tenant, holders: Counter[str], infos: Mapping[str, ObjectInfo], fixed: Set[str]) -> int:

@@ -214,7 +214,16 @@ def test_usage_counts_what_is_shared_once(store, small):
 
 @pytest.mark.parametrize(
     "build",
-    [{}, {"computed_tokens": 0, "prefill_s": 0.0}, {"computed_tokens": "5"}, {"computed_tokens": 5, "prefill_s": None}],
+    [
+        {},
+        {"computed_tokens": 0, "prefill_s": 0.0},
+        {"computed_tokens": "5"},
+        {"computed_tokens": 5, "prefill_s": None},
+        {"computed_tokens": 5, "prefill_s": 10**400},
+        {"computed_tokens": 10**400, "prefill_s": 1.0},
+        {"computed_tokens": 1, "prefill_s": 1e308, "encode_s": 1e308},
+        {"computed_tokens": 1, "prefill_s": -1.0},
+    ],
 )
 def test_rebuilding_is_estimated_where_no_clock_ran(small, build):
     store = Store.in_memory()
