@@ -138,15 +138,15 @@ class LanguageModel:
         plan = plan_runtime(device)
         wanted = {"device": options.device, "dtype": options.compute_dtype}
         path = record_path(directory, **wanted)
-        begun = beginning
-        if begun is None or begun.path != path:  # of another model
+        kept, begun = can_be_kept(options.adapter, **wanted), beginning
+        if not kept or begun is None or begun.path != path:  # of another model, or without its adapter
             begun = begin(directory, adapter=options.adapter, **wanted)
         started = take_start(begun, plan) if begun is not None else None
         if begun is not None and started is not None:
             model = cls._from_start(started, begun.start, model_id, plan)
             if model.decoder is not None:
                 return model
-        keeper = StartKeeper.before_reading(directory, path) if can_be_kept(options.adapter, **wanted) else None
+        keeper = StartKeeper.before_reading(directory, path) if kept else None
         parts = read_parts(directory, plan, device, options.compute_dtype, options.adapter)
         model = cls(model_id=model_id, plan=plan, adapter=options.adapter, **vars(parts))
         if keeper is not None:

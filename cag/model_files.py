@@ -26,6 +26,7 @@ from cag.models.adapters import with_adapter
 from cag.models.checkpoint import NO_CODE, UNREADABLE, Checkpoint, left_over, read_checkpoint
 from cag.models.directory import TAKE_ANOTHER
 from cag.models.fingerprint import ModelFingerprints, chat_template_text, model_fingerprint
+from cag.models.read_files import ReadFiles
 from cag.prompt import PromptTemplate, encode
 from cag_kernels import multiplies_packed
 
@@ -88,6 +89,7 @@ class ReadParts:
 
 def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: str, adapter: Path | None) -> ReadParts:
     """Read a directory of Hugging Face files. Raises: as `LanguageModel.load`."""
+    files = ReadFiles.before_reading(directory, adapter)
     checkpoint = read_checkpoint(directory)
     refuse_unsupported(checkpoint.config)
     stored = checkpoint.dtype
@@ -106,6 +108,7 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
         fingerprints = beside.submit(model_fingerprint, directory, adapter)
         lay_out_weights(network, plan, compute, packs=packs)
         network = network.to(device)
+    files.check_read()
     return ReadParts(network, tokenizer.result(), fingerprints.result(), stored, compute)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from cag.errors import ModelError
+from cag.errors import ModelError, UnsupportedModel
 from cag.models.fingerprint import ADAPTER_WEIGHTS
 
 _SETTLED_HERE = (  # of what peft warns
@@ -29,9 +29,12 @@ _NOT_IN_WEIGHTS = {  # fields of an adapter's configuration, and what one does t
     "xlora_depth": "it chooses among adapters at each token",
 }
 
+# What `init_lora_weights` may be: the network's own weights stay, or change in the same way each time.
+_STEADY_STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica")
+
 
 def with_adapter(network: Any, adapter: Path) -> Any:
-    """The network with an adapter merged in. Raises: ModelError."""
+    """The network with an adapter merged in. Raises: ModelError, UnsupportedModel."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     except ImportError as error:
@@ -44,6 +47,7 @@ def with_adapter(network: Any, adapter: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         _refuse_unmergeable(config, adapter)
+        _refuse_random_start(config, adapter)
         with _without_warnings():
             adapted = PeftModel.from_pretrained(network, str(adapter))
         with safe_open(weights, framework="pt") as stream:
@@ -75,6 +79,17 @@ def _refuse_unmergeable(config: Any, adapter: Path) -> None:
     for field, does in _NOT_IN_WEIGHTS.items():
         if getattr(config, field, None):
             raise _cannot_be_merged(config, adapter, f"{does} ({field}).")
+
+
+def _refuse_random_start(config: Any, adapter: Path) -> None:
+    """Raises: UnsupportedModel: an adapter for which peft changes the network's own weights, not always in one way."""
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _STEADY_STARTS:
+        raise UnsupportedModel(
+            f"the adapter in {adapter} began as {start!r}, for which peft may make another model at each load.",
+            hint="Convert it to an ordinary LoRA adapter (peft's path_initial_model_for_weight_conversion).",
+            path=adapter,
+        )
 
 
 def _cannot_be_merged(config: Any, adapter: Path, why: str) -> ModelError:

@@ -25,21 +25,22 @@ def file_sha256(path: Path) -> str:
     """
     path = path.resolve()
     started_ns = time.time_ns()
-    before = _identity(path)
+    before = file_identity(path)
     record = _record_path(before)
     cached = _read_record(record, before)
     if cached is not None:
         return cached
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if _identity(path) != before:
+    if file_identity(path) != before:
         raise OSError(f"{path} changed while it was read")
     if started_ns - max(before["mtime_ns"], before["ctime_ns"]) > SETTLE_NS:
         _write_record(record, {**before, "path": str(path), "sha256": digest})
     return digest
 
 
-def _identity(path: Path) -> dict[str, int]:
+def file_identity(path: Path) -> dict[str, int]:
+    """Size, times, inode and device of a file: the same as long as nobody touches it. Raises: OSError."""
     stat = path.stat()
     return {
         "num_bytes": stat.st_size,

@@ -66,11 +66,6 @@ def start_facts(directory: Path) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def file_identities(directory: Path) -> list[Any]:
-    """Name, size, times and inode of each of a model's files: the same as long as nobody touches one."""
-    return [[str(path), path.stat().st_ctime_ns, *_identity(path)] for path in _files(directory)]
-
-
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 

@@ -23,8 +23,9 @@ from cag.forward.decoder import recognize
 from cag.forward.decoder_layers import SeenLayer, Turning
 from cag.forward.weights import PackedLinear
 from cag.machine.runtime import RuntimePlan
+from cag.models.read_files import ReadFiles
 from cag.prompt import CLOSING_TEXT, SYSTEM_TEXT, document_marker
-from cag.starts.facts import file_identities, start_facts
+from cag.starts.facts import start_facts
 from cag.starts.network import PlainNetwork, epsilons_of
 from cag.starts.record import Start, write_start
 from cag.starts.tokenizer import KeptTokenizer, read_tables
@@ -52,12 +53,12 @@ class StartKeeper:
 
     directory: Path
     path: Path
-    identities: list[Any]
+    files: ReadFiles
 
     @classmethod
     def before_reading(cls, directory: Path, path: Path) -> StartKeeper:
         """Notes which files the model is read from."""
-        return cls(directory, path, file_identities(directory))
+        return cls(directory, path, ReadFiles.before_reading(directory))
 
     @torch.inference_mode()
     def keep(self, model: LanguageModel) -> bool:
@@ -74,7 +75,7 @@ class StartKeeper:
             if probed is None or not _same_tokens(model, tables):
                 return False
             facts = start_facts(self.directory)
-            if file_identities(self.directory) != self.identities:
+            if not self.files.are_untouched():
                 return False
             write_start(self.path, replace(start, facts=facts, probe_sha256=digest_of(probed)), tables)
             return True

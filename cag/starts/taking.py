@@ -45,9 +45,12 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
     if plan_facts(plan) != start.plan:
         return None
     tables, weights = begun.tokenizer(), begun.weights()
-    if weights is None or tables is None or not begun.holds():
+    if weights is None or tables is None:
         return None
     try:
+        fingerprints = model_fingerprint(directory)  # of what is then found to be what was read
+        if not begun.holds():
+            return None
         network = PlainNetwork(start, weights_of(weights, start))
         rules = [AttentionRule(**rule) for rule in start.rules]
         probed = ProbedNetwork(
@@ -56,10 +59,10 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
             places=[KvPlace(layer) for layer in range(len(rules))],
             seen=[SeenLayer(rule, Turning()) for rule in rules],
         )
-    except (KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     join_network(network)
-    fingerprints, dtype = model_fingerprint(directory), getattr(torch, start.stored_dtype)
+    dtype = getattr(torch, start.stored_dtype)
     return StartedParts(
         network=network,
         tokenizer=KeptTokenizer(tables, lambda: _unchanged(read_tokenizer(directory), directory, fingerprints)),

@@ -1,12 +1,16 @@
 """Loading: what is refused by name, what memory is asked for before, and states of sequences."""
 
 import json
+import os
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, Phi3Config
+from transformers import Gemma2Config, LlamaForCausalLM, Phi3Config
 
+from cag import model_files
 from cag.errors import InsufficientResources, ModelError, UnsupportedModel, UsageError
 from cag.forward.state import KvShape, Tail
 from cag.model import LanguageModel, ModelOptions
@@ -211,6 +215,37 @@ def test_an_adapter_that_no_weights_can_hold_is_refused_by_name(kind, tmp_path, 
     peft.get_peft_model(network, _adapter_of_kind(kind)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ModelError, match=f"cannot be merged.*{kind}|{kind}.*cannot be merged"):
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("start, told", [("pissa", None), ("pissa_niter_2", "pissa_niter_2")])
+def test_an_adapter_that_is_another_model_at_each_load_is_refused(tmp_path, tiny_model_dir, start, told):
+    """PiSSA by a fast decomposition takes other random numbers from the network's weights each time."""
+    peft = pytest.importorskip("peft")
+    network = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    peft.get_peft_model(network, config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=told) if told else nullcontext():
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "adapter/adapter_model.safetensors"])
+def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, name, monkeypatch):
+    """Numbers of the old files would have the fingerprint of the new ones."""
+    directory, adapter = write_tiny_model(tmp_path), tmp_path / "adapter"
+    pytest.importorskip("peft")
+    _adapter_without(adapter, directory, "nothing")
+    read = model_files.read_network
+
+    def interrupted(*arguments):
+        network = read(*arguments)
+        os.replace(shutil.copy(directory / name, directory / "new"), directory / name)
+        return network
+
+    monkeypatch.setattr(model_files, "read_network", interrupted)
+    with pytest.raises(ModelError, match="changed while it was read"):
+        LanguageModel.load(directory, model_id="tiny", options=ModelOptions(adapter=adapter))
+    monkeypatch.undo()
+    LanguageModel.load(directory, model_id="tiny", options=ModelOptions(adapter=adapter))
 
 
 def test_unknown_dtypes_and_devices_are_refused(tiny_model_dir):

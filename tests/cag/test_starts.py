@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_weights import CONFIGS, OTHERS, bfloat16_model, random_ids, use_plan
+from transformers import LlamaForCausalLM
 
 from cag import model as model_module
 from cag.errors import ModelError, UnsupportedModel
@@ -306,6 +307,20 @@ def test_the_beginning_of_another_model_is_not_taken(directory, tmp_path_factory
     begun = begin(directory, adapter=None, **AUTO)
     model = LanguageModel.load(other, model_id="tiny", beginning=begun)
     assert torch.equal(logits_of(model, 7), expected)
+
+
+def test_a_beginning_without_the_adapter_is_not_taken(directory, tmp_path_factory):
+    peft = pytest.importorskip("peft")
+    adapter = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(LlamaForCausalLM.from_pretrained(directory), config).save_pretrained(adapter)
+    begun = begin(directory, adapter=None, **AUTO)
+    assert begun is not None
+    options = ModelOptions(adapter=adapter)
+    model = LanguageModel.load(directory, model_id="tiny", options=options, beginning=begun)
+    assert model.adapter == adapter
+    assert model.fingerprints.adapter is not None
+    assert not is_started(model)
 
 
 def test_the_rest_of_another_model_is_refused(directory):
