@@ -92,10 +92,7 @@ class AnswerReader:
             text = self._rest() + mark
             self._restart()
             return self.splitter.split(text)
-        self._token_ids.append(token)
-        text = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-        self._num_decoded += len(text)
-        return self.splitter.split(text)
+        return self.splitter.split(self._step(token))
 
     def end(self) -> Piece:
         """Bytes of a character that the last token left open, and what may have been a mark."""
@@ -107,15 +104,26 @@ class AnswerReader:
 
     def _restart(self) -> None:
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self._num_decoded = 0  # characters
+        self._unread: list[int] = []  # tokens whose text is not there yet
+
+    def _step(self, token: int) -> str:
+        """Tokens of single bytes are decoded a run at a time: one that is no UTF-8 takes back what its beginning gave,
+        which stays here; the rest of the run begins another one."""
+        backend = self._tokenizer.backend_tokenizer
+        self._unread.append(token)
+        try:
+            text = self._stream.step(backend, token)
+        except Exception:  # tokenizers has no type of its own for it
+            self._stream = DecodeStream(skip_special_tokens=True)
+            text = "".join(self._stream.step(backend, unread) or "" for unread in self._unread)
+        if text:
+            self._unread = []
+        return text or ""
 
     def _rest(self) -> str:
-        whole: str = self._tokenizer.decode(
-            self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        rest, self._num_decoded = whole[self._num_decoded :], max(self._num_decoded, len(whole))
-        return rest
+        unread, self._unread = self._unread, []
+        text: str = self._tokenizer.decode(unread, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
 
 def read_answer(tokenizer: Any, form: AnswerForm, token_ids: Iterable[int]) -> Piece:

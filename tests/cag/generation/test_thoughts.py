@@ -8,14 +8,15 @@ from hybrids import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from thinkers import CHANNEL_TOKENS, CHANNELS, CHOOSES, OPENS, Forced
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cag.engine import Engine
 from cag.fresh import ask_fresh
 from cag.generation.answer import Piece, joined
 from cag.generation.generate import DEFAULT_MAX_TOKENS, THOUGHT_TOKENS, SamplingOptions
 from cag.generation.scheduler import Scheduler
-from cag.generation.thoughts import ThoughtSplitter, read_answer, without_thoughts
+from cag.generation.thoughts import AnswerReader, ThoughtSplitter, read_answer, without_thoughts
 from cag.model import LanguageModel
 from cag.prompt import THOUGHTS, encode, lay_out, read_template
 from cag.thinking import AnswerForm, read_thinking
@@ -106,6 +107,32 @@ def test_half_a_character_at_the_end_of_thoughts_stays_there():
     ids = encode(tokenizer, "<think>caf", special=True) + encode(tokenizer, "é", special=False)[:1]
     ids += encode(tokenizer, "</think>7", special=True) + encode(tokenizer, "é", special=False)[:1]
     assert read_answer(tokenizer, AnswerForm(None, "", (THINK,)), ids) == Piece("7\ufffd", "caf\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ("▁hello <0x0A> <0xE2> a ▁b", "hello\n\ufffda b"),
+        ("<0xE2> <0x82> <0xAC> <0xE2> ▁a <0x0A>", "€\ufffd a\n"),
+        ("a <0x0A> <0xE2> <0x82> ▁b <0x0A> <0xE2> a", "a\n\ufffd\ufffd b\n\ufffda"),
+        ("a <0xC3> <0xA9> <0xE2>", "aé\ufffd"),
+    ],
+)
+def test_bytes_that_are_no_text_take_nothing_back(tokens, text):
+    """Where each byte has a token, as for Llama 2, Mistral and Gemma."""
+    tokenizer = byte_fallback_tokenizer()
+    reader = AnswerReader(tokenizer)
+    pieces = [*map(reader.read, tokenizer.convert_tokens_to_ids(tokens.split())), reader.end()]
+    assert joined(pieces) == Piece(text)
+
+
+def byte_fallback_tokenizer():
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁hello", "a", "▁a", "▁b"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
 def test_marks_are_those_that_template_or_tokenizer_know():
