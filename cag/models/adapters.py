@@ -46,8 +46,11 @@ def with_adapter(network: Any, adapter: Path) -> Any:
         raise ModelError(f"{adapter} holds no {weights.name}.", hint="Save the adapter as safetensors.")
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-        _refuse_unmergeable(config, adapter)
-        _refuse_random_start(config, adapter)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot load the adapter in {adapter}: {error}") from error
+    _refuse_unmergeable(config, adapter)
+    _refuse_random_start(config, adapter)
+    try:
         with _without_warnings():
             adapted = PeftModel.from_pretrained(network, str(adapter))
         with safe_open(weights, framework="pt") as stream:

@@ -296,6 +296,6 @@ def test_progress_only_grows_and_tells_speed_and_rest():
 
 
 def test_documents_are_read_as_from_files():
-    report = read_documents([{"doc_id": "a", "text": "# Title\nText\n", "path": "p"}])
+    report = read_documents([{"doc_id": "a", "text": "# Gate\nText\n", "path": "p"}])
     (document,) = report.documents
-    assert (document.doc_id, document.title, document.path, document.text) == ("a", "A", "p", "# Title\nText")
+    assert (document.doc_id, document.title, document.path, document.text) == ("a", "Gate", "p", "# Gate\nText")
