@@ -57,7 +57,7 @@ def session_router(service: AnswerService) -> APIRouter:
         """As `/v1/caches/{name}/ask`, behind the turns before."""
         kept = sessions.find(tenant, session_id)
         run = service.run(body.asked(kept.version.key, service.settings.default_max_tokens, kept))
-        return await answer_response(run, request, stream=body.stream)
+        return await answer_response(run, request, stream=bool(body.stream))
 
     return router
 
