@@ -21,6 +21,7 @@ from cag.errors import InsufficientResources, ModelError, UnsupportedModel, Usag
 from cag.forward.recurrent import ATTENDING, RECURRENT, STATELESS, has_recurrent_layers
 from cag.forward.rope import BY_LENGTH, settle_frequencies
 from cag.forward.weights import lay_out_weights, loses_in_16_bits
+from cag.machine.imports import import_transformers
 from cag.machine.runtime import RuntimePlan, free_memory_bytes
 from cag.models.adapters import with_adapter
 from cag.models.checkpoint import NO_CODE, UNREADABLE, Checkpoint, left_over, read_checkpoint
@@ -194,6 +195,7 @@ def read_tokenizer(directory: Path) -> Any:
         ModelError: files that cannot be read, or not without a library that is missing.
         UnsupportedModel: transformers makes other tokens of them than they do.
     """
+    import_transformers()
     from transformers import AutoTokenizer
 
     pieces = None if (directory / "tokenizer.json").exists() else _sentencepiece(directory / "tokenizer.model")

@@ -28,7 +28,7 @@ WALK = [
 ]  # fmt: skip
 # The walk through those of its packages that are stages of their own.
 WALKS = {
-    "machine": ["versions", "memory_limits", "huge_pages", "runtime", "allocator"],
+    "machine": ["versions", "imports", "memory_limits", "huge_pages", "runtime", "allocator"],
     "forward": [
         "recurrent", "state", "branches", "turns", "step_cost", "weights", "products", "latent", "attention_hook",
         "mask_probe", "pages", "step_tensors", "batch", "choices", "decoder_layers", "recorded", "decoder", "replays",

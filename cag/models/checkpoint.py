@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cag.errors import ModelError, UnsupportedModel
+from cag.machine.imports import import_transformers
 from cag.models.directory import DESCRIPTIONS, TAKE_ANOTHER, quantized_format
 from cag.models.quantized import PACKED, Packing, QuantizedWeight, plain_tensors, read_packing
 
@@ -147,6 +148,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         ModelError: it cannot be read.
         UnsupportedModel: no network that continues text, or weights in a format that is not read.
     """
+    import_transformers()
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -38,6 +40,28 @@ def test_encoder_decoder_models_are_refused():
     config.is_encoder_decoder = True
     with pytest.raises(UnsupportedModel, match="decoder-only"):
         refuse_unsupported(config)
+
+
+READ_AT_ONCE = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from cag.model_files import read_tokenizer
+from cag.models.checkpoint import read_checkpoint
+
+with ThreadPoolExecutor(2) as threads:
+    config = threads.submit(read_checkpoint, Path(sys.argv[1]))
+    while "transformers" not in sys.modules and not config.done():
+        time.sleep(0.001)
+    read_tokenizer(Path(sys.argv[1]))
+    config.result()
+"""
+
+
+def test_two_threads_may_need_transformers_first_at_the_same_time(tiny_model_dir):
+    """As the first requests of a server whose model was loaded without it."""
+    command = [sys.executable, "-c", READ_AT_ONCE, str(tiny_model_dir)]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "phi3"])
