@@ -89,7 +89,9 @@ def _called_models(name: str) -> Iterator[None]:
     try:
         yield
     except (CacheNotFound, InvalidName) as error:
-        raise ModelNotFound(f"the model {name!r} does not exist: {public_message(error)}", param="model") from error
+        raise ModelNotFound(
+            f"the model {name!r:.130} does not exist: {public_message(error)}", param="model"
+        ) from error
 
 
 def _model(ref: Ref, manifest: Manifest) -> dict[str, Any]:

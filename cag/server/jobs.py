@@ -164,7 +164,7 @@ class BuildJobs:
             job = self._jobs.get(tenant, {}).get(job_id)
         if job is None:
             raise JobNotFound(
-                f"there is no job {job_id!r}, or it ended long ago: jobs do not outlive the server.",
+                f"there is no job {job_id!r:.130}, or it ended long ago: jobs do not outlive the server.",
                 hint="What a cache is now, and whether it was built, is at /v1/caches/NAME.",
             )
         return job

@@ -20,7 +20,7 @@ def checked_name(name: str) -> str:
     """`name` when a ref can have it. Raises: InvalidName."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidName(
-            f"{name!r} cannot name a cache: use 1 to 128 of A-Z a-z 0-9 . _ -, not beginning with . or -",
+            f"{name!r:.130} cannot name a cache: use 1 to 128 of A-Z a-z 0-9 . _ -, not beginning with . or -",
             found=name,
         )
     return name

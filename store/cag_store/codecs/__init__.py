@@ -114,7 +114,7 @@ def codec_ids() -> list[str]:
 def _codec_id(config: Mapping[str, Any]) -> str:
     codec_id = config.get("id") if isinstance(config, Mapping) else None
     if not isinstance(codec_id, str):
-        raise UnknownCodec(f"a codec configuration is an object with an id, found {config!r}")
+        raise UnknownCodec(f"a codec configuration is an object with an id, found {config!r:.130}")
     return codec_id
 
 
@@ -133,4 +133,4 @@ def _third_party(codec_id: str) -> type[Codec] | None:
 
 def _unknown(kind: str, codec_id: str, known: Mapping[str, object]) -> UnknownCodec:
     hint = f"known: {', '.join(sorted(known))}; others come with packages that register under {ENTRY_POINT_GROUP!r}"
-    return UnknownCodec(f"no {kind} is called {codec_id!r}; {hint}", found=codec_id)
+    return UnknownCodec(f"no {kind} is called {codec_id!r:.130}; {hint}", found=codec_id)

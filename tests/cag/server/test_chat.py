@@ -219,6 +219,13 @@ async def test_errors_before_the_first_token_are_statuses_in_streams_too(serving
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
 
 
+async def test_of_a_name_that_none_can_have_the_beginning_is_quoted(serving):
+    async with serving() as served:
+        response = await served.client.post(URL, json=body(model="a/" * 10_000))
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert len(response.json()["error"]["message"]) < 500
+
+
 async def test_models_are_the_caches_that_the_model_can_serve(serving, engine, copy_of):
     copy_of("manual", "gone")
     engine.store.set_ttl("gone", -1)

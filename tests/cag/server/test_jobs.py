@@ -128,13 +128,14 @@ async def test_the_next_question_is_answered_by_the_new_version(serving):
         {"name": "built", "documents": DOCUMENTS, "ttl_s": -1},
         {"name": "built", "documents": [{"text": "a", "path": "plain\x1b[2J"}]},
         {"name": "built", "documents": [{"text": "a", "title": "two\nlines"}]},
-        {"name": "built", "documents": DOCUMENTS, "codec": "nothing"},
+        {"name": "built", "documents": DOCUMENTS, "codec": "nothing" * 1000},
     ],
 )
 async def test_a_bad_order_is_no_job(order, serving):
     async with serving() as served:
         response = await served.client.post("/v1/caches", json=order)
         assert (response.status_code, response.json()["error"]["type"]) in BAD
+        assert len(response.text) < 1000
         assert (await served.client.get("/v1/jobs")).json()["data"] == []
 
 
