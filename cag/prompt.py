@@ -300,14 +300,15 @@ def lay_out(
 
 
 def _check_room(tokenizer: Any, text: str, room: int, max_tokens: int) -> None:
-    """Refuse a text that has more tokens than `room`. A long one is told by its beginning, unless that has few tokens.
-
-    Raises: CorpusTooLarge.
-    """
-    beginning = text[: _FEW_CHARACTERS_PER_TOKEN * max(room, 0)]
-    many = len(text) > len(beginning) and len(encode(tokenizer, beginning, special=False)) > room + _CUT_TOKENS
-    if room < 0 or many:
+    """Refuse a text that has more tokens than `room`. Raises: CorpusTooLarge."""
+    if room < 0 or begins_beyond(tokenizer, text, room):
         raise CorpusTooLarge(f"the corpus has more than {max_tokens} tokens.", num_tokens=max_tokens)
+
+
+def begins_beyond(tokenizer: Any, text: str, room: int) -> bool:
+    """Whether the beginning of a long text has more tokens than `room` already; False where it has few tokens."""
+    beginning = text[: _FEW_CHARACTERS_PER_TOKEN * max(room, 0)]
+    return len(text) > len(beginning) and len(encode(tokenizer, beginning, special=False)) > room + _CUT_TOKENS
 
 
 def question_ids(tokenizer: Any, template: PromptTemplate, question: str) -> list[int]:

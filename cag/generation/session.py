@@ -12,13 +12,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from cag.errors import UsageError
+from cag.errors import RequestTooLong, UsageError
 from cag.generation.answer import Answer, CacheOrigin, Piece, Usage
 from cag.generation.generate import Generation, SamplingOptions
 from cag.generation.scheduler import Request, Scheduler
 from cag.generation.speculation import Drafter
 from cag.generation.thoughts import without_thoughts
-from cag.prompt import conversation_ids, encode, given_answer_ids, next_question_ids
+from cag.prompt import begins_beyond, conversation_ids, encode, given_answer_ids, next_question_ids
 from cag.thinking import AnswerForm
 
 if TYPE_CHECKING:
@@ -322,10 +322,21 @@ class Session:
 
     def _suffix(self, form: AnswerForm, question: str, history: Sequence[tuple[str, str]]) -> list[int]:
         tokenizer = self.prefix.model.tokenizer
+        turns = [(asked, without_thoughts(answer, form.marks)) for asked, answer in history]
+        self._refuse_beyond("".join(text.strip() for text in (*(text for turn in turns for text in turn), question)))
         if self._answered:
             return self._unread + next_question_ids(tokenizer, form.template, question)
-        turns = [(asked, without_thoughts(answer, form.marks)) for asked, answer in history]
         return conversation_ids(tokenizer, form.template, turns, question, given=form.given)
+
+    def _refuse_beyond(self, text: str) -> None:
+        """What is far longer than the window is not tokenized: that may take long. Raises: RequestTooLong."""
+        model = self.prefix.model
+        room = model.window_tokens - self._state.num_tokens
+        if begins_beyond(model.tokenizer, text, room):
+            raise RequestTooLong(
+                f"the question has more than the {room} tokens that are left of a window of {model.window_tokens}.",
+                hint="Shorten the question, start a new session, or use fewer documents.",
+            )
 
 
 def _check_asked(question: object, history: object, started_at: object) -> None:

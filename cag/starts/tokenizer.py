@@ -43,7 +43,8 @@ class KeptTokenizer:
         if options["add_special_tokens"]:
             return self.whole(text, **options)
         self.backend_tokenizer.encode_special_tokens = bool(options["split_special_tokens"])
-        return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=False).ids}
+        found = self.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)  # others run meanwhile
+        return {"input_ids": found[0].ids}
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> Any:
         """Text of token ids, as they are where `clean_up_tokenization_spaces` is False."""

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from cag.starts.begin import begin
 from cag.starts.network import PlainNetwork, weights_of
 from cag.starts.reading import WeightReading
 from cag.starts.record import read_start, record_path, write_start
+from cag.starts.tokenizer import KeptTokenizer
 from cag_kernels import FEW_ROWS, has_compiler
 from cag_kernels.packed import PANEL
 from cag_store.scratch import HUGE_PAGE_BYTES
@@ -355,6 +357,26 @@ def test_the_tokenizer_is_that_of_the_model(directory):
     assert started(text, add_special_tokens=True)["input_ids"] == whole(text, add_special_tokens=True)["input_ids"]
     assert started.decode(ids) == whole.decode(ids)
     assert started.all_special_ids == whole.all_special_ids
+
+
+@pytest.mark.usefixtures("tiles")
+def test_other_threads_go_on_while_a_long_text_is_tokenized(tmp_path):
+    bfloat16_model(tmp_path, CONFIGS["llama"]())
+    load(tmp_path)
+    tokenizer, turns, over = load(tmp_path).tokenizer, [], threading.Event()
+
+    def go_on():
+        while not over.wait(0.001):
+            turns.append(1)
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    before = len(turns)
+    tokenizer("some words " * 30_000, add_special_tokens=False, split_special_tokens=True)
+    num_turns = len(turns) - before
+    over.set()
+    other.join()
+    assert isinstance(tokenizer, KeptTokenizer) and num_turns > 9
 
 
 def container(header, data=b"\0" * 64):

@@ -299,6 +299,19 @@ def test_an_empty_question_and_one_beyond_the_window_are_refused(built):
             prefix.ask("x" * 9000)
 
 
+@pytest.mark.parametrize("history", [(), [("x" * 200_000, "Yes.")]])
+def test_of_a_question_far_beyond_the_window_the_beginning_is_tokenized(built, history, monkeypatch):
+    lengths, tokenize = [], type(built.model.tokenizer).__call__
+    monkeypatch.setattr(
+        type(built.model.tokenizer),
+        "__call__",
+        lambda self, text, **options: lengths.append(len(text)) or tokenize(self, text, **options),
+    )
+    with built.open("handbook") as prefix, pytest.raises(RequestTooLong, match="window"):
+        prefix.session().ask("x" * 200_000, history=history)
+    assert max(lengths) <= 16 * built.model.window_tokens
+
+
 def test_a_closed_prefix_cannot_be_asked(built):
     prefix = built.open("handbook")
     prefix.close()
