@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+MAX_FIELDS = 64  # of one object: each that nobody knows is a mistake to be told
 
 
 def _encodable(text: str) -> str:
@@ -37,3 +39,10 @@ class ClosedBody(Body):
     """A JSON object; a field that nobody knows is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            raise PydanticCustomError("many_fields", "an object has at most {most} fields", {"most": MAX_FIELDS})
+        return body

@@ -24,6 +24,7 @@ from cag.server.tenants import CacheKey
 from cag.thinking import Thinking
 
 MAX_STOP_STRINGS = 16
+MAX_MESSAGES = 10_000
 
 # What would change the answer and is not there is refused; each field with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -95,7 +96,7 @@ class ChatRequest(SamplingFields):
     """A chat completion to be made. `model` is a cache's name; fields nobody knows are ignored, as is usual."""
 
     model: Text
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: Integer | None = Field(default=None, ge=1)
     stream_options: StreamOptions | None = None
     chat_template_kwargs: TemplateChoices | None = None

@@ -47,7 +47,7 @@ class NewCache(ClosedBody):
     """A cache to be built; one that has its name already is replaced when the new one is whole."""
 
     name: Text
-    documents: list[NewDocument] = Field(min_length=1, max_length=MAX_DOCUMENTS)
+    documents: list[NewDocument] = Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)
     codec: Text = "lossless"
     max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     system_text: Text | None = None

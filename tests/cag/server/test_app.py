@@ -139,11 +139,30 @@ async def test_a_body_that_is_no_object_is_told_what_it_should_be(serving, conte
 
 async def test_of_many_mistakes_a_few_are_told(serving):
     async with serving() as served:
-        body = {"model": "manual", "messages": [{"role": "nobody"}] * 1000}
-        response = await served.client.post("/v1/chat/completions", json=body)
+        body = {"question": "Who?"} | {f"field_{number}": 1 for number in range(20)}
+        response = await served.client.post("/v1/caches/manual/ask", json=body)
     message = response.json()["error"]["message"]
-    assert message.startswith("messages[0].role: ")
-    assert message.endswith("; and 1992 more")
+    assert message.startswith("field_0: ")
+    assert message.endswith("; and 12 more")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("chat/completions", {"model": "manual", "messages": [{}] * 1000}, {"messages[0].role", "messages[0].content"}),
+        ("chat/completions", {"model": "manual", "messages": [{"role": "user", "content": ""}] * 10_001}, {"messages"}),
+        ("caches", {"name": "new", "documents": [{}] * 1000}, {"documents[0].text"}),
+        ("caches/manual/ask", {"question": "Who?"} | {f"field_{number}": 1 for number in range(1000)}, {None}),
+    ],
+)
+async def test_a_body_of_mistakes_is_not_read_to_its_end(serving, path, body, told):
+    """Each would be noted before the first is told, on the thread that serves everybody."""
+    async with serving() as served:
+        response = await served.client.post(f"/v1/{path}", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "invalid_request")
+    places = {mistake.partition(": ")[0] for mistake in error["message"].split("; ")} if error["param"] else {None}
+    assert places == told
 
 
 async def test_an_unexpected_error_tells_nothing_of_itself(serving, engine, monkeypatch):
