@@ -1,8 +1,8 @@
 """Caches that stay open between requests, counted by who uses them.
 
-A cache is opened by its first request and stays. When its name means another manifest, requests from then on use the
-new one; the old one is closed when its last request has ended. Sessions go on with the version that they were opened
-with: it is held beside the new one. Within a limit of bytes, a cache that needs room closes
+A cache is opened by its first request and stays, as long as its name means it. When that means another manifest,
+requests from then on use the new one; the old one is closed when its last request has ended. Sessions go on with the
+version that they were opened with: it is held beside the new one. Within a limit of bytes, a cache that needs room closes
 those that nobody uses, the ones first that cost least to load again for the bytes they hold and were used longest ago.
 Safe to use from several threads.
 """
@@ -128,6 +128,16 @@ class ResidentCaches:
     def drop_version(self, key: CacheKey, digest: str) -> None:
         """As `drop`, for a version that is not what `key` means."""
         self.drop(_versioned(key, digest))
+
+    def drop_outdated(self) -> None:
+        """Close what nobody uses and its name does not mean any more: it has expired, or was removed or built again by
+        another process."""
+        with self._lock:
+            unused = {key: held for key, held in self._held.items() if held.users == 0}
+        for key, held in unused.items():
+            with suppress(StoreError):  # a version of its own, which sessions drop; or a store that cannot be read now
+                if _digest(*self._find(key)) != held.prefix.digest:
+                    self._retire(key, held)
 
     def lease(self, key: CacheKey, digest: str) -> Lease | None:
         """Hold the files of a version against `gc`; None on a store that may only be read."""

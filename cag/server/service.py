@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ from cag.server.tenants import CacheKey, Tenants
 
 RETRY_PRELOAD_S = 10.0
 SWEEP_S = 1.0
+CHECK_CACHES_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +92,15 @@ class AnswerService:
             self.preload_errors.pop(name, None)
 
     async def sweep(self) -> None:
-        """Close sessions that have expired, every `SWEEP_S`, until the service is closed."""
+        """Close sessions that have expired, every `SWEEP_S`, and caches that are outdated, every `CHECK_CACHES_S`,
+        until the service is closed."""
+        checked_at = time.monotonic()
         while not self._closing.is_set():
             if self.sessions.any_over:
                 await asyncio.to_thread(self.sessions.close_expired)
+            if time.monotonic() - checked_at >= CHECK_CACHES_S:
+                await asyncio.to_thread(self.caches.drop_outdated)
+                checked_at = time.monotonic()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), SWEEP_S)
 

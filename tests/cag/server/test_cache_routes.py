@@ -1,11 +1,13 @@
 """`/v1/caches`: list, get, ask, patch, delete."""
 
+import asyncio
 import json
 
 import pytest
 
 from cag.describe import describe_cache
 from cag.errors import UsageError
+from cag.server import service as service_module
 from cag.server.errors import MAX_MESSAGE, error_facts
 from cag_store.errors import CorruptEntry, EntryNotFound
 
@@ -241,3 +243,26 @@ def test_each_place_in_a_message_is_left_out():
 def test_places_are_left_out_of_messages(place):
     error = CorruptEntry(f"{place}/chunks/ab/abc: the header is damaged; build the cache again")
     assert error_facts(error).message == "chunks/ab/abc: the header is damaged; build the cache again"
+
+
+@pytest.mark.parametrize("how", ["expired", "removed", "built again"])
+async def test_what_a_name_does_not_mean_any_more_leaves_the_memory_unasked(how, serving, engine, copy_of, monkeypatch):
+    monkeypatch.setattr(service_module, "SWEEP_S", 0.01)
+    monkeypatch.setattr(service_module, "CHECK_CACHES_S", 0.01)
+    copy_of("manual", "outdated")
+    leases = len(engine.store.backend.live_leases())
+    async with serving(preload=("outdated", "handbook")) as served:
+        while served.service.preloading:
+            await asyncio.sleep(0)
+        if how == "expired":
+            engine.store.set_ttl("outdated", -1)
+        elif how == "removed":
+            engine.store.remove("outdated")
+        else:
+            copy_of("handbook", "outdated")
+        async with asyncio.timeout(60):
+            while served.service.caches.num_resident > 1:
+                await asyncio.sleep(0.01)
+        assert len(engine.store.backend.live_leases()) == leases + 1
+        rows = {row["name"]: row for row in (await served.client.get("/v1/caches")).json()["data"]}
+        assert rows["handbook"]["resident"]
