@@ -2,8 +2,9 @@
 
 A cache is opened by its first request and stays, as long as its name means it. When that means another manifest,
 requests from then on use the new one; the old one is closed when its last request has ended. Sessions go on with the
-version that they were opened with: it is held beside the new one. Within a limit of bytes, a cache that needs room closes
-those that nobody uses, the ones first that cost least to load again for the bytes they hold and were used longest ago.
+version that they were opened with: it is held beside the new one. Within a limit of bytes, a cache that needs room
+closes those that nobody uses, the ones first that cost least to load again for the bytes they hold and were used
+longest ago.
 Safe to use from several threads.
 """
 
