@@ -6,7 +6,6 @@ import logging
 import re
 import string
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -22,6 +21,13 @@ from cag_store.errors import EntryNotFound, StoreError
 CLIENT_GONE = 499  # nobody reads this response; it tells the access log
 SHOWN_MISTAKES = 8  # of one body
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+# Refusals that no class of the engine stands for; docs/errors.md has them.
+HTTP_CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_entity_too_large",
+}
 
 MAX_MESSAGE = 2000  # characters: a message may quote what a client sent
 # What may be a path or URL, and where the folders of a store begin in it (docs/format.md section 1).
@@ -57,7 +63,8 @@ def error_facts(error: Exception) -> ErrorFacts:
     if isinstance(error, RequestValidationError):
         return _validation_facts(error)
     if isinstance(error, HTTPException):
-        code = HTTPStatus(error.status_code).name.lower()
+        row = error_row(UsageError("") if error.status_code < 500 else error)
+        code = HTTP_CODES.get(error.status_code, row.code)
         return ErrorFacts(error.status_code, code, str(error.detail), None, error.headers)
     if isinstance(error, CagError | StoreError):
         row = error_row(error)

@@ -9,7 +9,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cag.server.errors import ErrorFacts, error_facts
+from cag.server.errors import error_facts
 from cag.server.tenants import OPERATOR, SCOPE
 
 PROTECTED = "/v1"
@@ -34,8 +34,8 @@ class ApiKeys:
         tenant = self._owner(Headers(scope=scope).get("authorization", "")) if self._owners else OPERATOR
         if tenant is None:
             message = "a valid API key is needed: send the header `Authorization: Bearer KEY`."
-            facts = ErrorFacts(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
-            await facts.response()(scope, receive, send)
+            refusal = HTTPException(401, message, headers={"WWW-Authenticate": "Bearer"})
+            await error_facts(refusal).response()(scope, receive, send)
         else:
             scope[SCOPE] = tenant
             await self.app(scope, receive, send)

@@ -110,10 +110,13 @@ async def test_errors_of_routing_and_parsing_have_the_same_shape(serving):
             await client.get("/v1/nothing"),
             await client.put("/v1/models"),
             await client.post("/v1/chat/completions", content=b"{", headers=json_type),
+            await client.post("/v1/chat/completions", content=b'{"model": "\xff"}', headers=json_type),
             await client.post("/v1/chat/completions", content=b" " * 2000, headers=json_type),
             await client.post("/v1/chat/completions", content=endless(), headers=json_type),
         ]
-    assert [response.status_code for response in responses] == [404, 405, 400, 413, 413]
+    told = [(response.status_code, response.json()["error"]["code"]) for response in responses]
+    invalid, too_large = (400, "invalid_request"), (413, "request_entity_too_large")
+    assert told == [(404, "not_found"), (405, "method_not_allowed"), invalid, invalid, too_large, too_large]
     for response in responses:
         assert set(response.json()) == {"error"}
         assert set(response.json()["error"]) == {"message", "type", "code", "param"}
