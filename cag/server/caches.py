@@ -96,6 +96,12 @@ class ResidentCaches:
         finally:
             self._give_back(held)
 
+    def check(self, key: CacheKey) -> None:
+        """Open nothing. Raises: CacheNotFound, StoreError: `key` means nothing that could be opened."""
+        engine, name = self._find(key)
+        if _digest(engine, name) is None:
+            engine.find(name)
+
     def load(self, key: CacheKey) -> None:
         """Make a cache resident; returns when all of it is there and a first question would find its steps recorded.
         Raises as `use`."""

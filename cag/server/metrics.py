@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
+from cag.errors import error_row
 from cag.generation.answer import Answer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -128,6 +129,10 @@ class ServerMetrics:
         self.drafted_tokens.add(answer.usage.accepted_tokens, "accepted")
         self.drafted_tokens.add(answer.usage.drafted_tokens - answer.usage.accepted_tokens, "rejected")
         self.first_token.observe(answer.timings.ttft_s)
+
+    def count_error(self, error: Exception) -> None:
+        """Count an answer that there is not: "refused" where the request or its moment was wrong."""
+        self.answers.add(1, "failed" if error_row(error).http_status >= 500 else "refused")
 
     def render(self) -> str:
         """The whole exposition."""

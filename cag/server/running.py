@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from cag.errors import UsageError
 from cag.generation.answer import Answer, Piece
 from cag.generation.generate import SamplingOptions
 from cag.generation.scheduler import Request
@@ -71,6 +72,7 @@ class AnswerRun:
         self._place.claim()
         try:
             asked_at = time.perf_counter()
+            await self._check()
             await self._at.slots.acquire(self.question.cache.tenant)
             started_at = time.perf_counter()
             self._at.metrics.waited.observe(started_at - asked_at)
@@ -85,6 +87,18 @@ class AnswerRun:
             raise
         if isinstance(self._first, Exception):
             raise self._first
+
+    async def _check(self) -> None:
+        """What cannot be answered has no slot, nor waits for one. Raises: UsageError, CacheNotFound, StoreError."""
+        question = self.question
+        try:
+            if not question.text.strip():
+                raise UsageError("the question is empty.")
+            if self._at.slots.are_taken and question.session is None:  # else it is looked up at once anyway
+                await asyncio.to_thread(self._at.caches.check, question.cache)
+        except Exception as error:
+            self._at.metrics.count_error(error)
+            raise
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Pieces of the text and of the reasoning; joined they are the answer's. Raises what went wrong after the
@@ -146,7 +160,7 @@ class AnswerRun:
         try:
             answer = self._generate(emit)
         except Exception as error:
-            self._at.metrics.answers.add(1, "failed")
+            self._at.metrics.count_error(error)
             emit(error)
             return
         if answer is None:

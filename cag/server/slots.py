@@ -27,11 +27,16 @@ class Slots:
         """Requests that wait for a slot."""
         return len(self._queues)
 
+    @property
+    def are_taken(self) -> bool:
+        """Whether who comes now has to wait."""
+        return self.running >= self.num_slots
+
     async def acquire(self, tenant: str) -> None:
         """Wait for a slot; `release` it. Raises: QueueFull; what was given to `refuse`."""
         if self._refusal is not None:
             raise self._refusal
-        if self.running < self.num_slots:  # nobody waits
+        if not self.are_taken:  # nobody waits
             self.running += 1
             return
         num_waiting = self._queues.num_of(tenant)

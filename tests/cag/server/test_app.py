@@ -197,7 +197,7 @@ async def test_metrics_count_what_happened(serving):
     assert f'cag_prompt_tokens_total{{source="computed"}} {usage["computed_tokens"]}' in lines
     assert "cag_completion_tokens_total 2" in lines
     assert 'cag_answers_total{outcome="answered"} 1' in lines
-    assert 'cag_answers_total{outcome="failed"} 1' in lines
+    assert 'cag_answers_total{outcome="refused"} 1' in lines
     route = "/v1/caches/{name}/ask"
     assert f'cag_http_requests_total{{method="POST",route="{route}",status="200"}} 1' in lines
     assert 'cag_http_requests_total{method="GET",route="unmatched",status="404"} 1' in lines

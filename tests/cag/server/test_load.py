@@ -54,6 +54,21 @@ async def test_a_full_queue_is_429_and_nobody_else_is_harmed(serving, gate):
         assert (served.service.slots.running, served.service.slots.waiting) == (1, 0)
 
 
+async def test_what_cannot_be_answered_waits_for_no_slot(serving, gate):
+    wrong = [({"model": "nobody"}, 404), ({"messages": [{"role": "user", "content": " "}]}, 400)]
+    async with serving(num_slots=1) as served:
+        first = asyncio.ensure_future(served.client.post(URL, json=body(max_tokens=1)))
+        await gate.reached()
+        async with asyncio.timeout(60):
+            refused = [(await served.client.post(URL, json=body() | change)).status_code for change, _ in wrong]
+        gate.open()
+        assert (await first).status_code == 200
+        assert refused == [status for _, status in wrong]
+        counted = served.service.metrics.render()
+    assert 'cag_answers_total{outcome="refused"} 2' in counted
+    assert 'outcome="failed"' not in counted
+
+
 @pytest.mark.parametrize("path", [URL, "/v1/caches/handbook/ask"])
 async def test_who_hangs_up_a_stream_frees_the_slot_at_the_next_token(serving, gate, raw, path):
     request = body(stream=True) if path == URL else {"question": "When?", "max_tokens": LONG, "stream": True}
