@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from cag.machine.memory_limits import total_memory_bytes
 from cag.machine.runtime import choose_device, plan_runtime, usable_cores
 from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
+from cag.open_caches import OpenCache, OpenCaches
 from cag.prefix import Prefix
 from cag.prompt import template_from_json
 from cag.residency.host_copies import HostCopies
+from cag.residency.load_plan import LoadPlan, plan_load
 from cag.residency.recurrent import loaded_states
 from cag.residency.resident import ResidentPrefix
 from cag.short_model import with_rope
@@ -39,16 +42,6 @@ from cag_store.codecs import warm_up
 from cag_store.errors import CorruptEntry
 
 HOST_SHARE = 4  # of the host's memory, the part that copies of caches may take beside a GPU
-
-
-@dataclass
-class _OpenCache:
-    """A resident cache, the reader whose lease keeps its files, and how many handles use it."""
-
-    manifest: Manifest
-    resident: ResidentPrefix
-    reader: CacheReader
-    num_users: int = 0
 
 
 class Engine:
@@ -63,8 +56,7 @@ class Engine:
     def __init__(self, model: LanguageModel, store: Store) -> None:
         self.model = model
         self.store = store
-        self._open: dict[str, _OpenCache] = {}  # by the digest of the manifest
-        self._lock = threading.Lock()
+        self._open = OpenCaches()
         on_gpu = model.device.type != "cpu"
         self.host_copies = HostCopies(total_memory_bytes() // HOST_SHARE if on_gpu else 0)
 
@@ -229,13 +221,22 @@ class Engine:
         """
         return import_cache(self.store, source, name, cache=cache, on_progress=on_progress)
 
-    def open(self, name: str, *, share: bool = True, version: Manifest | None = None) -> Prefix:
+    def open(
+        self,
+        name: str,
+        *,
+        share: bool = True,
+        version: Manifest | None = None,
+        make_room: Callable[[Manifest, int], None] | None = None,
+    ) -> Prefix:
         """Open a cache; it loads in the background, and whoever asks first waits only for the layers it needs.
 
         Args:
             name: of the cache.
             share: use the resident copy when the same cache is open already.
             version: what to open instead of what the name means now; its files must be held against `gc`.
+            make_room: told what is about to be opened and how many bytes it will take on the device, before it takes
+                them; what it raises ends the opening. Not called where the resident copy is used.
 
         Raises:
             CacheNotFound: no cache of that name.
@@ -245,44 +246,26 @@ class Engine:
         """
         if share and self._open:
             digest = version.digest if version is not None else self.find(name)[0].manifest
-            with self._lock:
-                if digest in self._open:
-                    return self._handle(name, self._open[digest])
+            if (shared := self._shared(name, digest)) is not None:
+                return shared
         with translated_lookup():
             manifest, reader = self._reader(name, version)
-        try:
-            check_fingerprints(name, manifest, self.model)
-            model = with_rope(self.model, manifest.kv.rope)
-            check_tokens(name, reader, model)
-            recurrent = self._recurrent(manifest, reader)
-            overlap = self._has_cores_to_overlap() or reader.tier == "object-store"  # that one waits, not computes
-            resident = self._promoted(manifest.digest, reader) or ResidentPrefix.load(
-                reader,
-                model.kv_shapes,
-                model.kv_dtype,
-                model.device,
-                rules=model.rules,
-                overlap=overlap,
-                in_codes=model.attends_to_codes,
-                in_streams=model.decodes_streams,
-                on_host_copy=partial(self.host_copies.put, manifest.digest),
-            )
+        with ExitStack() as unless_opened:
+            unless_opened.callback(reader.close)
+            plan, recurrent = self._planned(name, manifest, reader)
+            if make_room is not None:
+                make_room(manifest, plan.num_bytes + sum(state.nbytes for state in recurrent.values()))
+            if share and (shared := self._shared(name, manifest.digest)) is not None:
+                return shared  # somebody else has opened it meanwhile
+            resident = self._resident(name, manifest.digest, plan)
             resident.recurrent = recurrent
-        except BaseException as error:
-            reader.close()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise InsufficientResources(
-                    f"the cache {name!r} takes more memory of the device {model.device} than is free: {error}",
-                    hint="Close another one, or build it with a smaller codec.",
-                ) from error
-            raise
-        opened = _OpenCache(manifest, resident, reader)
-        with self._lock:
-            if share and self._open.setdefault(manifest.digest, opened) is not opened:
-                resident.give_up()  # somebody else opened it meanwhile
-                reader.close()
-                opened = self._open[manifest.digest]
-            return self._handle(name, opened)
+            unless_opened.pop_all()
+        opened = OpenCache(manifest, resident, reader)
+        return self._handle(name, self._open.add(opened) if share else opened)
+
+    def is_open(self, manifest: Manifest) -> bool:
+        """Whether a resident copy of a cache is there, for others to share."""
+        return manifest.digest in self._open
 
     def ask(self, name: str, question: str, options: SamplingOptions | None = None, **sampling: Any) -> Answer:
         """Open a cache, answer one question, close it; the first token's time counts from before the opening."""
@@ -296,12 +279,42 @@ class Engine:
         _, manifest, reader = self.store.open_reader(name)
         return manifest, reader
 
-    def _promoted(self, digest: str, reader: CacheReader) -> ResidentPrefix | None:
-        """A cache that the host's memory still holds, on its way to the device."""
-        copy, model = self.host_copies.get(digest), self.model
-        if copy is None:
-            return None
-        return ResidentPrefix.promote(copy, reader, model.kv_shapes, model.kv_dtype, model.device)
+    def _planned(self, name: str, manifest: Manifest, reader: CacheReader) -> tuple[LoadPlan, States]:
+        """How a cache of this model will lie on the device, and what recurrent layers know behind it. Raises: as
+        `open`."""
+        check_fingerprints(name, manifest, self.model)
+        model = with_rope(self.model, manifest.kv.rope)
+        check_tokens(name, reader, model)
+        plan = plan_load(
+            reader,
+            model.kv_shapes,
+            model.kv_dtype,
+            model.device,
+            rules=model.rules,
+            in_codes=model.attends_to_codes,
+            in_streams=model.decodes_streams,
+        )
+        return plan, self._recurrent(manifest, reader)
+
+    def _resident(self, name: str, digest: str, plan: LoadPlan) -> ResidentPrefix:
+        """The cache on its way to the device, from the host's memory where that still holds it. Raises:
+        InsufficientResources."""
+        copy = self.host_copies.get(digest)
+        overlap = self._has_cores_to_overlap() or plan.reader.tier == "object-store"  # that one waits, not computes
+        try:
+            if copy is not None:
+                return ResidentPrefix.promote(copy, plan)
+            return ResidentPrefix.load(plan, overlap=overlap, on_host_copy=partial(self.host_copies.put, digest))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise InsufficientResources(
+                f"the cache {name!r} takes more memory of the device {plan.device} than is free: {error}",
+                hint="Close another one, or build it with a smaller codec.",
+            ) from error
+
+    def _shared(self, name: str, digest: str) -> Prefix | None:
+        """A handle of the resident copy, if there is one."""
+        opened = self._open.use(digest)
+        return None if opened is None else self._handle(name, opened)
 
     def _recurrent(self, manifest: Manifest, reader: CacheReader) -> States:
         """What the model's recurrent layers know behind the cache. Raises: CacheMismatch, StoreError."""
@@ -316,27 +329,15 @@ class Engine:
         on_gpu = self.model.device.type != "cpu"
         return on_gpu or usable_cores() >= self.model.plan.threads_small + self.store.workers
 
-    def _handle(self, name: str, opened: _OpenCache) -> Prefix:
-        """One more user of an open cache. The lock is held by the caller."""
-        opened.num_users += 1
+    def _handle(self, name: str, opened: OpenCache) -> Prefix:
         return Prefix(
             name,
             opened.manifest,
             opened.resident,
             with_rope(self.model, opened.manifest.kv.rope),
             load_documents=lambda: self._documents(opened.manifest),
-            on_close=lambda: self._release(opened),
+            on_close=lambda: self._open.give_back(opened),
         )
-
-    def _release(self, opened: _OpenCache) -> None:
-        with self._lock:
-            opened.num_users -= 1
-            if opened.num_users:
-                return
-            if self._open.get(opened.manifest.digest) is opened:
-                del self._open[opened.manifest.digest]
-        opened.resident.give_up()
-        opened.reader.close()
 
     def _documents(self, manifest: Manifest) -> list[Document]:
         with translated_lookup():

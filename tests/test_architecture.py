@@ -24,7 +24,7 @@ MOUNTS_BENCH = ROOT / "cag" / "cli"  # the CLI's one `bench` command
 WALK = [
     "home", "errors", "machine", "stores", "models", "words", "corpus", "retrieval", "prompt", "thinking", "ngrams",
     "forward", "model_files", "starts", "short_model", "model", "identity", "prefill", "residency", "generation",
-    "prefix", "fresh", "first_steps", "calibration", "building", "engine", "describe", "server", "cli",
+    "prefix", "fresh", "first_steps", "calibration", "building", "open_caches", "engine", "describe", "server", "cli",
 ]  # fmt: skip
 # The walk through those of its packages that are stages of their own.
 WALKS = {
@@ -36,7 +36,7 @@ WALKS = {
     ],
     "residency": [
         "uploads", "host_copies", "buffers", "angles", "basis_tensors", "segment_tensors", "stream_decoding",
-        "stream_buffers", "resident", "recurrent",
+        "stream_buffers", "load_plan", "resident", "recurrent",
     ],
     "generation": ["answer", "sentences", "citations", "speculation", "thoughts", "generate", "scheduler", "session"],
     "building": [

@@ -210,6 +210,12 @@ def _side_layout(shape: CodedShape, exact: torch.dtype) -> tuple[int, tuple[_Pla
     return first, tuple(places)
 
 
+def coded_bytes(shapes: Sequence[tuple[CodedShape, CodedShape]], exact: torch.dtype) -> int:
+    """Bytes of codes of such shapes, with what belongs to them."""
+    places = (place for both in shapes for side in both for place in _side_layout(side, exact)[1])
+    return sum(math.prod(place.size) * place.dtype.itemsize for place in places)
+
+
 class _Memory:
     """Mappings of huge pages for caches on a CPU; the last one that came free is kept for the next cache.
 

@@ -7,8 +7,10 @@ the end of the prefix only, the chunks in which queries behind it see anything.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -18,60 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cag.errors import UsageError
+from cag.errors import InsufficientResources, UsageError
 from cag.forward.state import numbers_of, sides_of
 from cag.ngrams import NgramIndex
-from cag.residency.buffers import CodedBuffers, HostBuffers
 from cag.residency.host_copies import HostCopy
-from cag.residency.stream_buffers import StreamBuffers, can_decode
+from cag.residency.load_plan import Buffers, LoadPlan, plan_of_numbers
+from cag.residency.stream_buffers import StreamBuffers
 from cag.residency.uploads import Uploads
 from cag_kernels import DensePrefix
-from cag_kernels.device import serves_codes
-from cag_kernels.prefixes import Codes
-from cag_store.codecs import CodedShape
 
 if TYPE_CHECKING:
     from cag.forward.recurrent import States
-    from cag.forward.state import AttentionRule, KvShape, PrefixSegment, Tail
-    from cag_store import CacheReader
-
-Buffers = HostBuffers | CodedBuffers | StreamBuffers
-
-
-def _attended(keys: CodedShape, values: CodedShape, device: torch.device) -> bool:
-    codes = Codes(keys.bits, values.bits, keys.group_tokens, values.group_channels)
-    return serves_codes(device, keys.head_dim, codes)
-
-
-def _codes(
-    reader: CacheReader, first_tokens: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Buffers | None:
-    """Room for the codes of a cache; None where it has none that the device attends to."""
-    shapes = reader.coded_shapes(first_tokens) if str(dtype) == f"torch.{reader.header.context.dtype}" else None
-    if shapes is None or not all(_attended(*both, device) for both in shapes):
-        return None
-    return CodedBuffers(shapes, dtype, device, through_host=device.type != "cpu")
-
-
-def _streams(
-    reader: CacheReader, first_tokens: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Buffers | None:
-    """Room for the undecoded segments of a cache; None where the codec or the kernels have no such way."""
-    shapes = reader.stream_shapes(first_tokens) if str(dtype) == f"torch.{reader.header.context.dtype}" else None
-    return None if shapes is None or not can_decode(shapes) else StreamBuffers(shapes, dtype, device)
-
-
-def _numbers(
-    reader: CacheReader,
-    first_tokens: Sequence[int],
-    shapes: Sequence[KvShape],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> HostBuffers:
-    """Room for the numbers of a cache."""
-    pairs = zip(shapes, first_tokens, strict=True)
-    sizes = [(shape.num_kv_heads, reader.num_tokens - first, shape.head_dim) for shape, first in pairs]
-    return HostBuffers.of(sizes, dtype, device, sides=shapes[0].sides)
+    from cag.forward.state import PrefixSegment, Tail
 
 
 class ResidentPrefix:
@@ -111,26 +71,10 @@ class ResidentPrefix:
 
     @classmethod
     def load(
-        cls,
-        reader: CacheReader,
-        shapes: list[KvShape],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        rules: Sequence[AttentionRule] | None = None,
-        overlap: bool = True,
-        in_codes: bool = False,
-        in_streams: bool = False,
-        on_host_copy: Callable[[HostCopy], None] | None = None,
+        cls, plan: LoadPlan, *, overlap: bool = True, on_host_copy: Callable[[HostCopy], None] | None = None
     ) -> ResidentPrefix:
-        """Start to load what `reader` holds. Returns at once; errors surface where a layer is needed. The reader stays
-        open as long as `layer` may be called.
-
-        `rules` say how each layer attends: whole chunks that its window hides from all that stands behind the prefix
-        are not loaded, unless layers that share segments with it need them.
-
-        With `in_codes` the prefix takes the bytes of its codec where that has codes that this device attends to. With
-        `in_streams` the device decodes what the store verified, where the codec's kernels can do that.
+        """Take the memory of a plan and start to load. Returns at once; errors surface where a layer is needed. The
+        plan's reader stays open as long as `layer` may be called.
 
         `on_host_copy` is given what lies in pinned memory when all layers are on a GPU.
 
@@ -138,27 +82,20 @@ class ResidentPrefix:
         gives all layers together: where loading needs the very cores that the forward runs on, one after the other is
         sooner.
         """
-        seen = [0] * len(shapes) if rules is None else [rule.first_seen(reader.num_tokens) for rule in rules]
-        # at least a chunk: no layer is without segments
-        firsts = reader.first_tokens([min(first, reader.num_tokens - 1) for first in seen])
-        host = _streams(reader, firsts, dtype, device) if in_streams else None
-        host = host or (_codes(reader, firsts, dtype, device) if in_codes else None)
-        host = host or _numbers(reader, firsts, shapes, dtype, device)
-        prefix = cls(host.layers(), reader.token_ids().astype(np.int64))
+        host = plan.take()
+        prefix = cls(host.layers(), plan.reader.token_ids().astype(np.int64))
         prefix.shares_cores = not overlap
-        prefix._reread = partial(_whole_layer, reader, shapes, dtype, device)
-        prefix._start(host, partial(prefix._read, reader, firsts, host), on_host_copy)
+        prefix._reread = partial(_whole_layer, plan)
+        prefix._start(host, partial(prefix._read, plan, host), on_host_copy)
         return prefix
 
     @classmethod
-    def promote(
-        cls, copy: HostCopy, reader: CacheReader, shapes: list[KvShape], dtype: torch.dtype, device: torch.device
-    ) -> ResidentPrefix:
-        """Start to send to the device what an earlier load of this cache left in the host's memory. Returns at once, as
+    def promote(cls, copy: HostCopy, plan: LoadPlan) -> ResidentPrefix:
+        """Start to send to the device what an earlier load by this plan left in the host's memory. Returns at once, as
         `load`."""
         host = copy.again()
-        prefix = cls(host.layers(), reader.token_ids().astype(np.int64))
-        prefix._reread = partial(_whole_layer, reader, shapes, dtype, device)
+        prefix = cls(host.layers(), plan.reader.token_ids().astype(np.int64))
+        prefix._reread = partial(_whole_layer, plan)
         prefix._start(host, partial(prefix._send, host), None)
         return prefix
 
@@ -188,16 +125,16 @@ class ResidentPrefix:
             if host.uploads is not None and on_host_copy is not None:
                 on_host_copy(host.host_copy())
             self.load_s = time.perf_counter() - start
-        except BaseException as error:  # handed to whoever waits for a layer
-            self._error = error
+        except BaseException as error:  # whoever waits for a layer gets one like it
+            self._error = _kept(error)
         finally:
             self._confirm = None  # behind the error: `wait_for` looks at both in the other order
             self.mark_loaded()
 
-    def _read(self, reader: CacheReader, first_tokens: Sequence[int], host: Buffers) -> None:
+    def _read(self, plan: LoadPlan, host: Buffers) -> None:
         arrived, soon = partial(self._arrived, host=host), not self.shares_cores
-        reader.load(host.views(), arrived, first_layer_soon=soon, first_tokens=first_tokens)
-        self.tier = reader.tier
+        plan.reader.load(host.views(), arrived, first_layer_soon=soon, first_tokens=plan.first_tokens)
+        self.tier = plan.reader.tier
 
     def _send(self, host: Buffers) -> None:
         for layer in range(len(self._ready)):
@@ -242,11 +179,16 @@ class ResidentPrefix:
         """Whether all layers are there, or will not come."""
         return self._ready[-1].is_set()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether loading has ended with an error: it must be loaded anew, by another prefix."""
+        return self._error is not None
+
     def segments(self, index: int) -> tuple[PrefixSegment, ...]:
         """Keys and values of a layer, borrowed; waits for it.
 
         Raises:
-            StoreError: what went wrong while loading.
+            StoreError, InsufficientResources: what went wrong while loading.
         """
         self.wait_for(len(self._layers) - 1 if self.shares_cores else index)
         if self._uploads is not None:
@@ -262,7 +204,7 @@ class ResidentPrefix:
         or read from the store again where the device holds only what is seen through a window.
 
         Raises:
-            StoreError: what went wrong while loading, or in reading again.
+            StoreError, InsufficientResources: what went wrong while loading, or in reading again.
         """
         segments = self.segments(index)
         if sum(segment.num_tokens for segment in segments) < self.num_tokens:
@@ -275,11 +217,11 @@ class ResidentPrefix:
         return torch.cat([segment.keys for segment in dense], 1), torch.cat([segment.values for segment in dense], 1)
 
     def wait_for(self, index: int) -> None:
-        """Wait until a layer is there. Raises: StoreError."""
+        """Wait until a layer is there. Raises: as `segments`, an error of each caller's own."""
         self._ready[index].wait()
         confirm = self._confirm
-        if self._error is not None:
-            raise self._error
+        if self._error is not None:  # what is raised gets the frames of whoever waits, and keeps what they hold
+            raise copy.copy(self._error)
         if confirm is not None:
             confirm(index)
 
@@ -292,14 +234,25 @@ class ResidentPrefix:
         self._ready[-1].wait()
 
 
-def _whole_layer(
-    reader: CacheReader, shapes: Sequence[KvShape], dtype: torch.dtype, device: torch.device, index: int
-) -> DensePrefix:
+def _kept(error: BaseException) -> BaseException:
+    """The error of a load as it is kept: too little memory by that name, and the trace as text, since frames would keep
+    the memory of the prefix."""
+    kept = copy.copy(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        kept = InsufficientResources(
+            f"loading the cache takes more memory than is free ({error}).",
+            hint="Close another one, or build it with a smaller codec.",
+        )
+    kept.add_note("".join(traceback.format_exception(error)))
+    return kept
+
+
+def _whole_layer(plan: LoadPlan, index: int) -> DensePrefix:
     """All tokens of a layer, decoded anew. Raises: StoreError."""
-    num_tokens = reader.num_tokens
-    firsts = reader.first_tokens([0 if layer == index else num_tokens for layer in range(len(shapes))])
-    host = _numbers(reader, firsts, shapes, dtype, torch.device("cpu"))
+    reader = plan.reader
+    firsts = reader.first_tokens([0 if layer == index else reader.num_tokens for layer in range(len(plan.shapes))])
+    host = plan_of_numbers(plan, firsts, torch.device("cpu")).take()
     reader.load(host.views(), first_tokens=firsts)
     (numbers,) = host.layers()[index]
-    sides = [side.to(device) for side in sides_of(*numbers_of(numbers))]
+    sides = [side.to(plan.device) for side in sides_of(*numbers_of(numbers))]
     return DensePrefix(sides[0], sides[-1])

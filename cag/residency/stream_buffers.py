@@ -62,6 +62,11 @@ def can_decode(shapes: Sequence[GroupShapes]) -> bool:
     )
 
 
+def stream_bytes(shapes: Sequence[GroupShapes], dtype: torch.dtype) -> int:
+    """Bytes of the numbers that all groups are decoded to."""
+    return sum(math.prod(size) for both in shapes for side in both for _, size in _sizes(side)) * dtype.itemsize
+
+
 class StreamBuffers:
     """Where the store puts the segments of a prefix, and what the device makes of them.
 
@@ -207,10 +212,14 @@ class StreamBuffers:
 
 
 def _room(side: StreamShape, dtype: torch.dtype, device: torch.device) -> list[tuple[LayerRun, Tensor]]:
+    """Memory for each run of layers that are alike."""
+    return [(run, torch.empty(size, dtype=dtype, device=device)) for run, size in _sizes(side)]
+
+
+def _sizes(side: StreamShape) -> list[tuple[LayerRun, tuple[int, int, int]]]:
     """`[num_kv_heads of all, num_tokens, head_dim]` for each run of layers that are alike."""
-    runs, num_tokens = layer_runs(side), sum(chunk.num_tokens for chunk in side.chunks)
-    sizes = [(sum(run.num_kv_heads), num_tokens, run.head_dim) for run in runs]
-    return [(run, torch.empty(size, dtype=dtype, device=device)) for run, size in zip(runs, sizes, strict=True)]
+    num_tokens = sum(chunk.num_tokens for chunk in side.chunks)
+    return [(run, (sum(run.num_kv_heads), num_tokens, run.head_dim)) for run in layer_runs(side)]
 
 
 def _layers_of(side: Sequence[tuple[LayerRun, Tensor]]) -> list[Tensor]:

@@ -3,18 +3,19 @@
 A cache is opened by its first request and stays, as long as its name means it. When that means another manifest,
 requests from then on use the new one; the old one is closed when its last request has ended. Sessions go on with the
 version that they were opened with: it is held beside the new one. Within a limit of bytes, a cache that needs room
-closes those that nobody uses, the ones first that cost least to load again for the bytes they hold and were used
-longest ago.
-Safe to use from several threads.
+closes those that nobody uses before it takes any, the ones first that cost least to load again for the bytes they hold
+and were used longest ago; where the machine has less than the limit, too. What several names mean is in memory once,
+and counts once. Safe to use from several threads.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from cag.engine import Engine
 from cag.errors import InsufficientResources
@@ -47,6 +48,20 @@ class _Held:
     def cost(self) -> float:
         """Seconds that loading it again would take, a byte of it; all are alike until they are loaded."""
         return self.prefix.resident.load_s / max(1, self.num_bytes)
+
+    def serves(self, digest: str | None) -> bool:
+        """Whether it is this version, and no load that has failed."""
+        return self.prefix.digest == digest and not self.prefix.resident.has_failed
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be opened: `name` in an engine's store, or a `version` of it, to be held as `held_as`."""
+
+    held_as: CacheKey
+    engine: Engine
+    name: str
+    version: Manifest | None
 
 
 @dataclass(frozen=True)
@@ -81,9 +96,10 @@ class ResidentCaches:
         """What `key` means now, or `version` whatever it means, open at least until the block ends.
 
         Raises:
-            CacheNotFound, CacheMismatch, StoreError: as `Engine.open`. A cache that fails while it is used is retired,
-                so that the next request loads it again.
-            InsufficientResources: the cache is larger than all that may be resident.
+            CacheNotFound, CacheMismatch, StoreError: as `Engine.open`. A cache that fails while it is used, or that
+                could not be loaded, is retired, so that the next request loads it again.
+            InsufficientResources: the cache is larger than all that may be resident, or than the memory that is free
+                when all are closed that nobody uses.
             QueueFull: those in use leave no room for it now.
         """
         held_as = key if version is None else self._held_as(key, version)
@@ -94,6 +110,8 @@ class ResidentCaches:
             self._retire(held_as, held)
             raise
         finally:
+            if held.prefix.resident.has_failed:
+                self._retire(held_as, held)
             self._give_back(held)
 
     def check(self, key: CacheKey) -> None:
@@ -112,7 +130,7 @@ class ResidentCaches:
         """Whether this version of the cache is open and whole."""
         with self._lock:
             held = self._held.get(key)
-        return held is not None and held.prefix.digest == digest and held.prefix.resident.is_loaded
+        return held is not None and held.serves(digest) and held.prefix.resident.is_loaded
 
     @property
     def num_resident(self) -> int:
@@ -176,68 +194,101 @@ class ResidentCaches:
         digest = _digest(engine, name) if version is None else version.digest
         with self._lock:
             held = self._held.get(held_as)
-            if held is not None and held.prefix.digest == digest:
+            if held is not None and held.serves(digest):
                 held.users += 1
                 return held, None
-        if digest is None:
-            self.drop(held_as)
-        opened = _Held(engine.open(name) if version is None else engine.open(name, version=version))
-        with self._room:  # one at a time: what is free must not be given to two
+        if held is not None and (digest is None or held.prefix.resident.has_failed):
+            self._retire(held_as, held)
+        return self._open(_Wanted(held_as, engine, name, version)), begin
+
+    def _open(self, wanted: _Wanted) -> _Held:
+        """Where memory is short, others that nobody uses are closed one by one. Raises: as `use`."""
+        while True:
             try:
-                self._make_room(held_as, opened)
-            except BaseException:
-                opened.prefix.resident.wait_quietly()  # its memory is being written to
-                opened.prefix.close()
-                raise
-            return self._install(held_as, opened), begin
+                with ExitStack() as until_held:
+                    make_room = partial(self._make_room, wanted, until_held)
+                    prefix = wanted.engine.open(wanted.name, version=wanted.version, make_room=make_room)
+                    return self._install(wanted.held_as, _Held(prefix))
+            except InsufficientResources as error:
+                if "limit_bytes" in error.facts or not self._close_unused():
+                    raise
+
+    def _make_room(self, wanted: _Wanted, until_held: ExitStack, manifest: Manifest, needed: int) -> None:
+        """Close caches that nobody uses until `needed` bytes fit, which no other thread takes before the end of
+        `until_held`. Raises: InsufficientResources with the fact `limit_bytes`, QueueFull."""
+        if self._max_bytes is None:
+            return
+        if needed > self._max_bytes:
+            raise InsufficientResources(
+                f"cache {wanted.name!r} takes {needed:,} bytes, more than {self._max_bytes:,} that may be resident.",
+                hint="Raise --max-resident-bytes, or build it with a smaller codec.",
+                limit_bytes=self._max_bytes,
+            )
+        until_held.enter_context(self._room)
+        if wanted.engine.is_open(manifest):  # another thread has opened it meanwhile: it is the same memory
+            return
+        while (victim := self._victim(wanted, needed)) is not None:
+            self._evict(victim)
 
     def _bytes_held(self) -> int:
         """Of all that is open, what only waits for its last request included. The lock is held by the caller."""
-        every = {id(held.prefix.resident): held.num_bytes for held in (*self._held.values(), *self._leaving)}
-        return sum(every.values())
+        return _bytes_of((*self._held.values(), *self._leaving))
 
-    def _make_room(self, key: CacheKey, opened: _Held) -> None:
-        """Close caches that nobody uses until `opened` fits. Raises: InsufficientResources, QueueFull."""
-        if self._max_bytes is None:
-            return
-        needed = opened.num_bytes
-        if needed > self._max_bytes:
-            raise InsufficientResources(
-                f"cache {opened.prefix.name!r} takes {needed:,} bytes, more than the {self._max_bytes:,} that may be "
-                "resident.",
-                hint="Raise --max-resident-bytes, or build it with a smaller codec.",
-            )
-        while (victim := self._victim(key, opened)) is not None:
-            self.num_evicted += 1
-            self.drop(victim)
-
-    def _victim(self, key: CacheKey, opened: _Held) -> CacheKey | None:
-        """Whom to close next so that `opened` fits; None if it does."""
+    def _victim(self, wanted: _Wanted, needed: int) -> CacheKey | None:
+        """Whom to close next so that `needed` bytes fit; None if they do."""
         assert self._max_bytes is not None
         with self._lock:
-            held = self._held.get(key)
-            if held is not None and held.prefix.digest == opened.prefix.digest:
-                return None  # another thread has opened it meanwhile: it is the same memory
+            held, spare = self._held.get(wanted.held_as), self._spare()
             if held is not None and held.users == 0:  # the older version goes anyway
-                return key
-            missing = self._bytes_held() + opened.num_bytes - self._max_bytes
-            unused = {other: one for other, one in self._held.items() if one.users == 0}
+                return wanted.held_as
+            missing = self._bytes_held() + needed - self._max_bytes
             if missing <= 0:
                 return None
-            if sum(one.num_bytes for one in unused.values()) < missing:
+            if _bytes_of(self._held[key] for key in spare) < missing:
                 raise queue_full(
-                    f"the caches in use leave no room for {opened.prefix.name!r} within {self._max_bytes:,} bytes.",
-                    RETRY_S,
+                    f"the caches in use leave no room for {wanted.name!r} within {self._max_bytes:,} bytes.", RETRY_S
                 )
-            victim = min(unused, key=lambda other: unused[other].worth)
-            self._level = max(self._level, unused[victim].worth)
-            return victim
+            return self._least(spare)
+
+    def _spare(self) -> dict[CacheKey, float]:
+        """What can be closed and what it is worth: nobody uses its memory, by this name or another. The lock is held
+        by the caller."""
+        used = {id(held.prefix.resident) for held in (*self._held.values(), *self._leaving) if held.users}
+        unused = {key: held for key, held in self._held.items() if id(held.prefix.resident) not in used}
+        worth: dict[int, float] = {}
+        for held in unused.values():
+            place = id(held.prefix.resident)
+            worth[place] = max(held.worth, worth.get(place, held.worth))
+        return {key: worth[id(held.prefix.resident)] for key, held in unused.items()}
+
+    def _least(self, spare: dict[CacheKey, float]) -> CacheKey:
+        """What goes first; from now on all others are worth at least as much. The lock is held by the caller."""
+        victim = min(spare, key=lambda key: spare[key])
+        self._level = max(self._level, spare[victim])
+        return victim
+
+    def _close_unused(self) -> bool:
+        """Close what is worth least of all that nobody uses, and wait until its memory is free; False if there is
+        nothing."""
+        with self._lock:
+            spare = self._spare()
+            victim = self._least(spare) if spare else None
+            held = None if victim is None else self._held[victim]
+        if victim is None or held is None:
+            return False
+        self._evict(victim)
+        held.prefix.resident.wait_quietly()  # until then it may be written to
+        return True
+
+    def _evict(self, key: CacheKey) -> None:
+        self.num_evicted += 1
+        self.drop(key)
 
     def _install(self, key: CacheKey, opened: _Held) -> _Held:
         """Hold `opened`, unless another thread has opened the same version meanwhile; returns the one to use."""
         with self._lock:
             chosen, surplus = opened, self._held.get(key)
-            if surplus is not None and surplus.prefix.digest == opened.prefix.digest:
+            if surplus is not None and surplus.serves(opened.prefix.digest):
                 chosen, surplus = surplus, opened
             self._held[key] = chosen
             chosen.users += 1
@@ -265,6 +316,11 @@ class ResidentCaches:
                 self._leaving.remove(held)
         if unused:
             held.prefix.close()
+
+
+def _bytes_of(held: Iterable[_Held]) -> int:
+    """Of keys and values; of what several share, once."""
+    return sum({id(one.prefix.resident): one.num_bytes for one in held}.values())
 
 
 def _digest(engine: Engine, name: str) -> str | None:

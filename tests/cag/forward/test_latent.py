@@ -16,6 +16,7 @@ from cag.generation.generate import SamplingOptions
 from cag.model import LanguageModel, ModelOptions
 from cag.model_files import prepared
 from cag.residency.buffers import HostBuffers
+from cag.residency.load_plan import plan_load
 from cag.residency.resident import ResidentPrefix
 from cag_store import Store
 from tiny import write_tiny_model
@@ -131,7 +132,9 @@ def test_one_side_is_held_once_while_tails_grow(directory):
 @pytest.mark.parametrize("codec", ["lossless", "int8", "int4"])
 def test_a_cache_is_held_once_wherever_it_is(engine, codec, tmp_path):
     report = engine.build([tmp_path / "a.txt"], name="a", codec=codec)
-    with engine.open("a") as prefix:
+    told = []
+    with engine.open("a", make_room=lambda manifest, num_bytes: told.append(num_bytes)) as prefix:
+        assert told == [prefix.resident.num_bytes]
         keys, values = prefix.resident.layer(0)
         assert keys is values and keys.shape == (1, report.num_tokens, 24)
         assert prefix.resident.num_bytes == report.num_tokens * engine.model.kv_bytes_per_token
@@ -143,7 +146,8 @@ def test_a_cache_is_held_once_wherever_it_is(engine, codec, tmp_path):
             reader.load(sent.views(), sent.arrived)
             again = sent.host_copy()
             assert again.num_bytes == prefix.resident.num_bytes
-            promoted = ResidentPrefix.promote(again, reader, engine.model.kv_shapes, torch.float32, torch.device("cpu"))
+            plan = plan_load(reader, engine.model.kv_shapes, torch.float32, torch.device("cpu"))
+            promoted = ResidentPrefix.promote(again, plan)
             promoted.wait()
         assert promoted.num_bytes == prefix.resident.num_bytes
         assert torch.equal(promoted.layer(1)[0], prefix.resident.layer(1)[0])

@@ -18,6 +18,7 @@ from cag.model import LanguageModel
 from cag.prefill import prefill
 from cag.prompt import lay_out, question_ids
 from cag.residency.buffers import HostBuffers
+from cag.residency.load_plan import plan_load
 from cag.residency.resident import ResidentPrefix
 from cag_kernels import DensePrefix, has_compiler
 from cag_store import Store
@@ -399,7 +400,7 @@ def test_a_prefix_in_codes_takes_the_bytes_of_its_codec(bfloat16_engine, corpus_
         )
         dense.mark_loaded()
         with engine.store.reader(prefix.manifest) as reader:
-            loaded = ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device)
+            loaded = ResidentPrefix.load(plan_load(reader, model.kv_shapes, model.kv_dtype, model.device))
             for layer in range(len(model.kv_shapes)):
                 assert all(map(torch.equal, loaded.layer(layer), dense.layer(layer)))
         found = model.forward(suffix, model.new_state(prefix.resident), num_logits=0)

@@ -131,6 +131,13 @@ def test_suspended_sessions_go_on(engine):
         assert told(fresh, "one") == expected[:1]
 
 
+def test_room_is_asked_for_what_recurrent_layers_know_too(engine):
+    asked = []
+    with engine.open("pumps", share=False, make_room=lambda manifest, num_bytes: asked.append(num_bytes)) as prefix:
+        assert prefix.resident.recurrent
+        assert asked == [prefix.resident.num_bytes]
+
+
 def test_guesses_are_never_run(prefix):
     answer = prefix.ask("The pump number 3 runs", max_tokens=10, speculate=True)
     assert answer.usage.drafted_tokens == 0

@@ -15,6 +15,7 @@ from cag.model import LanguageModel
 from cag.prompt import question_ids
 from cag.residency.buffers import CodedBuffers, HostBuffers, storage_view
 from cag.residency.host_copies import HostCopies
+from cag.residency.load_plan import plan_load
 from cag.residency.resident import ResidentPrefix
 from cag.server.caches import ResidentCaches
 from cag.server.tenants import OPERATOR, CacheKey, Tenants
@@ -84,7 +85,8 @@ def whole(engine, prefix):
     """The same cache, all of it resident."""
     model = engine.model
     with engine.store.reader(prefix.manifest) as reader:
-        resident = ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, model.device, in_codes=True)
+        plan = plan_load(reader, model.kv_shapes, model.kv_dtype, model.device, in_codes=True)
+        resident = ResidentPrefix.load(plan)
         resident.wait()
     assert all(sum(s.num_tokens for s in layer) == resident.num_tokens for layer in resident._layers)
     return resident
@@ -135,7 +137,9 @@ def test_windows_of_any_size(tmp_path, documents, window, first, codec):
     """Within a chunk, over several, and longer than the cache."""
     engine = Engine(loaded_model(tmp_path / "model", gemma3(window)), Store.open(tmp_path / "store"))
     engine.build(documents, name="gates", codec=codec)
-    with engine.open("gates") as prefix:
+    told = []
+    with engine.open("gates", make_room=lambda manifest, num_bytes: told.append(num_bytes)) as prefix:
+        assert told == [prefix.resident.num_bytes]
         prefix.resident.wait()
         assert first_tokens(prefix.resident) == [first, first, first, 0]
         model, complete = engine.model, whole(engine, prefix)
@@ -269,7 +273,7 @@ def test_what_is_sent_to_a_device_is_as_small(tmp_path, documents, codec):
             sizes = [(2, reader.num_tokens - first, 32) for first in firsts]
             sent = HostBuffers(HostBuffers.of(sizes, torch.bfloat16, cpu)._device, through_host=True)
         reader.load(sent.views(), sent.arrived, first_tokens=firsts)
-        again = ResidentPrefix.promote(sent.host_copy(), reader, model.kv_shapes, torch.bfloat16, cpu)
+        again = ResidentPrefix.promote(sent.host_copy(), plan_load(reader, model.kv_shapes, torch.bfloat16, cpu))
         assert sent.host_copy().num_bytes < 0.5 * whole(engine, prefix).num_bytes
         for layer, expected in enumerate(prefix.resident._layers):
             for mine, theirs in zip(again.segments(layer), expected, strict=True):

@@ -22,6 +22,7 @@ from cag.residency import stream_buffers, stream_decoding
 from cag.residency.angles import angles_on
 from cag.residency.buffers import storage_view
 from cag.residency.host_copies import HostCopies
+from cag.residency.load_plan import plan_load
 from cag.residency.resident import ResidentPrefix
 from cag.residency.stream_buffers import StreamBuffers, can_decode
 from cag.residency.uploads import Uploads
@@ -323,7 +324,8 @@ def test_no_layer_of_a_torn_group_is_ever_given_out(device, damaged):
     cache = Cache()
     shapes = [KvShape(heads, dim) for heads, dim in zip(HEADS, DIMS, strict=True)]
     with cache.reader() as reader:
-        prefix = ResidentPrefix.load(reader, shapes, cache.dtype, device, in_streams=True, on_host_copy=pytest.fail)
+        plan = plan_load(reader, shapes, cache.dtype, device, in_streams=True)
+        prefix = ResidentPrefix.load(plan, on_host_copy=pytest.fail)
         prefix.wait_quietly()
         for layer in (2, 3, 4):
             with pytest.raises(CorruptEntry, match="entropy-coded words"):
@@ -341,7 +343,7 @@ def test_a_layer_is_given_out_when_its_segments_are_confirmed_and_not_before(dev
 
     monkeypatch.setattr(Uploads, "fetch", late)
     with cache.reader() as reader:
-        prefix = ResidentPrefix.load(reader, shapes, cache.dtype, device, in_streams=True)
+        prefix = ResidentPrefix.load(plan_load(reader, shapes, cache.dtype, device, in_streams=True))
         user = threading.Thread(target=lambda: found.append(prefix.segments(0)))
         user.start()
         assert prefix._ready[0].wait(30)
@@ -441,12 +443,15 @@ QUESTION = "When does the gate open?"
 def test_questions_to_a_cache_that_the_device_decodes(engine):
     model = engine.model
     engine.host_copies = HostCopies(1 << 30)
-    with engine.open("a") as prefix:
+    told = []
+    with engine.open("a", make_room=lambda manifest, num_bytes: told.append(num_bytes)) as prefix:
+        assert told == [prefix.resident.num_bytes]
         answer = prefix.ask(QUESTION, max_tokens=5)
         assert isinstance(engine.host_copies.get(prefix.digest).again(), StreamBuffers)
         with engine.store.reader(prefix.manifest) as reader:
             assert len(reader._chunks) > 2
-            expected = ResidentPrefix.load(reader, model.kv_shapes, model.kv_dtype, torch.device("cpu"))
+            plan = plan_load(reader, model.kv_shapes, model.kv_dtype, torch.device("cpu"))
+            expected = ResidentPrefix.load(plan)
             expected.wait()
         layers = range(len(model.kv_shapes))
         want = [expected.layer(layer) for layer in layers]

@@ -10,6 +10,7 @@ from cag.model import LanguageModel, ModelOptions
 from cag.prompt import question_ids
 from cag.residency.buffers import CodedBuffers, HostBuffers
 from cag.residency.host_copies import HostCopies, HostCopy
+from cag.residency.load_plan import plan_load
 from cag.residency.resident import ResidentPrefix
 from cag_kernels import DensePrefix, QuantizedPrefix
 from cag_store import Store
@@ -45,7 +46,7 @@ def test_what_is_sent_on_is_what_the_store_decodes_in_place(engine, corpus_dir, 
         reader.load(sent.views(), sent.arrived)
         assert_same_layers(sent.layers(), prefix.resident)
         shapes, device = engine.model.kv_shapes, torch.device("cpu")
-        again = ResidentPrefix.promote(sent.host_copy(), reader, shapes, torch.bfloat16, device)
+        again = ResidentPrefix.promote(sent.host_copy(), plan_load(reader, shapes, torch.bfloat16, device))
         again.wait()
         assert again.tier == "memory"
         assert again.num_bytes == prefix.resident.num_bytes

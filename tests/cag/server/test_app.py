@@ -20,9 +20,9 @@ async def test_ready_once_the_preloaded_caches_are_resident(serving, engine, mon
     may_open, open_cache = asyncio.Event(), engine.open
     loop = asyncio.get_running_loop()
 
-    def held_back(name):
+    def held_back(name, **how):
         asyncio.run_coroutine_threadsafe(may_open.wait(), loop).result()
-        return open_cache(name)
+        return open_cache(name, **how)
 
     monkeypatch.setattr(engine, "open", held_back)
     async with serving(preload=("handbook", "manual")) as served:
@@ -53,10 +53,10 @@ async def test_a_preload_that_failed_is_tried_again_until_it_loads(serving, engi
     monkeypatch.setattr("cag.server.service.RETRY_PRELOAD_S", 0.001)
     open_cache, broken = engine.open, True
 
-    def fails_first(name):
+    def fails_first(name, **how):
         if broken:
             raise RuntimeError("secret path")
-        return open_cache(name)
+        return open_cache(name, **how)
 
     monkeypatch.setattr(engine, "open", fails_first)
     async with serving(preload=("manual", "later")) as served:
