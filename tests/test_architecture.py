@@ -30,9 +30,9 @@ WALK = [
 WALKS = {
     "machine": ["versions", "imports", "memory_limits", "huge_pages", "runtime", "allocator"],
     "forward": [
-        "recurrent", "state", "branches", "turns", "step_cost", "weights", "products", "latent", "attention_hook",
-        "mask_probe", "pages", "step_tensors", "batch", "choices", "decoder_layers", "recorded", "decoder", "replays",
-        "device_decoder", "layer_probe", "recurrent_probe", "kernels_ahead", "rope",
+        "recurrent", "waiting", "state", "branches", "turns", "step_cost", "weights", "products", "latent",
+        "attention_hook", "mask_probe", "pages", "step_tensors", "batch", "choices", "decoder_layers", "recorded",
+        "decoder", "replays", "device_decoder", "layer_probe", "recurrent_probe", "kernels_ahead", "rope",
     ],
     "residency": [
         "uploads", "host_copies", "buffers", "angles", "basis_tensors", "segment_tensors", "stream_decoding",

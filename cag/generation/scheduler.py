@@ -16,8 +16,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
+from cag.forward.waiting import WaitGivenUp, waiting_while
 from cag.generation.answer import Piece
 from cag.generation.generate import Generation, choices
 from cag.generation.speculation import share_rows
@@ -163,9 +165,15 @@ class Scheduler:
 
     def _readable(self) -> list[Request]:
         """Prompts whose prefix is there. Without any, and while nobody answers, the first prompt may compute as its
-        layers arrive: there is nobody to wait with it."""
+        layers arrive, as long as there is nobody to wait with it."""
         ready = [request for request in self._reading if request.is_ready]
         return ready if ready or self._answering else list(self._reading)[:1]
+
+    def _may_wait(self, batch: list[Request]) -> bool:
+        """Whether a batch may go on waiting for its prefix: nobody wants to leave, and nobody else could compute."""
+        with self._news:
+            every = (*self._reading, *self._arriving)
+        return not any(request.cancelled or (request.is_ready and request not in batch) for request in every)
 
     def _fitting(self, prompts: list[Request]) -> list[Request]:
         """As many of them, in order, as fit beside the answers under way; the first one always does."""
@@ -189,11 +197,14 @@ class Scheduler:
 
     def _run(self, batch: list[Request]) -> list[_Outcome]:
         """Of those that got through the forward. After an error everybody is run alone, so that it hits only those
-        whose it is."""
+        whose it is. A forward that waits for its prefix is given up for others, and run again later."""
         generations = [request.generation for request in batch]
         self.num_rows += sum(generation.num_next for generation in generations)
         try:
-            return list(zip(batch, choices(generations), strict=True))
+            with waiting_while(partial(self._may_wait, batch)):
+                return list(zip(batch, choices(generations), strict=True))
+        except WaitGivenUp:
+            return []
         except Exception as error:
             if len(batch) == 1:
                 self._leave(batch[0], error)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cag.errors import InsufficientResources, UsageError
 from cag.forward.state import numbers_of, sides_of
+from cag.forward.waiting import wait_until
 from cag.ngrams import NgramIndex
 from cag.residency.host_copies import HostCopy
 from cag.residency.load_plan import Buffers, LoadPlan, plan_of_numbers
@@ -189,6 +190,7 @@ class ResidentPrefix:
 
         Raises:
             StoreError, InsufficientResources: what went wrong while loading.
+            WaitGivenUp: see `cag.forward.waiting`.
         """
         self.wait_for(len(self._layers) - 1 if self.shares_cores else index)
         if self._uploads is not None:
@@ -218,7 +220,7 @@ class ResidentPrefix:
 
     def wait_for(self, index: int) -> None:
         """Wait until a layer is there. Raises: as `segments`, an error of each caller's own."""
-        self._ready[index].wait()
+        wait_until(self._ready[index])
         confirm = self._confirm
         if self._error is not None:  # what is raised gets the frames of whoever waits, and keeps what they hold
             raise copy.copy(self._error)

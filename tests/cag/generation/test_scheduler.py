@@ -291,3 +291,37 @@ def test_a_prefix_that_still_loads_holds_up_nobody(engine):
         scheduler.run()  # nobody else is left: it computes as its layers arrive
         assert late.error is None
         assert streams[0].finish(late).token_ids == arriving.ask("Who?", options).token_ids
+
+
+@pytest.mark.parametrize("kind", ["float32", "packed"])
+def test_who_computes_as_its_layers_arrive_makes_way(kind, tmp_path, monkeypatch):
+    """For those that can be answered at once, and for itself when it is cancelled. What it had computed leaves no
+    trace."""
+    engine = engine_of(kind, CONFIGS["llama"](), tmp_path, monkeypatch)
+    with engine.open("alpha-lossless") as here, engine.open("beta-lossless") as arriving:
+        here.resident.wait()
+        arriving.resident.wait()
+        rest = arriving.resident._ready[1:]
+        for layer in rest:
+            layer.clear()
+        scheduler, options = Scheduler(engine.model), SamplingOptions(max_tokens=4)
+
+        def asked(prefix):
+            stream = prefix.session().stream("Who?", options)
+            return stream, stream.submit(scheduler, lambda _piece: None)
+
+        (stream, late), (_, gone) = asked(arriving), asked(arriving)
+        stepping = threading.Thread(target=scheduler.run)
+        stepping.start()
+        timer = threading.Timer(5, lambda: [layer.set() for layer in rest])  # should nobody make way
+        timer.start()
+        _, soon = asked(here)
+        soon.wait()
+        gone.cancel()
+        gone.wait()
+        assert not arriving.resident.is_loaded
+        assert not late.ended
+        timer.function()
+        timer.cancel()
+        stepping.join()
+        assert stream.finish(late).token_ids == arriving.ask("Who?", options).token_ids
