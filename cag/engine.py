@@ -21,7 +21,7 @@ from cag.errors import InsufficientResources, UsageError
 from cag.forward.recurrent import States
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
-from cag.identity import check_fingerprints, check_tokens
+from cag.identity import check_fingerprints, check_prompt, check_tokens
 from cag.machine.memory_limits import total_memory_bytes
 from cag.machine.runtime import choose_device, plan_runtime, usable_cores
 from cag.model import LanguageModel, ModelOptions
@@ -240,7 +240,8 @@ class Engine:
 
         Raises:
             CacheNotFound: no cache of that name.
-            CacheMismatch: the cache belongs to another model, adapter, tokenizer or chat template.
+            CacheMismatch: the cache belongs to another model, adapter, tokenizer or chat template, or its prompt has
+                other tokens here.
             InsufficientResources: the cache takes more memory than is free.
             StoreError: a damaged manifest or chunk; chunk errors surface when the layer is needed.
         """
@@ -285,6 +286,7 @@ class Engine:
         check_fingerprints(name, manifest, self.model)
         model = with_rope(self.model, manifest.kv.rope)
         check_tokens(name, reader, model)
+        check_prompt(name, manifest, reader, model, lambda: self._documents(manifest))
         plan = plan_load(
             reader,
             model.kv_shapes,

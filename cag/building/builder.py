@@ -24,6 +24,7 @@ from cag.building.rungs import REFINED, codec_of, ladder_of
 from cag.building.trials import CodecTrials
 from cag.corpus import Document
 from cag.errors import BuildInterrupted, FidelityMissed
+from cag.identity import TOKENIZER, tokenizer_digest
 from cag.machine.allocator import large_blocks_apart
 from cag.machine.runtime import processor_name, usable_cores
 from cag.machine.versions import installed_versions
@@ -339,7 +340,7 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
             DocumentEntry(d.doc_id, d.title, d.path, digest, span.start, span.end)
             for d, digest, span in zip(build.documents, blobs, build.layout.spans, strict=True)
         ),
-        layout=build.layout.to_json(),
+        layout=build.layout.to_json() | {TOKENIZER: tokenizer_digest(model.tokenizer)},
         blob_bytes=store.blob_bytes([*blobs, *cag_store.config_resources(cache.codec)]),
         fidelity=cache.fidelity.to_json(),
         versions=installed_versions(_VERSIONED),

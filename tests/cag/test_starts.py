@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from cag import model as model_module
 from cag.errors import ModelError, UnsupportedModel
 from cag.forward.weights import PackedLinear
+from cag.identity import tokenizer_digest
 from cag.machine.runtime import RuntimePlan
 from cag.model import LanguageModel, ModelOptions
 from cag.starts import facts, reading
@@ -353,6 +354,7 @@ def test_the_tokenizer_is_that_of_the_model(directory):
     for skips in (False, True):
         options = {"skip_special_tokens": skips, "clean_up_tokenization_spaces": False}
         assert started.decode(ids, **options) == whole.decode(ids, **options)
+    assert tokenizer_digest(started) == tokenizer_digest(whole)
     assert started._whole is None
     assert started(text, add_special_tokens=True)["input_ids"] == whole(text, add_special_tokens=True)["input_ids"]
     assert started.decode(ids) == whole.decode(ids)

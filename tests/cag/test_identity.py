@@ -1,0 +1,52 @@
+"""What is found out about a cache and the model that is loaded before it is opened, beyond their fingerprints."""
+
+from dataclasses import replace
+
+import pytest
+from tokenizers import pre_tokenizers
+
+from cag.engine import Engine
+from cag.errors import CacheMismatch
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+SPACES_LOST = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), BYTES])
+
+
+def read_otherwise(engine, model_dir, steps):
+    """An engine whose tokenizer was made of the same files by another version of transformers."""
+    other = Engine.load(str(model_dir), store=engine.store)
+    other.model.tokenizer.backend_tokenizer.pre_tokenizer = steps
+    assert other.model.fingerprints == engine.model.fingerprints
+    return other
+
+
+def forget_the_tokenizer(engine, name):
+    """Let a cache be one that says nothing of what tokenized it."""
+    manifest = engine.find(name)[1]
+    layout = {key: value for key, value in manifest.layout.items() if key != "tokenizer"}
+    engine.store.commit(name, replace(manifest, layout=layout))
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_prompt_of_other_tokens_is_refused(tiny_engine, tiny_model_dir, corpus_dir, says):
+    tiny_engine.build([corpus_dir], name="here")
+    if not says:
+        forget_the_tokenizer(tiny_engine, "here")
+    other = read_otherwise(tiny_engine, tiny_model_dir, SPACES_LOST)
+    with pytest.raises(CacheMismatch, match="other tokens"):
+        other.open("here")
+    assert not other.store.backend.live_leases()
+    other.update("here", [corpus_dir])
+    other.open("here").close()
+    with pytest.raises(CacheMismatch, match="other tokens"):
+        tiny_engine.open("here")
+
+
+def test_a_prompt_of_the_same_tokens_is_taken(tiny_engine, tiny_model_dir, corpus_dir):
+    """By whatever tokenizer."""
+    tiny_engine.build([corpus_dir], name="here")
+    other = read_otherwise(tiny_engine, tiny_model_dir, pre_tokenizers.Sequence([BYTES]))
+    with other.open("here") as prefix:
+        assert prefix.ask("What?", max_tokens=2).usage.cached_tokens == len(prefix.token_ids)
+    forget_the_tokenizer(tiny_engine, "here")
+    tiny_engine.open("here").close()
