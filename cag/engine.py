@@ -21,7 +21,7 @@ from cag.errors import InsufficientResources, UsageError
 from cag.forward.recurrent import States
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
-from cag.identity import check_fingerprints, check_prompt, check_tokens
+from cag.identity import check_fingerprints, check_prompt, check_tokens, check_weights
 from cag.machine.memory_limits import total_memory_bytes
 from cag.machine.runtime import choose_device, plan_runtime, usable_cores
 from cag.model import LanguageModel, ModelOptions
@@ -240,11 +240,13 @@ class Engine:
 
         Raises:
             CacheNotFound: no cache of that name.
+            ModelError: the files of the weights were written over since they were loaded.
             CacheMismatch: the cache belongs to another model, adapter, tokenizer or chat template, or its prompt has
                 other tokens here.
             InsufficientResources: the cache takes more memory than is free.
             StoreError: a damaged manifest or chunk; chunk errors surface when the layer is needed.
         """
+        check_weights(self.model)
         if share and self._open:
             digest = version.digest if version is not None else self.find(name)[0].manifest
             if (shared := self._shared(name, digest)) is not None:

@@ -27,6 +27,12 @@ _PROBES = (
 )
 
 
+def check_weights(model: LanguageModel) -> None:
+    """Refuse a model whose weights in memory are not those of its fingerprint any more. Raises: ModelError."""
+    if model.files is not None and model.device.type == "cpu":
+        model.files.check_weights(model.fingerprints.weights)
+
+
 def check_fingerprints(name: str, manifest: Manifest, model: LanguageModel) -> None:
     """Refuse a cache that another model, adapter, tokenizer or chat template built, or one of whose prompt nothing is
     known. Raises: CacheMismatch."""

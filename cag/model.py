@@ -35,6 +35,7 @@ from cag.forward.weights import join_network
 from cag.machine.runtime import RuntimePlan, choose_device, plan_runtime
 from cag.model_files import prepared, read_parts, stop_ids
 from cag.models.fingerprint import ModelFingerprints
+from cag.models.read_files import ReadFiles
 from cag.prompt import PromptTemplate, guarded_template
 from cag.short_model import short_model
 from cag.starts.begin import Beginning, begin, can_be_kept
@@ -78,19 +79,18 @@ class LanguageModel:
         kv_dtype: torch.dtype,
         compute_dtype: torch.dtype,
         adapter: Path | None = None,
+        files: ReadFiles | None = None,
         start: Start | None = None,
         started: StartedParts | None = None,
     ) -> None:
         self._network = network if started else prepared(network)
         self._load_network = started.load_network if started else None
         self._network_lock = threading.Lock()
-        self.tokenizer = tokenizer
-        self.model_id = model_id
-        self.fingerprints = fingerprints
-        self.plan = plan
+        self.tokenizer, self.plan = tokenizer, plan
+        self.model_id, self.adapter = model_id, adapter
+        self.fingerprints, self.files = fingerprints, files
         self.kv_dtype, self.compute_dtype = kv_dtype, compute_dtype
         self.device = next(network.parameters()).device
-        self.adapter = adapter
         self.turns = ForwardTurns(plan)
         self.most_read_tokens = 0  # of one sequence, by this process
         self.decodes_streams = triton_runs_on(self.device)  # caches are decoded there, not on the CPU
@@ -160,6 +160,7 @@ class LanguageModel:
             started.tokenizer,
             model_id=model_id,
             fingerprints=started.fingerprints,
+            files=started.files,
             plan=plan,
             kv_dtype=getattr(torch, start.stored_dtype),
             compute_dtype=getattr(torch, start.compute_dtype),
@@ -383,8 +384,7 @@ class LanguageModel:
         """The quick forward for few rows, if it gives to the bit what it gave when it was last compared with that of
         the network."""
         decoder = self._recognized(self._network)
-        same = decoder is not None and digest_of(self.probe(decoder)) == start.probe_sha256
-        return decoder if same else None
+        return decoder if decoder is not None and digest_of(self.probe(decoder)) == start.probe_sha256 else None
 
     @torch.inference_mode()
     def probe(self, decoder: FewRowsDecoder, chosen: Sequence[int] | None = None) -> Tensor:

@@ -79,13 +79,15 @@ def stop_ids(network: Any, tokenizer: Any, template: PromptTemplate) -> frozense
 
 @dataclass(frozen=True)
 class ReadParts:
-    """What was read of a model: its network laid out on a device, its tokenizer, and in which types it is kept."""
+    """What was read of a model: its network laid out on a device, its tokenizer, in which types it is kept; and from
+    which files."""
 
     network: Any
     tokenizer: Any
     fingerprints: ModelFingerprints
     kv_dtype: torch.dtype
     compute_dtype: torch.dtype
+    files: ReadFiles
 
 
 def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: str, adapter: Path | None) -> ReadParts:
@@ -110,7 +112,7 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
         lay_out_weights(network, plan, compute, packs=packs)
         network = network.to(device)
     files.check_read()
-    return ReadParts(network, tokenizer.result(), fingerprints.result(), stored, compute)
+    return ReadParts(network, tokenizer.result(), fingerprints.result(), stored, compute, files)
 
 
 def read_network(directory: Path, dtype: torch.dtype) -> Any:

@@ -16,6 +16,7 @@ from cag.generation.citations import CitationIndex
 from cag.generation.generate import SamplingOptions
 from cag.generation.scheduler import Scheduler
 from cag.generation.session import AnswerStream, Session
+from cag.identity import check_weights
 from cag.model import LanguageModel
 from cag.prompt import template_from_json
 from cag.residency.resident import ResidentPrefix
@@ -104,8 +105,9 @@ class Prefix:
         return latent_layers(self.model.network)[layer].expanded(keys)
 
     def session(self) -> Session:
-        """A session with turns of its own."""
+        """A session with turns of its own. Raises: ModelError: the weights were written over since they were loaded."""
         self.check_open()
+        check_weights(self.model)
         return Session(self)
 
     def ask(

@@ -19,6 +19,7 @@ import cag_store
 from cag.building.snapshots import Snapshots
 from cag.forward.recurrent import States
 from cag.forward.state import WholeState, sides_of
+from cag.identity import check_weights
 from cag.model import LanguageModel
 from cag.prefill import BLOCK_TOKENS, prefill
 from cag.residency.buffers import HostBuffers, storage_view
@@ -112,7 +113,9 @@ class PrefixChunks:
             prefill(self.model, self.state, rest, on_block=lambda start, _: on_block(first + start))
 
     def put(self, context: ChunkContext, parent: str, start: int) -> ChunkEntry:
-        """Store the chunk of the tokens from `start` on, from what the buffers hold, unless it is there already."""
+        """Store the chunk of the tokens from `start` on, from what the buffers hold, unless it is there already.
+        Raises: ModelError: the weights that gave them are others by now."""
+        check_weights(self.model)
         end = min(start + context.chunk_tokens, self.num_tokens)
         header = ChunkHeader(
             key=cag_store.chunk_key(parent, self.token_ids[start:end], context),

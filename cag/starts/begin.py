@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cag.models import local_directory
+from cag.models.read_files import ReadFiles
 from cag.starts.facts import start_facts
 from cag.starts.reading import WeightMemory, WeightReading
 from cag.starts.record import Start, read_start, read_tokenizer_tables, record_path
@@ -27,11 +28,13 @@ class Beginning:
         directory: the model's files.
         path: of the record.
         start: what it says.
+        files: what is read.
     """
 
     def __init__(self, directory: Path, path: Path, start: Start, tables: bytes) -> None:
         self.directory, self.path, self.start = directory, path, start
         arguments = start.parameters, start.packed_sources, start.panel_rows, start.stored_dtype
+        self.files = ReadFiles.before_reading(directory)
         self._weights = WeightReading(directory, *arguments)
         self._tables = tables
 

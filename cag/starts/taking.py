@@ -20,6 +20,7 @@ from cag.forward.weights import PackedLinear, join_network, loses_in_16_bits, us
 from cag.machine.runtime import RuntimePlan
 from cag.model_files import read_network, read_tokenizer
 from cag.models.fingerprint import ModelFingerprints, model_fingerprint
+from cag.models.read_files import ReadFiles
 from cag.starts.begin import Beginning
 from cag.starts.keeping import plan_facts
 from cag.starts.network import PlainNetwork, adopt_weights, weights_of
@@ -34,6 +35,7 @@ class StartedParts:
     network: PlainNetwork
     tokenizer: KeptTokenizer
     fingerprints: ModelFingerprints
+    files: ReadFiles
     probed: ProbedNetwork
     load_network: Callable[[], Any]
 
@@ -67,6 +69,7 @@ def take_start(begun: Beginning, plan: RuntimePlan) -> StartedParts | None:
         network=network,
         tokenizer=KeptTokenizer(tables, lambda: _unchanged(read_tokenizer(directory), directory, fingerprints)),
         fingerprints=fingerprints,
+        files=begun.files,
         probed=probed,
         load_network=lambda: _unchanged(_whole_network(network, directory, plan, dtype), directory, fingerprints),
     )

@@ -1,12 +1,14 @@
 """What is found out about a cache and the model that is loaded before it is opened, beyond their fingerprints."""
 
+import os
 from dataclasses import replace
 
 import pytest
 from tokenizers import pre_tokenizers
 
 from cag.engine import Engine
-from cag.errors import CacheMismatch
+from cag.errors import CacheMismatch, ModelError
+from tiny import write_tiny_model
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 SPACES_LOST = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), BYTES])
@@ -50,3 +52,40 @@ def test_a_prompt_of_the_same_tokens_is_taken(tiny_engine, tiny_model_dir, corpu
         assert prefix.ask("What?", max_tokens=2).usage.cached_tokens == len(prefix.token_ids)
     forget_the_tokenizer(tiny_engine, "here")
     tiny_engine.open("here").close()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 0x40
+    return bytes(content)
+
+
+def test_weights_that_are_written_over_answer_nothing(tmp_path, corpus_dir):
+    """Some of them are pages of their file: what is loaded is no model that anybody knows."""
+    weights = write_tiny_model(tmp_path / "model") / "model.safetensors"
+    engine = Engine.load(str(tmp_path / "model"), store=tmp_path / "store", dtype="float32")
+    engine.build([corpus_dir], name="here")
+    prefix = engine.open("here")
+    os.utime(weights)
+    engine.open("here").close()
+    with weights.open("r+b") as stream:
+        stream.write(flip(weights))
+    for use in (
+        prefix.session,
+        lambda: engine.open("here"),
+        lambda: engine.build([corpus_dir], name="x", system_text="Other."),
+    ):
+        with pytest.raises(ModelError, match="written over"):
+            use()
+    prefix.close()
+
+
+def test_a_file_in_the_place_of_another_leaves_a_loaded_model_alone(tmp_path, corpus_dir):
+    weights = write_tiny_model(tmp_path / "model") / "model.safetensors"
+    engine = Engine.load(str(tmp_path / "model"), store=tmp_path / "store", dtype="float32")
+    engine.build([corpus_dir], name="here")
+    (tmp_path / "other").write_bytes(flip(weights))
+    os.replace(tmp_path / "other", weights)
+    engine.ask("here", "What?", max_tokens=2)
+    with pytest.raises(CacheMismatch, match="model"):
+        Engine.load(str(tmp_path / "model"), store=engine.store).open("here")
