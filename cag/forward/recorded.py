@@ -33,7 +33,7 @@ from cag_kernels.cpu.attention.segments import (
     has_tiles,
     quantized_attention_serves,
 )
-from cag_kernels.cpu.tape import Tape
+from cag_kernels.cpu.tape import Scratch, Tape
 
 if TYPE_CHECKING:
     from cag.forward.batch import Batch
@@ -58,6 +58,7 @@ class RecordedForwards:
         self._recordable = all(product.is_recordable for layer in layers for product in layer.products)
         self.rows_stay_apart = self._recordable and attends_apart(head_dim, attends_in)
         self._found: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
+        self._scratch = Scratch()
         self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # where tails lay when recorded
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()  # owners whose end is heeded
 
@@ -199,7 +200,7 @@ class _Recording:
             self._last = _Rows(num_sequences, size, cpu_paged.Tails(self.pages, self.lengths, starts, self.skipped))
         self._nothing = torch.zeros_like(self._all.hidden)
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self._tape = Tape()
+        self._tape = Tape(owner._scratch)
         self._needs: list[int] = []  # the step of each layer that is the first to need its prefix
         with self._tape.recording():
             rows, update, behind = self._all, self._nothing, None

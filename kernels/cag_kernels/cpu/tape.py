@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -81,13 +82,30 @@ class _Step(NamedTuple):
     reads: Reads | None
 
 
+class Scratch:
+    """Memory for sums under way that tapes of which one runs at a time have in common; it goes with the last of them.
+    When it has to grow, it at least doubles: what older tapes go on with is less than what the newest needs."""
+
+    def __init__(self) -> None:
+        self._memory: weakref.ref[Tensor] | None = None
+
+    def take(self, count: int) -> Tensor:
+        """At least `count` float32 of any content, for as long as the caller keeps them."""
+        memory = None if self._memory is None else self._memory()
+        if memory is None or memory.numel() < count:
+            memory = torch.empty(max(count, 0 if memory is None else 2 * memory.numel()), dtype=torch.float32)
+            self._memory = weakref.ref(memory)
+        return memory
+
+
 class Tape:
     """Steps in order. Recorded once, then run any number of times, by one caller at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch | None = None) -> None:
+        """`scratch`: shared with other tapes."""
         self._steps: list[_Step] = []
         self._kept: list[Any] = []  # what the addresses of steps and in their calls are of
-        self._scratch = torch.empty(0, dtype=torch.float32)
+        self._scratch = Scratch() if scratch is None else scratch
         self._header = np.zeros(Header.STEPS + 1, dtype=np.int64)
         self._rows = np.zeros((0, STEP_FIELDS), dtype=np.int64)
 
@@ -116,10 +134,9 @@ class Tape:
 
     def scratch(self, count: int) -> Tensor:
         """`count` float32 that any step may write and only the steps right behind it read."""
-        if self._scratch.numel() < count:
-            self._kept.append(self._scratch)
-            self._scratch = torch.empty(count, dtype=torch.float32)
-        return self._scratch[:count]
+        memory = self._scratch.take(count)
+        self._kept.append(memory)
+        return memory[:count]
 
     def run(self, first: int = 0, last: int | None = None, *, alone: bool = False) -> None:
         """Run the steps `[first, last)`, on all of torch's threads; on this one with `alone`. The results are the

@@ -206,6 +206,15 @@ def test_only_so_many_are_kept(model):
     assert len(mine) <= 3  # the pool, the prefix, and the tail of the check at loading: not one a recording
 
 
+def test_all_have_scratch_in_common(model):
+    """It grows with rows and prefix: 16 of them would be gigabytes for a large network behind a long one."""
+    prefix = prefix_of(model, 1100)
+    for count in (12, 3, 7):
+        model.forward_together([(random_ids(count), model.new_session_state(prefix))])
+    recordings = model.decoder._recorded._found.values()
+    assert len({recording._tape.scratch(1).data_ptr() for recording in recordings}) <= 1
+
+
 def loading(prefix, shares_cores):
     """As if its layers were still on their way."""
     prefix.shares_cores = shares_cores

@@ -30,8 +30,8 @@ class Work:
         out, lse = cpu_attention(query, self.keys, self.values, scale=0.1, offset=1100)
         return packed_linear(out.view(-1, 192), self.weights[1]), lse
 
-    def recorded(self, repetitions=1):
-        tape = cpu_tape.Tape()
+    def recorded(self, repetitions=1, scratch=None):
+        tape = cpu_tape.Tape(scratch)
         with tape.recording():
             for _ in range(repetitions):
                 found = self.steps()
@@ -55,6 +55,23 @@ def test_it_gives_the_bits_of_its_steps_for_whatever_lies_in_their_memory(thread
         work.check(tape, found)
         work.rows.normal_()
         work.keys.copy_(torch.randn_like(work.rows.new_empty(work.keys.shape)))
+
+
+def test_tapes_that_run_in_turn_have_scratch_in_common():
+    scratch = cpu_tape.Scratch()
+    works = [Work(num_rows, seed=num_rows) for num_rows in (3, 14, 5, 9)]
+    recorded = [work.recorded(scratch=scratch) for work in works]
+    for work, (tape, found) in [*zip(works, recorded, strict=True)] * 2:
+        work.check(tape, found)
+
+
+def test_scratch_in_common_is_little_more_than_the_most_of_it_and_goes_with_its_tapes():
+    scratch = cpu_tape.Scratch()
+    held = [scratch.take(count) for count in range(1000, 3000, 100)]
+    assert all(memory.numel() >= count for memory, count in zip(held, range(1000, 3000, 100), strict=True))
+    assert sum({memory.data_ptr(): memory.numel() for memory in held}.values()) <= 4 * 3000
+    held.clear()
+    assert scratch.take(10).numel() == 10
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
