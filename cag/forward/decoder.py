@@ -41,7 +41,7 @@ from cag.forward.weights import Product, joined_product
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba, prefix_attention
 from cag_kernels.attention import COMPILED_MAX_ROWS
 from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves
-from cag_kernels.cpu.floats import reads_floats
+from cag_kernels.cpu.floats import loops_read_floats
 
 if TYPE_CHECKING:
     from cag_kernels.cpu.paged import Tails
@@ -263,7 +263,7 @@ def recognize(
     are attended to in float32.
     """
     model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
-    if not has_numba() or not reads_floats(kv_dtype) or model is None or head is None:
+    if not has_numba() or not loops_read_floats(kv_dtype) or model is None or head is None:
         return None
     if parts_of(model) != MODEL_PARTS or parts_of(network) != {"model", "lm_head"}:
         return None

@@ -21,7 +21,7 @@ from cag_kernels.cpu.attention.segments import (
     has_numba,
     quantized_attention_serves,
 )
-from cag_kernels.cpu.floats import reads_floats
+from cag_kernels.cpu.floats import loops_read_floats
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
 from cag_kernels.merge import merge_segments
@@ -187,7 +187,7 @@ def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
         and (page_tokens % BLOCK_TOKENS == 0 or tails.pages.shape[1] == 1)
         and not query.requires_grad
         and has_numba()
-        and reads_floats(tails.keys.dtype)
+        and loops_read_floats(tails.keys.dtype)
     )
 
 

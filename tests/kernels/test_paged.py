@@ -1,6 +1,9 @@
 """Compiled attention over paged tails: the reference's numbers, and each row's bits whatever shares the call."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,6 +114,21 @@ def test_tails_of_other_types(kind, dtype):
 
     for mine, exact, plain in zip(found, reference(torch.float64), reference(torch.float32), strict=True):
         assert_close(mine, exact, plain)
+
+
+def test_loops_for_a_lesser_processor_leave_float16_to_others():
+    """numba compiles for the one that somebody has named to it, and it is no use that this one can do more."""
+    script = """
+import torch
+from cag_kernels import PagedTails, paged_attention
+from cag_kernels.prefix_reference import paged_attention_reference
+keys, values = torch.randn(2, 2, 2, 32, 64).half()
+integers = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([[0, 1]], [40], [0, 2])]
+query, tails = torch.randn(4, 2, 64), PagedTails(keys, values, *integers, 2)
+torch.testing.assert_close(*(attend(query, tails, scale=0.1) for attend in (paged_attention, paged_attention_reference)))
+"""
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 def test_scores_far_apart_stay_finite():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 
 import torch
@@ -22,3 +23,11 @@ def reads_floats(dtype: torch.dtype) -> bool:
         features = llvm.get_host_cpu_features()
         return bool(features.get("f16c", False) or features.get("fullfp16", False))
     return dtype in FLOATS
+
+
+def loops_read_floats(dtype: torch.dtype) -> bool:
+    """The same of the loops that numba compiles, which must be there. They are for its own target: another processor
+    than this one where somebody has named one (`NUMBA_CPU_NAME`, `NUMBA_CPU_FEATURES`)."""
+    named = importlib.import_module("numba").config.CPU_FEATURES  # None: those of this processor
+    widens = named is None or not {"+f16c", "+fullfp16"}.isdisjoint(named.split(","))
+    return reads_floats(dtype) and (dtype != torch.float16 or widens)

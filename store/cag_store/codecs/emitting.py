@@ -16,7 +16,10 @@ cgutils: Any = importlib.import_module("numba.core.cgutils")
 ir: Any = importlib.import_module("llvmlite.ir")
 _binding = importlib.import_module("llvmlite.binding")
 
-FEATURES: dict[str, bool] = dict(_binding.get_host_cpu_features())
+_HOST: dict[str, bool] = dict(_binding.get_host_cpu_features())
+_NAMED = numba.config.CPU_FEATURES  # of another processor that numba is to compile for; None: this one
+FEATURES = {name: has and (_NAMED is None or f"+{name}" in _NAMED.split(",")) for name, has in _HOST.items()}
+"""What the processor can do, as far as numba compiles for that."""
 
 BIT, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _MONOTONIC = 1  # a clock of Linux
@@ -96,7 +99,7 @@ def _fence(typing_context: Any) -> Any:  # noqa: ARG001
     """What was stored past the caches comes before what is stored from here on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        if FEATURES.get("sse2"):
+        if _HOST.get("sse2"):
             intrinsic(builder, "llvm.x86.sse.sfence", ir.VoidType())
         return context.get_dummy_value()
 
