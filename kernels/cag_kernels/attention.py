@@ -29,7 +29,7 @@ def segment_attention(
     Keys and values are borrowed and never changed.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or keys and values of two types.
     """
     _check_shapes(query, keys, values, offset)
     path = choose_path(query, keys, window=window, softcap=softcap, offset=offset)
@@ -89,6 +89,8 @@ def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, offset: int) -> N
     if query.ndim != 3 or keys.ndim != 3 or keys.shape != values.shape or query.shape[2] != keys.shape[2]:
         shapes = f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
         raise ValueError(f"expected [heads, tokens, head_dim] with one head_dim, found {shapes}")
+    if keys.dtype != values.dtype:
+        raise ValueError(f"expected keys and values of one type, found {keys.dtype} and {values.dtype}")
     if keys.shape[0] == 0 or query.shape[0] % keys.shape[0]:
         raise ValueError(f"{query.shape[0]} query heads are no multiple of {keys.shape[0]} key/value heads")
     if offset < 0:

@@ -163,3 +163,10 @@ def test_keys_that_are_the_values(attend, num_queries, offset):
 @pytest.mark.parametrize(("num_rows", "expected"), [(16, 1 << 20), (240, 68 * 1024), (8192, 2048), (1 << 20, 1024)])
 def test_tiles_on_a_gpu_are_as_long_as_scores_are_few(num_rows, expected):
     assert _device_tile(num_rows) == expected
+
+
+def test_keys_and_values_of_two_types_are_refused():
+    query, keys, values = make((4, 2, 64, 3, 65), torch.float32)
+    for sides in ((keys.bfloat16(), values), (keys, values.bfloat16())):
+        with pytest.raises(ValueError, match="one type"):
+            segment_attention(query, *sides, scale=1.0, offset=65)

@@ -125,7 +125,8 @@ from cag_kernels.prefix_reference import paged_attention_reference
 keys, values = torch.randn(2, 2, 2, 32, 64).half()
 integers = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([[0, 1]], [40], [0, 2])]
 query, tails = torch.randn(4, 2, 64), PagedTails(keys, values, *integers, 2)
-torch.testing.assert_close(*(attend(query, tails, scale=0.1) for attend in (paged_attention, paged_attention_reference)))
+found = [attend(query, tails, scale=0.1) for attend in (paged_attention, paged_attention_reference)]
+torch.testing.assert_close(*found)
 """
     environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

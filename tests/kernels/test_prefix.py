@@ -64,6 +64,16 @@ def test_a_plain_prefix_is_a_segment():
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["key_codes", "value_codes"])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_codes_whose_tokens_are_not_side_by_side(side, num_queries):
+    prefix, query = quantize_prefix(*normal(2, 2, 200, 64)), normal(8, num_queries, 64)
+    by_token = getattr(prefix, side).transpose(0, 1).contiguous().transpose(0, 1)
+    found = prefix_attention(query, prefix._replace(**{side: by_token}), scale=0.125)
+    for got, want in zip(found, prefix_attention(query, prefix, scale=0.125), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
 def test_a_window_goes_by_the_positions_of_the_queries():
     prefix, query = DensePrefix(*normal(2, 1, 30, 16)), normal(2, 2, 16)
     positions = torch.tensor([30, 45], dtype=torch.int32)

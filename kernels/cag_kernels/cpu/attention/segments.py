@@ -148,6 +148,7 @@ def quantized_attention_serves(query: Tensor, prefix: QuantizedPrefix) -> bool:
         and not query.requires_grad
         and compiles_codes(query.shape[2], _codes(prefix))
         and reads_floats(prefix.exact_keys.dtype)
+        and all(side.stride()[1:] == (side.shape[2], 1) for side in (prefix.key_codes, prefix.value_codes))
     )
 
 
