@@ -47,7 +47,7 @@ class AnswerStream:
         self._question = question
         self._generation = generation
         self._form = form
-        self._cached_tokens = session.num_cached_tokens
+        self._cached_tokens, self._num_answered = session.num_cached_tokens, session.num_answered
         self._was_resident = was_resident
         self._has_begun = False
         self._answer: Answer | None = None
@@ -95,7 +95,7 @@ class AnswerStream:
     def _begin(self) -> None:
         if self._has_begun:
             raise UsageError("this stream was read before.", hint="Make a stream for each question.")
-        self._session.begin_turn(self._cached_tokens)
+        self._session.begin_turn(self._num_answered)
         self._has_begun = True
 
     def _end(self) -> None:
@@ -144,6 +144,7 @@ class Session:
 
     Attributes:
         turns: (question, answer) pairs so far.
+        num_answered: turns that later questions stand behind, interrupted ones included.
     """
 
     def __init__(self, prefix: Prefix) -> None:
@@ -153,7 +154,7 @@ class Session:
         self._state = prefix.model.new_session_state(prefix.resident)
         self._busy = False
         self._begun_at = 0  # tokens of the tail before the running answer
-        self._answered = False
+        self.num_answered = 0
         self._read: list[int] = []  # tokens of the tail
         self._unread: list[int] = []  # tokens of the last answer that no forward has seen yet
 
@@ -207,14 +208,14 @@ class Session:
         """Bytes of what recurrent layers know behind its own tokens; keys and values lie in pages of the model."""
         return self._state.recurrent_bytes
 
-    def begin_turn(self, cached_tokens: int) -> None:
-        """Before an answer to a question that was laid out behind `cached_tokens`; `end_turn` behind it.
+    def begin_turn(self, num_answered: int) -> None:
+        """Before an answer to a question that was laid out behind `num_answered` turns; `end_turn` behind it.
 
         Raises:
             UsageError: another answer of the session is still running, or has begun since.
         """
         self._check_idle()
-        if self.num_cached_tokens != cached_tokens:
+        if self.num_answered != num_answered:
             raise UsageError(
                 "another answer of the session has begun since this stream was made.",
                 hint="Make the stream of a question when the answer before it is there.",
@@ -232,7 +233,7 @@ class Session:
         elif generation.reasoning_tokens:
             self._forget_thoughts(generation, form)
         else:
-            self._answered = True
+            self.num_answered += 1
             forwarded = min(forwarded, len(generation.token_ids))  # more if an interrupt came before a draft was judged
             self._state.rewind(self._begun_at + len(generation.suffix_ids) + forwarded)
             self._read += generation.suffix_ids + generation.token_ids[:forwarded]
@@ -247,7 +248,7 @@ class Session:
         asked = len(encode(model.tokenizer, form.template.after, special=True))
         question = generation.suffix_ids[: len(generation.suffix_ids) - asked]
         stays = len(question) if model.recurrent is None else 0
-        self._answered = True
+        self.num_answered += 1
         self._state.rewind(self._begun_at + stays)
         self._read += question[:stays]
         self._unread = question[stays:] + given_answer_ids(model.tokenizer, form.given, generation.text)
@@ -293,7 +294,7 @@ class Session:
         """
         begin = time.perf_counter() if started_at is None else started_at
         _check_asked(question, history, begin)
-        if history and self._answered:
+        if history and self.num_answered:
             raise UsageError("the session has turns of its own.", hint="Replay a history in a new session.")
         self.prefix.check_open()
         was_resident = started_at is None and self.prefix.resident.is_loaded
@@ -324,7 +325,7 @@ class Session:
         tokenizer = self.prefix.model.tokenizer
         turns = [(asked, without_thoughts(answer, form.marks)) for asked, answer in history]
         self._refuse_beyond("".join(text.strip() for text in (*(text for turn in turns for text in turn), question)))
-        if self._answered:
+        if self.num_answered:
             return self._unread + next_question_ids(tokenizer, form.template, question)
         return conversation_ids(tokenizer, form.template, turns, question, given=form.given)
 

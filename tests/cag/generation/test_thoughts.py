@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cag.engine import Engine
+from cag.errors import UsageError
 from cag.fresh import ask_fresh
 from cag.generation.answer import Piece, joined
 from cag.generation.generate import DEFAULT_MAX_TOKENS, THOUGHT_TOKENS, SamplingOptions
@@ -380,9 +381,13 @@ def test_recurrent_layers_forget_thoughts_too(family, tmp_path, monkeypatch):
     engine = engine_of(tmp_path, CHOOSES, THINK, FAMILIES[family]())
     with engine.open("handbook") as prefix:
         session = prefix.session()
+        stale = session.stream("Who says so?", think=True)
         with monkeypatch.context() as patch:
             Forced(patch, prefix.model).say(thoughts_of(prefix) + "At seven.", thoughts_of(prefix) + "I do.")
-            session.ask("When?", think=True), session.ask("Who says so?", think=True)
+            session.ask("When?", think=True)
+            with pytest.raises(UsageError, match="has begun since"):  # as many tokens are kept as before
+                list(stale)
+            session.ask("Who says so?", think=True)
         stream = session.stream("And why?", max_tokens=6, think=True)
         behind = [*prefix.token_ids.tolist(), *session._read, *stream._generation.suffix_ids]
         turns = [("When?", "At seven."), ("Who says so?", "I do.")]
