@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import os
 import sys
 
 import pytest
@@ -75,17 +76,29 @@ def test_code_for_other_types_is_not_taken(doubled, tmp_path):
     doubled(3, 1.5)
 
 
-def test_a_disk_that_is_full_costs_nothing_but_the_code(kept_code, doubled, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "no space left")
-
-    monkeypatch.setattr(kept_code._Files, "_save_data", full)
-    assert [doubled(3), doubled(3)] == [0, 0]
-
-
 def test_without_a_place_to_write_code_is_made_each_time(kept_code, doubled, monkeypatch):
     def refused(function):
         raise RuntimeError("no locator")
 
     monkeypatch.setattr(kept_code, "_KeptCode", refused)
     assert [doubled(3), doubled(3)] == [0, 0]
+
+
+@pytest.mark.parametrize("damage", [None, *BROKEN])
+def test_a_full_disk_keeps_nobody_from_the_code(kept_code, doubled, tmp_path, monkeypatch, damage):
+    """Nor does an index that cannot be read, nor cleared."""
+    if damage is not None:
+        doubled(3)
+        (index,) = files(tmp_path, "nbi")
+        index.write_bytes(BROKEN[damage](index.read_bytes()))
+
+    def full(path, mode="r"):
+        if "w" in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_code._caching, "open", full, raising=False)
+        assert [doubled(3), doubled(3)] == [0, 0]
+    doubled(3)
+    assert doubled(3) == 1

@@ -44,8 +44,8 @@ class _KeptCode(_caching.FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, types: Any, data: Any) -> None:
-        """Keep code; where it cannot be written (a full disk), it is compiled again by the next process."""
-        with contextlib.suppress(OSError):
+        """Without room for it, or where a damaged index could not be cleared, nothing is kept."""
+        with contextlib.suppress(Exception):
             super().save_overload(types, data)
 
 

@@ -121,14 +121,18 @@ def _keep(name: str, code: bytes) -> None:
     for folder in _folders():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"{name}.{os.getpid()}"
-            try:
-                temporary.write_bytes(sha256(code).digest() + code)
-                temporary.replace(folder / name)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+            _write(folder / name, sha256(code).digest() + code)
             for other in folder.glob(f"{build}-*.code"):
                 if not other.name.startswith(f"{build}-{sources}-"):
                     other.unlink(missing_ok=True)
             return
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All at once, or nothing."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
