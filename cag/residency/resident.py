@@ -239,12 +239,16 @@ class ResidentPrefix:
 def _kept(error: BaseException) -> BaseException:
     """The error of a load as it is kept: too little memory by that name, and the trace as text, since frames would keep
     the memory of the prefix."""
-    kept = copy.copy(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        kept = InsufficientResources(
+        kept: BaseException = InsufficientResources(
             f"loading the cache takes more memory than is free ({error}).",
             hint="Close another one, or build it with a smaller codec.",
         )
+    else:
+        try:
+            kept = copy.copy(error)
+        except Exception:  # of a class that is not made from what it says of itself
+            kept = RuntimeError(f"{type(error).__name__}: {error}")
     kept.add_note("".join(traceback.format_exception(error)))
     return kept
 

@@ -92,6 +92,13 @@ def test_a_cache_that_fails_is_opened_again(caches):
         assert use.prefix is not failed.prefix
 
 
+class MadeOfMore(Exception):
+    """An error that cannot be made anew from what it says of itself."""
+
+    def __init__(self, what, when):
+        super().__init__(f"{what} {when}")
+
+
 def fail_once(monkeypatch, error):
     """The next load ends with `error`."""
     load, errors = CacheReader.load, [error]
@@ -110,6 +117,7 @@ def fail_once(monkeypatch, error):
         (MemoryError("a moment"), InsufficientResources),
         (torch.OutOfMemoryError("a moment"), InsufficientResources),
         (RuntimeError("a moment"), RuntimeError),
+        (MadeOfMore("a", "moment"), RuntimeError),
     ],
     ids=lambda value: type(value).__name__,
 )
