@@ -21,7 +21,7 @@ _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(cod
 
 def print_json(value: Mapping[str, Any]) -> None:
     """The one object of a command called with `--json`."""
-    is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"  # text in memory has no encoding
     print(json.dumps(value, ensure_ascii=not is_utf8), flush=True)
 
 

@@ -1,9 +1,11 @@
 """What only a real process shows: quick starts, a clean stdout, Ctrl-C, a reader that has gone."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cag.cli.output import print_json
 from cag.machine import runtime
 from cag.machine.runtime import RuntimePlan
 from cag_kernels import has_compiler
@@ -62,6 +65,9 @@ def test_a_stdout_that_lacks_a_character_gets_an_escape(book):
     code = "import cag.cli; cag.cli._open_standard_streams(); print('5 \u20ac')"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert printed.stdout == b"5 \\u20ac\n"
+    with redirect_stdout(io.StringIO()) as kept:  # text in memory has no encoding
+        print_json({"price": "5 \u20ac"})
+    assert kept.getvalue() == '{"price": "5 \u20ac"}\n'
 
 
 def test_an_error_that_nobody_reads_is_no_other_error(book):
