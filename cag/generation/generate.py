@@ -141,6 +141,7 @@ class Generation:
         drafted_tokens, accepted_tokens: guesses that were run, and those that were right.
         finish_reason: "stop" or "length".
         finished: whether nothing is left to do.
+        was_cut: whether `token_ids` say more than `text`, which ends before a stop string.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class Generation:
         self.text = self.reasoning = ""
         self.reasoning_tokens = 0
         self.finish_reason = "length"
-        self.finished = False
+        self.finished = self.was_cut = False
         self.prefill_s = self.ttft_s = self.tpot_s = self.total_s = self.answer_ttft_s = 0.0
         self._exactly = options.speculate is None  # drafts only where a row's bits do not depend on others
         self._guess: list[int] = []
@@ -320,7 +321,7 @@ class Generation:
         """End the text before the first stop string, if one is there."""
         found = [at for at in (self.text.find(stop) for stop in self.stop_strings) if at >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            self.text, self.was_cut = self.text[: min(found)], True
         return bool(found)
 
     def _shown(self) -> str:

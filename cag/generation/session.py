@@ -156,7 +156,7 @@ class Session:
         self._begun_at = 0  # tokens of the tail before the running answer
         self.num_answered = 0
         self._read: list[int] = []  # tokens of the tail
-        self._unread: list[int] = []  # tokens of the last answer that no forward has seen yet
+        self._unread: list[int] = []  # tokens of the last turn that no forward has seen yet
 
     @property
     def prefix(self) -> Prefix:
@@ -225,33 +225,34 @@ class Session:
 
     def end_turn(self, generation: Generation, form: AnswerForm, *, keep: bool = True) -> None:
         """However an answer has ended, the session is ready for the next question. What has been said so far is
-        remembered, unless `keep` is False; of thoughts nothing is, and who was interrupted in them said nothing."""
+        remembered, unless `keep` is False; of thoughts and of what a stop string has cut nothing is, and who was
+        interrupted in thoughts said nothing."""
         forwarded = self._state.num_tail - self._begun_at - len(generation.suffix_ids)
         unsaid = generation.is_thinking and not generation.finished
         if forwarded < 0 or unsaid or not keep:  # not all of the question was read, or nobody heard: it was not asked
             self._state.rewind(self._begun_at)
-        elif generation.reasoning_tokens:
-            self._forget_thoughts(generation, form)
         else:
             self.num_answered += 1
             forwarded = min(forwarded, len(generation.token_ids))  # more if an interrupt came before a draft was judged
-            self._state.rewind(self._begun_at + len(generation.suffix_ids) + forwarded)
-            self._read += generation.suffix_ids + generation.token_ids[:forwarded]
-            self._unread = generation.token_ids[forwarded:]
+            read = generation.suffix_ids + generation.token_ids[:forwarded]
+            turn = self._remembered(generation, form)
+            stays = _num_common(read, turn)
+            if stays < len(read) and self.prefix.model.recurrent is not None:
+                stays = 0  # these can go back to the beginning of the turn alone
+            self._state.rewind(self._begun_at + stays)
+            self._read += turn[:stays]
+            self._unread = turn[stays:]
         self._state.mark()
         self._busy = False
 
-    def _forget_thoughts(self, generation: Generation, form: AnswerForm) -> None:
-        """Go back to the end of the question, or to its beginning where only that can be gone back to: the next block
-        reads the answer as the template has given ones."""
-        model = self.prefix.model
-        asked = len(encode(model.tokenizer, form.template.after, special=True))
-        question = generation.suffix_ids[: len(generation.suffix_ids) - asked]
-        stays = len(question) if model.recurrent is None else 0
-        self.num_answered += 1
-        self._state.rewind(self._begun_at + stays)
-        self._read += question[:stays]
-        self._unread = question[stays:] + given_answer_ids(model.tokenizer, form.given, generation.text)
+    def _remembered(self, generation: Generation, form: AnswerForm) -> list[int]:
+        """The question and its answer as later ones are to see them. Of one with thoughts, or that a stop string has
+        cut, the text is left, read as the template has answers that were given."""
+        asked, tokenizer = generation.suffix_ids, self.prefix.model.tokenizer
+        if not (generation.reasoning_tokens or generation.was_cut):
+            return asked + generation.token_ids
+        asked = asked[: len(asked) - len(encode(tokenizer, form.template.after, special=True))]
+        return asked + given_answer_ids(tokenizer, form.given, generation.text)
 
     def ask(
         self,
@@ -338,6 +339,12 @@ class Session:
                 f"the question has more than the {room} tokens that are left of a window of {model.window_tokens}.",
                 hint="Shorten the question, start a new session, or use fewer documents.",
             )
+
+
+def _num_common(some: Sequence[int], others: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = zip(some, others, strict=False)
+    return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))
 
 
 def _check_asked(question: object, history: object, started_at: object) -> None:

@@ -245,6 +245,34 @@ def test_stop_strings_end_answers_and_no_thoughts(prefix, forced):
     assert (answer.text, answer.reasoning, answer.finish_reason) == ("At seven", "it says seven.", "stop")
 
 
+@pytest.mark.parametrize("stop", [" in", "even", "At", "."])
+def test_what_a_stop_string_has_cut_is_seen_by_no_later_question(prefix, monkeypatch, stop):
+    expect_turns_as_replayed(prefix, monkeypatch, stop)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1"])
+def test_recurrent_layers_forget_what_was_cut_too(family, tmp_path, monkeypatch):
+    engine = engine_of(tmp_path, CHOOSES, THINK, FAMILIES[family]())
+    with engine.open("handbook") as prefix:
+        expect_turns_as_replayed(prefix, monkeypatch, stop="even")
+
+
+def expect_turns_as_replayed(prefix, monkeypatch, stop):
+    """A third question behind two answers that were cut, as behind the texts of those."""
+    session = prefix.session()
+    with monkeypatch.context() as patch:
+        Forced(patch, prefix.model).say(*["At seven in the morning."] * 2)
+        for question in ("When?", "Really?"):
+            assert session.ask(question, stop=stop).finish_reason == "stop"
+    replayed = prefix.session().stream("And why?", history=session.turns, max_tokens=6)
+    stream = session.stream("And why?", max_tokens=6)
+    assert session._read + stream._generation.suffix_ids == replayed._generation.suffix_ids
+    assert prefix.model.recurrent or session._read
+    for answered in (stream, replayed):
+        list(answered)
+    assert stream.answer.token_ids == replayed.answer.token_ids
+
+
 @pytest.mark.parametrize("speculate", [False, True])
 def test_streams_and_drafts_and_company_give_the_same(prefix, forced, speculate):
     script = thoughts_of(prefix, "The alpha gate opens at seven") + "The alpha gate opens at seven."
