@@ -41,7 +41,8 @@ class LatentLayer(nn.Module):
         them its `value_dim` values."""
         super().__init__()
         self._caught: Tensor | None = None
-        whole: Tensor = projection.weight.detach().float()
+        with torch.inference_mode(False):  # calibration asks for gradients through it
+            whole: Tensor = projection.weight.detach().float()
         by_head = whole.view(num_heads, -1, whole.shape[1])
         self.plain_dim, self.rank = by_head.shape[1] - value_dim, whole.shape[1]
         self._keys = HeadProducts(by_head[:, : self.plain_dim])

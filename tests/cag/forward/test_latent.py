@@ -155,6 +155,15 @@ def test_a_cache_is_held_once_wherever_it_is(engine, codec, tmp_path):
         assert prefix.ask("Why?", OPTIONS).token_ids == answer.token_ids
 
 
+def test_gradients_pass_through_latents(tmp_path):
+    """As calibration asks for them, in a model whose weights were widened for latents."""
+    model = LanguageModel.load(write_tiny_model(tmp_path, config=config(), dtype=torch.bfloat16), model_id="m")
+    layer = getattr(latents_in(model.network)[0], LATENT)
+    query = torch.ones(4, 3, 24, requires_grad=True)
+    layer.found(layer.asked(query)).sum().backward()
+    assert query.grad[..., :16].all() and not query.grad[..., 16:].any()  # rotated parts are no values
+
+
 def test_inspection_shows_keys_and_values(engine, directory, tmp_path, monkeypatch):
     engine.build([tmp_path / "a.txt"], name="a", codec="lossless")
     made = {}
