@@ -23,6 +23,7 @@ from cag_store.errors import (
     UnsupportedBackend,
     UnsupportedFormat,
 )
+from cag_store.paths import blob_path
 from cag_store.testing import BackendConformance
 from object_server import BUCKET, QUICK
 from torture import in_child, outcome
@@ -76,6 +77,25 @@ def test_foreign_prefixes_and_versions_are_refused(s3_url):
     client.write("format", [b"cag-store 2\n"])
     with pytest.raises(UnsupportedFormat, match="cag-store 2"):
         open_backend(s3_url)
+
+
+def test_what_others_put_below_the_prefix_stops_nothing_and_stays():
+    server = MemoryStore()
+    store = Store(ObjectBackend("memory://", replace(QUICK, expiry_s=-10), server))
+    address = store.put_blob(b"a text")
+    foreign = [
+        "blobs/.DS_Store",
+        "blobs/lost+found/x",
+        "refs/._a.json",
+        "manifests/ab/a.json.bak",
+        "leases/.x",
+        "tmp/.x",
+    ]
+    for path in foreign:
+        server.put(path, b"1")
+    assert (store.names(), list(store.backend.list("refs"))) == ([], [])
+    assert store.gc(grace_s=-10).removed == (blob_path(address),)
+    assert [server.head(path)["path"] for path in foreign] == foreign
 
 
 def test_a_cache_on_a_server_is_read_as_it_was_written(s3_url, small):

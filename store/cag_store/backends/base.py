@@ -119,7 +119,8 @@ class Backend(ReadableBackend):
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects below the folder `prefix`, in no particular order."""
+        """All objects below the folder `prefix`, in no particular order; without what has a name that no object can
+        have."""
 
     @abstractmethod
     def stat(self, path: str) -> ObjectInfo:
@@ -163,8 +164,13 @@ class Backend(ReadableBackend):
         return False
 
 
+def is_path(path: str) -> bool:
+    """Whether an object can have this path."""
+    return _PATH.fullmatch(path) is not None
+
+
 def checked_path(path: str) -> str:
     """`path` when it is a plain relative one. Raises: InvalidName."""
-    if not _PATH.fullmatch(path):
+    if not is_path(path):
         raise InvalidName(f"{path!r} is not a path of an object", found=path)
     return path

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path
+from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path, is_path
 from cag_store.backends.local import FORMAT_TEXT
 from cag_store.backends.object_client import CREATE, ObjectClient, ObjectFacts, ObjectOptions, Version
 from cag_store.backends.object_errors import ConditionFailed
@@ -132,8 +132,9 @@ class ObjectBackend(Backend):
         if prefix.split("/")[0] in _TOUCHABLE:
             touched = {path: facts.modified_s for path, facts in self._client.list(f"{_TOUCHED}/{prefix}")}
         for path, facts in self._client.list(prefix):
-            modified_s = max(facts.modified_s, touched.get(f"{_TOUCHED}/{path}", 0.0))
-            yield ObjectInfo(path, facts.size_bytes, modified_s)
+            if is_path(path):
+                modified_s = max(facts.modified_s, touched.get(f"{_TOUCHED}/{path}", 0.0))
+                yield ObjectInfo(path, facts.size_bytes, modified_s)
 
     def stat(self, path: str) -> ObjectInfo:
         """See `Backend`."""
@@ -177,7 +178,7 @@ class ObjectBackend(Backend):
         found = [
             ObjectInfo(path, facts.size_bytes, facts.modified_s)
             for path, facts in self._client.list(TEMPORARY)
-            if facts.modified_s < limit
+            if is_path(path) and facts.modified_s < limit
         ]
         if not dry_run:
             self._client.delete([info.path for info in found])
