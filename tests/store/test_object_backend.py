@@ -79,6 +79,28 @@ def test_foreign_prefixes_and_versions_are_refused(s3_url):
         open_backend(s3_url)
 
 
+@pytest.mark.parametrize("begin", [Store.build_lease, lambda store: store.backend.acquire_lease({"kind": "reader"})])
+def test_a_new_store_is_open_to_others_before_its_first_chunk(begin, small):
+    """Which may take minutes, and never comes when the process is killed: nothing is released then."""
+    server = MemoryStore()
+    held = begin(Store(ObjectBackend("memory://", store=server)))
+    small().build(Store(ObjectBackend("memory://", store=server)))
+    assert Store(ObjectBackend("memory://", store=server)).verify("small").ok
+    held.release()
+
+
+def test_a_store_that_is_made_while_it_is_opened_is_not_foreign(monkeypatch):
+    server, listed = MemoryStore(), ObjectClient.list
+    first = ObjectBackend("memory://", store=server)
+
+    def made_meanwhile(client, prefix):
+        first.put_if_absent("chunks/x", [b"1"])
+        return listed(client, prefix)
+
+    monkeypatch.setattr(ObjectClient, "list", made_meanwhile)
+    assert ObjectBackend("memory://", store=server).get("chunks/x", 1) == b"1"
+
+
 def test_what_others_put_below_the_prefix_stops_nothing_and_stays():
     server = MemoryStore()
     store = Store(ObjectBackend("memory://", replace(QUICK, expiry_s=-10), server))

@@ -55,7 +55,7 @@ class ObjectBackend(Backend):
         self._guard = threading.Lock()
         self._scopes = _Scopes()
         self._conditional: bool | None = None  # not known before the first write
-        self._check_format()
+        self._is_new = not self._check_format()
 
     def get(self, path: str, max_bytes: int) -> bytes:
         """See `Backend`."""
@@ -160,12 +160,14 @@ class ObjectBackend(Backend):
     def locked(self, name: str, shared: bool = False, timeout_s: float = 60.0) -> Iterator[None]:
         """See `Backend`. What is read under it is what `replace` then expects to replace."""
         checked_path(f"{LOCKS}/{name}")
-        conditional = shared or self._prepare()
+        conditional = (shared and not self._is_new) or self._prepare()
         with self._locks.locked(name, shared, timeout_s, conditional) as held, self._scopes.entered(held):
             yield
 
     def acquire_lease(self, content: dict[str, Any]) -> Lease:
         """See `Backend`."""
+        if self._is_new:
+            self._prepare()
         return self._locks.lease(content)
 
     def live_leases(self) -> Sequence[dict[str, Any]]:
@@ -254,25 +256,33 @@ class ObjectBackend(Backend):
             return True
         return False
 
-    def _check_format(self) -> None:
-        """Raises: UnsupportedFormat unless this is a store of this version, or nothing."""
-        try:
-            found = bytes(self._client.read(_FORMAT)[0][:64]).decode("ascii", "replace")
-        except EntryNotFound:
+    def _check_format(self) -> bool:
+        """Whether this is a store; else there is nothing. Raises: UnsupportedFormat for anything else."""
+        found = self._marker()
+        if found is None:
             foreign = next((path for path, _ in self._client.list(None)), None)
-            if foreign is not None:
-                raise UnsupportedFormat(
-                    f"{self.url} is not a store: it holds {foreign!r}, but no object 'format'; name an empty prefix",
-                    expected=FORMAT_TEXT,
-                    found=None,
-                ) from None
-            return
+            if foreign is None:
+                return False
+            found = self._marker()  # of a store that was made since it was looked for
+        if found is None:
+            raise UnsupportedFormat(
+                f"{self.url} is not a store: it holds {foreign!r}, but no object 'format'; name an empty prefix",
+                expected=FORMAT_TEXT,
+                found=None,
+            )
         if found != FORMAT_TEXT:
             raise UnsupportedFormat(
                 f"{self.url} says {found!r}; this program reads {FORMAT_TEXT!r}: use the version that wrote it",
                 expected=FORMAT_TEXT,
                 found=found,
             )
+        return True
+
+    def _marker(self) -> str | None:
+        try:
+            return bytes(self._client.read(_FORMAT)[0][:64]).decode("ascii", "replace")
+        except EntryNotFound:
+            return None
 
 
 class _Scopes(threading.local):
