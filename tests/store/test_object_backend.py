@@ -142,6 +142,22 @@ def test_a_cache_on_a_server_is_read_as_it_was_written(s3_url, small):
     assert list(store.backend.list("chunks")) == []
 
 
+def test_requests_are_counted_by_objects_and_not_by_segments(proxy, s3_url, small):
+    cache, store = small(), Store.open(s3_url)
+    manifest = cache.build(store)
+    assert len(manifest.chunks) == 3  # of 6 segments each
+
+    def requests(work, method, below):
+        proxy.requests.clear()
+        work()
+        return sum(request.method == method and f"/{below}/" in request.path for request in proxy.requests)
+
+    assert requests(lambda: store.verify("small"), "GET", "chunks") == 2 * 3
+    assert requests(lambda: cache.put_chunks(store), "GET", "chunks") == 5 * 3
+    assert requests(lambda: store.put_blob(cache.texts[0]), "GET", "blobs") == 1
+    assert requests(lambda: store.put_blob(cache.texts[0]), "PUT", f"{s3_url.rpartition('/')[2]}/blobs") == 0
+
+
 @pytest.mark.slow
 def test_what_was_touched_is_young(s3_url):
     backend = open_backend(s3_url)

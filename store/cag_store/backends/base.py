@@ -93,10 +93,6 @@ class ReadableBackend(ABC):
         """The first `length` bytes of an object are read soon; where that helps, they are fetched meanwhile. Never
         raises."""
 
-    def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """`get_range` for each (offset, length), in their order."""
-        return [self.get_range(path, offset, length) for offset, length in ranges]
-
     def forget(self, path: str) -> bool:  # noqa: ARG002
         """Drop copies of the object that are kept nearby, as they proved wrong; whether there was one."""
         return False
