@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import cag_store
@@ -79,6 +80,11 @@ class Build:
     def store(self) -> Store:
         """Where the cache goes."""
         return self.chunks.store
+
+    @cached_property
+    def blobs(self) -> list[str]:
+        """The addresses of the documents' texts, which are stored when this is first asked for."""
+        return [self.store.put_blob(document.text.encode()) for document in self.documents]
 
     def report(self, stage: str, done_tokens: int, total_tokens: int | None = None) -> None:
         """Tell how far the build is; without `total_tokens` of those of the prefix."""
@@ -154,7 +160,9 @@ class Build:
         branches = make_probes(model.tokenizer, self.layout, self.documents, room)
         begin = time.perf_counter()
         states = self.chunks.snapshots.listed(context.codec, all_places=True)
-        besides_bytes = self._text_bytes() + (states.snapshots[-1].stored_bytes if states is not None else 0)
+        besides_bytes = self.store.blob_bytes(self.blobs)
+        if states is not None:
+            besides_bytes += states.snapshots[-1].stored_bytes
         with (
             large_blocks_apart(),
             CodecTrials(self.chunks, exact, context, branches, besides_bytes, bound, self.report) as trials,
@@ -237,10 +245,6 @@ class Build:
         size = self.chunks.context(codec).chunk_tokens
         self.recomputed_tokens = max(0, min(here * size, self.chunks.num_tokens) - len(exact) * size)
 
-    def _text_bytes(self) -> int:
-        """Store the documents' texts; the size of their blobs."""
-        return self.store.blob_bytes([self.store.put_blob(document.text.encode()) for document in self.documents])
-
 
 def build_cache(
     model: LanguageModel,
@@ -316,7 +320,6 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
     """What is committed of a build that ended in `cache`."""
     model, store = build.chunks.model, build.store
     context = build.chunks.context(cache.codec)
-    blobs = [store.put_blob(document.text.encode()) for document in build.documents]
     return Manifest(
         model=ModelIdentity(
             model.model_id,
@@ -338,10 +341,10 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
         chunks=cache.entries,
         documents=tuple(
             DocumentEntry(d.doc_id, d.title, d.path, digest, span.start, span.end)
-            for d, digest, span in zip(build.documents, blobs, build.layout.spans, strict=True)
+            for d, digest, span in zip(build.documents, build.blobs, build.layout.spans, strict=True)
         ),
         layout=build.layout.to_json() | {TOKENIZER: tokenizer_digest(model.tokenizer)},
-        blob_bytes=store.blob_bytes([*blobs, *cag_store.config_resources(cache.codec)]),
+        blob_bytes=store.blob_bytes([*build.blobs, *cag_store.config_resources(cache.codec)]),
         fidelity=cache.fidelity.to_json(),
         versions=installed_versions(_VERSIONED),
         machine={"processor": processor_name(), "cores": usable_cores(), "device": str(model.device)},

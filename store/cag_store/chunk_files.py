@@ -37,6 +37,8 @@ LayerArrays = tuple[Array, ...]
 CodecSource = Callable[[Mapping[str, Any]], Codec]
 """The codec of a configuration, ready to work. Raises: UnknownCodec; EntryNotFound, CorruptEntry for its blobs."""
 
+_RUN_BYTES = 8 << 20
+
 
 def default_workers() -> int:
     """Threads for encoding and decoding: the cores this process may use, at most 8."""
@@ -165,14 +167,33 @@ def check_segments(backend: ReadableBackend, chunk: OpenChunk, decode: bool) -> 
     Raises: CorruptEntry.
     """
     header = chunk.index.header
-    for position, size in enumerate(chunk.index.sizes):
-        data = backend.get_range(chunk.path, chunk.offsets[position], size)
-        check_segment(data, chunk, position)
+    for position, data in enumerate(verified_segments(backend, chunk)):
         if decode:
             first, last = header.groups[position // header.sides]
             outs = [np.empty(header.side_shape(layer), dtype=storage_of(header)) for layer in range(first, last)]
             chunk.codec.decode_layers_into(data, outs, side_of(position, header), first, header.start)
     return chunk.entry.stored_bytes
+
+
+def verified_segments(backend: ReadableBackend, chunk: OpenChunk) -> Iterator[memoryview]:
+    """The segments of `chunk` in their order, compared with their checksums. Neighbours are read at once, up to
+    `_RUN_BYTES` of them, or one that is larger. Raises: CorruptEntry."""
+    offsets = chunk.offsets
+    for first, last in _runs(offsets):
+        run = memoryview(backend.get_range(chunk.path, offsets[first], offsets[last] - offsets[first]))
+        for position in range(first, last):
+            segment = run[offsets[position] - offsets[first] : offsets[position + 1] - offsets[first]]
+            check_segment(segment, chunk, position)
+            yield segment
+
+
+def _runs(offsets: list[int]) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring segments of at most `_RUN_BYTES`, at least one segment each."""
+    first = 0
+    for position in range(1, len(offsets)):
+        if position == len(offsets) - 1 or offsets[position + 1] - offsets[first] > _RUN_BYTES:
+            yield first, position
+            first = position
 
 
 def check_segment(data: bytes | memoryview, chunk: OpenChunk, position: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cag_store.errors import InvalidName
 from cag_store.jsontext import is_digest
-from cag_store.ref import checked_name
+from cag_store.ref import checked_name, is_name
 
 if TYPE_CHECKING:
     from cag_store.manifest import Manifest
@@ -36,9 +36,15 @@ def ref_path(name: str) -> str:
 
 
 def ref_name(path: str) -> str | None:
-    """The name of the ref at `path`; None for another object."""
+    """The name of the ref at `path`; None for something else."""
     name = path.removeprefix(f"{REFS}/").removesuffix(".json")
-    return name if path == f"{REFS}/{name}.json" else None
+    return name if path == f"{REFS}/{name}.json" and is_name(name) else None
+
+
+def is_addressed(path: str) -> bool:
+    """Whether a chunk, snapshot, blob or manifest can lie at `path`."""
+    address = path.rpartition("/")[2].removesuffix(".json")
+    return is_digest(address) and path in (chunk_path(address), blob_path(address), manifest_path(address))
 
 
 def object_paths(manifest: Manifest) -> Iterator[str]:

@@ -16,9 +16,14 @@ MAX_REF_BYTES = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
+def is_name(name: str) -> bool:
+    """Whether a ref can have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def checked_name(name: str) -> str:
     """`name` when a ref can have it. Raises: InvalidName."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not is_name(name):
         raise InvalidName(
             f"{name!r:.130} cannot name a cache: use 1 to 128 of A-Z a-z 0-9 . _ -, not beginning with . or -",
             found=name,

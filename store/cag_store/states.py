@@ -165,7 +165,7 @@ def find_states(backend: Backend, chunk: str) -> StateEntry:
     return entry
 
 
-def copied_states(backend: ReadableBackend, entry: StateEntry) -> list[bytes]:
+def copied_states(backend: ReadableBackend, entry: StateEntry) -> list[bytes | memoryview]:
     """All bytes of a snapshot's file, every one of them checked. Raises: EntryNotFound, CorruptEntry."""
     header, index = _opened(backend, entry)
     return [header, *(data for _, data in _segments(backend, entry, index))]
@@ -181,11 +181,12 @@ def _decoded(backend: ReadableBackend, entry: StateEntry) -> dict[str, StateArra
     return found
 
 
-def _segments(backend: ReadableBackend, entry: StateEntry, index: _Index) -> list[tuple[_Row, bytes]]:
+def _segments(backend: ReadableBackend, entry: StateEntry, index: _Index) -> list[tuple[_Row, memoryview]]:
     """Raises: CorruptEntry unless all have their checksums."""
-    offsets = accumulate((row.encoded_bytes for row in index.rows), initial=entry.header_bytes)
-    ranges = [(offset, row.encoded_bytes) for offset, row in zip(offsets, index.rows, strict=False)]
-    found = list(zip(index.rows, backend.get_ranges(entry.path, ranges), strict=True))
+    size = entry.stored_bytes - entry.header_bytes
+    whole = memoryview(backend.get_range(entry.path, entry.header_bytes, size))
+    spans = pairwise(accumulate((row.encoded_bytes for row in index.rows), initial=0))
+    found = [(row, whole[begin:end]) for row, (begin, end) in zip(index.rows, spans, strict=True)]
     for row, data in found:
         checksum = xxhash.xxh3_128_hexdigest(data)
         if checksum != row.checksum:

@@ -125,19 +125,15 @@ class Store:
         return read_states(self.nearby, entry)
 
     def put_blob(self, data: bytes) -> str:
-        """Store `data`; returns its sha256, its address. Raises: StoreFull, ValueError above `MAX_BLOB_BYTES`."""
+        """Store `data`; returns its sha256, its address. A whole blob that lies there is kept, a damaged one replaced.
+        Raises: StoreFull, ValueError above `MAX_BLOB_BYTES`."""
         if len(data) > MAX_BLOB_BYTES:
             raise ValueError(f"a blob has at most {MAX_BLOB_BYTES} bytes, found {len(data)}")
         sha256 = hashlib.sha256(data).hexdigest()
-        path = blob_path(sha256)
-        packed = pack_blob(data)
-        if not self.backend.put_if_absent(path, [packed]):
-            try:
-                read_blob(self.backend, sha256)
-                self.backend.touch(path)
-            except CorruptEntry:
-                self.backend.replace(path, packed)
-        return sha256
+        path, whole = blob_path(sha256), partial(self._whole_blob, sha256)
+        with contextlib.suppress(EntryNotFound, CorruptEntry):
+            return self._mended(path, whole)
+        return sha256 if self.backend.put_if_absent(path, [pack_blob(data)]) else whole()
 
     def get_blob(self, sha256: str) -> bytes:
         """The blob, verified. Raises: EntryNotFound, CorruptEntry."""
@@ -359,6 +355,11 @@ class Store:
         check_segments(self.backend, open_chunk(self.backend, entry), decode=False)
         self.backend.touch(chunk_path(key))
         return entry
+
+    def _whole_blob(self, sha256: str) -> str:
+        read_blob(self.backend, sha256)
+        self.backend.touch(blob_path(sha256))
+        return sha256
 
     def _holds(self, path: str, data: bytes) -> bool:
         try:

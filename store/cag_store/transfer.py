@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ import numpy as np
 
 from cag_store.blob import MAX_BLOB_FILE_BYTES
 from cag_store.chunk import ChunkEntry
-from cag_store.chunk_files import OpenChunk, check_segment, check_segments, open_chunk, read_entry
+from cag_store.chunk_files import OpenChunk, check_segments, open_chunk, read_entry, verified_segments
 from cag_store.errors import CorruptEntry, EntryConflict, EntryNotFound
 from cag_store.manifest import Manifest
 from cag_store.paths import blob_path, chunk_path
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from cag_store.store import Store
 
 MAX_CHUNK_BYTES = 1 << 30
-_RUN_BYTES = 8 << 20
 _PARALLEL_COPIES = 4  # chunks in memory at the same time
 
 OnProgress = Callable[[int, int], None]
@@ -213,24 +212,7 @@ def _check_same_bytes(destination: Store, entry: ChunkEntry) -> None:
             )
 
 
-def _verified_parts(source: Store, chunk: OpenChunk) -> list[bytes]:
+def _verified_parts(source: Store, chunk: OpenChunk) -> list[bytes | memoryview]:
     """All bytes of a chunk file, every one of them checked. Raises: CorruptEntry."""
-    sizes, offsets = chunk.index.sizes, chunk.offsets
-    parts = [chunk.index.to_bytes(), chunk.token_ids.tobytes()]  # what `open_chunk` has verified, to the byte
-    for first, last in _runs(offsets):
-        run = source.backend.get_range(chunk.path, offsets[first], offsets[last] - offsets[first])
-        rest = memoryview(run)
-        for position in range(first, last):
-            check_segment(rest[: sizes[position]], chunk, position)
-            rest = rest[sizes[position] :]
-        parts.append(run)
-    return parts
-
-
-def _runs(offsets: list[int]) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring segments of about `_RUN_BYTES`, at least one each."""
-    first = 0
-    for position in range(1, len(offsets)):
-        if position == len(offsets) - 1 or offsets[position + 1] - offsets[first] > _RUN_BYTES:
-            yield first, position
-            first = position
+    head = [chunk.index.to_bytes(), chunk.token_ids.tobytes()]  # what `open_chunk` has verified, to the byte
+    return [*head, *verified_segments(source.backend, chunk)]

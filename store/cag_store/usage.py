@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 from cag_store.backends import Backend, ObjectInfo
 from cag_store.errors import StoreError
 from cag_store.manifest import Manifest
-from cag_store.paths import BLOBS, CHUNKS, MANIFESTS, REFS, manifest_path, object_paths, ref_name, ref_path
+from cag_store.paths import (
+    BLOBS,
+    CHUNKS,
+    MANIFESTS,
+    REFS,
+    is_addressed,
+    manifest_path,
+    object_paths,
+    ref_name,
+    ref_path,
+)
 
 if TYPE_CHECKING:
     from cag_store.store import Store
@@ -59,7 +69,8 @@ def measure(store: Store) -> StoreUsage:
 
 def objects(backend: Backend) -> dict[str, ObjectInfo]:
     """All manifests, chunks and blobs by path."""
-    return {info.path: info for folder in (MANIFESTS, CHUNKS, BLOBS) for info in backend.list(folder)}
+    found = (info for folder in (MANIFESTS, CHUNKS, BLOBS) for info in backend.list(folder))
+    return {info.path: info for info in found if is_addressed(info.path)}
 
 
 def paths_of(manifest: Manifest) -> frozenset[str]:

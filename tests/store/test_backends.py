@@ -180,7 +180,7 @@ def test_a_lease_that_cannot_be_made_closes_nothing_when_it_goes(tmp_path, missi
 
 def test_leftovers_of_dead_writers_are_swept_and_living_ones_are_not(tmp_path):
     backend = LocalBackend(tmp_path / "store")
-    leftover = tmp_path / "store" / "tmp" / "dead"
+    leftover = tmp_path / "store" / "tmp" / "dead.json"
     seen = []
 
     def parts():
@@ -191,6 +191,6 @@ def test_leftovers_of_dead_writers_are_swept_and_living_ones_are_not(tmp_path):
         yield b"1"
 
     assert backend.put_if_absent("chunks/x", parts())
-    assert seen == [["tmp/dead"], ["tmp/dead"]]
+    assert seen == [["tmp/dead.json"], ["tmp/dead.json"]]
     assert not leftover.exists()
     assert backend.get("chunks/x", 1) == b"1"

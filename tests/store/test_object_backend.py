@@ -23,6 +23,7 @@ from cag_store.errors import (
     UnsupportedBackend,
     UnsupportedFormat,
 )
+from cag_store.paths import blob_path
 from cag_store.testing import BackendConformance
 from object_server import BUCKET, QUICK
 from torture import in_child, outcome
@@ -78,6 +79,47 @@ def test_foreign_prefixes_and_versions_are_refused(s3_url):
         open_backend(s3_url)
 
 
+@pytest.mark.parametrize("begin", [Store.build_lease, lambda store: store.backend.acquire_lease({"kind": "reader"})])
+def test_a_new_store_is_open_to_others_before_its_first_chunk(begin, small):
+    """Which may take minutes, and never comes when the process is killed: nothing is released then."""
+    server = MemoryStore()
+    held = begin(Store(ObjectBackend("memory://", store=server)))
+    small().build(Store(ObjectBackend("memory://", store=server)))
+    assert Store(ObjectBackend("memory://", store=server)).verify("small").ok
+    held.release()
+
+
+def test_a_store_that_is_made_while_it_is_opened_is_not_foreign(monkeypatch):
+    server, listed = MemoryStore(), ObjectClient.list
+    first = ObjectBackend("memory://", store=server)
+
+    def made_meanwhile(client, prefix):
+        first.put_if_absent("chunks/x", [b"1"])
+        return listed(client, prefix)
+
+    monkeypatch.setattr(ObjectClient, "list", made_meanwhile)
+    assert ObjectBackend("memory://", store=server).get("chunks/x", 1) == b"1"
+
+
+def test_what_others_put_below_the_prefix_stops_nothing_and_stays():
+    server = MemoryStore()
+    store = Store(ObjectBackend("memory://", replace(QUICK, expiry_s=-10), server))
+    address = store.put_blob(b"a text")
+    foreign = [
+        "blobs/.DS_Store",
+        "blobs/lost+found/x",
+        "refs/._a.json",
+        "manifests/ab/a.json.bak",
+        "leases/.x",
+        "tmp/.x",
+    ]
+    for path in foreign:
+        server.put(path, b"1")
+    assert (store.names(), list(store.backend.list("refs"))) == ([], [])
+    assert store.gc(grace_s=-10).removed == (blob_path(address),)
+    assert [server.head(path)["path"] for path in foreign] == foreign
+
+
 def test_a_cache_on_a_server_is_read_as_it_was_written(s3_url, small):
     cache = small(num_tokens=60)
     manifest = cache.build(Store.open(s3_url))
@@ -98,6 +140,22 @@ def test_a_cache_on_a_server_is_read_as_it_was_written(s3_url, small):
     assert len(store.gc(grace_s=3600, dry_run=True).removed) == 0
     assert len(store.gc(grace_s=-10).removed) == len(manifest.chunks) + 3
     assert list(store.backend.list("chunks")) == []
+
+
+def test_requests_are_counted_by_objects_and_not_by_segments(proxy, s3_url, small):
+    cache, store = small(), Store.open(s3_url)
+    manifest = cache.build(store)
+    assert len(manifest.chunks) == 3  # of 6 segments each
+
+    def requests(work, method, below):
+        proxy.requests.clear()
+        work()
+        return sum(request.method == method and f"/{below}/" in request.path for request in proxy.requests)
+
+    assert requests(lambda: store.verify("small"), "GET", "chunks") == 2 * 3
+    assert requests(lambda: cache.put_chunks(store), "GET", "chunks") == 5 * 3
+    assert requests(lambda: store.put_blob(cache.texts[0]), "GET", "blobs") == 1
+    assert requests(lambda: store.put_blob(cache.texts[0]), "PUT", f"{s3_url.rpartition('/')[2]}/blobs") == 0
 
 
 @pytest.mark.slow

@@ -75,3 +75,35 @@ def test_a_lease_that_is_no_file_is_nobodys(root, kind):
     KINDS[kind](root / "leases" / "x.json")
     assert not Store.open(root).gc(grace_s=0).build_running
     use(root)
+
+
+def test_what_others_put_into_a_store_stops_nothing_and_stays(root):
+    address, digest = "ab" + "c" * 62, Store.open(root).ref("golden").manifest
+    foreign = [
+        ".DS_Store",
+        "lost+found/#12",
+        "refs/._golden.json",
+        "refs/golden.json~",
+        "refs/-golden.json",
+        "refs/golden copy.json",
+        "blobs/.DS_Store",
+        f"blobs/ab/.{address}.Xy12ab",
+        "chunks/lost+found/#12",
+        f"chunks/ab/{address}.orig",
+        f"manifests/{digest[:2]}/{digest}.json.bak",
+        "leases/._x.json",
+        "leases/folder.json/note",
+        "tmp/.DS_Store",
+        "tmp/folder/note",
+    ]
+    loose = [f"chunks/ab/{address}", "tmp/left.json"]
+    for path in foreign + loose:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"\0")
+    store = Store.open(root)
+    assert store.names() == [ref.name for ref in store.refs()] == list(store.usage().caches) == ["golden"]
+    assert store.verify("golden").ok
+    report = store.gc(grace_s=0)
+    assert (list(report.removed), report.live_leases, report.kept_unreferenced) == (loose, 0, 0)
+    assert all((root / path).exists() for path in foreign)
+    use(root)

@@ -249,6 +249,25 @@ def test_verify_reads_every_byte(store, small):
         store.verify("other")
 
 
+def test_verify_holds_little_of_a_chunk_at_a_time(store, small, monkeypatch):
+    small(chunk_tokens=20).build(store)
+    lengths, read = [], store.backend.get_range
+
+    def counted(path, offset, length):
+        lengths.extend([length] if offset else [])  # of segments, not of the header
+        return read(path, offset, length)
+
+    monkeypatch.setattr(store.backend, "get_range", counted)
+    assert store.verify("small").ok
+    assert len(lengths) == 1
+    monkeypatch.setattr("cag_store.chunk_files._RUN_BYTES", sum(lengths) // 2)
+    whole = lengths.pop()
+    assert store.verify("small").ok
+    assert 1 < len(lengths) < 6
+    assert sum(lengths) == whole
+    assert max(lengths) <= whole // 2
+
+
 def test_gc_removes_what_nothing_holds(store, small):
     old, new = small(seed=1).build(store), small(seed=2).build(store)
     assert store.gc().removed == ()

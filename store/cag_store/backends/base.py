@@ -93,10 +93,6 @@ class ReadableBackend(ABC):
         """The first `length` bytes of an object are read soon; where that helps, they are fetched meanwhile. Never
         raises."""
 
-    def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """`get_range` for each (offset, length), in their order."""
-        return [self.get_range(path, offset, length) for offset, length in ranges]
-
     def forget(self, path: str) -> bool:  # noqa: ARG002
         """Drop copies of the object that are kept nearby, as they proved wrong; whether there was one."""
         return False
@@ -119,7 +115,8 @@ class Backend(ReadableBackend):
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects below the folder `prefix`, in no particular order."""
+        """All objects below the folder `prefix`, in no particular order; without what has a name that no object can
+        have."""
 
     @abstractmethod
     def stat(self, path: str) -> ObjectInfo:
@@ -163,8 +160,13 @@ class Backend(ReadableBackend):
         return False
 
 
+def is_path(path: str) -> bool:
+    """Whether an object can have this path."""
+    return _PATH.fullmatch(path) is not None
+
+
 def checked_path(path: str) -> str:
     """`path` when it is a plain relative one. Raises: InvalidName."""
-    if not _PATH.fullmatch(path):
+    if not is_path(path):
         raise InvalidName(f"{path!r} is not a path of an object", found=path)
     return path

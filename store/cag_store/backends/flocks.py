@@ -23,6 +23,7 @@ from cag_store.jsontext import parse_object
 
 _POLL_S = 0.01
 _MAX_LEASE_BYTES = 1 << 20
+_OURS = "[!.]*.json"  # what `locked_temporary` makes; anything else in a folder is somebody else's
 
 
 @contextmanager
@@ -73,12 +74,12 @@ def locked_temporary(directory: Path) -> tuple[Path, int]:
 
 
 def remove_unlocked(directory: Path, dry_run: bool) -> list[tuple[Path, os.stat_result]]:
-    """Remove the files in `directory` that no process holds; what was, or would be, removed."""
+    """Remove the files of `locked_temporary` in `directory` that no process holds; what was, or would be, removed."""
     removed = []
-    for path in directory.glob("*"):
+    for path in directory.glob(_OURS):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             continue
         try:
             if _try_lock(descriptor, fcntl.LOCK_EX):
@@ -121,14 +122,14 @@ class FileLease(Lease):
 
 
 def live_leases(directory: Path) -> list[dict[str, Any]]:
-    """Contents of the leases in `directory` whose processes live; the other files are removed.
+    """Contents of the leases in `directory` whose processes live; the others are removed.
 
     A lease that cannot be read counts as one for everything: `{"kind": "build"}`.
     """
     remove_unlocked(directory, dry_run=False)
     found = []
-    for path in directory.glob("*.json"):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+    for path in directory.glob(_OURS):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError), path.open("rb") as stream:
             found.append(_content(stream.read(_MAX_LEASE_BYTES)))
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cag_store.backends import flocks, page_cache
-from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path
+from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path, is_path
 from cag_store.errors import CorruptEntry, EntryNotFound, StoreError, StoreFull, UnsupportedBackend, UnsupportedFormat
 
 FORMAT_TEXT = "cag-store 1\n"
@@ -155,10 +155,12 @@ class LocalBackend(Backend):
         """See `Backend`."""
         for folder, _, names in os.walk(self._path(prefix)):
             for name in names:
-                path = Path(folder, name)
-                with contextlib.suppress(FileNotFoundError):
-                    found = _stat(path)
-                    yield ObjectInfo(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
+                file = Path(folder, name)
+                path = file.relative_to(self.root).as_posix()
+                if is_path(path):
+                    with contextlib.suppress(FileNotFoundError):
+                        found = _stat(file)
+                        yield ObjectInfo(path, found.st_size, found.st_mtime)
 
     def stat(self, path: str) -> ObjectInfo:
         """See `Backend`."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path
+from cag_store.backends.base import Backend, Lease, ObjectInfo, Parts, checked_path, is_path
 from cag_store.backends.local import FORMAT_TEXT
 from cag_store.backends.object_client import CREATE, ObjectClient, ObjectFacts, ObjectOptions, Version
 from cag_store.backends.object_errors import ConditionFailed
@@ -55,7 +55,7 @@ class ObjectBackend(Backend):
         self._guard = threading.Lock()
         self._scopes = _Scopes()
         self._conditional: bool | None = None  # not known before the first write
-        self._check_format()
+        self._is_new = not self._check_format()
 
     def get(self, path: str, max_bytes: int) -> bytes:
         """See `Backend`."""
@@ -132,8 +132,9 @@ class ObjectBackend(Backend):
         if prefix.split("/")[0] in _TOUCHABLE:
             touched = {path: facts.modified_s for path, facts in self._client.list(f"{_TOUCHED}/{prefix}")}
         for path, facts in self._client.list(prefix):
-            modified_s = max(facts.modified_s, touched.get(f"{_TOUCHED}/{path}", 0.0))
-            yield ObjectInfo(path, facts.size_bytes, modified_s)
+            if is_path(path):
+                modified_s = max(facts.modified_s, touched.get(f"{_TOUCHED}/{path}", 0.0))
+                yield ObjectInfo(path, facts.size_bytes, modified_s)
 
     def stat(self, path: str) -> ObjectInfo:
         """See `Backend`."""
@@ -159,12 +160,14 @@ class ObjectBackend(Backend):
     def locked(self, name: str, shared: bool = False, timeout_s: float = 60.0) -> Iterator[None]:
         """See `Backend`. What is read under it is what `replace` then expects to replace."""
         checked_path(f"{LOCKS}/{name}")
-        conditional = shared or self._prepare()
+        conditional = (shared and not self._is_new) or self._prepare()
         with self._locks.locked(name, shared, timeout_s, conditional) as held, self._scopes.entered(held):
             yield
 
     def acquire_lease(self, content: dict[str, Any]) -> Lease:
         """See `Backend`."""
+        if self._is_new:
+            self._prepare()
         return self._locks.lease(content)
 
     def live_leases(self) -> Sequence[dict[str, Any]]:
@@ -177,7 +180,7 @@ class ObjectBackend(Backend):
         found = [
             ObjectInfo(path, facts.size_bytes, facts.modified_s)
             for path, facts in self._client.list(TEMPORARY)
-            if facts.modified_s < limit
+            if is_path(path) and facts.modified_s < limit
         ]
         if not dry_run:
             self._client.delete([info.path for info in found])
@@ -253,25 +256,33 @@ class ObjectBackend(Backend):
             return True
         return False
 
-    def _check_format(self) -> None:
-        """Raises: UnsupportedFormat unless this is a store of this version, or nothing."""
-        try:
-            found = bytes(self._client.read(_FORMAT)[0][:64]).decode("ascii", "replace")
-        except EntryNotFound:
+    def _check_format(self) -> bool:
+        """Whether this is a store; else there is nothing. Raises: UnsupportedFormat for anything else."""
+        found = self._marker()
+        if found is None:
             foreign = next((path for path, _ in self._client.list(None)), None)
-            if foreign is not None:
-                raise UnsupportedFormat(
-                    f"{self.url} is not a store: it holds {foreign!r}, but no object 'format'; name an empty prefix",
-                    expected=FORMAT_TEXT,
-                    found=None,
-                ) from None
-            return
+            if foreign is None:
+                return False
+            found = self._marker()  # of a store that was made since it was looked for
+        if found is None:
+            raise UnsupportedFormat(
+                f"{self.url} is not a store: it holds {foreign!r}, but no object 'format'; name an empty prefix",
+                expected=FORMAT_TEXT,
+                found=None,
+            )
         if found != FORMAT_TEXT:
             raise UnsupportedFormat(
                 f"{self.url} says {found!r}; this program reads {FORMAT_TEXT!r}: use the version that wrote it",
                 expected=FORMAT_TEXT,
                 found=found,
             )
+        return True
+
+    def _marker(self) -> str | None:
+        try:
+            return bytes(self._client.read(_FORMAT)[0][:64]).decode("ascii", "replace")
+        except EntryNotFound:
+            return None
 
 
 class _Scopes(threading.local):

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cag_store.backends.base import Lease
+from cag_store.backends.base import Lease, is_path
 from cag_store.backends.object_client import CREATE, ObjectClient, ObjectOptions, Version
 from cag_store.backends.object_errors import ConditionFailed
 from cag_store.errors import EntryNotFound, StoreBusy, StoreError
@@ -75,6 +75,8 @@ class Locks:
         """Contents of the leases that are alive; the others are removed. One that cannot be read holds everything."""
         found, limit = [], self.now_s() - self._options.expiry_s
         for path, facts in list(self._client.list(LEASES)):
+            if not is_path(path):
+                continue
             if facts.modified_s < limit:
                 self._client.delete([path])
                 continue

@@ -33,7 +33,7 @@ class BackendConformance:
         assert backend.put_if_absent("chunks/ab/c", [b"hello ", memoryview(b"world")])
         assert backend.get("chunks/ab/c", 100) == b"hello world"
         assert backend.get_range("chunks/ab/c", 6, 5) == b"world"
-        assert backend.get_ranges("chunks/ab/c", [(6, 5), (0, 2), (3, 0)]) == [b"world", b"he", b""]
+        assert [backend.get_range("chunks/ab/c", *span) for span in ((0, 2), (3, 0))] == [b"he", b""]
         out = bytearray(4)
         backend.get_range_into("chunks/ab/c", 1, memoryview(out))
         assert out == b"ello"

@@ -19,6 +19,7 @@ from cag.corpus.document import text_sha256
 from cag.engine import Engine
 from cag.errors import BuildInterrupted, CacheMismatch, CacheNotFound, CorpusTooLarge, EmptyCorpus, UsageError
 from cag.prefill import BLOCK_TOKENS
+from cag_store.paths import blob_path
 from tiny import CHATML, tiny_tokenizer, write_tiny_model
 
 
@@ -50,6 +51,23 @@ def test_a_second_build_computes_nothing_and_gives_the_same_digest_of_chunks(tin
     assert second.computed_tokens == 0
     chunks = [tiny_engine.find(name)[1].chunks for name in "ab"]
     assert chunks[0] == chunks[1]
+
+
+def test_an_update_of_nothing_reads_each_text_once_and_writes_none(tiny_engine, long_corpus, monkeypatch):
+    tiny_engine.build([long_corpus], name="a")
+    backend, calls = tiny_engine.store.backend, []
+    for method in ("get", "put_if_absent"):
+        original = getattr(backend, method)
+
+        def counted(path, *rest, method=method, original=original):
+            calls.append((method, path))
+            return original(path, *rest)
+
+        monkeypatch.setattr(backend, method, counted)
+    tiny_engine.update("a", [long_corpus])
+    texts = [blob_path(document.sha256) for document in tiny_engine.find("a")[1].documents]
+    assert sorted(path for method, path in calls if path in texts) == sorted(texts)
+    assert {method for method, path in calls if path in texts} == {"get"}
 
 
 def test_an_appended_document_reuses_the_chunks_before_it(tiny_engine, long_corpus):
