@@ -198,6 +198,12 @@ def test_powers_are_no_other_numbers(load_one):
     assert load_one("a.rst", page).text == "10^6, x^(n + 1), 1st, H2O"
 
 
+def test_items_have_the_numbers_of_the_source(load_one):
+    page = "(c) one\n(d) two\n\niv) three\nv) four\n\n#. five\n#. six\n\nA. seven\nB. eight\n"
+    text = "(c) one\n(d) two\n\niv) three\nv) four\n\n1. five\n2. six\n\nA. seven\nB. eight"
+    assert load_one("a.rst", page).text == text
+
+
 def test_line_blocks_keep_their_lines_and_indents(load_one):
     page = "| 12 High *Street*\n| Bath\n|\n|   England\n|     Europe\n| Post\n"
     assert load_one("a.rst", page).text == "12 High Street\nBath\n\n  England\n    Europe\nPost"
