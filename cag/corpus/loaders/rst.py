@@ -25,6 +25,7 @@ from cag.corpus.loaders import markup, rst_directives
 from cag.corpus.loaders.base import Extract, Source
 from cag.corpus.loaders.formulas import superscript
 from cag.corpus.loaders.numerals import numeral
+from cag.corpus.loaders.rst_marks import mark_reader
 from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
 
@@ -81,7 +82,7 @@ def _parse(text: str) -> nodes.document:
     # docutils drops a whole document for one line over this limit; the size of the file is bounded already.
     settings.line_length_limit = len(text) + 1
     document = utils.new_document("document", settings)
-    Parser().parse(text, document)
+    Parser(inliner=mark_reader(settings)).parse(text, document)
     return document
 
 
