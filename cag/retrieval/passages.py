@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
+from cag.corpus.loaders import format_of
 from cag.errors import UsageError
 from cag.retrieval.base import Passage
 from cag.retrieval.headings import Section, split_sections
@@ -17,12 +19,8 @@ from cag.retrieval.words import estimated_piece_spans
 
 PieceSpans = Callable[[str], Sequence[tuple[int, int]]]
 
-# In source code and settings a line that starts with "#" is a comment or a directive, and a row of dashes is no rule.
-SOURCE_NAME = re.compile(
-    r".*\.(bash|c|cc|cfg|conf|cpp|cs|css|csv|env|go|h|hpp|ini|ipynb|java|jl|js|json|jsx|kt|lua|mk|php|pl|properties|ps1"
-    r"|py|pyi|r|rb|rs|scala|sh|sql|swift|tf|toml|ts|tsv|tsx|xml|yaml|yml|zsh)",
-    re.IGNORECASE | re.DOTALL,
-)
+# Read as text where they are named by themselves, and source code or settings all the same.
+UNLISTED_SOURCE = (".env", ".ipynb")
 # Where a window may begin or end, best first: after a blank line, a sentence, a line, a word.
 SEAMS = (
     re.compile(r"\n[ \t]*\n\s*\Z"),
@@ -105,9 +103,14 @@ def passage_title(document_title: str, headings: Sequence[str]) -> str:
 
 
 def _sections(document: SourceDocument) -> list[Section]:
-    if SOURCE_NAME.fullmatch(document.doc_id):
+    if _is_source(document.doc_id):
         return [Section(0, len(document.text), ())]
     return split_sections(document.text)
+
+
+def _is_source(doc_id: str) -> bool:
+    """Whether a line that starts with "#" is a comment or a directive, and a row of dashes no rule."""
+    return format_of(PurePosixPath(doc_id)) == "code" or doc_id.lower().endswith(UNLISTED_SOURCE)
 
 
 def _windows(

@@ -19,7 +19,9 @@ from bs4.element import NavigableString, PageElement, PreformattedString
 from cag.corpus.loaders import markup
 from cag.corpus.loaders.base import Extract, Source
 from cag.corpus.loaders.html_formulas import write_formulas
+from cag.corpus.loaders.html_numbers import list_marks, whole_number
 from cag.corpus.loaders.html_page import BLOCKS, CODE, HEADINGS, LISTS, read_page
+from cag.corpus.loaders.html_ruby import write_ruby
 from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
 
@@ -34,6 +36,7 @@ _NOT_A_LANGUAGE = ("default", "none", "text", "notranslate")
 def load(source: Source) -> list[Extract]:
     """One text. Raises: UnreadableDocument for binary data and for encodings that are not certain; RecursionError."""
     page, title = read_page(read_text(source, allow_declared=True))
+    write_ruby(page)
     write_formulas(page)
     blocks = [block for element in page.select(_MAINS) for block in _blocks(element)] or _blocks(page)
     return [Extract(markup.join_blocks(blocks), title)]
@@ -104,18 +107,17 @@ def _language(element: Tag) -> str:
 
 def _list(element: Tag) -> list[str]:
     """What follows an item without being one belongs to it, as browsers show it; other things stand before the list."""
-    first_number = None
-    if element.name == "ol":
-        start = str(element.get("start") or "1")
-        first_number = int(start) if re.fullmatch(r"[0-9]{1,9}", start) else 1
     lead: list[str] = []
-    items: list[list[str]] = []
+    items: list[Tag] = []
+    bodies: list[list[str]] = []
     for name, nodes in _groups(element, ("li",)):
         if name:
-            items += map(_blocks, cast(Iterable[Tag], nodes))
+            group = cast(list[Tag], list(nodes))
+            items += group
+            bodies += map(_blocks, group)
         else:
-            (items[-1] if items else lead).extend(_grouped(map(_rendered, nodes)))
-    return [*lead, markup.bullets(items, first_number=first_number)]
+            (bodies[-1] if bodies else lead).extend(_grouped(map(_rendered, nodes)))
+    return [*lead, markup.bullets(bodies, list_marks(element, items) if element.name == "ol" else None)]
 
 
 def _definitions(element: Tag) -> list[str]:
@@ -169,8 +171,8 @@ def _cells(row: Tag, num_rows: int) -> list[Cell]:
 
 def _span(cell: Tag, name: str) -> int:
     """As HTML reads it: 1 for what is no number, at most 1000; a `rowspan` of 0 reaches to the end."""
-    found = re.match(r"\s*\+?([0-9]{1,9})", str(cell.get(name) or ""))
-    span = int(found.group(1)) if found else 1
+    number = whole_number(cell, name)
+    span = 1 if number is None or number < 0 else number
     return min(span, _MAX_SPAN) or (1 if name == "colspan" else 0)
 
 

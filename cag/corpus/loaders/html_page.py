@@ -40,6 +40,7 @@ _ENDED_BY: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     **dict.fromkeys(("dt", "dd"), (("dt", "dd"), _ITEM_LIMITS)),
     **dict.fromkeys(("td", "th"), (("td", "th"), frozenset({"table"}))),
     "tr": (("tr",), frozenset({"table"})),
+    **dict.fromkeys(("rt", "rp"), (("rt", "rp"), frozenset({"ruby"}))),
 }
 _MAX_DEPTH = 512  # Chromium's
 

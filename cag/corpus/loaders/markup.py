@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 
 def join_blocks(blocks: Iterable[str]) -> str:
@@ -29,14 +30,13 @@ def fence(code: str, language: str = "") -> str:
     return f"{marks}{language}\n{code}\n{marks}" if code.strip() else ""
 
 
-def bullets(items: Iterable[Sequence[str]], *, first_number: int | None = None) -> str:
-    """A list whose items are lists of blocks; numbered from `first_number`, or with dashes."""
+def bullets(items: Iterable[Sequence[str]], marks: Iterable[str] | None = None) -> str:
+    """A list whose items are lists of blocks, each behind its mark; by default behind a dash."""
     lines = []
-    for index, blocks in enumerate(items):
-        mark = "- " if first_number is None else f"{first_number + index}. "
+    for mark, blocks in zip(repeat("-") if marks is None else marks, items, strict=False):
         body = "\n".join(block for block in blocks if block.strip())
         if body:
-            lines.append(mark + textwrap.indent(body, " " * len(mark)).lstrip(" "))
+            lines.append(f"{mark} {textwrap.indent(body, ' ' * (len(mark) + 1)).lstrip(' ')}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
+from itertools import count
 from threading import Lock
 
 from docutils import frontend, nodes, utils
@@ -23,6 +24,8 @@ from docutils.parsers.rst import Parser, roles
 from cag.corpus.loaders import markup, rst_directives
 from cag.corpus.loaders.base import Extract, Source
 from cag.corpus.loaders.formulas import superscript
+from cag.corpus.loaders.numerals import numeral
+from cag.corpus.loaders.rst_marks import mark_reader
 from cag.corpus.loaders.tables import Cell, table
 from cag.corpus.loaders.text import read_text
 
@@ -37,6 +40,7 @@ _ROLE = re.compile(r":(?P<role>[\w:+.-]+):`(?P<content>.*)`", re.DOTALL)
 _ROLE_TITLE = re.compile(r"(?P<title>.+?)(?P<space>\s*)<[^<>]*>", re.DOTALL)
 # Roles whose content is never code: there a target may follow its title without a space.
 _PROSE_ROLES = ("ref", "numref", "doc", "term", "download", "any")
+_NUMERALS = {"loweralpha": "a", "upperalpha": "A", "lowerroman": "i", "upperroman": "I"}
 _ROLES_LOCK = Lock()
 
 
@@ -78,7 +82,7 @@ def _parse(text: str) -> nodes.document:
     # docutils drops a whole document for one line over this limit; the size of the file is bounded already.
     settings.line_length_limit = len(text) + 1
     document = utils.new_document("document", settings)
-    Parser().parse(text, document)
+    Parser(inliner=mark_reader(settings)).parse(text, document)
     return document
 
 
@@ -164,7 +168,10 @@ class _Renderer:
         return [markup.bullets(self.blocks(item) for item in node.children)]
 
     def _render_enumerated_list(self, node: nodes.Element) -> list[str]:
-        return [markup.bullets((self.blocks(item) for item in node.children), first_number=node.get("start", 1))]
+        kind = _NUMERALS.get(node["enumtype"], "1")
+        numbers = count(node.get("start", 1))
+        marks = (f"{node['prefix']}{numeral(number, kind)}{node['suffix']}" for number in numbers)
+        return [markup.bullets(map(self.blocks, node.children), marks)]
 
     def _render_definition_list_item(self, node: nodes.Element) -> list[str]:
         *terms, body = node.children

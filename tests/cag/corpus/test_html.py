@@ -94,6 +94,7 @@ def test_all_mains_are_read_once(load_one):
         ("<ol><li>a</li><ul><li>in a</li></ul><li>b</li></ol>", "1. a\n   - in a\n2. b"),
         ("<ul><app-item><li>a</li></app-item><app-item><li>b</li></app-item></ul>", "- a\n- b"),
         ("<ol><li>10</li><li>2.5</li></ol>", "1. 10\n2. 2.5"),
+        ("<dl><dt>t<dd hidden>no<dd>d<dt hidden>no<dd hidden>no<dt>u<dd>e</dl>", "t\n  d\n\nu\n  e"),
         ("<dl>free<dt>t</dt><dd>d</dd>tail<div><dt>u</dt><dd>e</dd></div></dl>", "free\n\nt\n  d\n\ntail\n\nu\n  e"),
         ("<dir><li>a</dir><xmp>x <b></xmp>", "- a\n\n```\nx <b>\n```"),
         ("<table>free<caption>C</caption><tr>loose<td>a</td></tr></table>", "free\n\nC\n\nloose\n\n| a |\n| --- |"),
@@ -116,6 +117,35 @@ def test_all_mains_are_read_once(load_one):
 )
 def test_text_is_kept_wherever_it_stands(load_one, body, text):
     assert load_one("a.html", f"<body>{body}</body>").text == text
+
+
+@pytest.mark.parametrize(
+    ("items", "text"),
+    [
+        ("<ol><li>a<li value=7>b<li>c<li value=x>d</ol>", "1. a\n7. b\n8. c\n9. d"),
+        ("<ol start=-1><li>a<li>b<li>c</ol>", "-1. a\n0. b\n1. c"),
+        ("<ol reversed><li>a<li hidden>no<li>b</ol>", "2. a\n1. b"),
+        ("<ol reversed start=9><li>a<li value=4>b<li>c</ol>", "9. a\n4. b\n3. c"),
+        ("<ol type=a start=26><li>a<li>b<li type=1>c<ol type=I><li>d</ol></ol>", "z. a\naa. b\n28. c\n    I. d"),
+        ("<ol type=i start=1994><li>a<li value=4000>b<li value=0>c</ol>", "mcmxciv. a\n4000. b\n0. c"),
+    ],
+)
+def test_items_have_the_numbers_that_a_reader_sees(load_one, items, text):
+    assert load_one("a.html", items).text == text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("<ruby>漢字<rp>(</rp><rt>かんじ</rt><rp>)</rp></ruby>です", "漢字(かんじ)です"),
+        ("<ruby>漢<rt>かん</rt>字<rt>じ</rt></ruby>です", "漢字(かんじ)です"),
+        ("<ruby>漢<rp>[<rt>かん<rp>]</ruby>と<ruby>字<rt></rt></ruby>", "漢(かん)と字"),
+        ("<ruby>旧<b>金</b><rtc><rt>jiù<rt>jīn</rtc></ruby>山", "旧金(jiù jīn)山"),
+        ("<ruby><ruby>東<rt>とう</ruby><rt>east</ruby>", "東(とう)(east)"),
+    ],
+)
+def test_readings_stand_behind_words_that_stay_whole(load_one, words, text):
+    assert load_one("a.html", f"<p>{words}").text == text
 
 
 @pytest.mark.parametrize(

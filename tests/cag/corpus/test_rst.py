@@ -4,8 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from docutils import frontend
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cag.corpus.loaders import CorpusLimits, Source, rst
+from cag.corpus.loaders import CorpusLimits, Source, rst, rst_marks
 
 PAGE = """
 .. _top:
@@ -196,6 +198,38 @@ def test_a_table_in_a_cell_is_read_once(load_one):
 def test_powers_are_no_other_numbers(load_one):
     page = "10\\ :sup:`6`, x\\ :superscript:`n + 1`, 1\\ :sup:`st`, H\\ :sub:`2`\\ O\n"
     assert load_one("a.rst", page).text == "10^6, x^(n + 1), 1st, H2O"
+
+
+def test_items_have_the_numbers_of_the_source(load_one):
+    page = "(c) one\n(d) two\n\niv) three\nv) four\n\n#. five\n#. six\n\nA. seven\nB. eight\n"
+    text = "(c) one\n(d) two\n\niv) three\nv) four\n\n1. five\n2. six\n\nA. seven\nB. eight"
+    assert load_one("a.rst", page).text == text
+
+
+@given(st.lists(st.sampled_from(["*", "**", "`", "``", "|", "_`", "_", "\\", " ", "a", "(", ":r:"]), max_size=60))
+def test_marks_without_an_end_are_read_as_docutils_reads_them(parts):
+    page = "x" + "".join(parts)
+    source = Source("a.rst", page.encode(), CorpusLimits())
+    read = rst.load(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rst, "mark_reader", lambda settings: None)
+        assert rst.load(source) == read
+
+
+@pytest.mark.parametrize("mark", ["*", "**", "`", "``", "|", "_`", ":ref:`"])
+def test_an_end_that_is_not_there_is_looked_for_once(load_one, monkeypatch, mark):
+    num_searches = 0
+    search = rst_marks._End._search
+
+    def counted(self, text):
+        nonlocal num_searches
+        num_searches += 1
+        return search(self, text)
+
+    monkeypatch.setattr(rst_marks._End, "_search", counted)
+    page = f"{mark}word " * 50
+    assert load_one("a.rst", page).text == page.strip()
+    assert num_searches == 1
 
 
 def test_line_blocks_keep_their_lines_and_indents(load_one):

@@ -84,8 +84,10 @@ def test_sections_give_the_title_and_bound_the_windows():
     ]
 
 
-def test_comments_in_source_code_are_no_headings():
-    (passage,) = split_passages([TextDocument("# set up\nx = 1\n\n# run\nx += 1\n", doc_id="tool/run.py", title="run")])
+@pytest.mark.parametrize("name", ["run.py", "lib.nim", "Build.BAZEL", "Dockerfile", "a\nb.yaml", "notes.ipynb", ".env"])
+def test_comments_in_source_code_are_no_headings(name):
+    document = TextDocument("# set up\nx = 1\n\n# run\nx += 1\n", doc_id=f"tool/{name}", title="run")
+    (passage,) = split_passages([document])
     assert passage.title == "run"
 
 
