@@ -54,6 +54,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not self.sessions or min(*self.sessions, self.max_tokens, self.rounds) < 1:
             raise UsageError("sessions, tokens and rounds must be at least 1.")
+        if len(set(self.sessions)) < len(self.sessions):
+            raise UsageError("a number of sessions is named twice.")
 
     @property
     def arms(self) -> list[str]:
@@ -178,11 +180,11 @@ def _figures(rows: list[dict[str, Any]], options: ServeOptions) -> list[dict[str
 
 
 def _arm_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Times per further token are those of answers that have one."""
+    """Times per further token are those of answers that have one, None where none has."""
     return {
         "tokens_per_s": median([row["tokens_per_s"] for row in rows]),
         "ttft_s": percentiles([value for row in rows for value in row["ttft_s"]]),
-        "tpot_s": percentiles([value for row in rows for value in row["tpot_s"] if value] or [0.0]),
+        "tpot_s": percentiles([value for row in rows for value in row["tpot_s"] if value]),
         "completion_tokens": sum(row["completion_tokens"] for row in rows),
         "drafted_tokens": sum(row["drafted_tokens"] for row in rows),
         "accepted_tokens": sum(row["accepted_tokens"] for row in rows),

@@ -62,7 +62,20 @@ def test_arms_with_drafts_say_the_same_and_how_much_was_guessed(tiny_engine, cor
     assert "| drafts / none | guessed of answers | of guesses right |" in table
 
 
-@pytest.mark.parametrize("bad", [{"sessions": ()}, {"sessions": (0,)}, {"max_tokens": 0}, {"rounds": 0}])
-def test_sizes_below_one_are_refused(bad):
+@pytest.mark.parametrize(
+    "bad", [{"sessions": ()}, {"sessions": (0,)}, {"sessions": (4, 1, 4)}, {"max_tokens": 0}, {"rounds": 0}]
+)
+def test_sizes_below_one_and_those_named_twice_are_refused(bad):
     with pytest.raises(UsageError):
         ServeOptions(**bad)
+
+
+def test_answers_of_one_token_have_no_time_for_a_further_one(tiny_engine, corpus_dir, questions_file, tmp_path):
+    options = ServeOptions(sessions=(1,), max_tokens=1, rounds=1)
+    summary = run_serve(
+        tiny_engine, read_corpus([str(corpus_dir)]), load_questions(questions_file), options, tmp_path, lambda *_: None
+    )
+    (entry,) = summary["sessions"]
+    assert [figures["tpot_s"] for figures in entry["arms"].values()] == [None, None]
+    header, _, *rows = [line.split(" | ") for line in markdown(summary).splitlines() if line.startswith("|")]
+    assert [row[header.index("per token p50")] for row in rows] == ["-", "-"]
