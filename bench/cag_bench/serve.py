@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from cag.engine import Engine
 from cag.errors import UsageError
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
-from cag.model import LanguageModel
 from cag.prefix import Prefix
 from cag.prompt import lay_out
 from cag_bench.cache import build_bench_cache
 from cag_bench.corpus import BenchCorpus
 from cag_bench.figures import median, paired_ratio, percentiles
+from cag_bench.full_answers import answers_of_full_length
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.questions import Question
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
@@ -80,7 +80,7 @@ def run_serve(
     layout = lay_out(engine.model.tokenizer, engine.model.template, corpus.documents)
     cache = build_bench_cache(engine, corpus, layout, options.codec, progress)
     rows: list[dict[str, Any]] = []
-    lengths = nullcontext() if options.speculate else _whole_answers(engine.model)
+    lengths = nullcontext() if options.speculate else answers_of_full_length(engine.model)
     with ResultRows(out, origin) as results, engine.open(cache.name) as prefix, lengths:
         prefix.resident.wait()
         for size in options.sessions:
@@ -97,16 +97,6 @@ def run_serve(
     write_json(out / SUMMARY, summary)
     (out / TABLE).write_text(markdown(summary), encoding="utf-8")
     return summary
-
-
-@contextmanager
-def _whole_answers(model: LanguageModel) -> Iterator[None]:
-    """Stop tokens are not heeded inside, so that every answer has as many tokens as were asked for."""
-    stop_ids, model.stop_ids = model.stop_ids, frozenset()
-    try:
-        yield
-    finally:
-        model.stop_ids = stop_ids
 
 
 def _asked(questions: Sequence[Question], size: int, number: int) -> list[str]:

@@ -17,8 +17,9 @@ from cag_bench.cli import app
 from cag_bench.corpus import read_corpus
 from cag_bench.errors import PeerDied, PeerNonsense, PeerRefused, PeerTimeout, PrefixRecomputed
 from cag_bench.exact_prefix import cut_corpus
+from cag_bench.full_answers import answers_of_full_length
 from cag_bench.peers.measure import PeerSample, SessionsSample, drawn
-from cag_bench.peers.parties import DISK, MEMORY, AskedQuestion, PeerParty, PeerSessions, answers_of_full_length
+from cag_bench.peers.parties import DISK, MEMORY, AskedQuestion, PeerParty, PeerSessions
 from cag_bench.peers.process import PeerProcess, peer_environment
 from cag_bench.peers.run import PeersOptions, run_peers
 from cag_bench.peers.specs import SCRIPTS, PeerLimits, PeerSpec, named_peers, read_facts

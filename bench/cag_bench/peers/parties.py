@@ -10,15 +10,13 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cag.generation.generate import Generation, SamplingOptions
 from cag.generation.scheduler import Scheduler
-from cag.model import LanguageModel
 from cag.prefix import Prefix
 from cag_bench.arms import BenchArm
 from cag_bench.errors import PrefixRecomputed
@@ -207,17 +205,6 @@ def drop_file(path: Path) -> bool:
         return page_cache.drop(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def answers_of_full_length(model: LanguageModel) -> Iterator[None]:
-    """Inside, no answer of ours ends before its number of tokens, as those of the peers do not."""
-    stop_ids, template = model.stop_ids, model.template
-    model.stop_ids, model.template = frozenset(), replace(template, stop_strings=())
-    try:
-        yield
-    finally:
-        model.stop_ids, model.template = stop_ids, template
 
 
 def _seconds(answer: Mapping[str, Any], name: str, process: PeerProcess) -> float:

@@ -25,6 +25,7 @@ from cag_bench.cache import BenchCache, build_bench_cache
 from cag_bench.corpus import BenchCorpus
 from cag_bench.exact_prefix import cut_corpus
 from cag_bench.figures import percentiles
+from cag_bench.full_answers import answers_of_full_length
 from cag_bench.peers.measure import PeerSample, SessionsSample, measure_questions, measure_sessions
 from cag_bench.peers.parties import (
     DISK,
@@ -36,7 +37,6 @@ from cag_bench.peers.parties import (
     PeerParty,
     PeerSessions,
     SessionsParty,
-    answers_of_full_length,
 )
 from cag_bench.peers.process import PeerProcess
 from cag_bench.peers.specs import LLAMA_CPP, VLLM, PeerFacts, PeerLimits, PeerSpec, read_facts
