@@ -76,14 +76,14 @@ def ttft(
     as_json: JsonOption = False,
 ) -> None:
     """First token: a cache against reading everything again and RAG."""
+    from cag.building.options import check_codec
     from cag_bench.arm_names import parse_arms
     from cag_bench.corpus import read_corpus
     from cag_bench.questions import load_questions
     from cag_bench.ttft import TtftOptions, run_ttft
-    from cag_store import codec_from_config
 
     options = TtftOptions(parse_arms(arms), n, full_n, max_tokens, seed, codec, prefix_tokens)
-    codec_from_config(codec)
+    check_codec(codec)
     asked, documents = load_questions(questions), read_corpus(corpus)
     folder = _folder(out, "ttft")
     with _loaded(model, store, folder, device, dtype) as (engine, progress):
@@ -246,14 +246,14 @@ def serve(
 
     Tokens a second and first tokens; the answers are compared.
     """
+    from cag.building.options import check_codec
     from cag_bench.corpus import read_corpus
     from cag_bench.questions import load_questions
     from cag_bench.serve import ServeOptions, run_serve
     from cag_bench.serve_table import markdown
-    from cag_store import codec_from_config
 
     options = ServeOptions(_counts("sessions", sessions), max_tokens, rounds, seed, codec, speculate)
-    codec_from_config(codec)
+    check_codec(codec)
     asked, documents = load_questions(questions), read_corpus(corpus)
     folder = _folder(out, "serve")
     with _loaded(model, store, folder, device, dtype) as (engine, progress):
@@ -310,6 +310,7 @@ def peers(
     as_json: JsonOption = False,
 ) -> None:
     """A cache on this CPU beside vLLM and llama.cpp, same tokens."""
+    from cag.building.options import check_codec
     from cag.machine.runtime import usable_cores
     from cag.models import fetch_model
     from cag_bench.corpus import read_corpus
@@ -317,11 +318,10 @@ def peers(
     from cag_bench.peers.specs import named_peers
     from cag_bench.peers.table import markdown
     from cag_bench.questions import load_questions
-    from cag_store import codec_from_config
 
     names = tuple(name.strip() for name in codecs.split(",") if name.strip())
     for name in names:
-        codec_from_config(name)
+        check_codec(name)
     num_threads = usable_cores() if threads is None else threads
     options = PeersOptions(prefix_tokens, names, n, tokens, sessions, rounds, num_threads, timeout, seed)
     asked, documents = load_questions(questions), read_corpus(corpus)

@@ -15,16 +15,20 @@ from cag_bench.measure import Sample
 
 RESULTS, SUMMARY, TABLE, PLOT, QUALITY_PLOT = "results.jsonl", "summary.json", "table.md", "ttft.png", "quality.png"
 STORE_PLOT, KERNELS_PLOT = "store.png", "kernels.png"
+WRITTEN_LAST = (SUMMARY, TABLE, PLOT, QUALITY_PLOT, STORE_PLOT, KERNELS_PLOT)
 
 
 class ResultRows:
-    """`results.jsonl` in a directory; an older one is replaced. A context manager.
+    """`results.jsonl` in a directory; an older one is replaced, and what was made of its rows is removed, as it would
+    stand beside the rows of a run that breaks off as if it were theirs. A context manager.
 
     Each row gets `origin`: machine, commit and versions, as they are when the row is written.
     """
 
     def __init__(self, directory: Path, origin: dict[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN_LAST:
+            (directory / name).unlink(missing_ok=True)
         self._origin = origin
         self._file = (directory / RESULTS).open("w", encoding="utf-8")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from cag.engine import Engine
 from cag.errors import UsageError
 from cag.generation.answer import Answer
 from cag.generation.generate import SamplingOptions
-from cag.model import LanguageModel
 from cag.prefix import Prefix
 from cag.prompt import lay_out
 from cag_bench.cache import build_bench_cache
 from cag_bench.corpus import BenchCorpus
 from cag_bench.figures import median, paired_ratio, percentiles
+from cag_bench.full_answers import answers_of_full_length
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.questions import Question
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
@@ -54,6 +54,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not self.sessions or min(*self.sessions, self.max_tokens, self.rounds) < 1:
             raise UsageError("sessions, tokens and rounds must be at least 1.")
+        if len(set(self.sessions)) < len(self.sessions):
+            raise UsageError("a number of sessions is named twice.")
 
     @property
     def arms(self) -> list[str]:
@@ -78,7 +80,7 @@ def run_serve(
     layout = lay_out(engine.model.tokenizer, engine.model.template, corpus.documents)
     cache = build_bench_cache(engine, corpus, layout, options.codec, progress)
     rows: list[dict[str, Any]] = []
-    lengths = nullcontext() if options.speculate else _whole_answers(engine.model)
+    lengths = nullcontext() if options.speculate else answers_of_full_length(engine.model)
     with ResultRows(out, origin) as results, engine.open(cache.name) as prefix, lengths:
         prefix.resident.wait()
         for size in options.sessions:
@@ -95,16 +97,6 @@ def run_serve(
     write_json(out / SUMMARY, summary)
     (out / TABLE).write_text(markdown(summary), encoding="utf-8")
     return summary
-
-
-@contextmanager
-def _whole_answers(model: LanguageModel) -> Iterator[None]:
-    """Stop tokens are not heeded inside, so that every answer has as many tokens as were asked for."""
-    stop_ids, model.stop_ids = model.stop_ids, frozenset()
-    try:
-        yield
-    finally:
-        model.stop_ids = stop_ids
 
 
 def _asked(questions: Sequence[Question], size: int, number: int) -> list[str]:
@@ -178,11 +170,11 @@ def _figures(rows: list[dict[str, Any]], options: ServeOptions) -> list[dict[str
 
 
 def _arm_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Times per further token are those of answers that have one."""
+    """Times per further token are those of answers that have one, None where none has."""
     return {
         "tokens_per_s": median([row["tokens_per_s"] for row in rows]),
         "ttft_s": percentiles([value for row in rows for value in row["ttft_s"]]),
-        "tpot_s": percentiles([value for row in rows for value in row["tpot_s"] if value] or [0.0]),
+        "tpot_s": percentiles([value for row in rows for value in row["tpot_s"] if value]),
         "completion_tokens": sum(row["completion_tokens"] for row in rows),
         "drafted_tokens": sum(row["drafted_tokens"] for row in rows),
         "accepted_tokens": sum(row["accepted_tokens"] for row in rows),

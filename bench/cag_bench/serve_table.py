@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cag_bench.table import ratio_cell
+from cag_bench.table import MISSING, ratio_cell
 
 HEADER = ["sessions", "arm", "tokens/s", "first token p50", "p90", "per token p50", "together / alone", "same answers"]
 DRAFT_HEADER = ["drafts / none", "guessed of answers", "of guesses right"]
@@ -40,9 +40,11 @@ def _table_rows(summary: dict[str, Any]) -> Iterator[list[str]]:
         for arm, figures in entry["arms"].items():
             ratio = ratio_cell(entry["together_over_alone"]) if arm == "together" else ""
             same = f"{entry['same_answers']} of {entry['answers']}" if arm == "together" else ""
-            times = (figures["ttft_s"]["p50"], figures["ttft_s"]["p90"], figures["tpot_s"]["p50"])
+            times = [figures["ttft_s"]["p50"], figures["ttft_s"]["p90"]]
+            times += [figures["tpot_s"]["p50"]] if figures["tpot_s"] else []
             cells = [str(entry["sessions"]), arm, f"{figures['tokens_per_s']:.1f}"]
-            cells += [*(f"{seconds * 1e3:.1f}" for seconds in times), ratio, same]
+            cells += [f"{seconds * 1e3:.1f}" for seconds in times]
+            cells += [*([] if figures["tpot_s"] else [MISSING]), ratio, same]
             plain = arm.removesuffix(", drafts")
             yield cells + (_draft_cells(figures, drafts[plain]) if plain != arm else [""] * len(DRAFT_HEADER))
 

@@ -8,6 +8,7 @@ reader, with the files in the page cache and with them dropped from it.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,35 +193,24 @@ class TimedCodec:
                 pass
 
     def _loads(self, codec: Codec, encoded: Encoded, decode: Callable[[], None]) -> dict[str, Any]:
-        """Loads through the store, in turn with reading alone and decoding alone; and, where the engine keeps codes,
-        loads that keep them, and keeping alone."""
+        """Loads through the store, reading alone and decoding alone, in an order drawn for each sample; and, where the
+        engine keeps codes, loads that keep them, and keeping alone."""
         entries: list[ChunkEntry] = []
         for start, _ in self._spans():
             entries.append(self._chunks.put(self._context, entries[-1].key if entries else ROOT, start))
-        paths = [chunk_path(entry.key) for entry in entries]
         self._store.forget_codec(self._config)
         decode()
         expected: Buffers = [tuple(side.copy() for side in sides) for sides in self._buffers]
         first_s = _seconds(partial(self._load, entries))
         self._check(expected)
         kept = self._kept_codes(codec, encoded, entries)
-        names = ("read_cold", "read_files_cold", "load_cold", "load_warm", "decode")
-        taken: dict[str, list[float]] = {name: [] for name in (*names, *(("load_cold_codes", "keep") if kept else ()))}
-        dropped = True
+        dropped: list[bool] = []
+        clocks = self._clocks(entries, decode, kept, dropped)
+        taken: dict[str, list[float]] = {name: [] for name in clocks}
+        order = random.Random(self._options.seed)
         for _ in range(self._options.num_samples):
-            dropped &= self._dropped(paths)
-            taken["read_cold"].append(self._reader.seconds(paths))
-            dropped &= self._dropped(paths)
-            taken["read_files_cold"].append(self._reader.seconds(paths, None))
-            dropped &= self._dropped(paths)
-            taken["load_cold"].append(_seconds(partial(self._load, entries)))
-            if kept is not None:
-                dropped &= self._dropped(paths)
-                taken["load_cold_codes"].append(_seconds(partial(self._load, entries, kept.buffers)))
-                taken["keep"].append(_seconds(partial(kept.keep, max(self._options.cores))))
-            self._bring_into_memory(paths)  # a cold load leaves nothing in the page cache
-            taken["load_warm"].append(_seconds(partial(self._load, entries)))
-            taken["decode"].append(_seconds(decode))
+            for name in order.sample(list(clocks), len(clocks)):
+                taken[name].append(clocks[name]())
         ratios = {}
         for name, read in (("longer", "read_cold"), ("longer_of_files", "read_files_cold")):
             ratios[f"cold_over_{name}"] = self._over_longer(taken, "load_cold", read, "decode")
@@ -228,11 +218,38 @@ class TimedCodec:
                 ratios[f"codes_over_{name}"] = self._over_longer(taken, "load_cold_codes", read, "keep")
         return {
             "stored_bytes": sum(entry.stored_bytes for entry in entries),
-            "page_cache_dropped": dropped,
+            "page_cache_dropped": all(dropped),
             "first_load_s": first_s,
             "seconds": {name: {**(percentiles(v) or {}), "samples": v} for name, v in taken.items()},
             **ratios,
         }
+
+    def _clocks(
+        self, entries: Sequence[ChunkEntry], decode: Callable[[], None], kept: KeptCodes | None, dropped: list[bool]
+    ) -> dict[str, Callable[[], float]]:
+        """What is timed, each to be called for its seconds. `dropped` gets whether pages were, before each cold one."""
+        paths = [chunk_path(entry.key) for entry in entries]
+        load = partial(_seconds, partial(self._load, entries))
+
+        def cold(clock: Callable[[], float]) -> float:
+            dropped.append(self._dropped(paths))
+            return clock()
+
+        def warm() -> float:
+            self._bring_into_memory(paths)  # a cold load leaves nothing in the page cache
+            return load()
+
+        found: dict[str, Callable[[], float]] = {
+            "read_cold": partial(cold, partial(self._reader.seconds, paths)),
+            "read_files_cold": partial(cold, partial(self._reader.seconds, paths, None)),
+            "load_cold": partial(cold, load),
+            "load_warm": warm,
+            "decode": partial(_seconds, decode),
+        }
+        if kept is not None:
+            found["load_cold_codes"] = partial(cold, partial(_seconds, partial(self._load, entries, kept.buffers)))
+            found["keep"] = partial(_seconds, partial(kept.keep, max(self._options.cores)))
+        return found
 
     def _over_longer(self, taken: dict[str, list[float]], load: str, read: str, work: str) -> dict[str, object] | None:
         """A load over the longer of `read` and `work`, sample by sample."""

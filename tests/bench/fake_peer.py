@@ -7,9 +7,12 @@ from pathlib import Path
 
 MODE = sys.argv[1] if len(sys.argv) > 1 else "well"
 FIRST_S, NEXT_S = 0.5, 0.25
+cached_tokens = 100
 
 
 def prepare(request):
+    global cached_tokens
+    cached_tokens = len(request["prefix_ids"])
     path = request.get("state_path")
     if path is not None:
         Path(path).write_bytes(b"state" * len(request["prefix_ids"]))
@@ -30,7 +33,7 @@ def ask(request):
         "ttft_s": FIRST_S + load_s,
         "tpot_s": NEXT_S,
         "token_ids": request["question_ids"][:1] * count,
-        "cached_tokens": -1 if MODE == "negative" else 100,
+        "cached_tokens": -1 if MODE == "negative" else 0 if MODE == "forgets" else cached_tokens,
     }
 
 

@@ -7,8 +7,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from cag.errors import UsageError
+from cag.errors import InsufficientResources, UsageError
+from cag_bench import cache
 from cag_bench.cli import app
+from cag_store.errors import UnknownCodec
 
 
 @pytest.fixture
@@ -54,6 +56,20 @@ def test_bad_options_are_usage_errors(bench, tmp_path, arguments, message):
     result = bench(*arguments)
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("codec", ["auto", "transform"])
+def test_a_build_gets_the_codec_that_was_named(bench, monkeypatch, codec):
+    def build(_model, _store, _name, _documents, options, _progress):
+        raise InsufficientResources(options.codec)
+
+    monkeypatch.setattr(cache, "build_cache", build)
+    assert str(bench("--arms", "cag-hot", "--codec", codec).exception) == codec
+
+
+def test_an_unknown_codec_is_refused_before_a_model_is_loaded(bench, tmp_path):
+    assert isinstance(bench("--codec", "gzip").exception, UnknownCodec)
     assert not (tmp_path / "out").exists()
 
 

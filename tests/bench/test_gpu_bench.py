@@ -191,6 +191,27 @@ def test_steps_that_differ_from_the_network_are_not_timed(monkeypatch):
         answers.check_steps(model, "int4", 100)
 
 
+def test_a_kind_of_prefix_whose_steps_are_wrong_has_no_speed(tmp_path, monkeypatch):
+    def checked(_model, kind, _num_tokens):
+        if kind != "int8":
+            raise KernelWrong("off by 3")
+        return 0.0
+
+    monkeypatch.setattr(run, "check_steps", checked)
+    for part in ("attention_rows", "ways_rows", "tuning_rows"):
+        monkeypatch.setattr(run, part, lambda *_: iter(()))
+    for part in ("transform_row", "load_row"):
+        monkeypatch.setattr(run, part, lambda *_: {"name": "left out", "skipped": "by the test"})
+    summary = run_gpu(CPU, replace(SMALL, samples=1, steps=1), tmp_path, quiet)
+    rows = {row["name"]: row for row in summary["rows"]}
+    for kind in ("bf16", "int4"):
+        assert rows[f"check steps, {kind}"]["failed"] == "KernelWrong: off by 3"
+        assert rows[f"first token, {kind}"]["skipped"] == "its steps were not found right"
+        assert f"decode, {kind}" not in rows
+    assert rows["first token, int8"]["samples_s"]
+    assert all(bar["met"] is None for bar in summary["bars"])
+
+
 def test_sessions_apart_give_the_logits_of_sessions_together():
     model = random_model(SMALL.network, CPU, 600, 0)
     with torch.inference_mode():

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,14 +15,15 @@ from cag.errors import UsageError
 from cag.prompt import lay_out
 from cag_bench.cli import app
 from cag_bench.corpus import read_corpus
-from cag_bench.errors import PeerDied, PeerNonsense, PeerRefused, PeerTimeout
+from cag_bench.errors import PeerDied, PeerNonsense, PeerRefused, PeerTimeout, PrefixRecomputed
 from cag_bench.exact_prefix import cut_corpus
+from cag_bench.full_answers import answers_of_full_length
 from cag_bench.peers.measure import PeerSample, SessionsSample, drawn
-from cag_bench.peers.parties import DISK, MEMORY, AskedQuestion, PeerParty, PeerSessions, answers_of_full_length
+from cag_bench.peers.parties import DISK, MEMORY, AskedQuestion, PeerParty, PeerSessions
 from cag_bench.peers.process import PeerProcess, peer_environment
 from cag_bench.peers.run import PeersOptions, run_peers
 from cag_bench.peers.specs import SCRIPTS, PeerLimits, PeerSpec, named_peers, read_facts
-from cag_bench.peers.summary import question_ratios, sessions_ratios
+from cag_bench.peers.summary import party_figures, question_ratios, sessions_ratios
 from cag_bench.questions import load_questions
 
 FAKE = Path(__file__).with_name("fake_peer.py")
@@ -105,6 +108,12 @@ def test_nonsense_is_no_figure(start, mode):
 def test_a_forgotten_session_is_nonsense(start):
     with pytest.raises(PeerNonsense, match="no 2 answers"):
         PeerSessions("fake", start("forgets"), 30).ask_all([QUESTION, QUESTION], 4)
+
+
+def test_a_peer_that_reads_its_prefix_again_is_no_cache_to_compare_with(start):
+    with pytest.raises(PrefixRecomputed, match="vllm memory: 0 of the 100 tokens"):
+        PeerParty("vllm memory", start("forgets"), MEMORY, 10.0, prefix_tokens=100).ask(QUESTION, 3)
+    assert PeerParty("vllm memory", start(), MEMORY, 10.0, prefix_tokens=128).ask(QUESTION, 3).cached_tokens == 100
 
 
 def test_an_error_of_the_peer_is_passed_on(start):
@@ -197,6 +206,42 @@ def test_ratios_pair_ours_with_peers_that_have_the_prefix_in_the_same_place():
     assert ratios["tpot_s"]["cag-disk@int8/peer disk"]["p50"] == pytest.approx(0.75)
 
 
+def test_answers_of_peers_are_scored_as_those_of_arms():
+    question = AskedQuestion("q", "Which two?", [5], ("the pump, the gate",), ("pump", "gate"))
+    samples = [make_peer_sample("vllm memory", 0, 1.0)]
+    for text, containment in (("Gate and pump.", 1.0), ("Only the pump.", 0.0)):
+        figures = party_figures(samples, samples, [question], lambda _, text=text: text)
+        assert figures["containment"] == containment
+
+
+@pytest.fixture
+def llama_cpp_peer(monkeypatch):
+    """The script, with a library that has nothing."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield importlib.import_module("llama_cpp_peer")
+    for name in ("llama_cpp_peer", "peer_loop"):
+        sys.modules.pop(name, None)
+
+
+def test_llama_cpp_never_gets_more_rows_than_its_batch_holds(llama_cpp_peer, monkeypatch):
+    monkeypatch.setattr(llama_cpp_peer, "BLOCK_TOKENS", 4)
+    rooms = {name: [None] * 4 for name in ("token", "pos", "n_seq_id", "logits")}
+    context = llama_cpp_peer.Context.__new__(llama_cpp_peer.Context)
+    context.handle, context.batch = None, SimpleNamespace(**rooms, seq_id=[[None] for _ in range(4)], n_tokens=0)
+    read = []
+
+    def decode(_handle, batch):
+        read.extend(batch.token[: batch.n_tokens])
+        return 0
+
+    monkeypatch.setattr(llama_cpp_peer.lib, "llama_decode", decode, raising=False)
+    monkeypatch.setattr(context, "_choice", lambda place: 100 + context.batch.token[place])
+    rows = [(token, token, 0, token in (2, 5, 8)) for token in range(9)]
+    assert context.run(rows) == [102, 105, 108]
+    assert read == list(range(9))
+
+
 def test_ratios_of_sessions_are_ours_over_the_peer_round_by_round():
     rounds = [
         SessionsSample(party, index, 0, 2, 8, 8 / rate, rate * (index + 1), ((1,),), (0.0,), 0.0)
@@ -222,11 +267,19 @@ def test_peers_come_from_the_interpreters_that_were_given(tmp_path):
         assert spec.script.is_file()
     with pytest.raises(UsageError, match="--llama-gguf"):
         named_peers(None, "/llama/python", [], tmp_path, eager=False)
+    with pytest.raises(UsageError, match="same name"):
+        other = tmp_path / "other" / "a.gguf"
+        other.parent.mkdir()
+        other.touch()
+        named_peers(None, "/llama/python", [str(tmp_path / "a.gguf"), str(other)], tmp_path, eager=False)
     with pytest.raises(UsageError, match="no file"):
         named_peers(None, "/llama/python", [str(tmp_path / "c.gguf")], tmp_path, eager=False)
 
 
-@pytest.mark.parametrize("changes", [{"num_tokens": 1}, {"num_questions": 0}, {"codecs": ()}, {"num_sessions": -1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_tokens": 1}, {"num_questions": 0}, {"codecs": ()}, {"codecs": ("int8",) * 2}, {"num_sessions": -1}],
+)
 def test_bad_options_are_usage_errors(changes):
     with pytest.raises(UsageError):
         PeersOptions(**changes)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from cag.building.builder import build_cache
+from cag.building.options import BuildOptions
 from cag.errors import UsageError
 from cag_bench.corpus import read_corpus
 from cag_bench.questions import load_questions
@@ -62,7 +65,33 @@ def test_arms_with_drafts_say_the_same_and_how_much_was_guessed(tiny_engine, cor
     assert "| drafts / none | guessed of answers | of guesses right |" in table
 
 
-@pytest.mark.parametrize("bad", [{"sessions": ()}, {"sessions": (0,)}, {"max_tokens": 0}, {"rounds": 0}])
-def test_sizes_below_one_are_refused(bad):
+@pytest.mark.parametrize(
+    "bad", [{"sessions": ()}, {"sessions": (0,)}, {"sessions": (4, 1, 4)}, {"max_tokens": 0}, {"rounds": 0}]
+)
+def test_sizes_below_one_and_those_named_twice_are_refused(bad):
     with pytest.raises(UsageError):
         ServeOptions(**bad)
+
+
+def test_answers_of_one_token_have_no_time_for_a_further_one(tiny_engine, corpus_dir, questions_file, tmp_path):
+    options = ServeOptions(sessions=(1,), max_tokens=1, rounds=1)
+    summary = run_serve(
+        tiny_engine, read_corpus([str(corpus_dir)]), load_questions(questions_file), options, tmp_path, lambda *_: None
+    )
+    (entry,) = summary["sessions"]
+    assert [figures["tpot_s"] for figures in entry["arms"].values()] == [None, None]
+    header, _, *rows = [line.split(" | ") for line in markdown(summary).splitlines() if line.startswith("|")]
+    assert [row[header.index("per token p50")] for row in rows] == ["-", "-"]
+
+
+def test_answers_have_all_their_tokens_where_texts_end_them_too(tiny_engine, corpus_dir, questions_file, tmp_path):
+    model, documents, questions = tiny_engine.model, read_corpus([str(corpus_dir)]), load_questions(questions_file)
+    build_cache(model, tiny_engine.store, "handbook", documents.documents, BuildOptions())
+    with tiny_engine.open("handbook") as prefix:
+        text = prefix.ask(questions[0].question, max_tokens=12).text
+    model.template = replace(model.template, stop_strings=(text[0],))
+    options = ServeOptions(sessions=(1,), max_tokens=12, rounds=1)
+    summary = run_serve(tiny_engine, documents, questions, options, tmp_path, lambda *_: None)
+    (entry,) = summary["sessions"]
+    assert [figures["completion_tokens"] for figures in entry["arms"].values()] == [12, 12]
+    assert model.template.stop_strings == (text[0],)

@@ -18,6 +18,7 @@ from cag_bench.cli import app
 from cag_bench.codec_list import parse_codecs
 from cag_bench.cores import can_pin, on_cores
 from cag_bench.corpus import read_corpus
+from cag_bench.reading import Reader
 from cag_bench.store_bench import StoreOptions, TimedCodec, run_store
 
 
@@ -66,6 +67,34 @@ def test_every_figure_has_its_samples_and_its_bytes(summary, tiny_engine):
     assert 0 < errors["int8"] < errors["int4"] < 0.5
     sizes = {label: row["encoded_bytes"] for label, row in rows.items()}  # heads of 16 channels: int8 gains little
     assert sizes["int4"] < min(sizes["int8"], sizes["lossless"])
+
+
+def test_the_seed_draws_an_order_anew_for_each_sample(tiny_engine, corpus_dir, tmp_path, monkeypatch):
+    order = []
+    seconds, load = Reader.seconds, TimedCodec._load
+
+    def reads(*arguments):
+        order.append("read")
+        return seconds(*arguments)
+
+    def loads(*arguments):
+        order.append("load")
+        load(*arguments)
+
+    monkeypatch.setattr(Reader, "seconds", reads)
+    monkeypatch.setattr(TimedCodec, "_load", loads)
+
+    def order_of(seed):
+        order.clear()
+        options = StoreOptions(parse_codecs(["lossless"]), 1200, (1,), num_samples=6, seed=seed)
+        run_store(tiny_engine, read_corpus([str(corpus_dir)]), options, tmp_path / "out", lambda *_: None)
+        return [tuple(order[1:][start : start + 4]) for start in range(0, 24, 4)]  # behind the first load
+
+    first = order_of(0)
+    assert len(set(first)) > 1
+    assert all(sorted(sample) == ["load", "load", "read", "read"] for sample in first)
+    assert order_of(0) == first
+    assert order_of(1) != first
 
 
 def test_whether_the_page_cache_was_dropped_is_said(tiny_engine, corpus_dir, tmp_path, monkeypatch):

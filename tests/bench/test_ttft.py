@@ -10,6 +10,7 @@ from cag.errors import CorpusTooLarge, UsageError
 from cag.prompt import question_ids
 from cag.retrieval.minilm import MiniLmEmbedder
 from cag_bench.arm_names import parse_arms
+from cag_bench.arms.cached import HotArm
 from cag_bench.corpus import read_corpus
 from cag_bench.questions import load_questions
 from cag_bench.ttft import TtftOptions, run_ttft
@@ -60,6 +61,23 @@ def test_a_run_measures_every_arm_and_writes_its_files(run, tiny_engine, tmp_pat
         assert (sample.retrieve_s > 0) == sample.arm.startswith("rag-")
         assert (sample.page_cache_dropped is None) == (sample.arm != "cag-disk")
         assert (sample.read_s is not None and sample.read_s > 0) == bool(sample.page_cache_dropped)
+
+
+def test_a_run_that_breaks_off_leaves_no_figures_of_an_older_one(run, tmp_path, monkeypatch):
+    run(parse_arms("cag-hot"))
+    older, ask = rows_of(tmp_path), HotArm.ask
+
+    def breaks(self, question, options):
+        if question == "What colour is the beta pump?":
+            raise KeyboardInterrupt
+        return ask(self, question, options)
+
+    monkeypatch.setattr(HotArm, "ask", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(parse_arms("cag-hot"))
+    assert [row["kind"] for row in older] == ["sample"] * 3 + ["run"]
+    assert [row["kind"] for row in rows_of(tmp_path)] == ["sample"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.jsonl"]
 
 
 def test_a_corpus_can_be_cut_to_a_number_of_tokens(run, corpus_dir):

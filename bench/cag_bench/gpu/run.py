@@ -7,7 +7,7 @@ that says so; the others go on, and every row is written when it is there.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cag.model import LanguageModel
 from cag.residency.resident import ResidentPrefix
 from cag_bench.figures import percentiles
 from cag_bench.gpu.answers import Answers, Part, check_steps
@@ -35,6 +36,7 @@ from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 MIN_PART_S = 5.0  # a part is not begun with less
+CHECK = "check steps, "
 
 
 def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Progress) -> Row:
@@ -47,7 +49,7 @@ def run_gpu(device: torch.device, options: GpuOptions, out: Path, progress: Prog
         bandwidth = clock.copy_bandwidth()
         parts: dict[str, Part] = {
             "check steps": lambda: _checks(device, options),
-            "answers": lambda: _answers(device, options, budget, bandwidth, progress),
+            "answers": lambda: _answers(device, options, budget, bandwidth, progress, _found_right(rows)),
             "attention": lambda: attention_rows(device, clock, options, bandwidth),
             "launch ways": lambda: ways_rows(device, clock, options, budget),
             "transform": lambda: iter([transform_row(device, clock, options, bandwidth, budget)]),
@@ -92,12 +94,22 @@ def _checks(device: torch.device, options: GpuOptions) -> Iterator[Row]:
     """Steps of a small network behind each kind of prefix, against the network's own forward."""
     model = random_model(SMALL.network, device, 2 * SMALL.prefix_tokens, options.seed)
     for kind in KINDS:
-        yield {"name": f"check steps, {kind}", "difference": check_steps(model, kind, SMALL.prefix_tokens)}
+        yield _measured(CHECK + kind, partial(_check, model, kind))
+
+
+def _check(model: LanguageModel, kind: str) -> Row:
+    return {"name": CHECK + kind, "difference": check_steps(model, kind, SMALL.prefix_tokens)}
+
+
+def _found_right(rows: Sequence[Row]) -> set[str]:
+    """The kinds of prefixes whose steps were checked and are right."""
+    return {kind for kind in KINDS for row in rows if row["name"] == CHECK + kind and "difference" in row}
 
 
 def _answers(
-    device: torch.device, options: GpuOptions, budget: Budget, bandwidth: float, progress: Progress
+    device: torch.device, options: GpuOptions, budget: Budget, bandwidth: float, progress: Progress, right: set[str]
 ) -> Iterator[Row]:
+    """First tokens and decoding behind each kind of prefix whose steps are `right`."""
     progress("make the network", 0, 0)
     window = (
         options.prefix_tokens + options.rag_tokens + 4 * (options.tail_tokens + options.question_tokens + options.steps)
@@ -109,6 +121,9 @@ def _answers(
     yield {"name": "retrieve, bm25", "seconds": percentiles(retrieval or []), "samples_s": retrieval}
     yield _measured("first token, RAG", partial(answers.rag_first_token, retrieve_s))
     for kind in KINDS:
+        if kind not in right:
+            yield {"name": f"first token, {kind}", "skipped": "its steps were not found right"}
+            continue
         if kind != "bf16" and budget.left_s < MIN_PART_S:
             yield {"name": f"first token, {kind}", "skipped": "no time left"}
             continue

@@ -10,17 +10,16 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cag.generation.generate import Generation, SamplingOptions
 from cag.generation.scheduler import Scheduler
-from cag.model import LanguageModel
 from cag.prefix import Prefix
 from cag_bench.arms import BenchArm
+from cag_bench.errors import PrefixRecomputed
 from cag_bench.peers.process import PeerProcess
 from cag_store.backends import page_cache
 
@@ -35,6 +34,7 @@ class AskedQuestion:
     text: str
     token_ids: list[int]
     answers: tuple[str, ...] = ()
+    all_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,26 @@ class PeerParty(Party):
     """A peer with its prefix in memory, or in a file whose pages are dropped before each question."""
 
     def __init__(
-        self, name: str, process: PeerProcess, source: str, timeout_s: float, path: Path | None = None
+        self,
+        name: str,
+        process: PeerProcess,
+        source: str,
+        timeout_s: float,
+        path: Path | None = None,
+        prefix_tokens: int = 0,
     ) -> None:
         self.name, self.source = name, source
         self._process, self._timeout_s, self._path = process, timeout_s, path
+        self._prefix_tokens = prefix_tokens
 
     def ask(self, question: AskedQuestion, num_tokens: int) -> Reply:
-        """See `Party.ask`. Raises: `PeerError`."""
+        """See `Party.ask`. Raises: `PeerError`; `PrefixRecomputed`."""
         dropped = drop_file(self._path) if self._path is not None else None
         request = {"do": "ask", "source": self.source, "question_ids": question.token_ids, "num_tokens": num_tokens}
         answer = self._process.request(request, self._timeout_s)
-        return replace(read_reply(answer, num_tokens, self._process), page_cache_dropped=dropped)
+        reply = read_reply(answer, num_tokens, self._process)
+        check_cached(self.name, reply.cached_tokens, self._prefix_tokens)
+        return replace(reply, page_cache_dropped=dropped)
 
 
 class PeerSessions(SessionsParty):
@@ -176,6 +185,19 @@ def read_reply(answer: Mapping[str, Any], num_tokens: int, process: PeerProcess)
     )
 
 
+def check_cached(party: str, cached_tokens: int, prefix_tokens: int) -> None:
+    """Raises: `PrefixRecomputed` when a peer read more than half of the prefix again; whole blocks of any size that the
+    prefix has are more than half of it."""
+    if 2 * cached_tokens < prefix_tokens:
+        raise PrefixRecomputed(
+            f"{party}: {cached_tokens} of the {prefix_tokens} tokens of the prefix were cached.",
+            hint="The run was stopped: its times would not be those of a cache.",
+            arm=party,
+            expected=prefix_tokens,
+            found=cached_tokens,
+        )
+
+
 def drop_file(path: Path) -> bool:
     """Drop a file's pages from memory; whether the kernel then says that none is left."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -183,17 +205,6 @@ def drop_file(path: Path) -> bool:
         return page_cache.drop(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def answers_of_full_length(model: LanguageModel) -> Iterator[None]:
-    """Inside, no answer of ours ends before its number of tokens, as those of the peers do not."""
-    stop_ids, template = model.stop_ids, model.template
-    model.stop_ids, model.template = frozenset(), replace(template, stop_strings=())
-    try:
-        yield
-    finally:
-        model.stop_ids, model.template = stop_ids, template
 
 
 def _seconds(answer: Mapping[str, Any], name: str, process: PeerProcess) -> float:

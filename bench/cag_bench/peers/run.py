@@ -25,6 +25,7 @@ from cag_bench.cache import BenchCache, build_bench_cache
 from cag_bench.corpus import BenchCorpus
 from cag_bench.exact_prefix import cut_corpus
 from cag_bench.figures import percentiles
+from cag_bench.full_answers import answers_of_full_length
 from cag_bench.peers.measure import PeerSample, SessionsSample, measure_questions, measure_sessions
 from cag_bench.peers.parties import (
     DISK,
@@ -36,7 +37,6 @@ from cag_bench.peers.parties import (
     PeerParty,
     PeerSessions,
     SessionsParty,
-    answers_of_full_length,
 )
 from cag_bench.peers.process import PeerProcess
 from cag_bench.peers.specs import LLAMA_CPP, VLLM, PeerFacts, PeerLimits, PeerSpec, read_facts
@@ -71,6 +71,8 @@ class PeersOptions:
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {value}.")
         if self.num_sessions < 0 or not self.codecs or not self.timeout_s > 0:
             raise UsageError("there must be a codec, a time to wait, and no negative number of sessions.")
+        if len(set(self.codecs)) < len(self.codecs):
+            raise UsageError(f"a codec is named twice: {', '.join(self.codecs)}.")
 
 
 @dataclass
@@ -135,7 +137,7 @@ def asked_questions(engine: Engine, questions: Sequence[Question]) -> list[Asked
         raise UsageError("there is no question to ask.")
     model = engine.model
     return [
-        AskedQuestion(q.qid, q.question, question_ids(model.tokenizer, model.template, q.question), q.answers)
+        AskedQuestion(q.qid, q.question, question_ids(model.tokenizer, model.template, q.question), q.answers, q.all_of)
         for q in questions
     ]
 
@@ -174,19 +176,22 @@ def _opened(
                 PeerProcess(spec.name, spec.command, out / f"{spec.name}.log", options.num_threads)
             )
             request = spec.preparation(layout.token_ids.tolist(), limits, states)
-            _add_peer(bench, spec, process, process.request(request, options.timeout_s), options.timeout_s)
+            _add_peer(bench, spec, process, process.request(request, options.timeout_s), options)
         if not options.num_sessions:
             bench.sessions = []
         yield bench
 
 
-def _add_peer(bench: _Bench, spec: PeerSpec, process: PeerProcess, answer: dict[str, Any], timeout_s: float) -> None:
+def _add_peer(
+    bench: _Bench, spec: PeerSpec, process: PeerProcess, answer: dict[str, Any], options: PeersOptions
+) -> None:
     facts = read_facts(answer, spec, process)
     bench.peers.append(facts)
     for source in spec.sources:
         path = facts.state_path if source == DISK else None
-        bench.parties.append(PeerParty(f"{spec.name} {source}", process, source, timeout_s, path))
-    bench.sessions.append(PeerSessions(spec.name, process, timeout_s))
+        name = f"{spec.name} {source}"
+        bench.parties.append(PeerParty(name, process, source, options.timeout_s, path, options.prefix_tokens))
+    bench.sessions.append(PeerSessions(spec.name, process, options.timeout_s))
 
 
 def _warm_up(bench: _Bench, question: AskedQuestion, many: Sequence[AskedQuestion], progress: Progress) -> None:
@@ -237,7 +242,7 @@ def _facts(
     return {
         "model": {"id": engine.model.model_id, "fingerprint": engine.model.fingerprints.weights},
         "corpus": corpus.facts(),
-        "caches": {cache.codec["id"]: cache.facts() for cache in bench.caches},
+        "caches": {name: cache.facts() for name, cache in zip(options.codecs, bench.caches, strict=True)},
         "options": asdict(options),
         "prefix_tokens": options.prefix_tokens,
         "question_tokens": percentiles([len(q.token_ids) for q in asked[: options.num_questions]]),

@@ -68,7 +68,7 @@ def named_peers(
 ) -> list[PeerSpec]:
     """The peers whose interpreter was given; a llama.cpp for each GGUF file.
 
-    Raises: `UsageError` for a llama.cpp without a GGUF file, or a file that is not there.
+    Raises: `UsageError` for a llama.cpp without a GGUF file, a file that is not there, or two of the same name.
     """
     specs = []
     if vllm_python is not None:
@@ -84,6 +84,9 @@ def named_peers(
             settings = {"gguf": str(path.resolve()), "flash_attention": False}
             script = SCRIPTS / "llama_cpp_peer.py"
             specs.append(PeerSpec(name, script, llama_python, (MEMORY, DISK), settings))
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise UsageError(f"peers would have the same name: {', '.join(names)}.", hint="Rename a GGUF file.")
     return specs
 
 

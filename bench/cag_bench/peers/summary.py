@@ -26,9 +26,9 @@ def party_figures(
     `containment`: as in `cag bench ttft`, over the questions with accepted answers."""
     first = {sample.question_index: sample.token_ids[0] for sample in reference}
     scores = [
-        containment(text_of(sample.token_ids), questions[sample.question_index].answers)
+        containment(text_of(sample.token_ids), question.answers, question.all_of)
         for sample in samples
-        if questions[sample.question_index].answers
+        if (question := questions[sample.question_index]).answers
     ]
     dropped = [sample.page_cache_dropped for sample in samples if sample.page_cache_dropped is not None]
     return {

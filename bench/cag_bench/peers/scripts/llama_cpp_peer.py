@@ -43,6 +43,11 @@ class Context:
 
     def run(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
         """Decode (token, position, sequence, wants a logit) rows; the greedy choice of each row that wants one."""
+        starts = range(0, len(rows), BLOCK_TOKENS)
+        return [token for start in starts for token in self._run_block(rows[start : start + BLOCK_TOKENS])]
+
+    def _run_block(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """As many rows as a batch has room for."""
         batch = self.batch
         batch.n_tokens = len(rows)
         for place, (token, position, sequence, wanted) in enumerate(rows):
@@ -60,9 +65,7 @@ class Context:
 
     def read(self, token_ids: list[int]) -> None:
         """Read a prefix into sequence 0."""
-        for start in range(0, len(token_ids), BLOCK_TOKENS):
-            block = token_ids[start : start + BLOCK_TOKENS]
-            self.run([(token, start + place, 0, False) for place, token in enumerate(block)])
+        self.run([(token, place, 0, False) for place, token in enumerate(token_ids)])
 
     def cut(self, sequence: int, num_tokens: int) -> None:
         """Forget what stands behind the first `num_tokens` of a sequence."""
