@@ -21,6 +21,8 @@ PieceSpans = Callable[[str], Sequence[tuple[int, int]]]
 
 # Read as text where they are named by themselves, and source code or settings all the same.
 UNLISTED_SOURCE = (".env", ".ipynb")
+# Text in other markup, where such lines are items of lists, comments and the ends of blocks.
+OTHER_MARKUP = (".adoc", ".asciidoc", ".log", ".org", ".tex", ".textile", ".wiki")
 # Where a window may begin or end, best first: after a blank line, a sentence, a line, a word.
 SEAMS = (
     re.compile(r"\n[ \t]*\n\s*\Z"),
@@ -103,14 +105,14 @@ def passage_title(document_title: str, headings: Sequence[str]) -> str:
 
 
 def _sections(document: SourceDocument) -> list[Section]:
-    if _is_source(document.doc_id):
+    if _has_no_headings(document.doc_id):
         return [Section(0, len(document.text), ())]
     return split_sections(document.text)
 
 
-def _is_source(doc_id: str) -> bool:
-    """Whether a line that starts with "#" is a comment or a directive, and a row of dashes no rule."""
-    return format_of(PurePosixPath(doc_id)) == "code" or doc_id.lower().endswith(UNLISTED_SOURCE)
+def _has_no_headings(doc_id: str) -> bool:
+    """Whether a line that starts with "#" is no heading (but a comment or a directive), and a row of dashes no rule."""
+    return format_of(PurePosixPath(doc_id)) == "code" or doc_id.lower().endswith((*UNLISTED_SOURCE, *OTHER_MARKUP))
 
 
 def _windows(

@@ -10,6 +10,7 @@ import io
 import re
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import docx
@@ -22,11 +23,14 @@ from docx.text.paragraph import Paragraph
 
 from cag.corpus.loaders import markup
 from cag.corpus.loaders.base import Extract, Source, check_text_size, unreadable
+from cag.corpus.loaders.docx_numbers import ListMarks
 from cag.corpus.loaders.docx_text import BOX, LEFT_OUT, paragraph_text
 from cag.corpus.loaders.tables import Cell, table
 
 _TRANSPARENT = {qn(f"w:{name}") for name in ("sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag")}
 _SKIPPED_COLUMNS = f"{qn('w:trPr')}/{qn('w:gridBefore')}"
+_NO_LIST = "0"  # takes a paragraph out of the list of its style
+_MAX_BASE_STYLES = 11  # Word's; styles may also stand on each other in a circle
 _HEADING = re.compile(r"heading ([1-9])", re.IGNORECASE)
 
 
@@ -57,13 +61,22 @@ def _check_archive(source: Source) -> None:
             raise unreadable(source.name, "its XML declares a document type, which no word processor writes")
 
 
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """The name of a style in lower case, and the properties of paragraphs of it and of each that it stands on."""
+
+    name: str
+    properties: tuple[Any, ...]
+
+
 class _Reader:
     """Walks one document. `title` is its first title or heading, once `blocks` has passed it."""
 
     def __init__(self, document: WordDocument) -> None:
         self.title = ""
         self._document = document
-        self._next_number = 1
+        self._styles: dict[str | None, _Style] = {}
+        self._marks = ListMarks(document)
         styles = document.styles.element.style_lst
         self._raised_styles = {style.styleId for style in styles if style.rPr is not None and style.rPr.superscript}
 
@@ -100,25 +113,32 @@ class _Reader:
         text = " ".join(self.blocks(note)).strip()
         return f"[{prefix}{note.get(qn('w:id'))}] {text}" if text else ""
 
-    def _style(self, element: Any) -> str:
-        style = Paragraph(element, self._document._body).style
-        return (style.name or "").lower() if style is not None else ""
+    def _style(self, element: Any) -> _Style:
+        style_id = element.style
+        if style_id not in self._styles:
+            self._styles[style_id] = _read_style(Paragraph(element, self._document._body).style)
+        return self._styles[style_id]
 
     def _list_mark(self, element: Any) -> str:
-        style = self._style(element)
-        properties = element.pPr
-        is_numbered = style.startswith("list number")
-        if not is_numbered:
-            self._next_number = 1
-        if is_numbered:
-            self._next_number += 1
-            return f"{self._next_number - 1}. "
-        is_item = properties is not None and properties.numPr is not None and not _HEADING.match(style)
-        return "- " if is_item or style.startswith("list bullet") or style == "list paragraph" else ""
+        style = self._style(element).name
+        if _HEADING.match(style):
+            return ""
+        list_id, level = self._list_of(element)
+        if list_id:
+            return "" if list_id == _NO_LIST else f"{self._marks.next(list_id, level)} "
+        return "- " if style.startswith(("list number", "list bullet")) or style == "list paragraph" else ""
+
+    def _list_of(self, element: Any) -> tuple[str, int]:
+        """(id, level) of the list that a paragraph belongs to by itself or by its style; ("", 0) without one."""
+        properties = [element.pPr, *self._style(element).properties]
+        numbers = [one.numPr for one in properties if one is not None and one.numPr is not None]
+        ids = [str(one.numId.val) for one in numbers if one.numId is not None]
+        levels = [int(one.ilvl.val) for one in numbers if one.ilvl is not None]
+        return (ids or [""])[0], (levels or [0])[0]
 
     def _paragraph(self, element: Any, mark: str) -> str:
         text = paragraph_text(element, self._raised_styles)
-        style = self._style(element)
+        style = self._style(element).name
         found = _HEADING.match(style)
         if text and (found or style == "title"):
             self.title = self.title or text
@@ -141,6 +161,15 @@ class _Reader:
                 cells.append(Cell(text, max(element.grid_span, 1)))
                 column += cells[-1].num_columns
         return cells
+
+
+def _read_style(style: Any) -> _Style:
+    name = (style.name or "").lower() if style is not None else ""
+    properties: list[Any] = []
+    while style is not None and len(properties) < _MAX_BASE_STYLES:
+        properties.append(style.element.pPr)
+        style = style.base_style
+    return _Style(name, tuple(properties))
 
 
 def _children(parent: Any) -> Iterator[Any]:

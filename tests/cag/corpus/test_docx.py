@@ -7,6 +7,7 @@ import zipfile
 import docx
 import pytest
 from docx.enum.style import WD_STYLE_TYPE
+from docx.oxml import parse_xml
 
 from cag.corpus import CorpusLimits, load_corpus
 from cag.errors import UnreadableDocument
@@ -60,6 +61,50 @@ def test_headings_lists_and_tables_in_order(load_one):
         "| Name | Days |\n| --- | --- |\n| Ada | 30 |\n\nAfter the table."
     )
     assert document.title == "Handbook"
+
+
+def item(text: str, list_id: int, level: int = 0) -> str:
+    numbers = f"<w:numPr><w:ilvl w:val='{level}'/><w:numId w:val='{list_id}'/></w:numPr>"
+    return f"<w:p><w:pPr>{numbers}</w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+
+def with_lists(body: str) -> bytes:
+    """A Word file of `body` with the lists 91 and 92, of one definition with three levels; 92 begins at 7."""
+    levels = (("decimal", "%1."), ("lowerLetter", "(%2)"), ("bullet", "o"))
+    numbering = "".join(
+        f"<w:lvl w:ilvl='{level}'><w:start w:val='1'/><w:numFmt w:val='{kind}'/><w:lvlText w:val='{text}'/></w:lvl>"
+        for level, (kind, text) in enumerate(levels)
+    )
+    override = "<w:lvlOverride w:ilvl='0'><w:startOverride w:val='7'/></w:lvlOverride>"
+
+    def build(document):
+        root = document.part.numbering_part.element
+        space = f"xmlns:w='{NAMESPACE}'"
+        root.insert(0, parse_xml(f"<w:abstractNum {space} w:abstractNumId='90'>{numbering}</w:abstractNum>"))
+        for list_id, more in ((91, ""), (92, override)):
+            list_of_levels = f"<w:abstractNumId w:val='90'/>{more}"
+            root.append(parse_xml(f"<w:num {space} w:numId='{list_id}'>{list_of_levels}</w:num>"))
+
+    return rewritten(
+        word_file(build), lambda old: re.sub(r"<w:body>.*(?=<w:sectPr)", f"<w:body>{body}", old, flags=re.DOTALL)
+    )
+
+
+def test_items_have_the_numbers_that_a_reader_sees(load_one):
+    plain = "<w:p><w:r><w:t>between</w:t></w:r></w:p>"
+    first = item("one", 91) + item("a", 91, 1) + item("b", 91, 1) + item("dot", 91, 2)
+    body = first + plain + item("two", 91) + item("a", 91, 1) + item("new", 92) + item("next", 92)
+    text = "1. one\n(a) a\n(b) b\n- dot\n\nbetween\n\n2. two\n(a) a\n7. new\n8. next"
+    assert load_one("a.docx", with_lists(body + item("none", 0))).text == f"{text}\n\nnone"
+
+
+def test_styles_that_stand_on_each_other_in_a_circle(load_one):
+    def build(document):
+        document.styles["List Number"].base_style = document.styles["Normal"]
+        document.styles["Normal"].base_style = document.styles["List Number"]
+        document.add_paragraph("words")
+
+    assert load_one("a.docx", word_file(build)).text.endswith("words")
 
 
 def test_a_cell_over_several_rows_or_columns_is_repeated_in_each(load_one):

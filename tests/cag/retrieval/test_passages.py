@@ -91,6 +91,14 @@ def test_comments_in_source_code_are_no_headings(name):
     assert passage.title == "run"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.adoc", "[source,bash]\n----\ncag ls\n----\nmore\n"), ("a.textile", "# one\n# two\n\nmore\n")]
+)
+def test_marks_of_other_markup_are_no_headings(name, text):
+    (passage,) = split_passages([TextDocument(text, doc_id=name, title="Guide")])
+    assert passage.title == "Guide"
+
+
 def test_given_paragraphs_are_the_passages():
     text = "First part.\n\nSecond part."
     paragraphs = ({"pid": "p0", "start": 0, "end": 11}, {"pid": "p1", "start": 11, "end": 13})
