@@ -38,7 +38,8 @@ class ListMarks:
             return _DASH
         counts = self._counts.setdefault(definition_id, {})
         starts = {number: int(_value(one, "start") or 1) for number, one in levels.items()}
-        counts[level] = self._restart(list_id, level) or counts.get(level, starts[level] - 1) + 1
+        restart = self._restart(list_id, level)
+        counts[level] = counts.get(level, starts[level] - 1) + 1 if restart is None else restart
         for deeper in [number for number in counts if number > level]:
             del counts[deeper]
 

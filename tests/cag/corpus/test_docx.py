@@ -69,19 +69,19 @@ def item(text: str, list_id: int, level: int = 0) -> str:
 
 
 def with_lists(body: str) -> bytes:
-    """A Word file of `body` with the lists 91 and 92, of one definition with three levels; 92 begins at 7."""
+    """A Word file of `body` with the lists 91 to 93, of one definition with three levels; 92 begins at 7, 93 at 0."""
     levels = (("decimal", "%1."), ("lowerLetter", "(%2)"), ("bullet", "o"))
     numbering = "".join(
         f"<w:lvl w:ilvl='{level}'><w:start w:val='1'/><w:numFmt w:val='{kind}'/><w:lvlText w:val='{text}'/></w:lvl>"
         for level, (kind, text) in enumerate(levels)
     )
-    override = "<w:lvlOverride w:ilvl='0'><w:startOverride w:val='7'/></w:lvlOverride>"
+    override = "<w:lvlOverride w:ilvl='0'><w:startOverride w:val='{}'/></w:lvlOverride>"
 
     def build(document):
         root = document.part.numbering_part.element
         space = f"xmlns:w='{NAMESPACE}'"
         root.insert(0, parse_xml(f"<w:abstractNum {space} w:abstractNumId='90'>{numbering}</w:abstractNum>"))
-        for list_id, more in ((91, ""), (92, override)):
+        for list_id, more in ((91, ""), (92, override.format(7)), (93, override.format(0))):
             list_of_levels = f"<w:abstractNumId w:val='90'/>{more}"
             root.append(parse_xml(f"<w:num {space} w:numId='{list_id}'>{list_of_levels}</w:num>"))
 
@@ -94,7 +94,8 @@ def test_items_have_the_numbers_that_a_reader_sees(load_one):
     plain = "<w:p><w:r><w:t>between</w:t></w:r></w:p>"
     first = item("one", 91) + item("a", 91, 1) + item("b", 91, 1) + item("dot", 91, 2)
     body = first + plain + item("two", 91) + item("a", 91, 1) + item("new", 92) + item("next", 92)
-    text = "1. one\n(a) a\n(b) b\n- dot\n\nbetween\n\n2. two\n(a) a\n7. new\n8. next"
+    body += item("zero", 93) + item("first", 93)
+    text = "1. one\n(a) a\n(b) b\n- dot\n\nbetween\n\n2. two\n(a) a\n7. new\n8. next\n0. zero\n1. first"
     assert load_one("a.docx", with_lists(body + item("none", 0))).text == f"{text}\n\nnone"
 
 
