@@ -166,6 +166,14 @@ def _install(checkpoint: Checkpoint) -> str:
     return "" if checkpoint.quantization is None else "Install cag-engine[quantized]."
 
 
+def _where_weights_are(checkpoint: Checkpoint, needed: str) -> str:
+    """What to do about missing weights of a network of the class `needed`."""
+    architectures = getattr(checkpoint.config, "architectures", None) or [needed]
+    if needed in architectures:
+        return "Fetch the model again."
+    return f"Fetch the model again, or take one that writes text: these files are of {', '.join(architectures)}."
+
+
 def _refuse_other_weights(checkpoint: Checkpoint, network: Any, found: dict[str, Any]) -> None:
     """What is missing or of another shape transformers makes up, in each process anew; what is left over it forgets."""
     directory = checkpoint.directory
@@ -179,7 +187,7 @@ def _refuse_other_weights(checkpoint: Checkpoint, network: Any, found: dict[str,
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"the files in {directory} lack {len(missing)} weights, such as {missing[0]}.",
-            hint="Fetch the model again.",
+            hint=_where_weights_are(checkpoint, type(network).__name__),
         )
     if others := sorted(found["mismatched_keys"]):
         name, shape, expected = others[0]

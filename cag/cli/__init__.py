@@ -41,7 +41,7 @@ def _print_version(wanted: bool) -> None:
 def _root(
     context: typer.Context,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print the effective configuration, and tracebacks of errors.")
+        bool, typer.Option("--verbose", help="Print the effective configuration, and the traceback of a bug.")
     ] = False,
     version: Annotated[  # noqa: ARG001  (its callback prints and exits)
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from cag.building.options import BuildProgress, BuildReport
 from cag.corpus import CorpusReport, load_corpus
-from cag.errors import BuildInterrupted, JobNotFound
+from cag.errors import BuildInterrupted, EmptyCorpus, JobNotFound
 from cag.server.errors import error_facts
 from cag.server.job_progress import JobProgress
 from cag.server.queues import MAX_RETRY_AFTER_S, TenantQueues, queue_full
@@ -247,7 +247,10 @@ def read_documents(documents: Sequence[dict[str, str]]) -> CorpusReport:
         fields = ("doc_id", "title", "text")
         lines = ({name: document[name] for name in fields if name in document} for document in documents)
         file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        corpus = load_corpus([file])
+        try:
+            corpus = load_corpus([file])
+        except EmptyCorpus as error:  # whose hint names files
+            raise EmptyCorpus("no document has text.") from error
     paths = {document["doc_id"]: document["path"] for document in documents if {"doc_id", "path"} <= document.keys()}
     kept = tuple(replace(found, path=paths.get(found.doc_id, found.doc_id)) for found in corpus.documents)
     here = f"{corpus.documents[0].path}#"

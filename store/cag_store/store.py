@@ -304,8 +304,8 @@ class Store:
         return self.lease(kind="build")
 
     def verify(self, name: str) -> VerifyReport:
-        """Read and check every byte of the cache. Damage is in the report, not raised. Raises:
-        EntryNotFound for the name."""
+        """Read and check every byte of the cache. Damage is in the report, not raised. Raises: EntryNotFound for the
+        name; BackendUnavailable, UnknownCodec: nothing can be said of the cache here."""
         return verify_cache(self, name)
 
     def gc(

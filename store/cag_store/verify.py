@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cag_store.chunk_files import OpenChunk, check_segments, open_chunk
-from cag_store.errors import CorruptEntry, EntryNotFound, StoreError
+from cag_store.errors import BackendUnavailable, CorruptEntry, EntryNotFound, StoreError, UnknownCodec
 from cag_store.manifest import Manifest
 from cag_store.paths import blob_path, manifest_path, ref_path
 from cag_store.reader import check_chain
@@ -20,6 +21,8 @@ from cag_store.states import check_states, read_states
 
 if TYPE_CHECKING:
     from cag_store.store import Store
+
+_NO_DAMAGE = (BackendUnavailable, UnknownCodec)  # what cannot be read or decoded here may be whole
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class VerifyReport:
 
 
 def verify_cache(store: Store, name: str) -> VerifyReport:
-    """See `Store.verify`. Raises: EntryNotFound when there is no such name, InvalidName."""
+    """See `Store.verify`. Raises: EntryNotFound when there is no such name, InvalidName, BackendUnavailable,
+    UnknownCodec."""
     started = time.perf_counter()
     digest, manifest, problems = None, None, list[StoreError]()
     bytes_read = store.backend.stat(ref_path(name)).size_bytes if name in store.names() else 0
@@ -56,6 +60,8 @@ def verify_cache(store: Store, name: str) -> VerifyReport:
             digest = held.enter_context(store.held_ref(name)).manifest
             manifest = read_manifest(store.backend, digest)
             bytes_read += store.backend.stat(manifest_path(digest)).size_bytes
+        except _NO_DAMAGE:
+            raise
         except StoreError as error:
             if digest is None and isinstance(error, EntryNotFound):
                 raise
@@ -67,40 +73,43 @@ def verify_cache(store: Store, name: str) -> VerifyReport:
     return VerifyReport(name, digest, num_chunks, num_blobs, bytes_read, time.perf_counter() - started, tuple(problems))
 
 
+@contextlib.contextmanager
+def _damage_to(problems: list[StoreError]) -> Iterator[None]:
+    """What is wrong within goes to `problems`. Raises: BackendUnavailable, UnknownCodec."""
+    try:
+        yield
+    except _NO_DAMAGE:
+        raise
+    except StoreError as error:
+        problems.append(error)
+
+
 def _verify_chunks(store: Store, manifest: Manifest, problems: list[StoreError]) -> tuple[int, int]:
     chunks: list[OpenChunk] = []
     bytes_read = 0
     for entry in manifest.chunks:
-        try:
+        with _damage_to(problems):
             chunk = open_chunk(store.backend, entry, store.codec)
             chunks.append(chunk)
             bytes_read += check_segments(store.backend, chunk, decode=True)
-        except StoreError as error:
-            problems.append(error)
     if len(chunks) == len(manifest.chunks):
-        try:
+        with _damage_to(problems):
             check_chain(chunks, manifest.context)
             check_geometry(chunks, manifest)
             check_states(manifest, np.concatenate([chunk.token_ids for chunk in chunks]))
-        except CorruptEntry as error:
-            problems.append(error)
     for snapshot in manifest.states.snapshots if manifest.states is not None else ():
-        try:
+        with _damage_to(problems):
             read_states(store.backend, snapshot)
             bytes_read += snapshot.stored_bytes
-        except StoreError as error:
-            problems.append(error)
     return len(manifest.chunks), bytes_read
 
 
 def _verify_blobs(store: Store, manifest: Manifest, problems: list[StoreError]) -> tuple[int, int]:
     bytes_read = 0
     for address in sorted(manifest.blob_digests):
-        try:
+        with _damage_to(problems):
             read_blob(store.backend, address)
             bytes_read += store.backend.stat(blob_path(address)).size_bytes
-        except StoreError as error:
-            problems.append(error)
     return len(manifest.blob_digests), bytes_read
 
 

@@ -124,6 +124,17 @@ def test_weights_that_would_be_made_up_are_refused(tmp_path, change, told):
         LanguageModel.load(directory, model_id="tiny")
 
 
+def test_an_encoder_is_told_from_a_model_that_was_not_fetched_whole(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    directory = write_tiny_model(tmp_path / "model")
+    config = BertConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    BertModel(config).save_pretrained(directory)
+    with pytest.raises(ModelError, match="weights, such as") as caught:
+        LanguageModel.load(directory, model_id="tiny")
+    assert "BertModel" in caught.value.hint
+
+
 def test_a_file_of_weights_that_is_none_is_a_typed_error(tmp_path):
     directory = write_tiny_model(tmp_path / "model")
     (directory / "model.safetensors").write_bytes(b"\xff" * 1000)

@@ -200,6 +200,15 @@ def test_reading_without_permission_is_said(s3_url, proxy):
         opened(s3_url)
 
 
+def test_what_a_server_does_not_give_is_not_called_damaged(s3_url, proxy, built):
+    store = opened(s3_url)
+    proxy.plan = Faults(denied, 10**9, lambda request: request.method == "GET" and "/chunks/" in request.path)
+    with pytest.raises(BackendUnavailable):
+        store.verify("small")
+    proxy.plan = Faults(denied, 0)
+    assert store.verify("small").ok
+
+
 def test_the_arrays_of_a_failed_load_are_not_taken_for_whole(s3_url, proxy, built):
     _, _, reader = opened(s3_url).open_reader("small")
     proxy.plan = Faults(unavailable, 10**9, lambda request: request.method == "GET")

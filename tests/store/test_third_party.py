@@ -96,6 +96,8 @@ def test_without_its_distribution_a_cache_is_refused_by_the_codecs_name(tmp_path
     assert "shift" not in codec_ids()
     with pytest.raises(UnknownCodec, match=r"shift.*cag\.codecs"), store.reader(manifest) as reader:
         reader.load(small("lossless").buffers())
+    with pytest.raises(UnknownCodec, match=r"shift.*cag\.codecs"):
+        store.verify("small")  # which does not call it damaged
 
 
 @pytest.mark.usefixtures("installed")

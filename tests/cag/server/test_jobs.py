@@ -151,6 +151,7 @@ async def test_a_build_that_fails_says_why(change, code, serving, engine):
         job = await over(served.client, (await served.client.post("/v1/caches", json=ORDER | change)).json())
         assert (job["status"], job["error"]["code"], job["cache"]) == ("failed", code, None)
         assert "built" not in engine.store.names()
+        assert "files" not in job["error"]["message"]  # a client sends none
 
 
 async def test_jobs_that_wait_are_bounded_and_can_be_cancelled(serving, engine, gate):
