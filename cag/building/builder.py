@@ -256,6 +256,7 @@ def build_cache(
     Raises:
         UsageError: an expiry that is not ahead, or beyond the calendar; two documents of one id.
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
+        EmptyCorpus: no documents.
         InsufficientResources: too little memory for one copy of the cache, said before anything is computed.
         FidelityMissed: the cache misses the bound that was given; the name still refers to what it referred to.
         UnencodableArray: the codec that was named cannot hold the values.

@@ -225,7 +225,7 @@ def test_a_bound_that_is_kept_is_no_matter(engine, corpus):
     assert bound.max_kl == free.fidelity.mean_kl
 
 
-@pytest.mark.parametrize("max_kl", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("max_kl", [-0.1, float("nan"), float("inf"), pytest.param(10**400, id="huge")])
 def test_a_bound_is_a_number_from_zero_on(max_kl):
     with pytest.raises(UsageError, match="max_kl"):
         BuildOptions(codec="auto", max_kl=max_kl)
