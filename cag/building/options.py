@@ -43,7 +43,7 @@ class BuildOptions:
         max_kl: bound of the mean KL divergence from the uncompressed cache, in nats; a cache that misses it is refused.
             None: no bound, and `DEFAULT_MAX_KL` for "auto".
         force: keep a cache that misses its bound.
-        keep: with "auto", a configuration that is taken without a search if it stays within the bound.
+        keep: the configuration of the cache before, taken as what `codec` means while it stays within the bound.
         template: in place of the model's, as a template may render otherwise every day.
     """
 
