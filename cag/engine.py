@@ -15,7 +15,8 @@ import torch
 
 import cag_store
 from cag.building.builder import build_cache
-from cag.building.options import AUTO, BuildOptions, BuildProgress, BuildReport
+from cag.building.options import BuildOptions, BuildProgress, BuildReport
+from cag.building.updates import update_options
 from cag.corpus import CorpusReport, Document, load_corpus
 from cag.errors import InsufficientResources, UsageError
 from cag.forward.recurrent import States
@@ -28,7 +29,6 @@ from cag.model import LanguageModel, ModelOptions
 from cag.models import DEFAULT_MODEL, fetch_model
 from cag.open_caches import OpenCache, OpenCaches
 from cag.prefix import Prefix
-from cag.prompt import template_from_json
 from cag.residency.host_copies import HostCopies
 from cag.residency.load_plan import LoadPlan, plan_load
 from cag.residency.recurrent import loaded_states
@@ -155,27 +155,14 @@ class Engine:
         already is taken as it is). Everything before the first changed document is taken from the store, where its
         exact chunks are there still (`BuildReport.recomputed_tokens`). Codec, bound and texts are the old ones, and the
         day that a chat template may name is that of the first build; a codec that was searched is kept while it stays
-        within the bound, and searched again when it does not. The old expiry ends, `ttl_s` sets a new one. `force`
-        keeps a cache that misses its bound.
+        within the bound, and searched again when it does not or the model is another one. The old expiry ends, `ttl_s`
+        sets a new one. `force` keeps a cache that misses its bound.
         """
         manifest = self.find(name)[1]
         corpus = _read(paths, skip_errors, known_documents(manifest))
         places = {entry.doc_id: place for place, entry in enumerate(manifest.documents)}
         documents = sorted(corpus.documents, key=lambda document: places.get(document.doc_id, len(places)))
-        codec, layout = dict(manifest.codec), manifest.layout
-        template, rendered = self.model.template, template_from_json(layout)
-        if manifest.model.template_fingerprint == self.model.fingerprints.template:
-            template = replace(template, before=rendered.before, middle=rendered.middle)
-        searched, max_kl = manifest.build.get("codec_choice") is not None, manifest.build.get("max_kl")
-        options = BuildOptions(
-            codec=AUTO if searched else codec,
-            system_text=layout["system_text"],
-            closing_text=layout["closing_text"],
-            max_kl=max_kl if isinstance(max_kl, (int, float)) else None,
-            force=force,
-            keep=codec if searched else None,
-            template=template,
-        )
+        options = update_options(manifest, self.model, force=force)
         report = build_cache(self.model, self.store, name, documents, options, on_progress, ttl_s)
         return _with_changes(_with_corpus(report, corpus), manifest, documents)
 

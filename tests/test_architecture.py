@@ -41,7 +41,7 @@ WALKS = {
     "generation": ["answer", "sentences", "citations", "speculation", "thoughts", "generate", "scheduler", "session"],
     "building": [
         "probes", "fidelity", "key_errors", "ladder", "rungs", "snapshots", "chunks", "trials", "options",
-        "requirements", "builder",
+        "requirements", "builder", "updates",
     ],
 }  # fmt: skip
 

@@ -101,7 +101,7 @@ class Build:
         begin = time.perf_counter()
         codec = None
         if not self.options.chooses:
-            codec = codec_of(self.options.codec, self.chunks.model, self.store, self.report)
+            codec = codec_of(self.options.keep or self.options.codec, self.chunks.model, self.store, self.report)
         elif self.options.keep is None:
             self.rungs = self._ladder()
         self.seconds = replace(self.seconds, search_s=time.perf_counter() - begin)
@@ -194,11 +194,12 @@ class Build:
         return choose(trials, self.rungs, lossless, bound, trials.finer)
 
     def _named(self, trials: CodecTrials, lossless: Trial, codec: dict[str, Any]) -> Trial:
-        """The codec that was named; where `int4` alone misses the bound, with the keys of some layers in 8 bits."""
+        """The codec that was named, or kept; where `int4` misses the bound, with the keys of some layers in 8 bits."""
         first, bound = trials(codec), self.options.bound
         if bound is None or first.outcome == "within" or self.options.force or self.options.codec not in REFINED:
             return first
-        return smallest_finer(trials, trials.finer(codec), lossless, bound) or first
+        alone = codec_of(self.options.codec, self.chunks.model, self.store)
+        return smallest_finer(trials, trials.finer(alone), lossless, bound) or first
 
     def _check_bound(self, trial: Trial, fidelity: Fidelity) -> None:
         bound = self.options.bound
@@ -259,6 +260,7 @@ def build_cache(
 
     Raises:
         UsageError: an expiry that is not ahead, or beyond the calendar; two documents of one id.
+        EmptyCorpus: no documents.
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
         InsufficientResources: too little memory for one copy of the cache, said before anything is computed.
         FidelityMissed: the cache misses the bound that was given; the name still refers to what it referred to.
@@ -355,7 +357,7 @@ def manifest_of(build: Build, cache: BuiltCache) -> Manifest:
 
 def _build_facts(build: Build, cache: BuiltCache) -> dict[str, Any]:
     """How the cache came about; opaque to the store."""
-    adapter = build.chunks.model.adapter
+    adapter, asked = build.chunks.model.adapter, build.options.codec
     return {
         **{name: round(seconds, 4) for name, seconds in vars(build.seconds).items()},
         "reused_tokens": build.reused_tokens,
@@ -364,4 +366,5 @@ def _build_facts(build: Build, cache: BuiltCache) -> dict[str, Any]:
         "max_kl": build.options.bound,
         "forced": build.options.force,
         "codec_choice": cache.choice,
+        "named_codec": asked if isinstance(asked, str) and not build.options.chooses else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 from numbers import Real
@@ -42,7 +43,7 @@ class BuildOptions:
         max_kl: bound of the mean KL divergence from the uncompressed cache, in nats; a cache that misses it is refused.
             None: no bound, and `DEFAULT_MAX_KL` for "auto".
         force: keep a cache that misses its bound.
-        keep: with "auto", a configuration that is taken without a search if it stays within the bound.
+        keep: the configuration of the cache before, taken as what `codec` means while it stays within the bound.
         template: in place of the model's, as a template may render otherwise every day.
     """
 
@@ -58,9 +59,8 @@ class BuildOptions:
         for name in ("system_text", "closing_text"):
             if not isinstance(text := getattr(self, name), str):
                 raise UsageError(f"{name} is {text!r}; it must be text.")
-        is_number = self.max_kl is None or isinstance(self.max_kl, Real)
-        if not is_number or (self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl >= 0)):
-            raise UsageError(f"max_kl is {self.max_kl!r}; it is a number of nats from 0 on.")
+        if self.max_kl is not None:
+            object.__setattr__(self, "max_kl", _nats(self.max_kl))
 
     @property
     def chooses(self) -> bool:
@@ -71,6 +71,14 @@ class BuildOptions:
     def bound(self) -> float | None:
         """`max_kl`, or its default where the codec is searched."""
         return DEFAULT_MAX_KL if self.max_kl is None and self.chooses else self.max_kl
+
+
+def _nats(max_kl: object) -> float:
+    """A bound as manifests can have it. Raises: UsageError."""
+    with contextlib.suppress(OverflowError):
+        if isinstance(max_kl, Real) and math.isfinite(nats := float(max_kl)) and nats >= 0:
+            return nats
+    raise UsageError(f"max_kl is {max_kl!r}; it is a number of nats from 0 on.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from numbers import Real
 import cag_store
 from cag.building.options import BuildOptions
 from cag.corpus import Document
-from cag.errors import CorpusTooLarge, InsufficientResources, UsageError
+from cag.errors import CorpusTooLarge, EmptyCorpus, InsufficientResources, UsageError
 from cag.machine.runtime import free_memory_bytes
 from cag.model import LanguageModel
 from cag.prompt import PrefixLayout, lay_out
@@ -65,7 +65,9 @@ def _too_large(model: LanguageModel, num_tokens: int, told: str) -> CorpusTooLar
 
 
 def check_ids(documents: Sequence[Document]) -> None:
-    """Raises: UsageError: two documents of one id."""
+    """Raises: EmptyCorpus: no documents; UsageError: two of one id."""
+    if not documents:
+        raise EmptyCorpus("there is no document to build a cache of.", hint="Give at least one.")
     doc_id, times = max(Counter(document.doc_id for document in documents).items(), key=lambda item: item[1])
     if times > 1:
         raise UsageError(f"{times} documents have the id {doc_id!r}.", hint="Citations name documents by their ids.")

@@ -39,7 +39,7 @@ def utc_after(ttl_s: float | None) -> str | None:
     if ttl_s is None:
         return None
     try:
-        return (datetime.now(UTC) + timedelta(seconds=ttl_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return (datetime.now(UTC) + timedelta(seconds=float(ttl_s))).strftime("%Y-%m-%dT%H:%M:%SZ")
     except OverflowError as error:
         raise ValueError(f"{ttl_s} seconds from now is beyond the year 9999: leave the expiry out") from error
 

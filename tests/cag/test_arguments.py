@@ -1,7 +1,9 @@
 """What a program passes to the engine by mistake is an error of usage, said before anything is done."""
 
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 
 from cag.engine import Engine
@@ -40,6 +42,17 @@ def test_arguments_of_another_type_are_usage_errors(engine, tiny_model_dir, tmp_
         with pytest.raises(UsageError):
             call()
     assert engine.store.names() == ["gate"]
+
+
+@pytest.mark.parametrize("number", [np.float32, np.int64, Fraction])
+def test_numbers_of_other_types_are_numbers(engine, tmp_path, number):
+    """As programs have them that measure: found at the very end otherwise, where they are written down."""
+    (tmp_path / "page.txt").write_text("The gate opens at eight.\n")
+    report = engine.build([tmp_path / "page.txt"], name="new", codec="int8", max_kl=number(9), ttl_s=number(600))
+    ref, manifest = engine.find("new")
+    engine.store.remove("new")
+    assert report.max_kl == manifest.build["max_kl"] == 9.0
+    assert ref.expires_at is not None
 
 
 def test_what_is_no_layer_and_no_list_is_said(engine):

@@ -17,7 +17,7 @@ from cag.engine import Engine
 from cag.errors import BuildInterrupted, FidelityMissed, UnsupportedModel, UsageError
 from cag.prefill import BLOCK_TOKENS
 from cag_store.errors import UnencodableArray
-from tiny import own_weight
+from tiny import own_weight, tiny_config, write_tiny_model
 
 LOSSY = [codec["id"] for codec in LADDER]
 
@@ -225,7 +225,7 @@ def test_a_bound_that_is_kept_is_no_matter(engine, corpus):
     assert bound.max_kl == free.fidelity.mean_kl
 
 
-@pytest.mark.parametrize("max_kl", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("max_kl", [-0.1, float("nan"), float("inf"), pytest.param(10**400, id="huge")])
 def test_a_bound_is_a_number_from_zero_on(max_kl):
     with pytest.raises(UsageError, match="max_kl"):
         BuildOptions(codec="auto", max_kl=max_kl)
@@ -327,6 +327,45 @@ def test_an_update_over_a_named_codecs_bound_is_refused_unless_forced(engine, co
         engine.update("a", [corpus])
     assert state_of(engine) == before
     assert engine.update("a", [corpus], force=True).max_kl == 1e-12
+
+
+def test_an_update_over_the_bound_widens_keys_as_a_build_does(engine, corpus):
+    """`int4` by its name: what it was within the bound of a text is not what it is for good."""
+    attention = engine.model.network.model.layers[1].self_attn
+    with torch.no_grad():
+        for projection in (attention.q_proj, attention.k_proj):
+            own_weight(projection).mul_(6)
+    first = engine.build([corpus], name="a", codec="int4", max_kl=10.0)
+    (corpus / "part9.txt").write_text("A late addition. " * 40)
+    kl = {}
+    for layers in ((), (1,), (0, 1)):
+        codec = first.codec | {"wide_key_layers": list(layers)}
+        kl[layers] = engine.build([corpus], name="tried", codec=codec).fidelity.mean_kl
+    manifest, bound = engine.find("a")[1], (kl[()] + kl[(1,)]) / 2
+    assert kl[(1,)] < bound < kl[()]
+    engine.store.commit("a", replace(manifest, build=manifest.build | {"max_kl": bound}))
+    updated = engine.update("a", [corpus])
+    assert (updated.codec["wide_key_layers"], updated.fidelity.mean_kl) == ([1], kl[(1,)])
+    at_once = engine.build([corpus], name="b", codec="int4", max_kl=bound)
+    assert (at_once.codec, chunks_of(engine, "b")) == (updated.codec, chunks_of(engine))
+    collect_garbage(engine)
+    assert engine.update("a", [corpus]).computed_tokens == 0  # what was found is kept, not searched again
+    written_out = engine.find("tried")[1]
+    engine.store.commit("tried", replace(written_out, build=written_out.build | {"max_kl": kl[(0, 1)] / 100}))
+    with pytest.raises(FidelityMissed, match="8-bit keys in layers 0, 1"):
+        engine.update("tried", [corpus])
+
+
+def test_an_update_under_another_model_takes_the_basis_of_that_one(engine, corpus, tmp_path):
+    before = engine.build([corpus], name="a", codec="transform")
+    other = write_tiny_model(tmp_path / "other", config=tiny_config(num_hidden_layers=1))
+    other = Engine.load(str(other), store=engine.store, device="cpu")
+    updated = other.update("a", [corpus])
+    assert updated.codec["id"] == "transform"
+    assert updated.codec["basis"] != before.codec["basis"]
+    assert other.update("a", [corpus]).codec == updated.codec
+    with other.open("a") as prefix:
+        assert prefix.ask("Which line?", max_tokens=2).usage.cached_tokens == updated.num_tokens
 
 
 def test_trials_leave_nothing_behind_but_chunks_for_gc(engine, corpus):

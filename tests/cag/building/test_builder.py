@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import cag_store
 from cag import prompt
 from cag.building.builder import BuildOptions, build_cache
 from cag.building.requirements import RESERVED_TOKENS
-from cag.corpus import Document, load_documents
+from cag.corpus import CorpusReport, Document, load_documents
 from cag.corpus.document import text_sha256
 from cag.engine import Engine
 from cag.errors import BuildInterrupted, CacheMismatch, CacheNotFound, CorpusTooLarge, EmptyCorpus, UsageError
@@ -274,13 +275,17 @@ def test_weights_changed_in_place_make_the_cache_foreign(tiny_model_dir, corpus_
         Engine.load(str(directory), store=tmp_path / "store").open("a")
 
 
-def test_unknown_names_and_empty_corpora(tiny_engine, tmp_path):
+def test_unknown_names_and_empty_corpora(tiny_engine, corpus_dir, tmp_path):
     with pytest.raises(CacheNotFound, match="nothing"):
         tiny_engine.open("nothing")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(EmptyCorpus):
         tiny_engine.build([empty], name="a")
+    tiny_engine.build([corpus_dir], name="old")
+    for build in (partial(tiny_engine.build, name="a"), partial(tiny_engine.update, "old")):
+        with pytest.raises(EmptyCorpus):
+            build(CorpusReport((), (), (), ()))
     with pytest.raises(cag_store.errors.InvalidName):
         tiny_engine.build([empty], name="a/b")
 
