@@ -42,6 +42,8 @@ def with_adapter(network: Any, adapter: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     weights = adapter / ADAPTER_WEIGHTS
+    if not adapter.is_dir():
+        raise ModelError(f"there is no folder {adapter}.", hint="Name the folder of a LoRA adapter.")
     if not weights.is_file():
         raise ModelError(f"{adapter} holds no {weights.name}.", hint="Save the adapter as safetensors.")
     try:

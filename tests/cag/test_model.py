@@ -215,6 +215,11 @@ def test_an_adapter_that_lacks_weights_is_refused(tmp_path, tiny_model_dir, part
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "adapter"))
 
 
+def test_an_adapter_that_is_nowhere_is_told_from_one_of_another_form(tmp_path, tiny_model_dir):
+    with pytest.raises(ModelError, match="no folder .*nowhere"):
+        LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "nowhere"))
+
+
 def test_a_pickled_adapter_beside_other_tensors_is_not_read(tmp_path, tiny_model_dir):
     pytest.importorskip("peft")
     file = _adapter_without(tmp_path / "adapter", tiny_model_dir, "nothing")
