@@ -47,6 +47,17 @@ def test_other_directories_and_versions_are_refused(tmp_path):
         LocalBackend(file)
 
 
+def test_a_folder_that_may_not_be_entered(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # the superuser may enter everything
+    try:
+        with pytest.raises(StoreFull, match="no permission"):
+            LocalBackend(tmp_path / "closed" / "store")
+    finally:
+        os.seteuid(user)
+
+
 def parts_then(error):
     yield b"some bytes"
     raise error

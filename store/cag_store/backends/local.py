@@ -268,7 +268,7 @@ class LocalBackend(Backend):
 
     def _check_format(self) -> None:
         """Raises: UnsupportedFormat unless the directory is a store of this version, empty, or missing."""
-        names = {path.name for path in self.root.glob("*")}  # before the marker, which is the first file of a store
+        names = self._names()  # before the marker, which is the first file of a store
         marker = self.root / "format"
         try:
             found = self.get_start(marker.name, 64)[0].decode("ascii", "replace")
@@ -287,6 +287,13 @@ class LocalBackend(Backend):
                 expected=FORMAT_TEXT,
                 found=found,
             )
+
+    def _names(self) -> set[str]:
+        """What is in the directory; nothing where it is none, or may be entered and not listed."""
+        try:
+            return {path.name for path in self.root.iterdir()}
+        except OSError:  # whether this is a store is for its marker to say
+            return set()
 
     @contextmanager
     def _translated(self, path: str) -> Iterator[None]:
