@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
 # Idle OpenMP threads that spin take the cores from the ones that work; threads that sleep at once are slow to wake for
 # the next of a forward's many small products. A short spin serves both (docs/log.md). Must be set before torch is
@@ -20,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "12000"}
 
+TYPE_CHECKING = False  # `typing` takes longer than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from cag.building.options import BuildOptions, BuildProgress, BuildReport
     from cag.corpus import Document, load_corpus, load_documents
     from cag.engine import Engine

@@ -100,7 +100,7 @@ def read_parts(directory: Path, plan: RuntimePlan, device: torch.device, dtype: 
     packs = plan.product == "packed" and compute == torch.float32
     # an adapter's merged weights are of no 16 bits any more
     kept = stored if packs and adapter is None and multiplies_packed(stored) else compute
-    check_memory(checkpoint, kept, device)
+    check_memory(checkpoint.num_weights(apart=packs), kept, device)
     network = read_network(directory, kept)
     if kept != compute and loses_in_16_bits(network):
         network = read_network(directory, compute)
@@ -256,9 +256,9 @@ def chosen_dtype(wanted: str, plan: RuntimePlan, stored: torch.dtype) -> torch.d
     return dtype
 
 
-def check_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(num_weights: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raises: InsufficientResources: the weights need more memory than is free."""
-    needed, free = checkpoint.num_weights * dtype.itemsize, free_memory_bytes(device)
+    needed, free = num_weights * dtype.itemsize, free_memory_bytes(device)
     if needed > free:
         raise InsufficientResources(
             f"the model needs {needed / 1e9:.1f} GB of memory in {dtype}, and {free / 1e9:.1f} GB are free.",

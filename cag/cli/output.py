@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-INTERRUPTED = 130
+from cag.cli import INTERRUPTED
+
 BUG = "This is a bug: run it again as `cag --verbose COMMAND ...` for the traceback, and report it."
 PIPE_COLUMNS = 240  # width of tables where nobody looks at a terminal
 

@@ -12,6 +12,7 @@ Knows a model and generations; knows no HTTP and no caches.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -25,6 +26,8 @@ from cag.generation.generate import Generation, choices
 from cag.generation.speculation import share_rows
 from cag.model import LanguageModel
 from cag_kernels import FEW_ROWS
+
+logger = logging.getLogger(__name__)
 
 MAX_STEP_ROWS = FEW_ROWS  # tokens of a step, but for a single question that is longer
 
@@ -97,6 +100,7 @@ class Scheduler:
         self._arriving: deque[Request] = deque()
         self._reading: deque[Request] = deque()  # prompts, in the order in which they came
         self._answering: list[Request] = []
+        self._shared_fails = False  # as the last shared step has
         self._gave_turn = False  # a long block had the last step: answers have this one
         self._news = threading.Condition()
 
@@ -202,14 +206,19 @@ class Scheduler:
         self.num_rows += sum(generation.num_next for generation in generations)
         try:
             with waiting_while(partial(self._may_wait, batch)):
-                return list(zip(batch, choices(generations), strict=True))
+                outcomes = list(zip(batch, choices(generations), strict=True))
         except WaitGivenUp:
             return []
         except Exception as error:
             if len(batch) == 1:
                 self._leave(batch[0], error)
                 return []
+            if not self._shared_fails:  # or the log would have as many as there are tokens
+                logger.exception("a step of %d answers failed; each is computed alone", len(batch))
+            self._shared_fails = True
             return [outcome for request in batch for outcome in self._run([request])]
+        self._shared_fails = self._shared_fails and len(batch) == 1
+        return outcomes
 
     def _postprocess(self, outcomes: list[_Outcome]) -> None:
         """Choose tokens, tell the listeners, let those leave whose answer is whole."""

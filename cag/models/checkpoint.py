@@ -64,11 +64,20 @@ class Checkpoint:
         except UNREADABLE as error:
             raise ModelError(f"cannot make the network that {self.directory} describes: {error}") from error
 
-    @cached_property
-    def num_weights(self) -> int:
-        """How many numbers the network has in its parameters, however few bits they are stored in. Raises:
-        ModelError."""
-        return sum(parameter.numel() for parameter in self.empty.parameters())
+    def num_weights(self, *, apart: bool = False) -> int:
+        """How many numbers the network has in its parameters, however few bits they are stored in. An output matrix
+        that is the embedding counts by itself where the files hold one, since transformers reads both; and where what
+        is laid out is kept `apart`. Raises: ModelError."""
+        own: int = sum(parameter.numel() for parameter in self.empty.parameters())
+        output = self.empty.get_output_embeddings()
+        is_tied = output is not None and output.weight is self.empty.get_input_embeddings().weight
+        again: int = output.weight.numel() if is_tied and (apart or self._holds(output)) else 0
+        return own + again
+
+    def _holds(self, module: Any) -> bool:
+        """Whether the files have weights of a module of `empty`."""
+        own = next(name for name, found in self.empty.named_modules() if found is module)
+        return any(f".{own}." in f".{stored}" for stored, _, _ in _stored(self.directory))
 
     @cached_property
     def tensors(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -97,12 +98,19 @@ class AnswerService:
         checked_at = time.monotonic()
         while not self._closing.is_set():
             if self.sessions.any_over:
-                await asyncio.to_thread(self.sessions.close_expired)
+                await self._tidy(self.sessions.close_expired)
             if time.monotonic() - checked_at >= CHECK_CACHES_S:
-                await asyncio.to_thread(self.caches.drop_outdated)
+                await self._tidy(self.caches.drop_outdated)
                 checked_at = time.monotonic()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), SWEEP_S)
+
+    async def _tidy(self, work: Callable[[], None]) -> None:
+        """Do `work` on another thread. It is tried again when its time has come, so what goes wrong is only logged."""
+        try:
+            await asyncio.to_thread(work)
+        except Exception:
+            logger.exception("cannot tidy up")
 
     def interrupt(self) -> None:
         """End all answers, those that wait too, with an error that their clients are told."""

@@ -21,7 +21,7 @@ COMMANDS = [
 
 
 def test_the_readme_commands_run(tmp_path, monkeypatch):
-    from cag.cli import app
+    from cag.cli.commands import app
 
     monkeypatch.chdir(ROOT)
     measured = runtime._measured_in_this_process()

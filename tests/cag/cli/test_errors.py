@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cag.cli import app
+from cag.cli.commands import app
 from cag.cli.output import report_error
 from cag.errors import ERROR_TABLE, CagError
 from tiny import write_tiny_model

@@ -24,13 +24,45 @@ CAG = [sys.executable, "-m", "cag.cli"]
 
 def test_the_command_line_starts_without_torch():
     code = (
-        "import sys, cag.cli; left = {'torch', 'transformers', 'numpy', 'rich', 'fastapi'} & set(sys.modules);"
+        "import sys, cag.cli.commands; left = {'torch', 'transformers', 'numpy', 'rich', 'fastapi'} & set(sys.modules);"
         "assert not left, left; cag.cli.main(['--help'])"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "\n  build " in finished.stdout
     assert finished.stderr == ""
+
+
+INTERRUPTED_AT_IMPORT = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt)
+from cag.cli import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "cag.cli.ask", "cag.cli.doctor", "cag_store"])
+def test_ctrl_c_while_a_command_starts_ends_it_quietly(module, book):
+    """The last one is imported by the command itself."""
+    command = [sys.executable, "-c", INTERRUPTED_AT_IMPORT, module, "ls", "--store", str(book)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (130, "")
+    assert process.stderr == ("error: interrupted.\n" if module == "cag_store" else "")
+
+
+def test_ctrl_c_is_not_heeded_where_the_shell_says_so(book):
+    code = INTERRUPTED_AT_IMPORT.replace("signal.default_int_handler)", "signal.SIG_IGN)")
+    command = [sys.executable, "-c", code, "typer", "ls", "--store", str(book)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0
+    assert "book" in process.stdout
 
 
 def test_a_reader_that_has_gone_is_no_error(book):
@@ -141,7 +173,7 @@ HEAVY = {
 def test_looking_imports_nothing_heavy(command, book):
     arguments = command if command[0].startswith("--") or "--help" in command else [*command, "--store", str(book)]
     code = (
-        f"import sys, cag.cli; code = cag.cli.run({arguments!r}); left = {HEAVY!r} & set(sys.modules);"
+        f"import sys; from cag.cli.commands import run; code = run({arguments!r}); left = {HEAVY!r} & set(sys.modules);"
         "assert (code, left) == (0, set()), (code, left)"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -150,7 +182,7 @@ def test_looking_imports_nothing_heavy(command, book):
 
 ASKS = """
 import json, sys
-import cag.cli.ask
+import cag.cli.commands
 
 class FirstToken:
     def __init__(self, stdout): self.stdout, self.modules = stdout, None
@@ -161,7 +193,7 @@ class FirstToken:
     def isatty(self): return False
 
 sys.stdout = watching = FirstToken(sys.stdout)
-code = cag.cli.run(sys.argv[1:])
+code = cag.cli.commands.run(sys.argv[1:])
 print(json.dumps({"code": code, "modules": watching.modules}), file=watching.stdout)
 """
 LATER = HEAVY - {"torch", "numba", "llvmlite"} | {

@@ -276,6 +276,30 @@ def test_rows_of_a_step_are_bounded(engine):
     assert max(sizes) <= MAX_STEP_ROWS
 
 
+def test_a_shared_step_that_fails_is_logged_once(engine, monkeypatch, caplog):
+    """However many answers and tokens it concerns; each is computed alone then."""
+    forward = engine.model.choose_together
+
+    def alone_only(chunks, **more):
+        if len(chunks) > 1:
+            raise RuntimeError("no memory for two")
+        return forward(chunks, **more)
+
+    monkeypatch.setattr(engine.model, "choose_together", alone_only)
+    with engine.open("alpha-lossless") as prefix:
+        scheduler, options = Scheduler(engine.model), SamplingOptions(max_tokens=4)
+        streams = [prefix.session().stream("Who holds the omega key?", options) for _ in range(3)]
+        requests = [stream.submit(scheduler, lambda _piece: None) for stream in streams]
+        scheduler.run()
+        answers = [stream.finish(request) for stream, request in zip(streams, requests, strict=True)]
+    assert len({answer.token_ids for answer in answers}) == 1
+    (record,) = caplog.records
+    assert "no memory for two" in caplog.text
+    assert "alone_only" in caplog.text  # where it was
+    assert "omega" not in caplog.text
+    assert record.getMessage() == "a step of 3 answers failed; each is computed alone"
+
+
 def test_a_prefix_that_still_loads_holds_up_nobody(engine):
     """Who stands behind it joins when it is there."""
     with engine.open("alpha-lossless") as here, engine.open("beta-lossless") as arriving:

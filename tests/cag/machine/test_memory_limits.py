@@ -74,9 +74,9 @@ def test_conversions_are_refused_above_the_limit(cgroup):
 def test_weights_are_refused_above_the_limit(cgroup):
     cgroup(100_000)
     arguments = torch.float32, torch.device("cpu")
-    model_files.check_memory(SimpleNamespace(num_weights=12_500), *arguments)
+    model_files.check_memory(12_500, *arguments)
     with pytest.raises(InsufficientResources):
-        model_files.check_memory(SimpleNamespace(num_weights=12_501), *arguments)
+        model_files.check_memory(12_501, *arguments)
 
 
 def test_caches_are_refused_above_the_limit(cgroup):

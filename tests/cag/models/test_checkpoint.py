@@ -327,12 +327,35 @@ def test_memory_is_asked_for_by_numbers_and_not_by_files(plain, tmp_path, monkey
     directory, weights = write_like(plain, tmp_path / "model", FP8, fp8_blocks)
     shutil.copy(plain / "model.safetensors", directory / "consolidated.safetensors")
     needed = 2 * sum(weight.numel() for weight in weights.values())
-    arguments = read_checkpoint(directory), torch.bfloat16, torch.device("cpu")
+    arguments = read_checkpoint(directory).num_weights(), torch.bfloat16, torch.device("cpu")
     monkeypatch.setattr(model_files, "free_memory_bytes", lambda _device: needed)
     model_files.check_memory(*arguments)
     monkeypatch.setattr(model_files, "free_memory_bytes", lambda _device: needed - 1)
     with pytest.raises(InsufficientResources):
         model_files.check_memory(*arguments)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("files", ["one", "two alike", "two"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_memory_is_asked_for_an_output_matrix_that_does_not_share_the_embedding(tied, files, packs, tmp_path):
+    """Packed it is a copy; and files may hold one of their own, whatever the configuration says."""
+    config = tiny_config(vocab_size=272, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    directory = write_tiny_model(tmp_path / "model", config=config, dtype=torch.bfloat16)
+    weights = load_file(directory / "model.safetensors")
+    if tied and files == "one":
+        del weights["lm_head.weight"]
+    if files == "two alike":
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    described = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (directory / "config.json").write_text(json.dumps(described))
+    asked = read_checkpoint(directory).num_weights(apart=packs)
+    network = model_files.read_network(directory, torch.bfloat16)
+    taken = sum(weight.numel() for weight in network.parameters())
+    is_shared = network.lm_head.weight is network.model.embed_tokens.weight
+    copied = network.lm_head.weight.numel() if is_shared and (packs or files == "two alike") else 0
+    assert asked == taken + copied
 
 
 EYES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

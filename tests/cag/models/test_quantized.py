@@ -97,7 +97,7 @@ def test_the_model_answers_as_one_of_plain_weights(plain, tmp_path, described, c
         expected = network(input_ids=ids[None]).logits[0]
     assert (model.forward(ids.tolist(), model.new_state(), num_logits=0) - expected).norm() < 1e-2 * expected.norm()
     assert model.kv_dtype == torch.float16
-    assert read_checkpoint(directory).num_weights == sum(weight.numel() for weight in weights.values())
+    assert read_checkpoint(directory).num_weights() == sum(weight.numel() for weight in weights.values())
 
 
 def test_what_ends_an_answer_is_read_too(plain, tmp_path):

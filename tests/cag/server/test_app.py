@@ -2,6 +2,7 @@
 
 import asyncio
 
+import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -47,6 +48,24 @@ async def test_a_preload_that_fails_is_not_ready_and_says_why(serving):
         ready = await served.client.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (503, "failed")
         assert "nobody" in ready.json()["errors"]["nobody"]
+
+
+async def test_tidying_up_goes_on_after_an_error_that_is_logged(serving, monkeypatch, caplog):
+    monkeypatch.setattr("cag.server.service.SWEEP_S", 0.001)
+    monkeypatch.setattr("cag.server.service.CHECK_CACHES_S", 0.0)
+    tried = []
+
+    def failing():
+        tried.append(1)
+        raise OSError("a disk that is gone")
+
+    async with serving() as served:
+        monkeypatch.setattr(served.service.caches, "drop_outdated", failing)
+        with anyio.fail_after(60):
+            while len(tried) < 3:
+                await asyncio.sleep(0.001)
+    assert "a disk that is gone" in caplog.text
+    assert "Traceback" in caplog.text
 
 
 async def test_a_preload_that_failed_is_tried_again_until_it_loads(serving, engine, copy_of, monkeypatch):

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from cag.cli import app
+from cag.cli.commands import app
 from cag.cli.serve import _is_loopback, serve
 from cag.errors import CacheNotFound, UsageError
 
