@@ -216,7 +216,7 @@ def test_an_adapter_that_lacks_weights_is_refused(tmp_path, tiny_model_dir, part
 
 
 def test_an_adapter_that_is_nowhere_is_told_from_one_of_another_form(tmp_path, tiny_model_dir):
-    with pytest.raises(ModelError, match="no folder .*nowhere"):
+    with pytest.raises(ModelError, match=r"no folder .*nowhere"):
         LanguageModel.load(tiny_model_dir, model_id="tiny", options=ModelOptions(adapter=tmp_path / "nowhere"))
 
 
