@@ -237,12 +237,25 @@ def _run(
             finally:
                 timer.cancel()
 
-    level = "info" if verbose else "warning"
-    config = uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=SHUTDOWN_S)
+    level = "INFO" if verbose else "WARNING"
+    config = uvicorn.Config(app, log_config=_logging(level), timeout_graceful_shutdown=SHUTDOWN_S)
     try:
         AnnouncedServer(config).run(sockets=[listener])
     except KeyboardInterrupt:  # Ctrl-C is how a server is stopped; uvicorn raises it again after the shutdown
         note("stopped")
+
+
+def _logging(level: str) -> dict[str, Any]:
+    """For `logging.config.dictConfig`: a line on stderr with time and level for each record, ours from `level` on and
+    warnings of libraries."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
+        "loggers": {name: {"level": level} for name in ("cag", "uvicorn")},
+    }
 
 
 def _listen(host: str, port: int) -> socket.socket:

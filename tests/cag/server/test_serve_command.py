@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,6 +60,17 @@ def test_a_bad_setting_names_its_option(tmp_path):
 )
 def test_loopback(host, loopback):
     assert _is_loopback(host) is loopback
+
+
+def test_each_record_of_the_log_has_its_time_and_level():
+    """Ours and the server's as they were asked for, and of libraries the warnings."""
+    said = [("cag.server.jobs", "info"), ("uvicorn.access", "info"), ("httpx", "info"), ("httpx", "warning")]
+    code = "import logging.config; from cag.cli.serve import _logging; logging.config.dictConfig(_logging('INFO'))\n"
+    code += "\n".join(f"logging.getLogger({name!r}).{level}('said')" for name, level in said)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    lines = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (\S+) (\S+): said$", run.stderr, re.MULTILINE)
+    assert lines == [("INFO", "cag.server.jobs"), ("INFO", "uvicorn.access"), ("WARNING", "httpx")]
 
 
 @pytest.mark.slow
