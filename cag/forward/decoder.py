@@ -32,6 +32,7 @@ from cag.forward.recorded import (
     RecordedForwards,
     as_slice,
     attends_rounded,
+    attention_dtype,
     before_tails,
     seen_from,
     tail_places,
@@ -259,8 +260,7 @@ def recognize(
     other.
 
     Its weights are packed, or plain in bfloat16; `kind` is that of `cag.forward.weights.joined_product`, `seen` what
-    was seen of each layer. Keys and values are kept in `kv_dtype`, of which no tile takes any but bfloat16: other ones
-    are attended to in float32.
+    was seen of each layer. Keys and values are kept in `kv_dtype`.
     """
     model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
     if not has_numba() or not loops_read_floats(kv_dtype) or model is None or head is None:
@@ -274,5 +274,5 @@ def recognize(
         return None
     if product is None or not layers:
         return None
-    attends_in = model.norm.weight.dtype if kv_dtype == torch.bfloat16 else torch.float32
+    attends_in = attention_dtype(model.norm.weight.dtype, head_dim, kv_dtype)
     return FewRowsDecoder(network, layers, norm, product, head_dim, attends_in)

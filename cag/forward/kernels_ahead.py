@@ -9,7 +9,7 @@ import torch
 
 from cag.forward.state import AttentionRule, KvShape
 from cag.forward.weights import PackedLinear
-from cag_kernels import warm_up, warm_up_linear, warm_up_tiles
+from cag_kernels import warm_up, warm_up_dots, warm_up_linear, warm_up_tiles
 
 
 def compile_kernels(
@@ -29,3 +29,4 @@ def compile_kernels(
         warm_up_linear(dtype)
     if compute_dtype == torch.bfloat16:
         warm_up_tiles(head_dims, windows)
+        warm_up_dots(head_dims, sorted(groups), windows)

@@ -25,7 +25,7 @@ from cag_kernels.cpu.attention.segments import (
     HEAD_DIM_MULTIPLE,
     MAX_FEW_ROWS,
     MAX_HEAD_DIM,
-    TILE_DEPTH,
+    attends_in_bfloat16,
     cpu_attention,
     cpu_attention_serves,
     cpu_quantized_attention,
@@ -328,25 +328,31 @@ class _Recording:
         return found
 
 
-def attends_by_tiles(head_dim: int, attends_in: torch.dtype) -> bool:
-    """Whether rows that are rounded to `attends_in` meet a prefix in tiles."""
-    return attends_in == torch.bfloat16 and head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and has_tiles()
-
-
 def attends_apart(head_dim: int, attends_in: torch.dtype) -> bool:
-    """Whether a row that is attended in `attends_in` has the same bits in any company: in tiles, and compiled in
-    float32."""
-    compiled = attends_in == torch.float32 and head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM
-    return attends_by_tiles(head_dim, attends_in) or (compiled and has_compiler())
+    """Whether a row that is attended in `attends_in` has the same bits in any company: by compiled code."""
+    if attends_in == torch.bfloat16:
+        return attends_in_bfloat16(head_dim)
+    fits = attends_in == torch.float32 and head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM
+    return fits and has_compiler()
+
+
+def attention_dtype(own: torch.dtype, head_dim: int, kv_dtype: torch.dtype) -> torch.dtype:
+    """What a network of the type `own` attends in to keys and values in `kv_dtype`: in bfloat16 where compiled code
+    does, over bfloat16; elsewhere in float32 by compiled code, which is quicker than a library in bfloat16."""
+    if kv_dtype != torch.bfloat16 or own != torch.bfloat16:
+        return torch.float32
+    return own if attends_apart(head_dim, own) or not attends_apart(head_dim, torch.float32) else torch.float32
 
 
 def attends_rounded(query: Tensor, segment: PrefixSegment, attends_in: torch.dtype) -> bool:
-    """Whether a float32 query is rounded to the type that the network attends in: not where only code for a few
-    float32 rows serves a single token quickly."""
-    if attends_in == query.dtype or not isinstance(segment, DensePrefix):
-        return attends_in != query.dtype
+    """Whether a float32 query is rounded to the type that the network attends in: not for codes where no tiles meet
+    them, nor where only code for a few float32 rows serves a single token quickly."""
+    if attends_in == query.dtype:
+        return False
+    if not isinstance(segment, DensePrefix):
+        return has_tiles() or not has_compiler()
     few = query.shape[0] // segment.keys.shape[0] * query.shape[1] <= MAX_FEW_ROWS
-    return attends_by_tiles(query.shape[2], attends_in) or not (few and cpu_attention_serves(query, segment.keys))
+    return attends_apart(query.shape[2], attends_in) or not (few and cpu_attention_serves(query, segment.keys))
 
 
 def as_slice(rows: list[int] | slice) -> list[int] | slice:

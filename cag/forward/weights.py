@@ -20,6 +20,8 @@ from cag_kernels import (
     PackedProduct,
     PackedWeight,
     can_pack,
+    dot_linear_serves,
+    dot_product,
     has_compiler,
     linear_without_packing,
     pack_weight,
@@ -30,6 +32,7 @@ from cag_kernels import (
 from cag_kernels.packed import PANEL
 
 if TYPE_CHECKING:
+    from cag_kernels.cpu.products.dot_linear import DotProduct
     from cag_kernels.cpu.products.tile_linear import TileProduct
     from cag_kernels.cpu.products.tile_mlp import TileMlp
 
@@ -218,8 +221,8 @@ def join_network(network: nn.Module) -> None:
 def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
     """One product for layers that lie side by side, outputs side by side too; None if they do not.
 
-    `kind` (of `RuntimePlan.product`) says how plain weights in bfloat16 are multiplied: "plain", "transposed" or
-    "tiles", where tiles cannot serve a weight as "transposed".
+    `kind` (of `RuntimePlan.product`) says how plain weights in bfloat16 are multiplied: "plain", "transposed", "tiles",
+    where tiles cannot serve a weight as "transposed", or "dots", where they cannot as "plain".
     """
     bias = _joined_bias(layers)
     if all(isinstance(layer, PackedLinear) for layer in layers):
@@ -233,7 +236,9 @@ def joined_product(layers: Sequence[Any], kind: str) -> Product | None:
         return None
     if kind == "tiles" and tile_linear_serves(weight):
         return tile_product(weight, bias)
-    multiply = nn.functional.linear if kind == "plain" else linear_without_packing
+    if kind == "dots" and dot_linear_serves(weight):
+        return dot_product(weight, bias)
+    multiply = nn.functional.linear if kind in ("plain", "dots") else linear_without_packing
     return LibraryProduct(multiply, weight, bias)
 
 
@@ -260,12 +265,14 @@ def is_tile_product(product: Product) -> bool:
 
 
 def plain_weight(product: Product) -> Tensor | PackedWeight | None:
-    """The weight of a product by compiled code that adds no bias: plain where tiles multiply, else packed; None for any
-    other product."""
+    """The weight of a product by compiled code that adds no bias: plain where tiles or vectors of bfloat16 multiply,
+    else packed; None for any other product."""
     if isinstance(product, PackedProduct):
         return product.packed if product.bias is None else None
-    tiles = cast("TileProduct", product) if is_tile_product(product) else None
-    return None if tiles is None or tiles.bias is not None else tiles.weight
+    if not product.is_recordable:
+        return None
+    plain = cast("TileProduct | DotProduct", product)
+    return plain.weight if plain.bias is None else None
 
 
 def joined_weight(layers: Sequence[Any]) -> Tensor | None:

@@ -29,6 +29,8 @@ from cag.errors import UsageError
 from cag.home import cag_home, write_atomically
 from cag.machine.memory_limits import available_memory_bytes
 from cag_kernels import (
+    dot_linear,
+    dot_linear_serves,
     has_compiler,
     linear_without_packing,
     pack_weight,
@@ -44,7 +46,7 @@ _MATRIX = (2048, 1536)
 _NUM_MEASUREMENTS = 3  # processes that measure undisturbed
 _MOST_MEASUREMENTS = 12  # processes that measure at all
 _MAY_WAIT = 0.2  # of a measurement's time, waited for cores by all threads together, up to which it is undisturbed
-_MAY_BE_BEHIND = {"tiles": 2.0, "packed": 1.5}  # times the quickest product of the type, and still the one to take
+_MAY_BE_BEHIND = {"tiles": 2.0, "dots": 1.9, "packed": 1.5}  # times the quickest product of the type, and still the one to take
 _NUM_MATRICES = 6  # 75 MB in float32, so that weights come from memory as they do in a model
 
 
@@ -54,8 +56,8 @@ class RuntimePlan:
 
     `threads_small` serves up to `LARGE_ROWS / 2` tokens a forward, `threads_large` more. `product` says how a
     question's rows meet a weight: "plain", "transposed" (`cag_kernels.linear_without_packing`), "packed"
-    (`cag_kernels.packed_linear`, where float32 is computed) or "tiles" (`cag_kernels.tile_linear`). `measured_ms`
-    holds, for "product/dtype/threads/rows", the milliseconds that led to the choice; empty where nothing had to be
+    (`cag_kernels.packed_linear`, where float32 is computed), "tiles" (`cag_kernels.tile_linear`) or "dots"
+    (`cag_kernels.dot_linear`). `measured_ms` holds, for "product/dtype/threads/rows", the milliseconds that led to the choice; empty where nothing had to be
     measured.
     """
 
@@ -208,7 +210,7 @@ def _machine_key() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "torch": torch.__version__,
-        "version": 8,
+        "version": 9,
     }
 
 
@@ -229,11 +231,12 @@ def _measure_cpu() -> RuntimePlan:
                 multiply = linear_without_packing if product == "transposed" else torch.nn.functional.linear
                 key = f"{product}/{dtype}/{threads}/{rows}"
                 measured[key] = _time_products(multiply, block[rows], matrices)
-    if tile_linear_serves(matrices[0]):
-        for threads in _thread_candidates():
+    own = (("tiles", tile_linear, tile_linear_serves), ("dots", dot_linear, dot_linear_serves))
+    for name, own_product, serves in own:
+        for threads in _thread_candidates() if serves(matrices[0]) else ():
             torch.set_num_threads(threads)
-            key = f"tiles/bfloat16/{threads}/{SMALL_ROWS}"
-            measured[key] = _time_products(tile_linear, block[SMALL_ROWS].float(), matrices)
+            key = f"{name}/bfloat16/{threads}/{SMALL_ROWS}"
+            measured[key] = _time_products(own_product, block[SMALL_ROWS].float(), matrices)
     if has_compiler():
         packed = [pack_weight(matrix) for matrix in matrices]
         for threads in _thread_candidates():

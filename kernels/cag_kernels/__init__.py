@@ -11,12 +11,24 @@ one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys t
 """
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
-from cag_kernels.cpu.attention.segments import has_compiler, has_numba, has_tiles, vector_lanes, warm_up, warm_up_tiles
+from cag_kernels.cpu.attention.segments import (
+    has_compiler,
+    has_dots,
+    has_numba,
+    has_tiles,
+    vector_lanes,
+    warm_up,
+    warm_up_dots,
+    warm_up_tiles,
+)
 from cag_kernels.inverse import inverse_transform
 from cag_kernels.largest import LargestOutput, largest_output, largest_output_serves, warm_up_largest
 from cag_kernels.linear import (
     FEW_ROWS,
     PackedProduct,
+    dot_linear,
+    dot_linear_serves,
+    dot_product,
     linear_without_packing,
     multiplies_packed,
     packed_linear,
@@ -58,8 +70,12 @@ __all__ = [
     "decode_segments",
     "dequantize",
     "dequantize_prefix",
+    "dot_linear",
+    "dot_linear_serves",
+    "dot_product",
     "gate",
     "has_compiler",
+    "has_dots",
     "has_numba",
     "has_tiles",
     "inverse_transform",
@@ -85,6 +101,7 @@ __all__ = [
     "tile_product",
     "vector_lanes",
     "warm_up",
+    "warm_up_dots",
     "warm_up_largest",
     "warm_up_linear",
     "warm_up_tiles",

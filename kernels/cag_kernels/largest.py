@@ -1,8 +1,8 @@
 """Which output of a linear layer is the largest, from half of the bytes of its weight, and to the bit.
 
 A copy of the weight in 8 bits bounds every output from both sides. The few whose upper bound reaches the largest lower
-bound are computed exactly, with the bits of the whole product (`tile_linear`, `packed_linear`); nothing else can be the
-largest.
+bound are computed exactly, with the bits of the whole product (`tile_linear`, `dot_linear`, `packed_linear`); nothing
+else can be the largest.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.attention.segments import has_byte_tiles, has_compiler, has_numba
+from cag_kernels.cpu.attention.segments import has_byte_tiles, has_compiler, has_dots, has_numba, has_tiles
 from cag_kernels.device import HALF_TYPES
-from cag_kernels.linear import multiplies_packed, packed_linear, tile_linear, tile_linear_serves
+from cag_kernels.linear import (
+    dot_linear,
+    dot_linear_serves,
+    multiplies_packed,
+    packed_linear,
+    tile_linear,
+    tile_linear_serves,
+)
 from cag_kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -34,13 +41,17 @@ def largest_output_serves(weight: Tensor | PackedWeight) -> bool:
         fits = weight.out_features >= _LEAST_FEATURES and weight.panels.dtype in HALF_TYPES
         return fits and has_numba() and _has_pairs() and multiplies_packed(weight.panels.dtype)
     fits = weight.shape[0] >= _LEAST_FEATURES and weight.shape[1] % _SIZE_MULTIPLE == 0
-    return fits and tile_linear_serves(weight) and has_numba() and has_byte_tiles()
+    if not fits or not has_numba():
+        return False
+    return (tile_linear_serves(weight) and has_byte_tiles()) or (dot_linear_serves(weight) and _has_pairs())
 
 
 def choice_arithmetic() -> str:
     """Which output matrices `LargestOutput` takes on this machine, for reports; small ones apart."""
     by_tiles, by_pairs = has_numba() and has_byte_tiles(), has_numba() and _has_pairs()
-    where = [text for text, serves in (("tiles multiply", by_tiles), ("it is packed", by_pairs)) if serves]
+    by_dots = by_pairs and _multiplies_plain()
+    ways = ("tiles multiply", by_tiles), ("products of bfloat16 do", by_dots), ("it is packed", by_pairs)
+    where = [text for text, serves in ways if serves]
     if not where:
         return "from all logits"
     return f"from 8 bits of the output matrix where {' or '.join(where)}, half of its memory more"
@@ -65,7 +76,7 @@ class LargestOutput:
 
     def __call__(self, rows: Tensor) -> list[int]:
         """`rows [num_rows, size]`, float32 on the CPU and not empty, to the index of the largest of `tile_linear(rows,
-        weight)`, or of `packed_linear`, for each; at most `MAX_ROWS` rows the quick way."""
+        weight)`, `dot_linear` or `packed_linear`, for each; at most `MAX_ROWS` rows the quick way."""
         num_rows = len(rows)
         if num_rows <= MAX_ROWS:
             choice = self._choices.get(num_rows) or self._prepared(num_rows)
@@ -116,13 +127,19 @@ def warm_up_largest() -> None:
     if has_numba() and (has_byte_tiles() or _has_pairs()):
         from cag_kernels.cpu.products.choice import warm_up
 
-        warm_up(tiles=has_byte_tiles())
+        if has_byte_tiles() or _multiplies_plain():
+            warm_up(packed=False)
+        if not has_byte_tiles():
+            warm_up(packed=True)
 
 
 def largest_output_reference(rows: Tensor, weight: Tensor | PackedWeight) -> list[int]:
     """What `LargestOutput` means: the whole product, and the lowest of equal outputs."""
-    multiply = packed_linear if isinstance(weight, PackedWeight) else tile_linear
-    found: list[int] = multiply(rows, weight).argmax(-1).tolist()  # type: ignore[arg-type]
+    if isinstance(weight, PackedWeight):
+        product = packed_linear(rows, weight)
+    else:
+        product = tile_linear(rows, weight) if tile_linear_serves(weight) else dot_linear(rows, weight)
+    found: list[int] = product.argmax(-1).tolist()
     return found
 
 
@@ -132,6 +149,10 @@ def _has_pairs() -> bool:
     from cag_kernels.cpu.pairs import has_pairs
 
     return has_pairs()
+
+
+def _multiplies_plain() -> bool:
+    return has_dots() and not has_tiles()
 
 
 def _plain_memory(num_bytes: int) -> Tensor:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.attention.segments import has_compiler, vector_lanes
+from cag_kernels.cpu.attention.segments import has_compiler, has_tiles, vector_lanes
 from cag_kernels.cpu.floats import reads_floats
 from cag_kernels.packed import PackedWeight
 from cag_kernels.rows_reference import gate_reference
 
 if TYPE_CHECKING:
+    from cag_kernels.cpu.products.dot_linear import DotProduct
     from cag_kernels.cpu.products.tile_linear import TileProduct
 
 FEW_ROWS = 128  # of a forward of few rows
@@ -117,10 +118,7 @@ def tile_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Raises:
         ValueError: operands that do not fit together, or a weight that is not served.
     """
-    fits = block.shape[-1] == weight.shape[1] and block.numel() and (bias is None or bias.shape == weight.shape[:1])
-    floats = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (block, *_present(bias)))
-    if not fits or not floats or not tile_linear_serves(weight):
-        raise ValueError(f"a block {tuple(block.shape)} of {block.dtype} does not fit a weight {tuple(weight.shape)}")
+    _check_plain(block, weight, bias, tile_linear_serves(weight))
     from cag_kernels.cpu.products import tile_linear as cpu_tile_linear
 
     rows = block.reshape(-1, block.shape[-1]).contiguous()
@@ -142,8 +140,41 @@ def tile_product(weight: Tensor, bias: Tensor | None = None) -> TileProduct:
     return TileProduct(weight, bias)
 
 
+def dot_linear_serves(weight: Tensor) -> bool:
+    """Whether `dot_linear` takes this weight on this machine. Not where there are tiles, which do more at once: so a
+    plain weight has one product of ours on a machine."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_compiler() or has_tiles():
+        return False
+    from cag_kernels.cpu.products import dot_linear as cpu_dot_linear
+
+    return cpu_dot_linear.serves(weight)
+
+
+def dot_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`tile_linear` by the products of vectors of bfloat16 (AVX512_BF16), for a weight that `dot_linear_serves`.
+
+    Raises:
+        ValueError: operands that do not fit together, or a weight that is not served.
+    """
+    _check_plain(block, weight, bias, dot_linear_serves(weight))
+    from cag_kernels.cpu.products import dot_linear as cpu_dot_linear
+
+    rows = block.reshape(-1, block.shape[-1]).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return cpu_dot_linear.compiled_linear(rows, weight, bias).view(*block.shape[:-1], weight.shape[0])
+
+
+def dot_product(weight: Tensor, bias: Tensor | None = None) -> DotProduct:
+    """As `tile_product`, of `dot_linear`."""
+    if not dot_linear_serves(weight):
+        raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} is not served by products of bfloat16")
+    from cag_kernels.cpu.products.dot_linear import DotProduct
+
+    return DotProduct(weight, bias)
+
+
 def tile_linear_reference(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What `tile_linear` means, in the block's type: the specification that tests compare with."""
+    """What `tile_linear` and `dot_linear` mean, in the block's type: the specification that tests compare with."""
     product = block.to(torch.bfloat16).to(block.dtype) @ weight.to(block.dtype).t()
     return product if bias is None else product + bias
 
@@ -179,6 +210,13 @@ def _check(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
             f"a float32 block {tuple(rows.shape)} and a bias do not fit a packed weight of "
             f"{packed.out_features} x {packed.in_features}"
         )
+
+
+def _check_plain(block: Tensor, weight: Tensor, bias: Tensor | None, serves: bool) -> None:
+    fits = block.shape[-1] == weight.shape[1] and block.numel() and (bias is None or bias.shape == weight.shape[:1])
+    floats = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (block, *_present(bias)))
+    if not fits or not floats or not serves:
+        raise ValueError(f"a block {tuple(block.shape)} of {block.dtype} does not fit a weight {tuple(weight.shape)}")
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:

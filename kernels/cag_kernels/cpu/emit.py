@@ -132,6 +132,13 @@ class Emitter:
         memory.type = POINTER  # llvmlite still gives it a typed pointer
         return memory
 
+    def bytes_on_stack(self, count: int) -> Value:
+        """Uninitialized memory of the calling function."""
+        memory = self.builder.alloca(INT8, size=count)
+        memory.align = 64
+        memory.type = POINTER
+        return memory
+
     def at(self, pointer: Value, index: Value | int, element: Any = FLOAT) -> Value:
         """Address of an element."""
         index = self.integer(index) if isinstance(index, int) else index

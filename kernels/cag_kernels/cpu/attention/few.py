@@ -27,11 +27,14 @@ class FewRows:
     denominators `[num_lanes]` and the weighted sums `[head_dim, num_lanes]` go; then the number of keys and num_lanes.
     """
 
+    name = "few"
+    num_pointers = 6
+
     def __init__(self, module: ir.Module, head_dim: int, rows: int, blocking: Blocking, kept: torch.dtype) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 6 + [INT64] * 2)
-        self.function = ir.Function(module, kind, name=f"few_{rows}")
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * self.num_pointers + [INT64] * 2)
+        self.function = ir.Function(module, kind, name=f"{self.name}_{rows}")
         self.function.linkage = "internal"
-        self.emit = Emitter(self.function, blocking.lanes)
+        self.emit = self.make_emitter(self.function, blocking)
         self.head_dim = head_dim
         self.rows = range(rows)
         self.blocking, self.kept, self.element = blocking, kept, ELEMENTS[kept]
@@ -39,14 +42,27 @@ class FewRows:
         self.chunks = range(head_dim // blocking.lanes)
         arguments = self.function.args
         self.query, self.keys, self.values, self.maximum, self.denominator, self.weighted = arguments[:6]
-        self.num_keys, self.num_lanes = arguments[6:]
+        self.others, (self.num_keys, self.num_lanes) = arguments[6:-2], arguments[-2:]
         self.row_query = self.emit.scratch(rows * head_dim)
         self.sums = self.emit.scratch(rows * head_dim)
-        self.vectors = _vectors_of_keys(rows, head_dim, blocking)
-        self.turned = self.emit.scratch(head_dim * self.vectors * blocking.lanes)
-        self.turn = _turning_function(module, head_dim, self.vectors, blocking, kept)
+        self.vectors = _vectors_of_keys(rows, self.columns(), blocking)
+        self.turned = self.emit.scratch(self.columns() * self.vectors * blocking.lanes)
+        self.turn = self.turning_function(module)
         self.scores = self.emit.scratch(rows * blocking.tile)
         self._emit_range()
+
+    def make_emitter(self, function: ir.Function, blocking: Blocking) -> Emitter:
+        """What the function's instructions are made with."""
+        return Emitter(function, blocking.lanes)
+
+    def columns(self) -> int:
+        """Of turned keys: channels."""
+        return self.head_dim
+
+    def turning_function(self, module: ir.Module) -> ir.Function:
+        """Lays a vector of keys out column by column. Arguments: the tile's keys, the first one of the vector, the last
+        one of the tile, and where its numbers go, lanes from a column's to the next `vectors` apart."""
+        return _turning_function(module, self.head_dim, self.vectors, self.blocking, self.kept)
 
     def _chunk(self, pointer: Value, row: int, chunk: int) -> Value:
         return self.emit.at(pointer, row * self.head_dim + chunk * self.blocking.lanes)
@@ -126,8 +142,8 @@ class FewRows:
                 index = builder.add(builder.mul(channel.index, emit.integer(size)), emit.integer(part))
                 emit.prefetch(emit.at(ahead, index, self.element))
             query = emit.at(self.row_query, channel.index)
-            channel.following, _ = _emit_outer(
-                emit,
+            channel.following, _ = emit_outer(
+                emit.multiply_add,
                 [partial(emit.spread, emit.at(query, row * self.head_dim)) for row in self.rows],
                 [partial(emit.load, emit.at(keys, vector * emit.lanes)) for vector in vectors],
                 channel.values,
@@ -143,8 +159,11 @@ class FewRows:
         larger = emit.across(key.following[0], emit.larger)
         with emit.loop(emit.integer(0), count, lanes) as key:
             place = emit.at(scores, key.index)
-            emit.store(emit.exponential(builder.fsub(emit.load(place), larger)), place)
-        return larger, emit.exponential(builder.fsub(maximum, larger))
+            emit.store(self._weight(emit.load(place), larger), place)
+        return larger, self._weight(maximum, larger)
+
+    def _weight(self, score: Value, largest: Value) -> Value:
+        return self.emit.exponential(self.emit.builder.fsub(score, largest))
 
     def _emit_weighted(
         self, values: Value, count: Value, corrections: list[Value], denominators: Sequence[Value]
@@ -153,23 +172,25 @@ class FewRows:
         to the denominators, which are alike in all lanes."""
         totals = [self.emit.builder.fmul(*pair) for pair in zip(denominators, corrections, strict=True)]
         passes, found = self._passes(), []
+        rows, most = len(self.rows), SUMS_IN_REGISTERS[self.blocking.lanes]
+        if (len(passes[-1]) + 1) * rows > most:  # denominators are summed with the last channels, if there is room
+            passes.append(self.chunks[:0])
         for number, chunks in enumerate(passes):
-            # each pass asks for its part of the next tile
-            lines = [
-                line for line in range(0, self.head_dim, self.line) if line * len(passes) // self.head_dim == number
-            ]
             added = totals if number == len(passes) - 1 else []
+            lines = self._lines(number, len(passes))
             found = self._emit_channels(values, count, corrections, chunks, added, lines)
         return found
 
     def _passes(self) -> list[range]:
-        """Vectors of channels by the pass that sums them, as many as registers hold sums of; denominators are summed
-        with the last ones, by themselves if there is no room."""
+        """Vectors of channels by the pass that sums them, as many as registers hold sums of."""
         rows, most = len(self.rows), SUMS_IN_REGISTERS[self.blocking.lanes]
         num_passes = -(-len(self.chunks) // max(1, most // rows))
         size = -(-len(self.chunks) // num_passes)
-        passes = [self.chunks[first : first + size] for first in range(0, len(self.chunks), size)]
-        return passes if (len(passes[-1]) + 1) * rows <= most else [*passes, self.chunks[:0]]
+        return [self.chunks[first : first + size] for first in range(0, len(self.chunks), size)]
+
+    def _lines(self, number: int, num_passes: int) -> list[int]:
+        """Channels of the next tile that a pass asks for, each the first of a line."""
+        return [line for line in range(0, self.head_dim, self.line) if line * num_passes // self.head_dim == number]
 
     def _emit_channels(
         self,
@@ -190,8 +211,8 @@ class FewRows:
             source = emit.at(values, builder.mul(key.index, emit.integer(self.head_dim)), self.element)
             for line in lines:
                 emit.prefetch(emit.at(source, self.blocking.tile * self.head_dim + line, self.element))
-            sums, weights = _emit_outer(
-                emit,
+            sums, weights = emit_outer(
+                emit.multiply_add,
                 [partial(emit.spread, emit.at(self.scores, self._score_index(row, key.index))) for row in self.rows],
                 [partial(self._load, source, chunk) for chunk in chunks],
                 key.values[: len(start)],
@@ -235,28 +256,31 @@ def _turning_function(
     return function
 
 
-def _emit_outer(
-    emit: Emitter, left: list[Callable[[], Value]], right: list[Callable[[], Value]], totals: Sequence[Value]
+def emit_outer(
+    add: Callable[[Value, Value, Value], Value],
+    left: list[Callable[[], Value]],
+    right: list[Callable[[], Value]],
+    totals: Sequence[Value],
 ) -> tuple[list[Value], list[Value]]:
-    """`totals [left, right]` and the products of what is loaded, and the left ones. The fewer ones are held; the others
-    come one at a time, as sums fill the registers."""
+    """`totals [left, right]` and the products of what is loaded, and the left ones; `add(left, right, total)`. The
+    fewer ones are held; the others come one at a time, as sums fill the registers."""
     sums, width = list(totals), len(right)
     if len(left) <= width:
         lefts = [load() for load in left]
         for column, load in enumerate(right):
             number = load()
             for row, held in enumerate(lefts):
-                sums[row * width + column] = emit.multiply_add(held, number, sums[row * width + column])
+                sums[row * width + column] = add(held, number, sums[row * width + column])
         return sums, lefts
     rights, lefts = [load() for load in right], []
     for row, load in enumerate(left):
         lefts.append(load())
         for column, held in enumerate(rights):
-            sums[row * width + column] = emit.multiply_add(lefts[row], held, sums[row * width + column])
+            sums[row * width + column] = add(lefts[row], held, sums[row * width + column])
     return sums, lefts
 
 
-def _vectors_of_keys(rows: int, head_dim: int, blocking: Blocking) -> int:
+def _vectors_of_keys(rows: int, columns: int, blocking: Blocking) -> int:
     """How many are turned at once: so that enough sums are under way, in registers and in the first cache."""
-    room = min(SUMS_IN_REGISTERS[blocking.lanes] // rows, _TURNED_BYTES // (4 * head_dim * blocking.lanes))
+    room = min(SUMS_IN_REGISTERS[blocking.lanes] // rows, _TURNED_BYTES // (4 * columns * blocking.lanes))
     return max(1, min(1 << (room.bit_length() - 1), blocking.tile // blocking.lanes)) if room else 1

@@ -8,6 +8,7 @@ before and behind is cut into vectors of rows, which threads may share out, too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -15,9 +16,9 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.attention.code_ranges import serve_by_integers
 from cag_kernels.cpu.attention.panel import Blocking
-from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_few, serve_by_panels
+from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_dots, serve_by_few, serve_by_panels
 from cag_kernels.cpu.attention.window_call import emit_first_keys, emit_range_bounds, emit_seeing
-from cag_kernels.cpu.emit import FLOAT, INT32, LINE_BYTES, UNSEEN, Value, function_blocks
+from cag_kernels.cpu.emit import FLOAT, INT16, INT32, LINE_BYTES, UNSEEN, Value, function_blocks
 from cag_kernels.cpu.team import Share
 from cag_kernels.prefixes import Codes
 
@@ -35,29 +36,35 @@ def attention_module(
     has_window: bool = False,
     by_integers: bool = False,
     kept: torch.dtype = torch.bfloat16,
+    by_dots: bool = False,
 ) -> ir.Module:
     """Module with `prepare`, `attend` and `finish`, each of one pointer to the fields of a call.
 
     Over numbers of the type `kept`, or over codes with exact numbers of that type: codes meet 16-bit integers if
     `by_integers`, else a range of them is turned into numbers where it is attended to. For any number of rows, with a
-    window or without; or for exactly `few_rows` of one query, without a window.
+    window or without; or for exactly `few_rows` of one query, without a window. `by_dots`: of queries in bfloat16, over
+    numbers in bfloat16.
     """
     module = ir.Module(name=f"attention_{head_dim}")
     prepare = Call(module, "prepare", head_dim, blocking, has_window=has_window)
-    _emit_vectors(prepare, lambda head, vector: _emit_prepare(prepare, head, vector))
+    emit_prepare = _emit_prepare_pairs if by_dots else _emit_prepare
+    _emit_vectors(prepare, lambda head, vector: emit_prepare(prepare, head, vector))
     if has_window:  # all threads write the same
         emit_first_keys(prepare, blocking.tile)
     prepare.emit.builder.ret_void()
     has_codes = codes is not None
     attend = Call(module, "attend", head_dim, blocking, has_window=has_window, has_codes=has_codes, kept=kept)
-    if by_integers:
+    if by_dots:
+        serve = serve_by_dots(attend, few_rows)
+    elif by_integers:
         assert codes is not None
         serve = serve_by_integers(attend, codes, few_rows)
     elif few_rows is None:
         serve = serve_by_panels(attend, codes)
     else:
         serve = serve_by_few(attend, few_rows, codes)
-    emit_tasks(attend, lambda task: _emit_task(attend, serve, task))
+    columns = head_dim // 2 if by_dots else head_dim  # of the query as `prepare` leaves it
+    emit_tasks(attend, lambda task: _emit_task(attend, serve, task, columns))
     attend.emit.builder.ret_void()
     finish = Call(module, "finish", head_dim, blocking, has_window=has_window)
     _emit_vectors(finish, lambda head, vector: _emit_finish(finish, head, vector))
@@ -101,6 +108,21 @@ def _emit_prepare(call: Call, head: Value, vector: Value) -> None:
             emit.store(column, emit.at(call[Field.SCALED], target))
 
 
+def _emit_prepare_pairs(call: Call, head: Value, vector: Value) -> None:
+    """The same of queries in bfloat16, in pairs of channels: `[head_dim / 2, num_lanes]`, not scaled."""
+    emit, builder = call.emit, call.emit.builder
+    rows = [_Row(call, head, builder.add(vector, emit.integer(lane))) for lane in range(emit.lanes)]
+    nothing = ir.Constant(emit.integers, [0] * emit.lanes)
+    with emit.loop(emit.integer(0), emit.integer(call.head_dim // 2), emit.lanes) as pair:
+        channel = builder.shl(pair.index, emit.integer(1))
+        numbers = (emit.load_integers(row.place(Field.QUERY, channel, INT16)) for row in rows)
+        both = [builder.select(row.exists, number, nothing) for row, number in zip(rows, numbers, strict=True)]
+        for offset, column in enumerate(emit.transposed(both)):
+            place = builder.add(pair.index, emit.integer(offset))
+            target = call.index(head, (call.head_dim // 2, place), (call[Field.NUM_LANES], vector))
+            builder.store(column, emit.at(call[Field.SCALED], target, INT32), align=4)
+
+
 class _Row:
     """A row of a head's queries; behind the last one, which it stands for then, there is none."""
 
@@ -110,11 +132,11 @@ class _Row:
         self.exists = emit.builder.icmp_signed("<=", row, last)
         self.row = emit.minimum(row, last)
 
-    def place(self, field: Field, channel: Value) -> Value:
+    def place(self, field: Field, channel: Value, element: Any = FLOAT) -> Value:
         """Of the query or of the output."""
         call = self._call
         index = call.index(self._head, (call[Field.NUM_ROWS], self.row), (call.head_dim, channel))
-        return call.emit.at(call[field], index)
+        return call.emit.at(call[field], index, element)
 
 
 def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
@@ -132,7 +154,7 @@ def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     builder.position_at_end(done)
 
 
-def _emit_task(call: Call, serve: Serve, task: Value) -> None:
+def _emit_task(call: Call, serve: Serve, task: Value, columns: int) -> None:
     emit, builder = call.emit, call.emit.builder
     head, part = builder.sdiv(task, call[Field.NUM_RANGES]), builder.srem(task, call[Field.NUM_RANGES])
     first, stop = emit_range_bounds(call, part)
@@ -140,7 +162,7 @@ def _emit_task(call: Call, serve: Serve, task: Value) -> None:
     query, *sums = [
         emit.at(call[field], builder.mul(index, lanes))
         for field, index in (
-            (Field.SCALED, builder.mul(head, channels)),
+            (Field.SCALED, builder.mul(head, emit.integer(columns))),
             (Field.MAXIMUM, task),
             (Field.DENOMINATOR, task),
             (Field.WEIGHTED, builder.mul(task, channels)),

@@ -110,10 +110,10 @@ class Panel:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * self.num_pointers + [INT64] * 2 + windows)
         self.function = ir.Function(module, kind, name=f"{self.name}_{width}")
         self.function.linkage = "internal"
-        self.emit = Emitter(self.function, blocking.lanes)
         self.head_dim = head_dim
         self.width = width
         self.blocking, self.element = blocking, ELEMENTS[kept]
+        self.emit = self.make_emitter()
         self.block = _block(width, blocking)
         self.row_floats = width * blocking.lanes
         pointers, numbers = self.function.args[: self.num_pointers], self.function.args[self.num_pointers :]
@@ -121,8 +121,12 @@ class Panel:
         self.ahead, self.others = pointers[6:8], pointers[8:]
         self.num_keys, self.num_rows = numbers[:2]
         self.windows = numbers[2:]
-        self.scores = self.emit.scratch(blocking.tile * self.row_floats)
+        self.scores = self.emit.scratch((blocking.tile + 1) * self.row_floats)
         self._emit_tile()
+
+    def make_emitter(self) -> Emitter:
+        """What the function's instructions are made with."""
+        return Emitter(self.function, self.blocking.lanes)
 
     def _rows(self, pointer: Value) -> list[Value]:
         return [self.emit.load(self.emit.at(pointer, lane * self.blocking.lanes)) for lane in range(self.width)]

@@ -13,9 +13,11 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.attention.dequantize import Dequantizer
+from cag_kernels.cpu.attention.dot_few import DotFewRows
+from cag_kernels.cpu.attention.dot_panel import DotPanel, PairedTile, emit_factor
 from cag_kernels.cpu.attention.few import FewRows
 from cag_kernels.cpu.attention.panel import MAX_WIDTH, Panel, WideTile
-from cag_kernels.cpu.emit import INT32, INT64, UNSEEN, Value, function_blocks
+from cag_kernels.cpu.emit import FLOAT, INT32, INT64, UNSEEN, Value, function_blocks
 from cag_kernels.prefixes import Codes
 
 
@@ -68,11 +70,52 @@ def serve_by_few(call: Call, rows: int, codes: Codes | None) -> Serve:
     return serve
 
 
+def serve_by_dots(call: Call, rows: int | None) -> Serve:
+    """By products of pairs: by the function for that many rows, or tile by tile with all panels of rows for each."""
+    emit, builder = call.emit, call.emit.builder
+    numbers = _Numbers(call, None)
+    factor = emit.scratch(emit.lanes)
+    emit.store(emit_factor(emit, call[Field.SCALE]), factor)
+    scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
+    attend = _dot_panels(call, numbers, factor) if rows is None else _dot_rows(call, rows, numbers, factor)
+
+    def serve(part: Range) -> None:
+        attend(part)
+        with emit.loop(emit.integer(0), call[Field.NUM_LANES], emit.lanes) as row:
+            maximum = emit.at(part.sums[0], row.index)
+            emit.store(builder.fmul(emit.load(maximum), scale), maximum)
+
+    return serve
+
+
+def _dot_rows(call: Call, rows: int, numbers: _Numbers, factor: Value) -> Serve:
+    few = DotFewRows(call.function.module, call.head_dim, rows, call.blocking).function
+
+    def serve(part: Range) -> None:
+        arguments = [part.query, *numbers.emit_sides(part), *part.sums, factor, part.count, call[Field.NUM_LANES]]
+        call.emit.builder.call(few, arguments)
+
+    return serve
+
+
+def _dot_panels(call: Call, numbers: _Numbers, factor: Value) -> Serve:
+    module, has_window = call.function.module, call.has_window
+    widths = range(1, MAX_WIDTH + 1)
+    panels = [DotPanel(module, call.head_dim, width, call.blocking, has_window).function for width in widths]
+    return _serve_tiles(call, numbers, PairedTile(call.emit, call.head_dim, call.blocking), panels, [factor])
+
+
 def serve_by_panels(call: Call, codes: Codes | None) -> Serve:
     """Tile by tile, with all panels of rows for each."""
+    wide = WideTile(call.emit, call.head_dim, call.blocking, call.kept)
+    return _serve_tiles(call, _Numbers(call, codes), wide, float_panels(call), [])
+
+
+def _serve_tiles(
+    call: Call, numbers: _Numbers, wide: WideTile | PairedTile, panels: list[ir.Function], others: list[Value]
+) -> Serve:
+    """`others`: further arguments of panels."""
     emit, builder, tile = call.emit, call.emit.builder, call.blocking.tile
-    panels, numbers = float_panels(call), _Numbers(call, codes)
-    wide = WideTile(emit, call.head_dim, call.blocking, call.kept)
 
     def serve(part: Range) -> None:
         sides = numbers.emit_sides(part)
@@ -84,7 +127,7 @@ def serve_by_panels(call: Call, codes: Codes | None) -> Serve:
             wide.emit_widened(keys, values, count)
             following = builder.add(skipped, emit.integer(tile * call.head_dim))
             ahead = [emit.at(side, following, call.element) for side in sides]
-            pointers = [part.query, wide.keys, wide.values, *part.sums, *ahead]
+            pointers = [part.query, wide.keys, wide.values, *part.sums, *ahead, *others]
             emit_panels(call, panels, pointers, count, builder.add(part.first, begin.index))
 
     return serve

@@ -55,7 +55,7 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
     """Whether `cpu_attention` takes these tensors, with a window or without."""
     return (
         query.device.type == "cpu"
-        and (query.dtype == torch.float32 or (keys.dtype == torch.bfloat16 and _tiles_serve(query)))
+        and (query.dtype == torch.float32 or (keys.dtype == torch.bfloat16 and _meets_rounded(query)))
         and keys.shape[1] > 0
         and query.shape[1] > 0
         and query.shape[2] % HEAD_DIM_MULTIPLE == 0
@@ -85,6 +85,15 @@ def has_tiles() -> bool:
     return cpu_tiles.has_tiles()
 
 
+def has_dots() -> bool:
+    """Whether compiled code may multiply vectors of bfloat16 (AVX512_BF16) here."""
+    if not has_compiler():
+        return False
+    from cag_kernels.cpu import dots as cpu_dots
+
+    return cpu_dots.has_dots()
+
+
 def has_byte_tiles() -> bool:
     """Whether it may multiply tiles of bytes, too."""
     if not has_compiler():
@@ -94,8 +103,17 @@ def has_byte_tiles() -> bool:
     return cpu_tiles.has_byte_tiles()
 
 
+def attends_in_bfloat16(head_dim: int) -> bool:
+    """Whether compiled code takes queries in bfloat16 over keys in bfloat16 here: by tiles, else by products of pairs."""
+    return head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and (has_tiles() or has_dots())
+
+
 def _tiles_serve(query: Tensor) -> bool:
     return query.dtype == torch.bfloat16 and query.shape[2] % TILE_DEPTH == 0 and has_tiles()
+
+
+def _meets_rounded(query: Tensor) -> bool:
+    return query.dtype == torch.bfloat16 and attends_in_bfloat16(query.shape[2])
 
 
 def cpu_attention(
@@ -113,8 +131,8 @@ def cpu_attention(
     """As `reference.segment_attention_reference`, for queries that stand behind the whole segment.
 
     Takes what `cpu_attention_serves` accepts, without a cap. A float32 query meets widened keys; a bfloat16 query meets
-    tiles, and weights are rounded to bfloat16 before they meet the values. Accumulates in float32, and gives float32,
-    in the tensors of `into` if given (contiguous). Safe to call from several Python threads.
+    keys as they are, and weights are rounded to bfloat16 before they meet the values. Accumulates in float32, and gives
+    float32, in the tensors of `into` if given (contiguous). Safe to call from several Python threads.
 
     Args:
         offset: place of query 0, counted from the segment's first key; `offset >= num_keys - 1`. With positions, what
@@ -128,11 +146,11 @@ def cpu_attention(
     assert softcap is None, "no compiled code caps scores"
     assert positions is not None or offset >= keys.shape[1] - 1, "every query stands behind the keys"
     num_q_heads, num_queries, head_dim = query.shape
-    if query.dtype == torch.bfloat16:
-        kernel = tile_kernel(head_dim, window)
+    rows = num_q_heads // keys.shape[0] if num_queries == 1 else None
+    if query.dtype == torch.float32:
+        kernel = compiled_kernel(head_dim, rows, window, keys.dtype)
     else:
-        num_rows = num_q_heads // keys.shape[0] * num_queries
-        kernel = compiled_kernel(head_dim, num_rows if num_queries == 1 else None, window, keys.dtype)
+        kernel = tile_kernel(head_dim, window) if has_tiles() else dot_kernel(head_dim, rows, window)
     values = values if values.stride()[1:] == (head_dim, 1) else values.contiguous()
     return _run(kernel, query, keys, values, scale, _Window(offset, window, positions), into=into)
 
@@ -270,6 +288,20 @@ def warm_up(
                 compiled_kernel(head_dim, group_size, window, dtype)
 
 
+def warm_up_dots(
+    head_dims: Iterable[int], group_sizes: Iterable[int] = (), windows: Iterable[int | None] = (None,)
+) -> None:
+    """Compile what bfloat16 queries and blocks need where there are products of pairs and no tiles; as `warm_up`."""
+    if has_dots() and not has_tiles():
+        from cag_kernels.cpu.products.dot_linear import compiled_kernel as linear_kernel
+
+        linear_kernel()
+        kinds = list(product((None, *group_sizes), windows))
+        for head_dim in filter(attends_in_bfloat16, head_dims):
+            for group_size, window in kinds:
+                dot_kernel(head_dim, group_size, window)
+
+
 def warm_up_tiles(head_dims: Iterable[int], windows: Iterable[int | None] = (None,)) -> None:
     """Compile what bfloat16 queries and blocks with these head dimensions and windows need; nothing where there are no
     tiles."""
@@ -319,6 +351,13 @@ def compiled_kernel(
     few_rows = _few_rows(head_dim, single_query_rows, window)
     with _lock:
         return _compile(head_dim, few_rows, None, window is not None, False, dtype)
+
+
+def dot_kernel(head_dim: int, single_query_rows: int | None = None, window: int | None = None) -> CompiledKernel:
+    """As `compiled_kernel`, for bfloat16 queries by products of pairs."""
+    few_rows = _few_rows(head_dim, single_query_rows, window)
+    with _lock:
+        return _compile_dots(head_dim, few_rows, window is not None)
 
 
 def _few_rows(head_dim: int, single_query_rows: int | None, window: int | None) -> int | None:
@@ -384,11 +423,12 @@ def attention_kernel(
     has_window: bool = False,
     by_integers: bool = False,
     kept: torch.dtype = torch.bfloat16,
+    by_dots: bool = False,
 ) -> CompiledKernel:
     """Of a module as `loops.attention_module` says."""
     from cag_kernels.cpu.attention.loops import attention_module, shares_ends
 
-    arguments = head_dim, blocking, few_rows, codes, has_window, by_integers, kept
+    arguments = head_dim, blocking, few_rows, codes, has_window, by_integers, kept, by_dots
     return CompiledKernel(blocking, attention_module, *arguments, shares=shares_ends(blocking))
 
 
@@ -399,6 +439,15 @@ def _compile(
     from cag_kernels.cpu.attention.panel import host_blocking
 
     return attention_kernel(head_dim, host_blocking(), few_rows, codes, has_window, by_integers, dtype)
+
+
+@cache
+def _compile_dots(head_dim: int, few_rows: int | None, has_window: bool) -> CompiledKernel:
+    from cag_kernels.cpu.attention.panel import host_blocking
+    from cag_kernels.cpu.dots import require_dots
+
+    require_dots()
+    return attention_kernel(head_dim, host_blocking(), few_rows, has_window=has_window, by_dots=True)
 
 
 def _tiles_for(head_dim: int, codes: Codes | None, window: int | None) -> CompiledKernel:

@@ -14,8 +14,9 @@ from functools import partial
 from typing import NamedTuple
 
 from cag_kernels.cpu.attention.window import emit_hidden, emit_reference
+from cag_kernels.cpu.dots import FEW_TERMS
 from cag_kernels.cpu.emit import FLOAT, INT8, INT16, INT32, INT64, LINE_BYTES, SECOND_CACHE, UNSEEN, Value
-from cag_kernels.cpu.tiles import DEPTH, FEW_TERMS, ROW_BYTES, TILE, TileEmitter
+from cag_kernels.cpu.tiles import DEPTH, ROW_BYTES, TILE, TileEmitter
 
 PIECE = 64  # keys of one softmax step
 TILE_BYTES = TILE * ROW_BYTES

@@ -4,8 +4,8 @@
 
 `split` makes integers of rows and `bounds` bounds of all outputs; `select` gathers the weights of the few that may be
 the largest, which are multiplied exactly and compared. Bounds and exact products are by tiles
-(`cpu.products.tile_bounds`, `cpu.products.tile_linear`), or of a packed weight (`cpu.products.bounds`,
-`cpu.products.linear`): `cpu.products.exact`.
+(`cpu.products.tile_bounds`, `cpu.products.tile_linear`), or in vectors (`cpu.products.bounds`,
+`cpu.products.dot_linear` and, of a packed weight, `cpu.products.linear`): `cpu.products.exact`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from cag_kernels.cpu.products import codes as cpu_codes
 from cag_kernels.cpu.products.codes import DEPTH, LANES, QUAD, ROWS
-from cag_kernels.cpu.products.exact import ExactWeight, PanelWeight, TileWeight
+from cag_kernels.cpu.products.exact import DotWeight, ExactWeight, PanelWeight, TileWeight
 from cag_kernels.cpu.rows import compiled, numba
 from cag_kernels.cpu.steps import compiled_step, memory
 from cag_kernels.cpu.tape import CompiledStep, Tape, new_call
 from cag_kernels.cpu.team import MAX_UNITS
+from cag_kernels.cpu.tiles import has_tiles
 from cag_kernels.packed import PANEL, PackedWeight, pack_weight
 
 _PIECE_NUMBERS = 1 << 20  # of a weight that are encoded before somebody is asked: 2 ms
@@ -73,7 +74,9 @@ def float32(*shape: int) -> Tensor:
 
 def exact_weight(weight: Tensor | PackedWeight) -> ExactWeight:
     """A weight as it lies, in 16 bits."""
-    return PanelWeight(weight) if isinstance(weight, PackedWeight) else TileWeight(weight)
+    if isinstance(weight, PackedWeight):
+        return PanelWeight(weight)
+    return TileWeight(weight) if has_tiles() else DotWeight(weight)
 
 
 def num_code_bytes(weight: ExactWeight) -> int:
@@ -128,10 +131,10 @@ class Choice:
         self._tape.run()
 
 
-def warm_up(*, tiles: bool) -> None:
-    """Compile all steps for weights that lie for tiles, or for packed ones, and the loop that makes codes."""
+def warm_up(*, packed: bool) -> None:
+    """Compile all steps for packed weights, or for plain ones, and the loop that makes codes."""
     rows = torch.zeros(2 * LANES, DEPTH, dtype=torch.bfloat16)
-    weight = exact_weight(rows if tiles else pack_weight(rows))
+    weight = exact_weight(pack_weight(rows) if packed else rows)
     weight.compile()
     for function in (*_STEPS[type(weight)], _pick):
         _step(function)
@@ -224,4 +227,8 @@ class _Steps(NamedTuple):
     select: Any
 
 
-_STEPS = {TileWeight: _Steps(_split, _select), PanelWeight: _Steps(_split_pairs, _select_panels)}
+_STEPS = {
+    TileWeight: _Steps(_split, _select),
+    DotWeight: _Steps(_split_pairs, _select),
+    PanelWeight: _Steps(_split_pairs, _select_panels),
+}

@@ -1,4 +1,4 @@
-"""Weights of which a few outputs are multiplied exactly, and their bounds: as they lie for tiles, or packed in panels.
+"""Weights of which a few outputs are multiplied exactly, and their bounds: plain, by tiles or vectors, or in panels.
 
 Each records its own steps of `cpu.products.choice`: rows become integers, these bounds of all outputs; the weights of a
 few features are gathered and multiplied with the bits of the whole product.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu.products import bounds as cpu_bounds
+from cag_kernels.cpu.products import dot_linear as cpu_dot_linear
 from cag_kernels.cpu.products import linear as cpu_linear
 from cag_kernels.cpu.products import tile_bounds as cpu_tile_bounds
 from cag_kernels.cpu.products import tile_linear as cpu_tile_linear
@@ -81,6 +82,26 @@ class TileWeight:
     def record_product(self, rows: Tensor, gathered: Tensor, out: Tensor) -> None:
         """See `ExactWeight`."""
         cpu_tile_linear.compiled_linear(rows, gathered[: out.shape[1]], out=out)
+
+
+class DotWeight(TileWeight):
+    """`[num_features, size]`, multiplied in vectors of bfloat16; its bounds as of a packed one."""
+
+    def compile(self) -> None:
+        """See `ExactWeight`."""
+        cpu_bounds.compiled_kernel()
+
+    def integers(self, num_rows: int) -> Tensor:
+        """See `ExactWeight`."""
+        return torch.zeros(num_rows, self.size // QUAD, 2, 2, dtype=torch.int16)
+
+    def record_bounds(self, memory: tuple[Tensor, ...], num_rows: int, num_groups: int) -> None:
+        """See `ExactWeight`."""
+        cpu_bounds.compiled_bounds(memory, num_rows, self.size // QUAD, num_groups)
+
+    def record_product(self, rows: Tensor, gathered: Tensor, out: Tensor) -> None:
+        """See `ExactWeight`."""
+        cpu_dot_linear.compiled_linear(rows, gathered[: out.shape[1]], out=out)
 
 
 class PanelWeight:
