@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cag.forward.weights import HeadProducts, PackedLinear, TransposedLinear
+from cag.forward.weights import DotLinear, HeadProducts, PackedLinear, TransposedLinear
 
 _PIECE_WEIGHTS = 1 << 22  # widened at once
 _EMBEDS = frozenset({functional.embedding, torch.embedding})
@@ -62,16 +62,19 @@ class SequencesApart:
     """Lets the linear layers of a network multiply the rows of each sequence by themselves, as if it were alone.
 
     A library's product of many rows rounds otherwise than the same rows' products one by one, so that what a sequence
-    is answered would depend on who else is there. Calling it gives a context manager; without a network it does
-    nothing. Layers that do more than to multiply are left alone, and so are rows that are not the sequences' own (those
-    that go to one expert). One thread at a time.
+    is answered would depend on who else is there. Where few rows are multiplied by compiled code they stay together:
+    each has the same bits there in any company. Calling it gives a context manager; without a network it does nothing.
+    Layers that do more than to multiply are left alone, and so are rows that are not the sequences' own (those that go
+    to one expert). One thread at a time.
     """
 
     def __init__(self, network: nn.Module | None) -> None:
         self._counts: Sequence[list[int]] = ()
         for module in network.modules() if network is not None else ():
-            if type(module) in (nn.Linear, TransposedLinear, PackedLinear):
+            if type(module) in (nn.Linear, TransposedLinear):
                 module.forward = partial(self._forward, module.forward)
+            elif isinstance(module, DotLinear | PackedLinear):
+                module.forward = partial(self._few_together, module, module.forward)
             elif isinstance(module, HeadProducts):
                 module.forward = partial(self._side_by_side, module.forward)  # type: ignore[method-assign]
 
@@ -84,6 +87,11 @@ class SequencesApart:
             yield
         finally:
             self._counts = ()
+
+    def _few_together(
+        self, module: DotLinear | PackedLinear, forward: Callable[[Tensor], Tensor], block: Tensor
+    ) -> Tensor:
+        return forward(block) if module.keeps_rows_apart(block) else self._forward(forward, block)
 
     def _forward(self, forward: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
         if self._counts and block.ndim > 2 and len(block) == len(self._counts[0]):  # each a row of the forward

@@ -20,15 +20,19 @@ from cag_kernels import (
     PackedProduct,
     PackedWeight,
     can_pack,
+    dot_linear,
     dot_linear_serves,
     dot_product,
     has_compiler,
     linear_without_packing,
+    multiplies_packed,
     pack_weight,
     packed_linear,
     tile_linear_serves,
     tile_product,
+    vector_lanes,
 )
+from cag_kernels.linear import MOST_COMPILED_ROWS
 from cag_kernels.packed import PANEL
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from cag_kernels.cpu.products.tile_mlp import TileMlp
 
 FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
+MOST_DOT_ROWS = 48  # up to which `dot_linear` is quicker than a library at most shapes
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kept side by side: one product serves all
 
 
@@ -96,6 +101,11 @@ class PackedLinear(nn.Module):
         """`[..., in_features]` float32 to `[..., out_features]`."""
         return packed_linear(block, self.packed, self.bias)
 
+    def keeps_rows_apart(self, block: Tensor) -> bool:
+        """Whether each row of a block has the same bits in any company."""
+        num_rows = block.numel() // self.in_features
+        return multiplies_packed(self.packed.panels.dtype) and 0 < num_rows <= MOST_COMPILED_ROWS[vector_lanes()]
+
 
 class WidenedEmbedding(nn.Module):
     """An embedding kept in 16 bits whose rows come out in float32, times `scale`."""
@@ -151,6 +161,30 @@ class TransposedLinear(nn.Linear):
         return super().forward(block)
 
 
+class DotLinear(nn.Linear):
+    """A linear layer over a weight that `dot_linear_serves`, which multiplies few rows: each has the same bits in any
+    company."""
+
+    def forward(self, block: Tensor) -> Tensor:
+        """See torch."""
+        if not self.keeps_rows_apart(block) or _wants_gradient(block, self.weight):
+            return super().forward(block)
+        bias = None if self.bias is None else self.bias.float()
+        return dot_linear(block.float(), self.weight, bias).to(block.dtype)
+
+    def keeps_rows_apart(self, block: Tensor) -> bool:
+        """Whether a block is of few rows, each of which has the same bits in any company."""
+        num_rows = block.numel() // self.in_features
+        return 0 < num_rows <= MOST_DOT_ROWS and block.dtype == self.weight.dtype == torch.bfloat16
+
+
+def use_dots(network: nn.Module) -> None:
+    """Let linear layers use `dot_linear` for few rows, where it serves them."""
+    for module in network.modules():
+        if type(module) is nn.Linear and dot_linear_serves(module.weight):
+            module.__class__ = DotLinear
+
+
 def use_transposed_products(network: nn.Module) -> None:
     """Let linear layers use `linear_without_packing` for few rows."""
     for module in network.modules():
@@ -169,6 +203,10 @@ def loses_in_16_bits(network: nn.Module) -> bool:
                     return True
                 setattr(module, name, torch.tensor(kept[0], dtype=torch.float32))
     return False
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _is_rounded_to(value: Any, buffer: Tensor) -> bool:
@@ -204,6 +242,8 @@ def use_products(network: nn.Module, plan: RuntimePlan) -> None:
     """Let the linear layers of a network multiply few rows as `plan` does, in place."""
     if plan.product in ("transposed", "tiles"):
         use_transposed_products(network)
+    elif plan.product == "dots":
+        use_dots(network)
 
 
 def join_network(network: nn.Module) -> None:

@@ -46,7 +46,11 @@ _MATRIX = (2048, 1536)
 _NUM_MEASUREMENTS = 3  # processes that measure undisturbed
 _MOST_MEASUREMENTS = 12  # processes that measure at all
 _MAY_WAIT = 0.2  # of a measurement's time, waited for cores by all threads together, up to which it is undisturbed
-_MAY_BE_BEHIND = {"tiles": 2.0, "dots": 1.9, "packed": 1.5}  # times the quickest product of the type, and still the one to take
+_MAY_BE_BEHIND = {
+    "tiles": 2.0,
+    "dots": 1.9,
+    "packed": 1.5,
+}  # times the quickest product of the type, and still the one to take
 _NUM_MATRICES = 6  # 75 MB in float32, so that weights come from memory as they do in a model
 
 
@@ -57,8 +61,8 @@ class RuntimePlan:
     `threads_small` serves up to `LARGE_ROWS / 2` tokens a forward, `threads_large` more. `product` says how a
     question's rows meet a weight: "plain", "transposed" (`cag_kernels.linear_without_packing`), "packed"
     (`cag_kernels.packed_linear`, where float32 is computed), "tiles" (`cag_kernels.tile_linear`) or "dots"
-    (`cag_kernels.dot_linear`). `measured_ms` holds, for "product/dtype/threads/rows", the milliseconds that led to the choice; empty where nothing had to be
-    measured.
+    (`cag_kernels.dot_linear`). `measured_ms` holds, for "product/dtype/threads/rows", the milliseconds that led to the
+    choice; empty where nothing had to be measured.
     """
 
     device: str

@@ -18,7 +18,7 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 
 from cag_kernels.cpu.dots import DotEmitter
-from cag_kernels.cpu.emit import INT8, INT64, POINTER, Value
+from cag_kernels.cpu.emit import INT8, INT64, Value
 
 TILE = 16  # rows of a tile, pairs in a row of it, and lanes of a vector
 DEPTH = 32  # numbers of the summed axis in one product

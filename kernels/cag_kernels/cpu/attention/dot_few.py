@@ -34,9 +34,9 @@ class DotFewRows(FewRows):
     def __init__(self, module: ir.Module, head_dim: int, rows: int, blocking: Blocking) -> None:
         super().__init__(module, head_dim, rows, blocking, torch.bfloat16)
 
-    def make_emitter(self, function: ir.Function, blocking: Blocking) -> Emitter:
+    def make_emitter(self) -> Emitter:
         """See `FewRows`."""
-        return DotEmitter(function)
+        return DotEmitter(self.function)
 
     def columns(self) -> int:
         """Of turned keys: pairs of channels."""
@@ -125,7 +125,7 @@ class DotFewRows(FewRows):
     def _emit_pairs(
         self, values: Value, count: Value, corrections: list[Value], chunks: range, lines: list[int]
     ) -> None:
-        """Weighted values of some channels, two keys at a time; `lines`: channels at which the next tile is asked for."""
+        """Weighted values of some channels, two keys at a time; at the channels `lines` the next tile is asked for."""
         emit, builder, one = self.emit, self.emit.builder, self.emit.integer(1)
         places = [self._chunk(self.sums, row, chunk) for row in self.rows for chunk in chunks]
         factors = [corrections[row] for row in self.rows for _ in chunks]

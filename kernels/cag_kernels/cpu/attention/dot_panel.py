@@ -153,7 +153,9 @@ class DotPanel(Panel):
     def _emit_channels(self, source: Value, channel: Value, shift: int, corrections: list[Value]) -> None:
         emit, builder, width, block = self.emit, self.emit.builder, self.width, self.block
         places = [self._weighted_at(builder.add(channel, emit.integer(shift + offset))) for offset in range(block)]
-        sums = [builder.fmul(value, corrections[lane]) for place in places for lane, value in enumerate(self._rows(place))]
+        sums = [
+            builder.fmul(value, corrections[lane]) for place in places for lane, value in enumerate(self._rows(place))
+        ]
         num_pairs = builder.lshr(builder.add(self.num_keys, emit.integer(1)), emit.integer(1))
         with emit.loop(emit.integer(0), num_pairs, 1, sums) as pair:
             weights = self._pairs(emit.at(self.scores, builder.mul(pair.index, emit.integer(self.row_floats))))

@@ -34,10 +34,10 @@ class FewRows:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * self.num_pointers + [INT64] * 2)
         self.function = ir.Function(module, kind, name=f"{self.name}_{rows}")
         self.function.linkage = "internal"
-        self.emit = self.make_emitter(self.function, blocking)
         self.head_dim = head_dim
         self.rows = range(rows)
         self.blocking, self.kept, self.element = blocking, kept, ELEMENTS[kept]
+        self.emit = self.make_emitter()
         self.line = LINE_BYTES // kept.itemsize  # numbers in a line of the cache
         self.chunks = range(head_dim // blocking.lanes)
         arguments = self.function.args
@@ -51,9 +51,9 @@ class FewRows:
         self.scores = self.emit.scratch(rows * blocking.tile)
         self._emit_range()
 
-    def make_emitter(self, function: ir.Function, blocking: Blocking) -> Emitter:
+    def make_emitter(self) -> Emitter:
         """What the function's instructions are made with."""
-        return Emitter(function, blocking.lanes)
+        return Emitter(self.function, self.blocking.lanes)
 
     def columns(self) -> int:
         """Of turned keys: channels."""
@@ -152,7 +152,7 @@ class FewRows:
 
     def _emit_softmax(self, row: int, count: Value, maximum: Value) -> tuple[Value, Value]:
         """Turn a row's scores into weights; the new maximum and the correction of older sums, alike in all lanes."""
-        emit, builder, lanes = self.emit, self.emit.builder, self.blocking.lanes
+        emit, lanes = self.emit, self.blocking.lanes
         scores = emit.at(self.scores, row * self.blocking.tile)
         with emit.loop(emit.integer(0), count, lanes, [maximum]) as key:
             key.following = [emit.larger(emit.load(emit.at(scores, key.index)), key.values[0])]

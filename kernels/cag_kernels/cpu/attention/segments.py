@@ -104,7 +104,7 @@ def has_byte_tiles() -> bool:
 
 
 def attends_in_bfloat16(head_dim: int) -> bool:
-    """Whether compiled code takes queries in bfloat16 over keys in bfloat16 here: by tiles, else by products of pairs."""
+    """Whether compiled code takes queries in bfloat16 over such keys here: by tiles, else by products of pairs."""
     return head_dim % TILE_DEPTH == 0 and head_dim <= MAX_HEAD_DIM and (has_tiles() or has_dots())
 
 

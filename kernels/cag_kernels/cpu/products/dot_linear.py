@@ -1,4 +1,4 @@
-"""A linear layer over a few rows by products of pairs (AVX512_BF16), over a bfloat16 weight as it lies in the checkpoint.
+"""A linear layer over a few rows by products of pairs (AVX512_BF16), over a bfloat16 weight as the checkpoint has it.
 
 Rows are rounded to bfloat16 first. A vector holds 32 input features of an output feature and meets the same ones of up
 to six rows; its 16 sums of pairs run over all input features, side by side, and are added up across the lanes in the
@@ -13,12 +13,11 @@ import threading
 from enum import IntEnum
 from functools import cache
 
-import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels.cpu.dots import DEPTH, LANES, DotEmitter, has_dots, require_dots
-from cag_kernels.cpu.emit import INT16, INT64, LINE_BYTES, POINTER, Value, function_blocks
+from cag_kernels.cpu.emit import INT16, INT64, POINTER, Value, function_blocks
 from cag_kernels.cpu.passes import emit_passes
 from cag_kernels.cpu.program import Program
 from cag_kernels.cpu.tape import CompiledStep, Reads, new_call, scratch_memory
@@ -286,7 +285,11 @@ class _Pass:
             places = [builder.add(line, depth.index) for line in apart]
             turned = builder.mul(depth.index, emit.integer(FEATURES))
             weights = [emit.load_integers(emit.at(begin, place, INT16)) for place in places[:FEATURES]]
-            asking = [builder.add(turned, emit.integer(line * DEPTH)) for line in range(asked)] if asked == FEATURES else places[:asked]
+            asking = (
+                [builder.add(turned, emit.integer(line * DEPTH)) for line in range(asked)]
+                if asked == FEATURES
+                else places[:asked]
+            )
             for place in asking:
                 emit.prefetch(emit.at(ahead, place, INT16))
             sums = list(depth.values)
