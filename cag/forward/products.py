@@ -74,7 +74,7 @@ class SequencesApart:
             if type(module) in (nn.Linear, TransposedLinear):
                 module.forward = partial(self._forward, module.forward)
             elif isinstance(module, DotLinear | PackedLinear):
-                module.forward = partial(self._few_together, module, module.forward)
+                module.forward = partial(self._few_together, module, module.forward)  # type: ignore[method-assign]
             elif isinstance(module, HeadProducts):
                 module.forward = partial(self._side_by_side, module.forward)  # type: ignore[method-assign]
 

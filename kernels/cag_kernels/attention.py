@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves, has_compiler, has_tiles
+from cag_kernels.blocks import TRIANGLE_TOKENS, block_attention, blocks_serve
+from cag_kernels.cpu.attention.segments import (
+    cpu_attention,
+    cpu_attention_serves,
+    has_compiler,
+    has_dots,
+    has_tiles,
+)
 from cag_kernels.flash import fused_attention, fused_serves, has_flash_attn
 from cag_kernels.tiled import TILE_TOKENS, tiled_attention
 
@@ -36,6 +43,9 @@ def segment_attention(
     if path == "compiled":
         window = _binding(window, offset + query.shape[1])
         return cpu_attention(query, keys, values, scale=scale, offset=offset, window=window)
+    if path == "blocks":
+        window = _binding(window, offset + query.shape[1])
+        return block_attention(query, keys, values, scale=scale, offset=offset, window=window)
     if path == "fused":
         return fused_attention(query, keys, values, scale=scale, offset=offset)
     tile_tokens = TILE_TOKENS if query.device.type == "cpu" else _device_tile(query.shape[0] * query.shape[1])
@@ -50,18 +60,21 @@ def _device_tile(num_rows: int) -> int:
 
 
 def choose_path(query: Tensor, keys: Tensor, *, window: int | None, softcap: float | None, offset: int) -> str:
-    """`"compiled"`, `"fused"` or `"tiled"` for a call with these tensors."""
+    """`"compiled"`, `"blocks"`, `"fused"` or `"tiled"` for a call with these tensors."""
     num_queries, num_keys = query.shape[1], keys.shape[1]
     if softcap is not None or query.dtype == torch.float64:
         return "tiled"
     rows = query.shape[0] // keys.shape[0] * num_queries
     if offset >= num_keys - 1 and rows <= COMPILED_MAX_ROWS and cpu_attention_serves(query, keys):
         return "compiled"
+    ends = offset >= num_keys - 1 or offset + num_queries == num_keys
+    if ends and num_queries > TRIANGLE_TOKENS and blocks_serve(query, keys):
+        return "blocks"
     if _binding(window, offset + num_queries) is not None:
         return "tiled"
     if not fused_serves(query):
         return "tiled"
-    if offset < num_keys - 1 and offset + num_queries != num_keys:
+    if not ends:
         return "tiled"
     return "fused" if query.dtype == keys.dtype or rows >= FUSED_MIN_ROWS else "tiled"
 
@@ -82,6 +95,9 @@ def available_paths(device: torch.device) -> dict[str, str]:
         paths["compiled"] = "LLVM code for this processor, sliding windows too, few float32 rows over keys in any type"
         if has_tiles():
             paths["compiled"] += ", and few bfloat16 rows by tiles (AMX)"
+        elif has_dots():
+            paths["compiled"] += ", and bfloat16 rows by products of pairs (AVX512_BF16)"
+            paths["blocks"] = "the same for all but the triangle of the last tokens"
     return paths
 
 

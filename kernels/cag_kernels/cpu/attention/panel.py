@@ -15,6 +15,7 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import torch
 from llvmlite import ir
 
+from cag_kernels.cpu.attention.segments import RANGE_TOKENS
 from cag_kernels.cpu.attention.window import emit_hidden, emit_num_hidden, emit_reference
 from cag_kernels.cpu.emit import ELEMENTS, INT32, INT64, POINTER, Emitter, Value
 
@@ -35,7 +36,7 @@ class Blocking:
     lanes: int
     block: int
     tile: int = 64
-    range_tokens: int = 512
+    range_tokens: int = RANGE_TOKENS
 
 
 @cache

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cag_kernels.cpu.attention.panel import Blocking
 
 HEAD_DIM_MULTIPLE = 16  # one vector of the widest registers
+RANGE_TOKENS = 512  # keys of one piece of parallel work, of whose sums each row has its own
 TILE_DEPTH = 32  # of the summed axis of one product of tiles
 MAX_HEAD_DIM = 576  # of usual latents; the scratch of a thread stays far below the smallest of usual stacks
 MAX_FEW_ROWS = 8  # rows of a single query up to which code of its own pays
