@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cag.forward.weights import DotLinear, HeadProducts, PackedLinear, TransposedLinear
+from cag.forward.weights import CompiledLinear, HeadProducts, PackedLinear, TransposedLinear
 
 _PIECE_WEIGHTS = 1 << 22  # widened at once
 _EMBEDS = frozenset({functional.embedding, torch.embedding})
@@ -73,7 +73,7 @@ class SequencesApart:
         for module in network.modules() if network is not None else ():
             if type(module) in (nn.Linear, TransposedLinear):
                 module.forward = partial(self._forward, module.forward)
-            elif isinstance(module, DotLinear | PackedLinear):
+            elif isinstance(module, CompiledLinear | PackedLinear):
                 module.forward = partial(self._few_together, module, module.forward)  # type: ignore[method-assign]
             elif isinstance(module, HeadProducts):
                 module.forward = partial(self._side_by_side, module.forward)  # type: ignore[method-assign]
@@ -89,7 +89,7 @@ class SequencesApart:
             self._counts = ()
 
     def _few_together(
-        self, module: DotLinear | PackedLinear, forward: Callable[[Tensor], Tensor], block: Tensor
+        self, module: CompiledLinear | PackedLinear, forward: Callable[[Tensor], Tensor], block: Tensor
     ) -> Tensor:
         return forward(block) if module.keeps_rows_apart(block) else self._forward(forward, block)
 

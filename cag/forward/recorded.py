@@ -29,10 +29,9 @@ from cag_kernels.cpu.attention.segments import (
     cpu_attention,
     cpu_attention_serves,
     cpu_quantized_attention,
-    has_compiler,
-    has_tiles,
     quantized_attention_serves,
 )
+from cag_kernels.cpu.processor import has_compiler, has_tiles
 from cag_kernels.cpu.tape import Scratch, Tape
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from cag_kernels import (
     multiplies_packed,
     pack_weight,
     packed_linear,
+    tile_linear,
     tile_linear_serves,
     tile_product,
     vector_lanes,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from cag_kernels.cpu.products.tile_mlp import TileMlp
 
 FEW_ROWS = range(2, 49)  # where `linear_without_packing` can be quicker
-MOST_DOT_ROWS = 48  # up to which `dot_linear` is quicker than a library at most shapes
+MOST_COMPILED_PLAIN = 48  # rows up to which compiled code over a plain weight is quicker at most shapes
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kept side by side: one product serves all
 
 
@@ -161,28 +162,29 @@ class TransposedLinear(nn.Linear):
         return super().forward(block)
 
 
-class DotLinear(nn.Linear):
-    """A linear layer over a weight that `dot_linear_serves`, which multiplies few rows: each has the same bits in any
-    company."""
+class CompiledLinear(nn.Linear):
+    """A linear layer in bfloat16 whose few rows are multiplied by compiled code, by tiles or else by products of
+    pairs."""
 
     def forward(self, block: Tensor) -> Tensor:
         """See torch."""
         if not self.keeps_rows_apart(block) or _wants_gradient(block, self.weight):
             return super().forward(block)
+        multiply = tile_linear if tile_linear_serves(self.weight) else dot_linear
         bias = None if self.bias is None else self.bias.float()
-        return dot_linear(block.float(), self.weight, bias).to(block.dtype)
+        return multiply(block.float(), self.weight, bias).to(block.dtype)
 
     def keeps_rows_apart(self, block: Tensor) -> bool:
         """Whether a block is of few rows, each of which has the same bits in any company."""
         num_rows = block.numel() // self.in_features
-        return 0 < num_rows <= MOST_DOT_ROWS and block.dtype == self.weight.dtype == torch.bfloat16
+        return 0 < num_rows <= MOST_COMPILED_PLAIN and block.dtype == self.weight.dtype == torch.bfloat16
 
 
-def use_dots(network: nn.Module) -> None:
-    """Let linear layers use `dot_linear` for few rows, where it serves them."""
+def use_compiled_products(network: nn.Module) -> None:
+    """Let linear layers be `CompiledLinear`, where compiled code serves their weights."""
     for module in network.modules():
-        if type(module) is nn.Linear and dot_linear_serves(module.weight):
-            module.__class__ = DotLinear
+        if type(module) is nn.Linear and (tile_linear_serves(module.weight) or dot_linear_serves(module.weight)):
+            module.__class__ = CompiledLinear
 
 
 def use_transposed_products(network: nn.Module) -> None:
@@ -240,10 +242,10 @@ def lay_out_weights(network: nn.Module, plan: RuntimePlan, compute_dtype: torch.
 
 def use_products(network: nn.Module, plan: RuntimePlan) -> None:
     """Let the linear layers of a network multiply few rows as `plan` does, in place."""
+    if plan.product in ("tiles", "dots"):
+        use_compiled_products(network)
     if plan.product in ("transposed", "tiles"):
         use_transposed_products(network)
-    elif plan.product == "dots":
-        use_dots(network)
 
 
 def join_network(network: nn.Module) -> None:

@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from cag_kernels.blocks import TRIANGLE_TOKENS, block_attention, blocks_serve
-from cag_kernels.cpu.attention.segments import (
-    cpu_attention,
-    cpu_attention_serves,
-    has_compiler,
-    has_dots,
-    has_tiles,
-)
+from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves
+from cag_kernels.cpu.processor import has_compiler, has_dots, has_tiles
 from cag_kernels.flash import fused_attention, fused_serves, has_flash_attn
 from cag_kernels.tiled import TILE_TOKENS, tiled_attention
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.attention.segments import RANGE_TOKENS, cpu_attention, cpu_attention_serves, has_dots, has_tiles
+from cag_kernels.cpu.attention.segments import RANGE_TOKENS, cpu_attention, cpu_attention_serves
+from cag_kernels.cpu.processor import has_dots, has_tiles
 from cag_kernels.flash import fused_attention
 from cag_kernels.merge import merge_segments
 from cag_kernels.tiled import tiled_attention

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.attention.segments import has_byte_tiles, has_compiler, has_dots, has_numba, has_tiles
+from cag_kernels.cpu.processor import has_byte_tiles, has_compiler, has_dots, has_numba, has_tiles
 from cag_kernels.device import HALF_TYPES
 from cag_kernels.linear import (
     dot_linear,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.attention.segments import has_compiler, has_tiles, vector_lanes
 from cag_kernels.cpu.floats import reads_floats
+from cag_kernels.cpu.processor import has_compiler, has_tiles, vector_lanes
 from cag_kernels.packed import PackedWeight
 from cag_kernels.rows_reference import gate_reference
 

@@ -18,10 +18,10 @@ from cag_kernels.cpu.attention.segments import (
     cpu_attention,
     cpu_attention_serves,
     cpu_quantized_attention,
-    has_numba,
     quantized_attention_serves,
 )
 from cag_kernels.cpu.floats import loops_read_floats
+from cag_kernels.cpu.processor import has_numba
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
 from cag_kernels.merge import merge_segments

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cag_kernels.cpu.attention.segments import codes_arithmetic, has_numba
+from cag_kernels.cpu.attention.segments import codes_arithmetic
+from cag_kernels.cpu.processor import has_numba
 from cag_kernels.device import triton_runs_on
 from cag_kernels.largest import choice_arithmetic
 

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cag_kernels import choose_path, merge_segments, segment_attention, segment_attention_reference
 from cag_kernels.attention import _device_tile
+from cag_kernels.blocks import blocks_serve
 from cag_kernels.cpu.attention.segments import cpu_attention_serves
 from cag_kernels.flash import fused_attention
 from cag_kernels.tiled import tiled_attention
@@ -94,9 +95,10 @@ def test_public_op_on_bfloat16_keys(shape, query_dtype, kv_dtype):
 def test_dispatch_depends_on_sizes_dtypes_and_masks_only():
     query, keys, _ = make((9, 3, 64, 7, 131), torch.bfloat16)
     plain = {"window": None, "softcap": None, "offset": 131}
-    few = "compiled" if cpu_attention_serves(query, keys) else "fused"  # tiles, where the processor has them
+    few = "compiled" if cpu_attention_serves(query, keys) else "fused"  # where the processor multiplies bfloat16
+    many = "blocks" if blocks_serve(query, keys) else "fused"
     assert choose_path(query, keys, **plain) == few
-    assert choose_path(query.repeat(1, 30, 1), keys, **{**plain, "offset": 130}) == "fused"
+    assert choose_path(query.repeat(1, 30, 1), keys, **{**plain, "offset": 130}) == many
     assert choose_path(query.float(), keys, **{**plain, "offset": 124}) == "tiled"  # 21 rows, some keys hidden
     assert choose_path(query.float().repeat(1, 7, 1), keys, **{**plain, "offset": 82}) == "fused"  # 147 rows
     assert choose_path(query, keys, **{**plain, "softcap": 3.0}) == "tiled"

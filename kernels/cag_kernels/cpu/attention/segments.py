@@ -6,7 +6,6 @@ are awake from the layer's products. The number of threads does not show in the 
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu.floats import reads_floats
+from cag_kernels.cpu.processor import has_compiler, has_dots, has_tiles
 from cag_kernels.cpu.tape import CompiledStep, float_bits, new_call, scratch_memory
 from cag_kernels.prefixes import Codes, QuantizedPrefix, code_bits
 
@@ -36,22 +36,6 @@ Result = tuple[Tensor, Tensor]  # outputs and their log-sum-exps
 _lock = threading.Lock()
 
 
-@cache
-def has_compiler() -> bool:
-    """Whether llvmlite works on this machine; loading it takes some 50 ms, once."""
-    try:
-        import llvmlite.binding  # type: ignore[import-untyped]  # noqa: F401
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-@cache
-def has_numba() -> bool:
-    """Whether numba is there, for the small steps between products and for tails in pages."""
-    return importlib.util.find_spec("numba") is not None and has_compiler()
-
-
 def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
     """Whether `cpu_attention` takes these tensors, with a window or without."""
     return (
@@ -66,42 +50,6 @@ def cpu_attention_serves(query: Tensor, keys: Tensor) -> bool:
         and has_compiler()
         and reads_floats(keys.dtype)
     )
-
-
-def vector_lanes() -> int:
-    """How many float32 numbers a vector of compiled code has on this processor; 8 where nothing can be compiled."""
-    if not has_compiler():
-        return 8
-    from cag_kernels.cpu.attention.panel import host_blocking
-
-    return host_blocking().lanes
-
-
-def has_tiles() -> bool:
-    """Whether compiled code may multiply tiles of bfloat16 (AMX) here."""
-    if not has_compiler():
-        return False
-    from cag_kernels.cpu import tiles as cpu_tiles
-
-    return cpu_tiles.has_tiles()
-
-
-def has_dots() -> bool:
-    """Whether compiled code may multiply vectors of bfloat16 (AVX512_BF16) here."""
-    if not has_compiler():
-        return False
-    from cag_kernels.cpu import dots as cpu_dots
-
-    return cpu_dots.has_dots()
-
-
-def has_byte_tiles() -> bool:
-    """Whether it may multiply tiles of bytes, too."""
-    if not has_compiler():
-        return False
-    from cag_kernels.cpu import tiles as cpu_tiles
-
-    return cpu_tiles.has_byte_tiles()
 
 
 def attends_in_bfloat16(head_dim: int) -> bool:
