@@ -1,6 +1,7 @@
 """Attention and linear layers whose rows are rounded to bfloat16, for a question's rows, against float64 oracles: by
 tiles (AMX) and by products of pairs (AVX512_BF16), whatever of both the processor has."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -93,14 +94,14 @@ def way(request, monkeypatch):
 
 
 def make(shape, seed=0):
-    """A bfloat16 query; keys and values that are slices of larger buffers full of NaN."""
+    """A bfloat16 query; keys and values that are slices of a larger buffer full of NaN, across lines of memory."""
     num_q_heads, num_kv_heads, head_dim, num_queries, num_keys = shape
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(num_q_heads, num_queries, head_dim, generator=generator).bfloat16()
-    buffers = torch.full((2, num_kv_heads, num_keys + 70, head_dim), torch.nan, dtype=torch.bfloat16)
-    inside = buffers[:, :, 3 : 3 + num_keys]
-    inside.copy_(torch.randn(inside.shape, generator=generator))
-    return query, inside[0], inside[1]
+    buffer = torch.full((1 + 2 * num_kv_heads * (num_keys + 70) * head_dim,), torch.nan, dtype=torch.bfloat16)
+    sides = buffer[1:].view(2, num_kv_heads, num_keys + 70, head_dim)[:, :, 3 : 3 + num_keys]
+    sides.copy_(torch.randn(sides.shape, generator=generator))
+    return query, sides[0], sides[1]
 
 
 def rounded_weights(query, keys, values, scale):
@@ -278,10 +279,10 @@ def test_keys_of_other_types_are_not_met_in_bfloat16():
 
 
 def inside(shape, generator, dtype=torch.float32):
-    """Numbers in the midst of a buffer full of NaN."""
-    buffer = torch.full((shape[0] + 5, *shape[1:]), torch.nan, dtype=dtype)
-    buffer[2:-3] = torch.randn(shape, generator=generator).to(dtype)
-    return buffer[2:-3]
+    """Numbers in the midst of a buffer full of NaN, across lines of memory."""
+    size = math.prod(shape)
+    buffer = torch.full((size + 2 * 101,), torch.nan, dtype=dtype)
+    return buffer[101 : 101 + size].view(shape).copy_(torch.randn(shape, generator=generator))
 
 
 def layer(rows, out_features, in_features, bias=True):
