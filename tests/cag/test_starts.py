@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_weights import CONFIGS, OTHERS, bfloat16_model, random_ids, use_plan
+from test_weights import CONFIGS, OTHERS, OWN_PRODUCT, bfloat16_model, random_ids, use_plan
 from transformers import LlamaForCausalLM
 
 from cag import model as model_module
@@ -36,18 +36,18 @@ AUTO = {"device": "auto", "dtype": "auto"}
 UNLIKE_LLAMA = ("gemma3", "phi3", "olmo2", "olmo3", "smollm3")  # parts or rotations that a record does not hold
 
 
-@pytest.fixture(params=["tiles", "transposed", "plain", "packed"])
+@pytest.fixture(params=[OWN_PRODUCT, "transposed", "plain", "packed"])
 def product(request, monkeypatch):
     use_plan(monkeypatch, "float32" if request.param == "packed" else "bfloat16", request.param)
     return request.param
 
 
 @pytest.fixture
-def tiles(monkeypatch):
-    use_plan(monkeypatch, "bfloat16", "tiles")
+def in_bfloat16(monkeypatch):
+    use_plan(monkeypatch, "bfloat16", OWN_PRODUCT)
 
 
-@pytest.fixture(params=["tiles", "packed"])
+@pytest.fixture(params=[OWN_PRODUCT, "packed"])
 def directory(request, monkeypatch, tmp_path):
     """A model that was loaded once."""
     use_plan(monkeypatch, "float32" if request.param == "packed" else "bfloat16", request.param)
@@ -135,7 +135,7 @@ def test_the_network_takes_over_the_weights(directory):
 
 
 @pytest.mark.parametrize("kind", [*OTHERS, *UNLIKE_LLAMA])
-def test_other_networks_keep_no_start(kind, tiles, tmp_path):
+def test_other_networks_keep_no_start(kind, in_bfloat16, tmp_path):
     bfloat16_model(tmp_path, (OTHERS | CONFIGS)[kind]())
     assert not record_path(tmp_path, **AUTO).exists()
 
@@ -143,13 +143,13 @@ def test_other_networks_keep_no_start(kind, tiles, tmp_path):
 @pytest.mark.parametrize("options", [{"compute_dtype": "float32"}, {"device": "cpu", "compute_dtype": "float32"}])
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_network_in_float32_is_kept_where_its_weights_are_packed(options, kept, monkeypatch, tmp_path):
-    use_plan(monkeypatch, *(("float32", "packed") if kept else ("bfloat16", "tiles")))
+    use_plan(monkeypatch, *(("float32", "packed") if kept else ("bfloat16", OWN_PRODUCT)))
     bfloat16_model(tmp_path, CONFIGS["llama"]())
     assert [is_started(load(tmp_path, **options)) for _ in range(2)] == [False, kept]
     assert record_path(tmp_path, options.get("device", "auto"), options["compute_dtype"]).exists() == kept
 
 
-def test_a_model_in_float32_keeps_no_start(tiles, tmp_path):
+def test_a_model_in_float32_keeps_no_start(in_bfloat16, tmp_path):
     write_tiny_model(tmp_path)
     load(tmp_path)
     assert not record_path(tmp_path, **AUTO).exists()
@@ -202,7 +202,7 @@ def test_the_same_bytes_at_another_time_are_the_same_model(directory):
 def test_another_plan_environment_library_or_source_is_another_start(directory, monkeypatch, tmp_path_factory):
     assert is_started(load(directory))
     with monkeypatch.context() as patch:
-        patch.setattr(model_module, "plan_runtime", lambda _: RuntimePlan("cpu", "bfloat16", 1, 2, "tiles", {}, ""))
+        patch.setattr(model_module, "plan_runtime", lambda _: RuntimePlan("cpu", "bfloat16", 1, 2, OWN_PRODUCT, {}, ""))
         assert not is_started(load(directory))
     assert not is_started(load(directory))  # that of the other plan was kept in its place
     assert is_started(load(directory))
@@ -336,7 +336,7 @@ def test_the_rest_of_another_model_is_refused(directory):
     assert logits_of(started, 7).isfinite().all()
 
 
-def test_a_home_that_cannot_be_written_keeps_nothing(tiles, tmp_path, monkeypatch):
+def test_a_home_that_cannot_be_written_keeps_nothing(in_bfloat16, tmp_path, monkeypatch):
     blocked = tmp_path / "home"
     blocked.write_text("a file")
     monkeypatch.setenv("CAG_HOME", str(blocked))
@@ -361,7 +361,7 @@ def test_the_tokenizer_is_that_of_the_model(directory):
     assert started.all_special_ids == whole.all_special_ids
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("in_bfloat16")
 def test_other_threads_go_on_while_a_long_text_is_tokenized(tmp_path):
     bfloat16_model(tmp_path, CONFIGS["llama"]())
     load(tmp_path)

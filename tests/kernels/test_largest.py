@@ -5,16 +5,19 @@ import torch
 
 from cag_kernels import (
     PackedWeight,
+    dot_linear,
     has_compiler,
+    has_dots,
     has_numba,
     largest_output,
     largest_output_serves,
     pack_weight,
     packed_linear,
     tile_linear,
+    tile_linear_serves,
 )
 from cag_kernels import largest as largest_module
-from cag_kernels.cpu.attention.segments import has_byte_tiles
+from cag_kernels.cpu.attention.segments import has_byte_tiles, has_tiles
 from cag_kernels.largest import MAX_ROWS, largest_output_reference
 
 if has_numba():
@@ -29,16 +32,25 @@ SHAPES = [(64, 64), (77, 128), (1000, 64), (1003, 576), (4096, 192), (333, 1536)
 NUM_ROWS = [1, 2, 7, 8, 9, 16, 31, MAX_ROWS, MAX_ROWS + 1]
 
 
+by_dots = pytest.mark.skipif(not has_dots() or has_tiles(), reason="other products come first, or there are none")
+
+
 @pytest.fixture(
-    params=[pytest.param(False, marks=by_tiles, id="tiles"), pytest.param(True, marks=by_pairs, id="panels")]
+    params=[
+        pytest.param(False, marks=by_tiles, id="tiles"),
+        pytest.param(False, marks=[by_dots, by_pairs], id="dots"),
+        pytest.param(True, marks=by_pairs, id="panels"),
+    ]
 )
 def lay(request):
-    """A weight as it lies where it is multiplied: plain for tiles, or packed."""
+    """A weight as it lies where it is multiplied: plain for tiles or vectors of bfloat16, or packed."""
     return pack_weight if request.param else lambda weight: weight
 
 
 def product(rows, weight):
-    return packed_linear(rows, weight) if isinstance(weight, PackedWeight) else tile_linear(rows, weight)
+    if isinstance(weight, PackedWeight):
+        return packed_linear(rows, weight)
+    return tile_linear(rows, weight) if tile_linear_serves(weight) else dot_linear(rows, weight)
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +145,15 @@ def test_outputs_that_differ_by_the_last_bit_of_a_weight(lay):
     for place in range(0, 40, 2):
         weight[place] = weight[best]
         weight[place].view(torch.int16)[place] += 1 if rows[0, place] * weight[place, place] > 0 else -1
+    assert largest_output(lay(weight))(rows) == largest_output_reference(rows, lay(weight))
+
+
+def test_rows_are_bounded_as_they_are_multiplied(lay):
+    """Rounding makes two of their numbers equal, and two outputs; all codes are exact."""
+    weight, rows = -torch.ones(300, 64).bfloat16(), torch.ones(1, 64)
+    weight[[100, 200]] = 1
+    weight[100, 0] = weight[200, 1] = -1
+    rows[0, :2] += torch.tensor([3, 1]) * 2.0**-10
     assert largest_output(lay(weight))(rows) == largest_output_reference(rows, lay(weight))
 
 

@@ -12,7 +12,14 @@ import torch
 from cag_kernels import has_compiler, paged_attention, prefix_attention, rows_stay_apart, wide
 from cag_kernels.cpu.paged import Tails
 from cag_kernels.cpu.tape import Tape
-from cag_kernels.linear import tile_linear, tile_linear_serves, tile_product
+from cag_kernels.linear import (
+    dot_linear,
+    dot_linear_serves,
+    dot_product,
+    tile_linear,
+    tile_linear_serves,
+    tile_product,
+)
 from cag_kernels.prefix_reference import paged_attention_reference
 from cag_kernels.prefixes import BLOCK_TOKENS, DensePrefix, PagedTails
 from cag_kernels.quantize import quantize_prefix
@@ -255,13 +262,18 @@ def test_queries_that_stay_apart_have_the_same_bits_in_any_company(codec, num_to
     assert checked or not has_compiler()
 
 
-def test_products_by_tiles_give_a_row_the_same_bits_in_any_company():
+@pytest.mark.parametrize(
+    ("linear", "serves", "product_of"),
+    [(tile_linear, tile_linear_serves, tile_product), (dot_linear, dot_linear_serves, dot_product)],
+    ids=["tiles", "dots"],
+)
+def test_products_of_bfloat16_give_a_row_the_same_bits_in_any_company(linear, serves, product_of):
     weight, bias = normal(200, 96).bfloat16(), normal(200)
-    if not tile_linear_serves(weight):
-        pytest.skip("this processor has no tiles")
-    rows, product = normal(50, 96), tile_product(weight, bias)
+    if not serves(weight):
+        pytest.skip("this processor has no such products, or takes others")
+    rows, product = normal(50, 96), product_of(weight, bias)
     whole = product(rows)
-    assert torch.equal(whole, tile_linear(rows, weight, bias))
+    assert torch.equal(whole, linear(rows, weight, bias))
     for first, last in ((0, 1), (17, 18), (0, 16), (5, 40), (49, 50)):
         assert torch.equal(product(rows[first:last].contiguous()), whole[first:last])
 

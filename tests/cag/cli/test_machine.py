@@ -12,7 +12,7 @@ from cag.cli.output import bytes_text
 from cag.models import CATALOGUE
 from cag.models.record import write_record
 from cag.server import ServerSettings
-from cag_kernels import has_compiler, has_numba, prefix_paths
+from cag_kernels import has_compiler, has_dots, has_numba, has_tiles, prefix_paths
 from cag_kernels import largest as largest_module
 from cag_kernels.largest import choice_arithmetic
 from cag_kernels.packed import PANEL, PackedWeight
@@ -47,6 +47,8 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
         assert found["kernels"]["layers of a Llama, few rows"] == "compiled, recorded once"
     assert found["kernels"]["greedy choice"] == choice_arithmetic()
     assert found["runtime"]["measured_ms"]
+    products = {key.split("/")[0] for key in found["runtime"]["measured_ms"]}
+    assert ("tiles" in products, "dots" in products) == (has_tiles(), has_dots() and not has_tiles())
     assert found["runtime"]["reason"] == "set by CAG_THREADS"
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
     size = sum(path.stat().st_size for path in book.rglob("*") if path.is_file())
@@ -62,19 +64,22 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
 
 
 @pytest.mark.parametrize(
-    "numba, tiles, pairs, expected",
+    "numba, tiles, dots, pairs, expected",
     [
-        (True, True, True, "from 8 bits of the output matrix where tiles multiply or it is packed"),
-        (True, False, True, "from 8 bits of the output matrix where it is packed"),
-        (True, False, False, "from all logits"),
-        (False, True, True, "from all logits"),
+        (True, True, False, True, "from 8 bits of the output matrix where tiles multiply or it is packed"),
+        (True, False, True, True, "from 8 bits of the output matrix where products of bfloat16 do or it is packed"),
+        (True, False, False, True, "from 8 bits of the output matrix where it is packed"),
+        (True, False, True, False, "from all logits"),
+        (True, False, False, False, "from all logits"),
+        (False, True, True, True, "from all logits"),
     ],
-    ids=["tiles", "pairs", "neither", "no numba"],
+    ids=["tiles", "dots", "pairs", "dots without pairs", "none", "no numba"],
 )
-def test_doctor_says_how_greedy_choices_are_made(monkeypatch, numba, tiles, pairs, expected):
+def test_doctor_says_how_greedy_choices_are_made(monkeypatch, numba, tiles, dots, pairs, expected):
     """And what it says is what serves a packed matrix."""
     monkeypatch.setattr(largest_module, "has_numba", lambda: numba)
     monkeypatch.setattr(largest_module, "has_byte_tiles", lambda: tiles)
+    monkeypatch.setattr(largest_module, "_multiplies_plain", lambda: dots)
     monkeypatch.setattr(largest_module, "_has_pairs", lambda: pairs)
     said = prefix_paths(torch.device("cpu"))["greedy choice"]
     assert said.removesuffix(", half of its memory more") == expected

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_weights import OWN_PRODUCT
 from transformers import AutoModelForCausalLM
 
 from cag.cli.output import print_json
@@ -233,7 +234,7 @@ def test_the_second_question_of_a_model_waits_for_no_more_than_it_needs(tmp_path
 
 def plan_for_tests(home):
     """As if this machine had been measured."""
-    plan = RuntimePlan("cpu", "bfloat16", 1, 1, "tiles", {}, "for tests")
+    plan = RuntimePlan("cpu", "bfloat16", 1, 1, OWN_PRODUCT, {}, "for tests")
     kept = {"machine": runtime._machine_key(), "measurements": 3, "disturbed": 0, "plan": asdict(plan)}
     home.mkdir()
     (home / "runtime.json").write_text(json.dumps(kept))

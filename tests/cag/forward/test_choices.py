@@ -11,15 +11,17 @@ from cag.forward import choices as choices_module
 from cag.forward.choices import GreedyChoice, resting
 from cag.forward.weights import plain_weight
 from cag.generation.generate import Generation, SamplingOptions, choices
-from cag_kernels import has_compiler, has_numba
+from cag_kernels import has_compiler, has_dots, has_numba, has_tiles
 from cag_kernels import largest as largest_module
 from cag_kernels.cpu.attention.segments import has_byte_tiles
 
 pytestmark = pytest.mark.skipif(not has_compiler() or not has_numba(), reason="llvmlite or numba is not there")
 by_tiles = pytest.mark.skipif(not has_byte_tiles(), reason="this processor has no tiles of bytes (AMX)")
 by_pairs = pytest.mark.skipif(not largest_module._has_pairs(), reason="this processor does not multiply pairs")
+by_dots = pytest.mark.skipif(not has_dots() or has_tiles(), reason="other products come first, or there are none")
 PLANS = [
     pytest.param(("bfloat16", "tiles"), marks=by_tiles, id="tiles"),
+    pytest.param(("bfloat16", "dots"), marks=[by_dots, by_pairs], id="dots"),
     pytest.param(("float32", "packed"), marks=by_pairs, id="packed"),
 ]
 

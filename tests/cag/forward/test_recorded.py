@@ -9,24 +9,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_weights import CONFIGS, bfloat16_model, random_ids, use_plan
+from test_weights import CONFIGS, HAS_OWN, OWN_PRODUCT, bfloat16_model, random_ids, use_plan
 
 from cag.forward.pages import PAGE_TOKENS, SLAB_PAGES
-from cag.forward.recorded import MAX_RECORDINGS
+from cag.forward.recorded import MAX_RECORDINGS, attends_rounded, attention_dtype
 from cag.forward.state import SequenceState
 from cag.residency.resident import ResidentPrefix
-from cag_kernels import DensePrefix, has_compiler, quantize_prefix
-from cag_kernels.cpu.attention.segments import has_tiles
+from cag_kernels import DensePrefix, has_compiler, has_tiles, quantize_prefix
 from cag_kernels.cpu.tape import Tape
 from cag_store.errors import CorruptEntry
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
 
+OWN = pytest.param(OWN_PRODUCT, marks=pytest.mark.skipif(not HAS_OWN, reason="no products of bfloat16"))
 
-TILES = pytest.param("tiles", marks=pytest.mark.skipif(not has_tiles(), reason="no tiles"))
 
-
-@pytest.fixture(params=["packed", TILES, "transposed"])
+@pytest.fixture(params=["packed", OWN, "transposed"])
 def product(request, monkeypatch):
     use_plan(monkeypatch, "float32" if request.param == "packed" else "bfloat16", request.param)
     return request.param
@@ -70,6 +68,25 @@ NOWHERE = SimpleNamespace(arrived=lambda layer: None)
 
 def assert_equal(found, expected):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_what_networks_attend_in():
+    """In bfloat16 where compiled code does, over bfloat16, and where nothing of ours serves; else in float32."""
+    half, single, compiled = torch.bfloat16, torch.float32, torch.bfloat16 if HAS_OWN else torch.float32
+    found = [attention_dtype(half, head_dim, half) for head_dim in (32, 64, 576, 16, 48, 80, 20, 608)]
+    assert found == [*[compiled] * 3, *[single] * 3, *[half] * 2]
+    assert attention_dtype(half, 64, torch.float16) == attention_dtype(half, 20, torch.float32) == single
+    assert attention_dtype(single, 64, half) == single
+
+
+@pytest.mark.parametrize("num_queries", [1, 9])
+def test_rows_are_rounded_where_products_of_bfloat16_meet_the_prefix(num_queries):
+    query, keys = torch.randn(4, num_queries, 64), torch.randn(2, 100, 64).bfloat16()
+    numbers, codes = DensePrefix(keys, keys), quantize_prefix(keys, keys, key_bits=8, value_bits=8)
+    assert not attends_rounded(query, numbers, torch.float32)
+    assert not attends_rounded(query, codes, torch.float32)
+    assert attends_rounded(query, numbers, torch.bfloat16) == (HAS_OWN or num_queries > 1)
+    assert attends_rounded(query, codes, torch.bfloat16) == has_tiles()
 
 
 @pytest.mark.parametrize(("bits", "recent"), [(None, 0), (8, 0), (4, 0), (4, 40)])

@@ -23,12 +23,19 @@ from cag.forward.batch import TAIL_PAIRS
 from cag.forward.decoder import recognize
 from cag.forward.decoder_layers import SeenLayer, Turning
 from cag.forward.state import AttentionRule
-from cag.forward.weights import PackedLinear, WidenedEmbedding, join_network, joined_product, pack_network
+from cag.forward.weights import (
+    LibraryProduct,
+    PackedLinear,
+    WidenedEmbedding,
+    join_network,
+    joined_product,
+    pack_network,
+    plain_weight,
+)
 from cag.machine.runtime import RuntimePlan
 from cag.model import LanguageModel, ModelOptions
 from cag.residency.resident import ResidentPrefix
-from cag_kernels import DensePrefix, has_compiler, pack_weight
-from cag_kernels.cpu.attention.segments import has_tiles
+from cag_kernels import DensePrefix, dot_linear, has_compiler, has_dots, has_tiles, pack_weight, tile_linear
 from cag_store.scratch import HUGE_PAGE_BYTES
 from tiny import write_tiny_model
 
@@ -61,6 +68,8 @@ CONFIGS = {
     "olmo3": lambda: Olmo3Config(**SHARED, sliding_window=40, layer_types=LAYER_TYPES),
     "smollm3": lambda: SmolLM3Config(**SHARED, no_rope_layers=[1, 1, 0]),
 }
+HAS_OWN = has_tiles() or has_dots()
+OWN_PRODUCT = "dots" if has_dots() and not has_tiles() else "tiles"  # our own of plain weights
 FINER = {torch.float16: 2**-3, torch.float32: 2**-9}  # types besides bfloat16, and what they round of what that does
 OTHERS = {
     "gemma2": lambda: Gemma2Config(**SHARED, sliding_window=400),
@@ -79,9 +88,9 @@ def packed_plan(monkeypatch):
     use_plan(monkeypatch, "float32", "packed")
 
 
-@pytest.fixture(params=["packed", "plain", "transposed", "tiles"])
+@pytest.fixture(params=["packed", "plain", "transposed", OWN_PRODUCT])
 def each_product(request, monkeypatch):
-    """Packed weights, and each kind of product in bfloat16 (tiles, where there are none, are transposed)."""
+    """Packed weights, and each kind of product in bfloat16 (tiles, where there are no others, are transposed)."""
     if request.param != "packed":
         use_plan(monkeypatch, "bfloat16", request.param)
     return request.param
@@ -139,9 +148,9 @@ def test_models_stored_in_other_types(kind, stored, long, tmp_path):
     assert_same(found, plain_logits(tmp_path, ids), roundings=FINER[stored])
 
 
-@pytest.mark.parametrize("product", ["plain", "transposed", "tiles"])
+@pytest.mark.parametrize("product", ["plain", "transposed", OWN_PRODUCT])
 def test_float16_where_products_are_of_bfloat16(product, tmp_path, monkeypatch):
-    """Rows meet keys in float16 in float32: no tile takes these."""
+    """Rows meet keys in float16 in float32: no product of bfloat16 takes these."""
     use_plan(monkeypatch, "bfloat16", product)
     write_tiny_model(tmp_path, config=CONFIGS["llama"](), dtype=torch.float16)
     model = LanguageModel.load(tmp_path, model_id="tiny")
@@ -154,7 +163,7 @@ def test_float16_where_products_are_of_bfloat16(product, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_quick_forward_is_nearer_to_float32_than_a_network_in_bfloat16(kind, tmp_path, monkeypatch):
-    use_plan(monkeypatch, "bfloat16", "tiles")
+    use_plan(monkeypatch, "bfloat16", OWN_PRODUCT)
     model = bfloat16_model(tmp_path, CONFIGS[kind]())
     ids = random_ids(60, seed=1)
     expected = plain_logits(tmp_path, ids)
@@ -228,10 +237,23 @@ def test_windows_reach_into_a_prefix(kind, num_prefix, each_product, tmp_path):
     behind = model.new_session_state(prefix)
     parts = [ids[num_prefix : num_prefix + 30], *ids[num_prefix + 30 :].split(1)]
     found = torch.cat([model.forward(part, behind, num_logits=0) for part in parts])
-    recorded = each_product == "packed" or (each_product == "tiles" and has_tiles())
+    recorded = each_product == "packed" or (each_product == OWN_PRODUCT and HAS_OWN)
     assert bool(model.decoder._recorded._found) == recorded
     expected = plain_logits(tmp_path, ids)[num_prefix:]
     assert_same(found, expected, roundings=1 if each_product == "packed" else 4)
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80])
+def test_head_dimensions_that_are_attended_in_float32(head_dim, monkeypatch, tmp_path):
+    """By compiled code: no product of bfloat16 takes them, and a library's is slower."""
+    use_plan(monkeypatch, "bfloat16", OWN_PRODUCT)
+    model = bfloat16_model(tmp_path, LlamaConfig(**SHARED | {"head_dim": head_dim, "num_attention_heads": 2}))
+    assert model.decoder._attends_in == torch.float32
+    assert model.rows_stay_apart == HAS_OWN
+    ids, state = random_ids(120), model.new_state()
+    parts = [ids[:80], ids[80:100], *ids[100:].split(1)]
+    found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
+    assert_same(found, plain_logits(tmp_path, ids), roundings=4)
 
 
 def test_a_window_that_hides_nothing_is_none(tmp_path):
@@ -337,6 +359,21 @@ def test_layers_that_are_not_neighbours_are_not_joined():
     assert joined_product([torch.nn.Linear(16, 16)], "plain") is None
 
 
+@pytest.mark.skipif(not HAS_OWN, reason="no products of bfloat16")
+def test_plain_weights_are_multiplied_by_compiled_code_where_it_takes_them():
+    layer = torch.nn.Linear(64, 48, dtype=torch.bfloat16)
+    bare, odd = (torch.nn.Linear(*size, bias=False, dtype=torch.bfloat16) for size in ((64, 48), (40, 48)))
+    rows, linear = torch.randn(5, 64), dot_linear if OWN_PRODUCT == "dots" else tile_linear
+    product = joined_product([layer], OWN_PRODUCT)
+    assert product.is_recordable
+    assert torch.equal(product(rows), linear(rows, layer.weight, layer.bias.float()))
+    assert plain_weight(product) is None
+    assert plain_weight(joined_product([bare], OWN_PRODUCT)).data_ptr() == bare.weight.data_ptr()
+    for other in (joined_product([odd], OWN_PRODUCT), joined_product([bare], "plain")):
+        assert isinstance(other, LibraryProduct)
+        assert plain_weight(other) is None
+
+
 def test_weights_side_by_side_take_no_more_memory(monkeypatch, tmp_path):
     use_plan(monkeypatch, "bfloat16", "plain")
     model = bfloat16_model(tmp_path, CONFIGS["qwen2"]())
@@ -382,7 +419,7 @@ def test_an_adapter_keeps_the_quick_forward(tmp_path):
     assert {m.packed.panels.dtype for m in model.network.modules() if isinstance(m, PackedLinear)} == {torch.float32}
 
 
-@pytest.mark.parametrize("compute_dtype, product", [("float32", "packed"), ("bfloat16", "tiles")])
+@pytest.mark.parametrize("compute_dtype, product", [("float32", "packed"), ("bfloat16", OWN_PRODUCT)])
 @pytest.mark.parametrize("tuned", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_an_adapter_on_one_side_of_tied_embeddings_leaves_the_other(

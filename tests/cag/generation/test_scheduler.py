@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from test_weights import HAS_OWN, OWN_PRODUCT
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from cag import model as model_module
@@ -15,7 +16,7 @@ from cag.generation.answer import joined
 from cag.generation.generate import SHARED_BLOCK_TOKENS, WHOLE_BLOCK_TOKENS, SamplingOptions
 from cag.generation.scheduler import MAX_STEP_ROWS, Scheduler
 from cag.machine.runtime import RuntimePlan
-from cag_kernels import has_compiler, has_tiles
+from cag_kernels import has_compiler, has_dots, has_tiles
 from tiny import write_tiny_model
 
 SHARED = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
@@ -31,12 +32,14 @@ KINDS = {  # name -> (what is stored, what computes, how products are made)
     "float32": ("float32", "float32", "plain"),
     "packed": ("bfloat16", "float32", "packed"),
     "tiles": ("bfloat16", "bfloat16", "tiles"),
+    "dots": ("bfloat16", "bfloat16", "dots"),
     "packed float16": ("float16", "float32", "packed"),
     "packed float32": ("float32", "float32", "packed"),
 }
 CHOSEN = [  # the last two with two architectures
-    (kind, name) for name in CONFIGS for kind in list(KINDS)[: 5 if name in ("llama", "gemma3") else 3]
+    (kind, name) for name in CONFIGS for kind in list(KINDS)[: 6 if name in ("llama", "gemma3") else 4]
 ]
+APART = OWN_PRODUCT if HAS_OWN else "float32"  # whose rows stay apart by construction, wherever the tests run
 TEXTS = {"alpha": "The alpha gate opens at seven. Its code is 4711.\n", "beta": "The beta pump moves 30 litres.\n" * 9}
 WORDS = ["gate", "pump", "who", "<|im_end|>", "ä€", "seven litres", "why not", "4711"]
 LONG = "and " * (WHOLE_BLOCK_TOKENS // 4 + 20)
@@ -47,6 +50,8 @@ def engine_of(kind, config, root, monkeypatch):
     stored, computes, product = KINDS[kind]
     if product == "tiles" and not has_tiles():
         pytest.skip("this processor has no tiles")
+    if product == "dots" and (has_tiles() or not has_dots()):
+        pytest.skip("this processor has other products, or none")
     if product != "plain" and not has_compiler():
         pytest.skip("llvmlite is not there")
     plan = RuntimePlan("cpu", computes, 1, 1, product, {}, "for tests")
@@ -62,8 +67,7 @@ def engine_of(kind, config, root, monkeypatch):
 
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
-    """One whose rows stay apart by construction, wherever the tests run."""
-    return engine_of("tiles" if has_tiles() else "float32", CONFIGS["llama"](), tmp_path, monkeypatch)
+    return engine_of(APART, CONFIGS["llama"](), tmp_path, monkeypatch)
 
 
 def question_of(chance):
@@ -125,7 +129,7 @@ def test_answers_in_many_more_orders(seed, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_logits_of_a_row_in_company(kind, architecture, tmp_path, monkeypatch):
-    """To the bit by tiles and over packed weights. A library's products sum in another order."""
+    """To the bit by tiles, by products of pairs and over packed weights. A library's products sum in another order."""
     engine = engine_of(kind, CONFIGS[architecture](), tmp_path, monkeypatch)
     model, prefix = engine.model, engine.open("beta-lossless").resident
     prefix.wait()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_scheduler import CONFIGS, KINDS, SHARED, engine_of, play
+from test_scheduler import APART, CONFIGS, KINDS, SHARED, engine_of, play
 from transformers import MistralConfig
 
 from cag.engine import Engine
@@ -17,7 +17,6 @@ from cag.generation.scheduler import Scheduler
 from cag.generation.speculation import MAX_DRAFT_TOKENS, ROW_COUNTS, Drafter, share_rows
 from cag.home import cag_home as user_home
 from cag.ngrams import NgramIndex
-from cag_kernels import has_tiles
 
 USER_HOME = user_home()
 HANDBOOK = Path(__file__).parents[3] / "examples" / "handbook"
@@ -45,8 +44,7 @@ class Copying:
 
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
-    """One whose rows stay apart by construction, wherever the tests run."""
-    return engine_of("tiles" if has_tiles() else "float32", CONFIGS["llama"](), tmp_path, monkeypatch)
+    return engine_of(APART, CONFIGS["llama"](), tmp_path, monkeypatch)
 
 
 def generation(prefix, question, options, drafter=None):
@@ -83,7 +81,7 @@ def test_drafts_of_any_quality_leave_the_answer_as_it_is(kind, architecture, tmp
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_answers_in_company_are_those_without_drafts(architecture, tmp_path, monkeypatch):
     """Joins, leaves and cancellations; the pool is whole after every step (`play`)."""
-    kind = "tiles" if has_tiles() and architecture in ("llama", "qwen3") else "float32"
+    kind = APART if architecture in ("llama", "qwen3") else "float32"
     engine = engine_of(kind, CONFIGS[architecture](), tmp_path, monkeypatch)
     engine.model.stop_ids = frozenset()
     monkeypatch.setattr("test_scheduler.SamplingOptions", lambda **given: SamplingOptions(speculate=True, **given))
@@ -251,10 +249,10 @@ def test_no_drafts_where_a_row_may_round_otherwise(tmp_path, monkeypatch):
             assert bool(answer.usage.drafted_tokens) == any_drafts
 
 
-@pytest.mark.skipif(not has_tiles(), reason="this processor has no tiles")
+@pytest.mark.skipif(APART == "float32", reason="no products of bfloat16")
 def test_drafts_cross_the_end_of_a_window(tmp_path, monkeypatch):
     """Where the first tokens of the prefix begin to be hidden, rows of a step see different ones."""
-    engine = engine_of("tiles", MistralConfig(**SHARED, sliding_window=760), tmp_path, monkeypatch)
+    engine = engine_of(APART, MistralConfig(**SHARED, sliding_window=760), tmp_path, monkeypatch)
     model = engine.model
     model.stop_ids = frozenset()
     with engine.open("beta-lossless") as prefix:

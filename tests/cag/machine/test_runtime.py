@@ -46,7 +46,9 @@ def test_the_quickest_of_each_size_is_chosen(two_cores):
     assert (plan.compute_dtype, plan.threads_small, plan.product) == ("float32", 2, "packed")
 
 
-@pytest.mark.parametrize(("dtype", "product", "factor"), [("bfloat16", "tiles", 0.5), ("float32", "packed", 2.0)])
+@pytest.mark.parametrize(
+    ("dtype", "product", "factor"), [("bfloat16", "tiles", 0.5), ("bfloat16", "dots", 0.5), ("float32", "packed", 2.0)]
+)
 def test_a_busy_moment_does_not_take_the_forward_of_few_rows_away(two_cores, dtype, product, factor):
     """Its product was measured while another process had a core, the others were not."""
     figures = measured(small=(9, 5), few=(6, 3), large=(100, 60), bf16_factor=factor)

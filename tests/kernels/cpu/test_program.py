@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cag_kernels import has_compiler
+from cag_kernels import has_compiler, has_dots, has_tiles
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs llvmlite")
 
@@ -18,9 +18,9 @@ if has_compiler():
 
     from cag_kernels.cpu import program as cpu_program
     from cag_kernels.cpu.emit import INT64
+    from cag_kernels.cpu.products.dot_linear import dot_linear_module
     from cag_kernels.cpu.products.tile_linear import tile_linear_module
     from cag_kernels.cpu.program import Program, library_function
-    from cag_kernels.cpu.tiles import has_tiles
 
 emitted = []
 
@@ -129,25 +129,26 @@ def test_a_disk_that_is_full_is_left_as_it_was(folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.skipif(not has_compiler() or not has_tiles(), reason="no tiles here")
+@pytest.mark.skipif(not has_tiles() and not has_dots(), reason="no products of bfloat16")
 def test_another_process_finds_the_code(folder):
     """What was emitted here runs there, calls of other libraries' functions included."""
-    Program(tile_linear_module)
-    script = """
+    kind = "tile" if has_tiles() else "dot"
+    Program(tile_linear_module if has_tiles() else dot_linear_module)
+    script = f"""
 import sys
 from pathlib import Path
 import torch
-from cag_kernels import tile_linear
+from cag_kernels import {kind}_linear
 from cag_kernels.cpu import program as cpu_program
-from cag_kernels.cpu.products import tile_linear as cpu_tile_linear
+from cag_kernels.cpu.products import {kind}_linear as cpu_linear
 cpu_program._folders = lambda: iter([Path(sys.argv[1])])
 def never():
     raise AssertionError("emitted again")
-never.__module__, never.__qualname__ = "cag_kernels.cpu.products.tile_linear", "tile_linear_module"
-never.__name__ = "tile_linear_module"
-cpu_tile_linear.tile_linear_module = never
+never.__module__, never.__qualname__ = "cag_kernels.cpu.products.{kind}_linear", "{kind}_linear_module"
+never.__name__ = "{kind}_linear_module"
+cpu_linear.{kind}_linear_module = never
 rows, weight = torch.ones(3, 64), torch.full((640, 64), 0.5).bfloat16()
-assert torch.equal(tile_linear(rows, weight), torch.full((3, 640), 32.0))
+assert torch.equal({kind}_linear(rows, weight), torch.full((3, 640), 32.0))
 """
     assert len(list(folder.iterdir())) == 1
     subprocess.run([sys.executable, "-c", script, str(folder)], check=True)

@@ -17,14 +17,22 @@ from cag_kernels import (
     segment_attention,
 )
 from cag_kernels.cpu.attention import segments as cpu
-from cag_kernels.cpu.attention.segments import attention_kernel, cpu_attention, cpu_quantized_attention, has_tiles
+from cag_kernels.cpu.attention.segments import (
+    attends_in_bfloat16,
+    attention_kernel,
+    cpu_attention,
+    cpu_quantized_attention,
+    has_dots,
+    has_tiles,
+)
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.prefix_reference import cascade_attention_reference, prefix_attention_reference
 
 pytest.importorskip("llvmlite")
 from cag_kernels.cpu.attention.panel import Blocking
 
-TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not has_tiles(), reason="no tiles"))]
+in_bfloat16 = pytest.mark.skipif(not attends_in_bfloat16(64), reason="no products of bfloat16")
+TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=in_bfloat16)]
 SHAPES = [  # num_q_heads, num_kv_heads, head_dim, num_queries, num_keys
     (4, 1, 256, 20, 1023),
     (4, 1, 256, 1, 1700),
@@ -85,7 +93,7 @@ def reference(query, prefix, behind, window, dtype, scale):
 
 
 def rounded_weights(query, prefix, behind, window, scale):
-    """Plain torch in the precision that tiles have: float32 scores, weights rounded to bfloat16."""
+    """Plain torch in the precision that products of bfloat16 have: float32 scores, weights rounded to bfloat16."""
     keys, values = (
         side.repeat_interleave(query.shape[0] // side.shape[0], dim=0) for side in numbers_of(prefix, torch.float32)
     )
@@ -100,14 +108,16 @@ def rounded_weights(query, prefix, behind, window, scale):
 
 def assert_close(found, query, prefix, behind, window, scale=None):
     """Error against the float64 oracle at most twice that of plain torch in the same precision, plus a few roundings
-    (and a short exponential, where tiles serve); nothing where a row sees nothing."""
-    tiles, scale = query.dtype == torch.bfloat16, scale or query.shape[2] ** -0.5
+    (and a short exponential, where weights are rounded: codes meet float32 without tiles); nothing where a row sees
+    nothing."""
+    rounded = query.dtype == torch.bfloat16 and (isinstance(prefix, DensePrefix) or has_tiles())
+    scale = scale or query.shape[2] ** -0.5
     expected = reference(query, prefix, behind, window, torch.float64, scale)
-    if tiles:
+    if rounded:
         plain = rounded_weights(query, prefix, behind, window, scale)
     else:
         plain = reference(query, prefix, behind, window, torch.float32, scale)
-    least = 1e-4 if tiles else 8 * torch.finfo(torch.float32).eps
+    least = 1e-4 if rounded else 8 * torch.finfo(torch.float32).eps
     for got, want, ordinary in zip(found, expected, plain, strict=True):
         assert got.dtype == torch.float32
         sees = want.isfinite()
@@ -308,6 +318,10 @@ def test_kernels_are_made_ahead():
     if has_tiles():
         assert cpu.tile_kernel(64, 20) is cpu.tile_kernel(64, 512)
         assert len({cpu.tile_kernel(64, window) for window in (None, 20, 4096)}) == 3
+    cpu.warm_up_dots([64, 40], group_sizes=[3], windows=[None, 20])
+    if has_dots():
+        assert cpu.dot_kernel(64, None, 20) is cpu.dot_kernel(64, 3, 900)
+        assert len({cpu.dot_kernel(64, rows, window) for rows, window in ((None, None), (3, None), (3, 20))}) == 3
 
 
 @pytest.mark.parametrize("dtype", TYPES)
