@@ -50,7 +50,7 @@ def choice_arithmetic() -> str:
     """Which output matrices `LargestOutput` takes on this machine, for reports; small ones apart."""
     by_tiles, by_pairs = has_numba() and has_byte_tiles(), has_numba() and _has_pairs()
     by_dots = by_pairs and _multiplies_plain()
-    ways = ("tiles multiply", by_tiles), ("products of bfloat16 do", by_dots), ("it is packed", by_pairs)
+    ways = ("tiles multiply", by_tiles), ("vectors multiply bfloat16", by_dots), ("it is packed", by_pairs)
     where = [text for text, serves in ways if serves]
     if not where:
         return "from all logits"

@@ -5,7 +5,8 @@ import torch
 
 from cag_kernels import choose_path, has_compiler, segment_attention, segment_attention_reference
 from cag_kernels.blocks import PIECE_ROWS, TRIANGLE_TOKENS, block_attention, blocks_serve
-from cag_kernels.cpu.attention.segments import attends_in_bfloat16, has_dots, has_tiles
+from cag_kernels.cpu.attention.segments import attends_in_bfloat16
+from cag_kernels.cpu.processor import has_dots, has_tiles
 from cag_kernels.tiled import tiled_attention
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")

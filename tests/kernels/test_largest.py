@@ -17,7 +17,7 @@ from cag_kernels import (
     tile_linear_serves,
 )
 from cag_kernels import largest as largest_module
-from cag_kernels.cpu.attention.segments import has_byte_tiles, has_tiles
+from cag_kernels.cpu.processor import has_byte_tiles, has_tiles
 from cag_kernels.largest import MAX_ROWS, largest_output_reference
 
 if has_numba():

@@ -38,7 +38,7 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     assert found["device"]["used"] == "cpu"
     assert {"cuda", "flash_attn", "triton"} <= set(found["device"])
     assert set(found["attention"]) == {"prefill", "question", "answer"}
-    assert found["attention"]["prefill"].startswith("fused: ")
+    assert found["attention"]["prefill"].startswith(("fused: ", "blocks: "))
     if found["runtime"]["compute_dtype"] == "float32" and has_compiler():
         assert found["attention"]["question"].startswith("compiled: ")
     assert not any("Triton" in served or "flash-attn" in served for served in found["kernels"].values())  # on a CPU
@@ -67,7 +67,13 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     "numba, tiles, dots, pairs, expected",
     [
         (True, True, False, True, "from 8 bits of the output matrix where tiles multiply or it is packed"),
-        (True, False, True, True, "from 8 bits of the output matrix where products of bfloat16 do or it is packed"),
+        (
+            True,
+            False,
+            True,
+            True,
+            "from 8 bits of the output matrix where vectors multiply bfloat16 or it is packed",
+        ),
         (True, False, False, True, "from 8 bits of the output matrix where it is packed"),
         (True, False, True, False, "from all logits"),
         (True, False, False, False, "from all logits"),

@@ -13,7 +13,7 @@ from cag.forward.weights import plain_weight
 from cag.generation.generate import Generation, SamplingOptions, choices
 from cag_kernels import has_compiler, has_dots, has_numba, has_tiles
 from cag_kernels import largest as largest_module
-from cag_kernels.cpu.attention.segments import has_byte_tiles
+from cag_kernels.cpu.processor import has_byte_tiles
 
 pytestmark = pytest.mark.skipif(not has_compiler() or not has_numba(), reason="llvmlite or numba is not there")
 by_tiles = pytest.mark.skipif(not has_byte_tiles(), reason="this processor has no tiles of bytes (AMX)")

@@ -7,6 +7,7 @@ import torch
 from cag_kernels import choose_prefix_path, dequantize_prefix, quantize_prefix
 from cag_kernels.cpu.attention import segments as cpu
 from cag_kernels.cpu.attention.segments import attention_kernel, cpu_quantized_attention
+from cag_kernels.cpu.processor import has_tiles, vector_lanes
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.prefixes import Codes
 from cag_kernels.report import prefix_paths
@@ -378,7 +379,7 @@ def test_codes_of_the_largest_magnitude_do_not_overflow(num_queries, head_dim):
     assert_near(query, prefix, 0.01, cpu_quantized_attention(query, prefix, scale=0.01))
 
 
-@pytest.mark.skipif(cpu.has_tiles() or cpu.vector_lanes() != 8, reason="other products come first")
+@pytest.mark.skipif(has_tiles() or vector_lanes() != 8, reason="other products come first")
 def test_dispatch(monkeypatch):
     """Where groups of keys are whole tiles and the processor has the products; the report says so."""
     monkeypatch.undo()

@@ -16,7 +16,8 @@ from cag_kernels import (
     segment_attention_reference,
 )
 from cag_kernels.cpu.attention import segments as cpu
-from cag_kernels.cpu.attention.segments import cpu_attention, has_tiles
+from cag_kernels.cpu.attention.segments import cpu_attention
+from cag_kernels.cpu.processor import has_tiles
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not there")
 

@@ -11,7 +11,8 @@ import torch
 
 from cag_kernels import pack_weight, packed_linear
 from cag_kernels.cpu import tape as cpu_tape
-from cag_kernels.cpu.attention.segments import cpu_attention, has_compiler
+from cag_kernels.cpu.attention.segments import cpu_attention
+from cag_kernels.cpu.processor import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs llvmlite")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cag_kernels.cpu.attention.segments import has_compiler
+from cag_kernels.cpu.processor import has_compiler
 
 if has_compiler():
     from llvmlite import ir

@@ -22,9 +22,8 @@ from cag_kernels.cpu.attention.segments import (
     attention_kernel,
     cpu_attention,
     cpu_quantized_attention,
-    has_dots,
-    has_tiles,
 )
+from cag_kernels.cpu.processor import has_dots, has_tiles
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.prefix_reference import cascade_attention_reference, prefix_attention_reference
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from cag_kernels.cpu.attention.dot_panel import load_paired
+from cag_kernels.cpu.attention.dot_panel import load_paired, pair_of
 from cag_kernels.cpu.attention.few import FewRows, emit_outer
 from cag_kernels.cpu.attention.panel import SUM_CHANNELS, Blocking
 from cag_kernels.cpu.dots import DEPTH, FEW_TERMS, DotEmitter
@@ -130,11 +130,10 @@ class DotFewRows(FewRows):
         places = [self._chunk(self.sums, row, chunk) for row in self.rows for chunk in chunks]
         factors = [corrections[row] for row in self.rows for _ in chunks]
         start = [builder.fmul(emit.load(place), factor) for place, factor in zip(places, factors, strict=True)]
-        last = builder.sub(count, one)
         with emit.loop(emit.integer(0), builder.lshr(builder.add(count, one), one), 1, start) as pair:
             even = builder.shl(pair.index, one)
-            keys = even, emit.minimum(builder.add(even, one), last)
-            sources = [emit.at(values, builder.mul(key, emit.integer(self.head_dim)), INT16) for key in keys]
+            odd, bits = pair_of(emit, even, count)
+            sources = [emit.at(values, builder.mul(key, emit.integer(self.head_dim)), INT16) for key in (even, odd)]
             for line in lines:
                 for source in sources:
                     emit.prefetch(emit.at(source, self.blocking.tile * self.head_dim + line, INT16))
@@ -142,15 +141,15 @@ class DotFewRows(FewRows):
             pair.following, _ = emit_outer(
                 self._add,
                 [partial(self._spread_pair, place) for place in weights],
-                [partial(self._load_pair, sources, chunk) for chunk in chunks],
+                [partial(self._load_pair, sources, bits, chunk) for chunk in chunks],
                 pair.values,
             )
         for place, total in zip(places, pair.following, strict=True):
             emit.store(total, place)
 
-    def _load_pair(self, sources: Sequence[Value], chunk: int) -> Value:
+    def _load_pair(self, sources: Sequence[Value], bits: Value, chunk: int) -> Value:
         even, odd = (self.emit.at(source, chunk * self.emit.lanes, INT16) for source in sources)
-        return load_paired(self.emit, even, odd)
+        return load_paired(self.emit, even, odd, bits)
 
     def _spread_pair(self, place: Value) -> Value:
         return self.emit.spread_integer(self.emit.builder.load(place, typ=INT32, align=4))

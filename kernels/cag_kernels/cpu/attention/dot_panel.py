@@ -27,18 +27,30 @@ def emit_factor(emit: Emitter, scale_bits: Value) -> Value:
     return builder.fmul(scale, emit.constant(LOG2_E))
 
 
-def load_paired(emit: Emitter, even: Value, odd: Value) -> Value:
-    """As many bfloat16 from each of two places as a vector has lanes, number by number side by side."""
+def pair_of(emit: Emitter, key: Value, count: Value) -> tuple[Value, Value]:
+    """The key behind one of `count`, or itself if it is the last; and the bits of a pair of both that count: of the
+    last key of an odd number its own."""
+    builder = emit.builder
+    following = builder.add(key, emit.integer(1))
+    is_pair = builder.icmp_signed("<", following, count)
+    bits = builder.select(is_pair, ir.Constant(INT32, -1), ir.Constant(INT32, 0xFFFF))
+    return builder.select(is_pair, following, key), emit.spread_integer(bits)
+
+
+def load_paired(emit: Emitter, even: Value, odd: Value, bits: Value) -> Value:
+    """As many bfloat16 from each of two places as a vector has lanes, number by number side by side; of these `bits`,
+    zeros else."""
     builder, halves = emit.builder, ir.VectorType(INT16, emit.lanes)
     low, high = (builder.zext(builder.load(place, typ=halves, align=2), emit.integers) for place in (even, odd))
-    return builder.or_(low, builder.shl(high, ir.Constant(emit.integers, [16] * emit.lanes)))
+    both = builder.or_(low, builder.shl(high, ir.Constant(emit.integers, [16] * emit.lanes)))
+    return builder.and_(both, bits)
 
 
 class PairedTile:
     """A tile of keys and values on the stack of the function that serves a call's tasks, as panels want them.
 
     Keys lie as in the prefix, `[tile, head_dim]`; values by vectors of channels, `[head_dim / lanes, tile / 2, lanes]`
-    pairs of two keys; the last key of an odd number stands beside itself.
+    pairs of two keys; beside the last one of an odd number stand zeros.
     """
 
     def __init__(self, emit: Emitter, head_dim: int, blocking: Blocking) -> None:
@@ -52,15 +64,14 @@ class PairedTile:
         with emit.loop(zero, builder.mul(count, emit.integer(self.head_dim // 2)), lanes) as pair:
             number = emit.load_integers(emit.at(keys, pair.index, INT32))
             builder.store(number, emit.at(self.keys, pair.index, INT32), align=4)
-        last = builder.sub(count, one)
         with emit.loop(zero, count, 2) as key:
-            even = builder.mul(key.index, emit.integer(self.head_dim))
-            odd = builder.mul(emit.minimum(builder.add(key.index, one), last), emit.integer(self.head_dim))
+            following, bits = pair_of(emit, key.index, count)
+            even, odd = (builder.mul(number, emit.integer(self.head_dim)) for number in (key.index, following))
             place = builder.mul(builder.lshr(key.index, one), emit.integer(lanes))
             for channel in range(0, self.head_dim, lanes):
-                sides = (emit.at(values, builder.add(row, emit.integer(channel)), INT16) for row in (even, odd))
+                low, high = (emit.at(values, builder.add(row, emit.integer(channel)), INT16) for row in (even, odd))
                 target = emit.at(self.values, channel * self.blocking.tile // 2, INT32)
-                builder.store(load_paired(emit, *sides), emit.at(target, place, INT32), align=4)
+                builder.store(load_paired(emit, low, high, bits), emit.at(target, place, INT32), align=4)
 
 
 class DotPanel(Panel):

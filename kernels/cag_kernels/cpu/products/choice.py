@@ -168,8 +168,18 @@ def _split(call: Any) -> None:
     )
 
 
-def _split_pairs(call: Any) -> None:
+def _split_rounded(call: Any) -> None:
     fields = carray(call, 8, np.int64)
+    cpu_codes.round_rows(carray(memory(fields[1]), (fields[6], fields[7]), np.float32))
+    _paired(fields)
+
+
+def _split_pairs(call: Any) -> None:
+    _paired(carray(call, 8, np.int64))
+
+
+@compiled
+def _paired(fields: Any) -> None:
     num_rows, size = fields[6], fields[7]
     _begin(fields[4], num_rows)
     carray(memory(fields[5]), 2, np.int64)[0] = cpu_codes.split_pairs(
@@ -229,6 +239,6 @@ class _Steps(NamedTuple):
 
 _STEPS = {
     TileWeight: _Steps(_split, _select),
-    DotWeight: _Steps(_split_pairs, _select),
+    DotWeight: _Steps(_split_rounded, _select),
     PanelWeight: _Steps(_split_pairs, _select_panels),
 }

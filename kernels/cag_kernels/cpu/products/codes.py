@@ -114,6 +114,14 @@ def split(rows: Array, left: Array, facts: Array) -> bool:
 
 
 @compiled
+def round_rows(rows: Array) -> None:
+    """Rows `[num_rows, size]` float32 to the bfloat16 that products of pairs take of them, in place."""
+    for row in range(rows.shape[0]):
+        for index in range(rows.shape[1]):
+            rows[row, index] = widened(narrowed(rows[row, index]))
+
+
+@compiled
 def split_pairs(rows: Array, pairs: Array, facts: Array) -> bool:
     """Rows as `scale * number`, of as many bits as sums of all products with codes leave in int32; whether all rows can
     be bounded.
