@@ -92,7 +92,7 @@ def available_paths(device: torch.device) -> dict[str, str]:
             paths["compiled"] += ", and few bfloat16 rows by tiles (AMX)"
         elif has_dots():
             paths["compiled"] += ", and bfloat16 rows by products of pairs (AVX512_BF16)"
-            paths["blocks"] = "the same for all but the triangle of the last tokens"
+            paths["blocks"] = f"compiled, the last {TRIANGLE_TOKENS} tokens by {fused}"
     return paths
 
 
