@@ -15,7 +15,7 @@ from cag_kernels.flash import fused_attention
 from cag_kernels.merge import merge_segments
 from cag_kernels.tiled import tiled_attention
 
-TRIANGLE_TOKENS = 128  # of a triangle that a library attends to whole
+TRIANGLE_TOKENS = 64  # of a triangle that a library attends to whole
 PIECE_ROWS = 512  # a key/value head that are served at once
 _SCRATCH_NUMBERS = 1 << 23  # of sums under way, float32
 
