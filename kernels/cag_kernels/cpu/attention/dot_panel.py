@@ -83,6 +83,7 @@ class DotPanel(Panel):
 
     name = "dot_panel"
     num_pointers = 9
+    num_further = 1
     emit: DotEmitter
 
     def make_emitter(self) -> Emitter:

@@ -97,6 +97,7 @@ class Panel:
 
     name = "panel"
     num_pointers = 8
+    num_further = 0  # keys behind the tile that there is room for scores of
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class Panel:
         self.ahead, self.others = pointers[6:8], pointers[8:]
         self.num_keys, self.num_rows = numbers[:2]
         self.windows = numbers[2:]
-        self.scores = self.emit.scratch((blocking.tile + 1) * self.row_floats)
+        self.scores = self.emit.scratch((blocking.tile + self.num_further) * self.row_floats)
         self._emit_tile()
 
     def make_emitter(self) -> Emitter:
