@@ -25,7 +25,8 @@ Result = tuple[Tensor, Tensor]
 def blocks_serve(query: Tensor, keys: Tensor) -> bool:
     """Whether `block_attention` takes these tensors and is quicker than a library's fused attention: queries in
     bfloat16, by products of pairs (docs/design/026-vectors-of-bfloat16.md)."""
-    return query.dtype == torch.bfloat16 and has_dots() and not has_tiles() and cpu_attention_serves(query, keys)
+    is_rounded = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return is_rounded and has_dots() and not has_tiles() and cpu_attention_serves(query, keys)
 
 
 def block_attention(
