@@ -8,6 +8,7 @@ is the quicker way, else unpacked.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,9 +122,7 @@ def tile_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     _check_plain(block, weight, bias, tile_linear_serves(weight))
     from cag_kernels.cpu.products import tile_linear as cpu_tile_linear
 
-    rows = block.reshape(-1, block.shape[-1]).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    return cpu_tile_linear.compiled_linear(rows, weight, bias).view(*block.shape[:-1], weight.shape[0])
+    return _of_block(cpu_tile_linear.compiled_linear, block, weight, bias)
 
 
 def tile_product(weight: Tensor, bias: Tensor | None = None) -> TileProduct:
@@ -159,9 +158,7 @@ def dot_linear(block: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     _check_plain(block, weight, bias, dot_linear_serves(weight))
     from cag_kernels.cpu.products import dot_linear as cpu_dot_linear
 
-    rows = block.reshape(-1, block.shape[-1]).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    return cpu_dot_linear.compiled_linear(rows, weight, bias).view(*block.shape[:-1], weight.shape[0])
+    return _of_block(cpu_dot_linear.compiled_linear, block, weight, bias)
 
 
 def dot_product(weight: Tensor, bias: Tensor | None = None) -> DotProduct:
@@ -210,6 +207,13 @@ def _check(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
             f"a float32 block {tuple(rows.shape)} and a bias do not fit a packed weight of "
             f"{packed.out_features} x {packed.in_features}"
         )
+
+
+def _of_block(multiply: Callable[..., Tensor], block: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`multiply` of the rows of a block `[..., num_rows, in_features]`."""
+    rows = block.reshape(-1, block.shape[-1]).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return multiply(rows, weight, bias).view(*block.shape[:-1], weight.shape[0])
 
 
 def _check_plain(block: Tensor, weight: Tensor, bias: Tensor | None, serves: bool) -> None:

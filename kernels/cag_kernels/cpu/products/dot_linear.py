@@ -19,6 +19,7 @@ from torch import Tensor
 from cag_kernels.cpu.dots import DEPTH, LANES, DotEmitter, has_dots, require_dots
 from cag_kernels.cpu.emit import INT16, INT64, POINTER, Value, function_blocks
 from cag_kernels.cpu.passes import emit_passes
+from cag_kernels.cpu.products.plain import PlainProduct
 from cag_kernels.cpu.program import Program
 from cag_kernels.cpu.tape import CompiledStep, Reads, new_call, scratch_memory
 from cag_kernels.cpu.team import Share
@@ -68,22 +69,12 @@ def compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, ou
     return out
 
 
-class DotProduct:
-    """`compiled_linear` with one weight `[out_features, in_features]` and its bias or None."""
+class DotProduct(PlainProduct):
+    """`compiled_linear` with one weight and its bias."""
 
-    is_recordable = True
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight, None if bias is None else bias.contiguous()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """`[num_rows, in_features]` float32, contiguous and not empty, to `[num_rows, out_features]`."""
-        return compiled_linear(rows, self.weight, self.bias)
-
-    def into(self, rows: Tensor, out: Tensor) -> None:
-        """The same, to `out`."""
-        compiled_linear(rows, self.weight, self.bias, out)
+    def multiply(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `PlainProduct`."""
+        return compiled_linear(rows, self.weight, self.bias, out)
 
 
 class DotLinearKernel:

@@ -15,6 +15,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from cag_kernels.cpu.emit import Value
+from cag_kernels.cpu.products.plain import PlainProduct
 from cag_kernels.cpu.products.tile_product import PARTS, Field, ProductCall, emit_blocks, emit_prepare, emit_sums
 from cag_kernels.cpu.program import Program
 from cag_kernels.cpu.tape import CompiledStep, Reads, new_call, scratch_memory
@@ -50,22 +51,12 @@ def pairs_size(num_rows: int, in_features: int) -> int:
     return -(-num_rows // TILE) * TILE * in_features // 2
 
 
-class TileProduct:
-    """`compiled_linear` with one weight `[out_features, in_features]`, made ready once, and its bias or None."""
+class TileProduct(PlainProduct):
+    """`compiled_linear` with one weight and its bias."""
 
-    is_recordable = True
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight, None if bias is None else bias.contiguous()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """`[num_rows, in_features]` float32, contiguous and not empty, to `[num_rows, out_features]`."""
-        return compiled_linear(rows, self.weight, self.bias)
-
-    def into(self, rows: Tensor, out: Tensor) -> None:
-        """The same, to `out`."""
-        compiled_linear(rows, self.weight, self.bias, out)
+    def multiply(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `PlainProduct`."""
+        return compiled_linear(rows, self.weight, self.bias, out)
 
 
 @cache
