@@ -46,11 +46,8 @@ _MATRIX = (2048, 1536)
 _NUM_MEASUREMENTS = 3  # processes that measure undisturbed
 _MOST_MEASUREMENTS = 12  # processes that measure at all
 _MAY_WAIT = 0.2  # of a measurement's time, waited for cores by all threads together, up to which it is undisturbed
-_MAY_BE_BEHIND = {
-    "tiles": 2.0,
-    "dots": 2.0,
-    "packed": 1.5,
-}  # times the quickest product of the type, and still the one to take
+# times the quickest product of the type that one of ours may take, and still be the one to take
+_MAY_BE_BEHIND = {"tiles": 2.0, "dots": 2.0, "packed": 1.5}
 _NUM_MATRICES = 6  # 75 MB in float32, so that weights come from memory as they do in a model
 
 

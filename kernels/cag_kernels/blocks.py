@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu.attention.segments import RANGE_TOKENS, cpu_attention, cpu_attention_serves
-from cag_kernels.cpu.processor import has_dots, has_tiles
+from cag_kernels.cpu.processor import prefers_dots
 from cag_kernels.flash import fused_attention
 from cag_kernels.merge import merge_segments
 from cag_kernels.tiled import tiled_attention
@@ -26,7 +26,7 @@ def blocks_serve(query: Tensor, keys: Tensor) -> bool:
     """Whether `block_attention` takes these tensors and is quicker than a library's fused attention: queries in
     bfloat16, by products of pairs (docs/design/026-vectors-of-bfloat16.md)."""
     is_rounded = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return is_rounded and has_dots() and not has_tiles() and cpu_attention_serves(query, keys)
+    return is_rounded and prefers_dots() and cpu_attention_serves(query, keys)
 
 
 def block_attention(

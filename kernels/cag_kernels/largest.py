@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.processor import has_byte_tiles, has_compiler, has_dots, has_numba, has_tiles
+from cag_kernels.cpu.processor import has_byte_tiles, has_compiler, has_numba, prefers_dots
 from cag_kernels.device import HALF_TYPES
 from cag_kernels.linear import (
     dot_linear,
@@ -49,7 +49,7 @@ def largest_output_serves(weight: Tensor | PackedWeight) -> bool:
 def choice_arithmetic() -> str:
     """Which output matrices `LargestOutput` takes on this machine, for reports; small ones apart."""
     by_tiles, by_pairs = has_numba() and has_byte_tiles(), has_numba() and _has_pairs()
-    by_dots = by_pairs and _multiplies_plain()
+    by_dots = by_pairs and prefers_dots()
     ways = ("tiles multiply", by_tiles), ("vectors multiply bfloat16", by_dots), ("it is packed", by_pairs)
     where = [text for text, serves in ways if serves]
     if not where:
@@ -127,7 +127,7 @@ def warm_up_largest() -> None:
     if has_numba() and (has_byte_tiles() or _has_pairs()):
         from cag_kernels.cpu.products.choice import warm_up
 
-        if has_byte_tiles() or _multiplies_plain():
+        if has_byte_tiles() or prefers_dots():
             warm_up(packed=False)
         if not has_byte_tiles():
             warm_up(packed=True)
@@ -149,10 +149,6 @@ def _has_pairs() -> bool:
     from cag_kernels.cpu.pairs import has_pairs
 
     return has_pairs()
-
-
-def _multiplies_plain() -> bool:
-    return has_dots() and not has_tiles()
 
 
 def _plain_memory(num_bytes: int) -> Tensor:

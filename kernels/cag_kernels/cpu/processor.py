@@ -49,6 +49,11 @@ def has_dots() -> bool:
     return cpu_dots.has_dots()
 
 
+def prefers_dots() -> bool:
+    """Whether they are what it multiplies bfloat16 by: tiles do more at once, where there are some."""
+    return has_dots() and not has_tiles()
+
+
 def has_byte_tiles() -> bool:
     """Whether it may multiply tiles of bytes, too."""
     if not has_compiler():

@@ -85,7 +85,7 @@ def test_doctor_says_how_greedy_choices_are_made(monkeypatch, numba, tiles, dots
     """And what it says is what serves a packed matrix."""
     monkeypatch.setattr(largest_module, "has_numba", lambda: numba)
     monkeypatch.setattr(largest_module, "has_byte_tiles", lambda: tiles)
-    monkeypatch.setattr(largest_module, "_multiplies_plain", lambda: dots)
+    monkeypatch.setattr(largest_module, "prefers_dots", lambda: dots)
     monkeypatch.setattr(largest_module, "_has_pairs", lambda: pairs)
     said = prefix_paths(torch.device("cpu"))["greedy choice"]
     assert said.removesuffix(", half of its memory more") == expected

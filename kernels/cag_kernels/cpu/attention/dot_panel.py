@@ -14,17 +14,10 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from cag_kernels.cpu.attention.panel import SUM_CHANNELS, Blocking, Panel
 from cag_kernels.cpu.attention.window import emit_reference
 from cag_kernels.cpu.dots import FEW_TERMS, DotEmitter
-from cag_kernels.cpu.emit import FLOAT, INT16, INT32, LINE_BYTES, UNSEEN, Emitter, Value
+from cag_kernels.cpu.emit import INT16, INT32, LINE_BYTES, UNSEEN, Emitter, Value
 
 PAIRS = 4  # of a score in one turn of the loop
-LOG2_E = 1 / math.log(2)
-
-
-def emit_factor(emit: Emitter, scale_bits: Value) -> Value:
-    """What differences of scores are multiplied by to be exponents of two, in every lane; from a call's `SCALE`."""
-    builder = emit.builder
-    scale = emit.spread_number(builder.bitcast(builder.trunc(scale_bits, INT32), FLOAT))
-    return builder.fmul(scale, emit.constant(LOG2_E))
+LOG2_E = 1 / math.log(2)  # times the scale: what differences of scores are multiplied by to be exponents of two
 
 
 def pair_of(emit: Emitter, key: Value, count: Value) -> tuple[Value, Value]:

@@ -14,7 +14,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from cag_kernels.cpu.attention.call import Call, Field
 from cag_kernels.cpu.attention.dequantize import Dequantizer
 from cag_kernels.cpu.attention.dot_few import DotFewRows
-from cag_kernels.cpu.attention.dot_panel import DotPanel, PairedTile, emit_factor
+from cag_kernels.cpu.attention.dot_panel import LOG2_E, DotPanel, PairedTile
 from cag_kernels.cpu.attention.few import FewRows
 from cag_kernels.cpu.attention.panel import MAX_WIDTH, Panel, WideTile
 from cag_kernels.cpu.emit import FLOAT, INT32, INT64, UNSEEN, Value, function_blocks
@@ -74,9 +74,9 @@ def serve_by_dots(call: Call, rows: int | None) -> Serve:
     """By products of pairs: by the function for that many rows, or tile by tile with all panels of rows for each."""
     emit, builder = call.emit, call.emit.builder
     numbers = _Numbers(call, None)
-    factor = emit.scratch(emit.lanes)
-    emit.store(emit_factor(emit, call[Field.SCALE]), factor)
     scale = emit.spread_number(builder.bitcast(builder.trunc(call[Field.SCALE], INT32), FLOAT))
+    factor = emit.scratch(emit.lanes)
+    emit.store(builder.fmul(scale, emit.constant(LOG2_E)), factor)
     attend = _dot_panels(call, numbers, factor) if rows is None else _dot_rows(call, rows, numbers, factor)
 
     def serve(part: Range) -> None:

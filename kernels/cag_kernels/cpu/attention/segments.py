@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cag_kernels.cpu.floats import reads_floats
-from cag_kernels.cpu.processor import has_compiler, has_dots, has_tiles
+from cag_kernels.cpu.processor import has_compiler, has_dots, has_tiles, prefers_dots
 from cag_kernels.cpu.tape import CompiledStep, float_bits, new_call, scratch_memory
 from cag_kernels.prefixes import Codes, QuantizedPrefix, code_bits
 
@@ -58,7 +58,7 @@ def attends_in_bfloat16(head_dim: int) -> bool:
 
 
 def _tiles_serve(query: Tensor) -> bool:
-    return query.dtype == torch.bfloat16 and query.shape[2] % TILE_DEPTH == 0 and has_tiles()
+    return has_tiles() and _meets_rounded(query)
 
 
 def _meets_rounded(query: Tensor) -> bool:
@@ -241,7 +241,7 @@ def warm_up_dots(
     head_dims: Iterable[int], group_sizes: Iterable[int] = (), windows: Iterable[int | None] = (None,)
 ) -> None:
     """Compile what bfloat16 queries and blocks need where there are products of pairs and no tiles; as `warm_up`."""
-    if has_dots() and not has_tiles():
+    if prefers_dots():
         from cag_kernels.cpu.products.dot_linear import compiled_kernel as linear_kernel
 
         linear_kernel()
