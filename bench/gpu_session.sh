@@ -46,7 +46,7 @@ left=$((all_seconds - SECONDS - spare))
 left=$((left < 1 ? 1 : left))
 bench_seconds=$((bench_seconds < left ? bench_seconds : left))
 echo "== benchmark, ${bench_seconds} s at most"
-timeout --kill-after=10 "$((bench_seconds + spare - 10))" "$python" -m cag.cli bench gpu --out "$out/bench" \
+timeout --kill-after=10 "$((bench_seconds + spare - 10))" "$python" -m cag bench gpu --out "$out/bench" \
     --budget "$bench_seconds" ${BENCH_OPTIONS:-} 2>&1 | tee "$out/bench.log"
 bench=$?
 rm -rf "$out/home"

@@ -25,6 +25,7 @@ WALK = [
     "home", "errors", "machine", "stores", "models", "words", "corpus", "retrieval", "prompt", "thinking", "ngrams",
     "forward", "model_files", "starts", "short_model", "model", "identity", "prefill", "residency", "generation",
     "prefix", "fresh", "first_steps", "calibration", "building", "open_caches", "engine", "describe", "server", "cli",
+    "__main__",
 ]  # fmt: skip
 # The walk through those of its packages that are stages of their own.
 WALKS = {

@@ -34,7 +34,7 @@ from cag_kernels import (
     rows_stay_apart,
 )
 
-TAIL_PAIRS = 2048  # new tokens x earlier ones of a tail, from which several new tokens see the earlier as a segment
+TAIL_PAIRS = 1 << 16  # new tokens x earlier ones of a tail, above which several new tokens see the earlier as a segment
 
 Array = NDArray[Any]
 

@@ -41,7 +41,7 @@ from cag.forward.state import AttentionRule, PrefixSegment, attend_prefix
 from cag.forward.weights import Product, joined_product
 from cag_kernels import FEW_ROWS, DensePrefix, has_numba, prefix_attention
 from cag_kernels.attention import COMPILED_MAX_ROWS
-from cag_kernels.cpu.attention.segments import cpu_attention, cpu_attention_serves
+from cag_kernels.cpu.attention.segments import MAX_HEAD_DIM, cpu_attention, cpu_attention_serves
 from cag_kernels.cpu.floats import loops_read_floats
 
 if TYPE_CHECKING:
@@ -263,7 +263,8 @@ def recognize(
     was seen of each layer. Keys and values are kept in `kv_dtype`.
     """
     model, head = getattr(network, "model", None), getattr(network, "lm_head", None)
-    if not has_numba() or not loops_read_floats(kv_dtype) or model is None or head is None:
+    is_served = has_numba() and loops_read_floats(kv_dtype) and head_dim <= MAX_HEAD_DIM
+    if not is_served or model is None or head is None:
         return None
     if parts_of(model) != MODEL_PARTS or parts_of(network) != {"model", "lm_head"}:
         return None

@@ -9,7 +9,7 @@ import torch
 
 from cag.forward.state import AttentionRule, KvShape
 from cag.forward.weights import PackedLinear
-from cag_kernels import warm_up, warm_up_dots, warm_up_linear, warm_up_tiles
+from cag_kernels import warm_up, warm_up_dots, warm_up_linear, warm_up_tails, warm_up_tiles
 
 
 def compile_kernels(
@@ -25,6 +25,7 @@ def compile_kernels(
     head_dims = sorted({shape.head_dim for shape in shapes})
     windows = dict.fromkeys(rule.window for rule in rules)
     warm_up(head_dims, sorted(groups), windows, kv_dtype)
+    warm_up_tails(head_dims, sorted(groups), kv_dtype)
     for dtype in {module.packed.panels.dtype for module in network.modules() if isinstance(module, PackedLinear)}:
         warm_up_linear(dtype)
     if compute_dtype == torch.bfloat16:

@@ -12,6 +12,7 @@ one prefix, which may be quantized (`quantize_prefix`); `move_keys` turns keys t
 
 from cag_kernels.attention import available_paths, choose_path, segment_attention
 from cag_kernels.cpu.attention.segments import warm_up, warm_up_dots, warm_up_tiles
+from cag_kernels.cpu.paged import warm_up_tails
 from cag_kernels.cpu.processor import has_compiler, has_dots, has_numba, has_tiles, vector_lanes
 from cag_kernels.inverse import inverse_transform
 from cag_kernels.largest import LargestOutput, largest_output, largest_output_serves, warm_up_largest
@@ -96,5 +97,6 @@ __all__ = [
     "warm_up_dots",
     "warm_up_largest",
     "warm_up_linear",
+    "warm_up_tails",
     "warm_up_tiles",
 ]

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from cag_kernels.attention import COMPILED_MAX_ROWS, segment_attention
 from cag_kernels.cpu.attention.segments import (
+    MAX_HEAD_DIM,
     cpu_attention,
     cpu_attention_serves,
     cpu_quantized_attention,
     quantized_attention_serves,
 )
-from cag_kernels.cpu.floats import loops_read_floats
-from cag_kernels.cpu.processor import has_numba
+from cag_kernels.cpu.floats import reads_floats
+from cag_kernels.cpu.processor import has_compiler
 from cag_kernels.device import HALF_TYPES, num_processors, triton_serves
 from cag_kernels.flash import has_flash_attn
 from cag_kernels.merge import merge_segments
@@ -186,8 +187,9 @@ def _compiled_tails_serve(query: Tensor, tails: PagedTails) -> bool:
         and all(part.is_contiguous() for part in tails[:5])
         and (page_tokens % BLOCK_TOKENS == 0 or tails.pages.shape[1] == 1)
         and not query.requires_grad
-        and has_numba()
-        and loops_read_floats(tails.keys.dtype)
+        and has_compiler()
+        and reads_floats(tails.keys.dtype)
+        and query.shape[2] <= MAX_HEAD_DIM
     )
 
 

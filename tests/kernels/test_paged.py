@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from cag_kernels import has_compiler, paged_attention, prefix_attention, rows_stay_apart, wide
+from cag_kernels.cpu import paged as cpu_paged
+from cag_kernels.cpu.attention import panel
 from cag_kernels.cpu.paged import Tails
 from cag_kernels.cpu.tape import Tape
 from cag_kernels.linear import (
@@ -76,7 +78,7 @@ def assert_close(found, expected, in_float32):
     assert (found.double() - expected).abs().max() <= 2 * (in_float32.double() - expected).abs().max() + rounding
 
 
-HEADS, HEAD_DIMS = [(9, 3), (4, 4), (6, 1)], [16, 64, 96]
+HEADS, HEAD_DIMS = [(9, 3), (4, 4), (6, 1), (14, 2), (16, 1)], [16, 64, 96]  # two to eight heads have rows of their own
 CALLS = [  # kind, num_parts, window: what was skipped is in a part
     (kind, num_parts, window)
     for kind in SESSIONS
@@ -106,13 +108,12 @@ def test_numbers_are_those_of_the_reference(kind, heads, head_dim, num_parts, wi
         assert_close(mine, exact, plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", SESSIONS)
-def test_tails_of_other_types(kind, dtype):
-    tails, skipped = paged(SESSIONS[kind], 3, 64, dtype=dtype)
+def check_numbers(kind, heads, head_dim, dtype):
+    num_q_heads, num_kv_heads = heads
+    tails, skipped = paged(SESSIONS[kind], num_kv_heads, head_dim, dtype=dtype)
     num_rows = int(tails.query_starts[-1])
-    query, lse = normal(9, num_rows, 64), normal(1, 9, num_rows)
-    parts = (normal(1, 9, num_rows, 64), lse) if skipped.any() else None
+    query, lse = normal(num_q_heads, num_rows, head_dim), normal(1, num_q_heads, num_rows)
+    parts = (normal(1, num_q_heads, num_rows, head_dim), lse) if skipped.any() else None
     found = attend(query, tails, skipped, parts, window=40)
 
     def reference(dtype):
@@ -123,12 +124,36 @@ def test_tails_of_other_types(kind, dtype):
         assert_close(mine, exact, plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", SESSIONS)
+def test_tails_of_other_types(kind, dtype):
+    check_numbers(kind, (9, 3), 64, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [2, 15, 20, 72, 100, 320, 576])
+@pytest.mark.parametrize("kind", SESSIONS)
+def test_heads_that_vectors_do_not_fill_and_wide_ones(kind, head_dim):
+    check_numbers(kind, (6, 2), head_dim, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [16, 24, 64])
+@pytest.mark.parametrize("kind", SESSIONS)
+def test_vectors_of_eight_numbers(kind, head_dim, dtype, monkeypatch):
+    monkeypatch.setattr(panel, "host_blocking", lambda: panel.Blocking(8, 4))
+    monkeypatch.setattr(cpu_paged, "_compile", cpu_paged._compile.__wrapped__)
+    check_numbers(kind, (9, 3), head_dim, dtype)
+
+
 def test_loops_for_a_lesser_processor_leave_float16_to_others():
-    """numba compiles for the one that somebody has named to it, and it is no use that this one can do more."""
+    """numba compiles for the one that somebody has named to it, and it is no use that this one can do more. What our
+    own compiler made is for this one."""
     script = """
 import torch
 from cag_kernels import PagedTails, paged_attention
+from cag_kernels.cpu.floats import loops_read_floats
 from cag_kernels.prefix_reference import paged_attention_reference
+assert not loops_read_floats(torch.float16) and loops_read_floats(torch.bfloat16)
 keys, values = torch.randn(2, 2, 2, 32, 64).half()
 integers = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([[0, 1]], [40], [0, 2])]
 query, tails = torch.randn(4, 2, 64), PagedTails(keys, values, *integers, 2)
@@ -154,10 +179,11 @@ def test_scores_far_apart_stay_finite():
 
 @pytest.mark.parametrize("page_tokens", [BLOCK_TOKENS, 4 * BLOCK_TOKENS])
 @pytest.mark.parametrize("window", [None, 3, 50])
-def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(page_tokens, window):
+@pytest.mark.parametrize("group", [1, 3, 6, 8, 10])
+def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(page_tokens, window, group):
     sessions = [(45, 1, 0), (150, 40, 0), (600, 1, 0), (64, 3, 0)]
     tails, skipped = paged(sessions, 2, 64, page_tokens)
-    query = normal(6, int(tails.query_starts[-1]), 64)
+    query = normal(2 * group, int(tails.query_starts[-1]), 64)
     together, lses = attend(query, tails, skipped, num_threads=1, window=window)
     assert all(map(torch.equal, attend(query, tails, skipped, num_threads=3, window=window), (together, lses)))
     for index, (length, count, _) in enumerate(sessions):

@@ -1,33 +1,35 @@
-"""Attention over the tails of many sessions in one call, compiled with numba: rows of each over its own pages.
+"""Attention over the tails of many sessions in one call, compiled: rows of each over its own pages.
 
-A task is one key/value head of one session; threads share tasks out as those of the other kernels do. Keys and values
-are widened a block of tokens at a time, with an online softmax from block to block. Blocks begin at multiples of
-`BLOCK_TOKENS` of a session's own tokens (pages hold a multiple of it, or there is one page a session), so no number
-depends on other sessions, on other rows or on threads.
-`rows_reference.attend_tails_reference` says what it means.
+Keys and values are widened and meet rows in float32. Threads share out tasks, each some rows of a session and a
+key/value head. Keys come in blocks that begin at multiples of `BLOCK_TOKENS` of a session's own tokens (pages hold a
+multiple of it, or there is one page a session), with an online softmax from block to block, so no number depends on
+other sessions, on other rows or on threads. `rows_reference.attend_tails_reference` says what it means;
+`cpu.attention.tails` emits the code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Iterable
 from enum import IntEnum
 from functools import cache
+from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cag_kernels.cpu.rows import KEPT, Array, exponential, numba, widened
-from cag_kernels.cpu.steps import compiled_step, memory, take_task
+from cag_kernels.cpu.attention.segments import MAX_HEAD_DIM
+from cag_kernels.cpu.floats import reads_floats
+from cag_kernels.cpu.processor import has_compiler
 from cag_kernels.cpu.tape import CompiledStep, float_bits, new_call
-from cag_kernels.prefixes import BLOCK_TOKENS
 
-_NO_WINDOW = 1 << 32  # tokens; no tail has as many
+Array = Any  # numpy's, whose types say nothing of shapes
+
 THREADS_PAIRS = 1 << 12  # rows of query heads x keys from which a second thread is worth its start
+_NO_WINDOW = 1 << 32  # tokens; no tail has as many
 
-types = numba.types
-carray = numba.carray
+_lock = threading.Lock()
 
 
 class Field(IntEnum):
@@ -35,7 +37,7 @@ class Field(IntEnum):
 
     NEXT_TASK = 0
     QUERY = 1  # [num_q_heads, num_rows, head_dim] float32
-    KEYS = 2  # [num_pages, num_kv_heads, page_tokens, head_dim], of a type that the step was compiled for
+    KEYS = 2  # [num_pages, num_kv_heads, page_tokens, head_dim], of the type that the code was made for
     VALUES = 3
     PAGES = 4  # [num_sessions, max_pages] int32
     LENGTHS = 5  # [num_sessions] int32, tokens of each tail, those of the rows included
@@ -47,25 +49,17 @@ class Field(IntEnum):
     LOGSUMEXPS = 11  # [num_q_heads, num_rows] float32
     NUM_Q_HEADS = 12
     NUM_ROWS = 13
-    HEAD_DIM = 14
-    NUM_PAGES = 15
-    NUM_KV_HEADS = 16
-    PAGE_TOKENS = 17
-    NUM_SESSIONS = 18
-    MAX_PAGES = 19
-    NUM_PARTS = 20
-    FIRST_SESSION = 21  # the sessions of this call
-    LAST_SESSION = 22  # behind the last of them
-    SCALE = 23  # the bits of a float32
-    WINDOW = 24  # tokens of its tail that a row sees at most, its own included
+    NUM_KV_HEADS = 14
+    PAGE_TOKENS = 15
+    MAX_PAGES = 16
+    NUM_PARTS = 17
+    FIRST_SESSION = 18  # the sessions of this call
+    LAST_SESSION = 19  # behind the last of them
+    SCALE = 20  # the bits of a float32
+    WINDOW = 21  # tokens of its tail that a row sees at most, its own included
 
 
-NUM_FIELDS = len(Field)
-(
-    _NEXT_TASK, _QUERY, _KEYS, _VALUES, _PAGES, _LENGTHS, _STARTS, _SKIPPED, _PARTS, _PART_LOGSUMEXPS, _OUT,
-    _LOGSUMEXPS, _NUM_Q_HEADS, _NUM_ROWS, _HEAD_DIM, _NUM_PAGES, _NUM_KV_HEADS, _PAGE_TOKENS, _NUM_SESSIONS,
-    _MAX_PAGES, _NUM_PARTS, _FIRST_SESSION, _LAST_SESSION, _SCALE, _WINDOW,
-) = (int(field) for field in Field)  # fmt: skip
+ADDRESSES = range(Field.QUERY, Field.LOGSUMEXPS + 1)
 
 
 class Tails:
@@ -113,188 +107,42 @@ class Tails:
         contiguous on the CPU.
         """
         first, last = (0, len(self)) if sessions is None else sessions
-        num_pages, num_kv_heads, page_tokens, head_dim = keys.shape
+        _, num_kv_heads, page_tokens, head_dim = keys.shape
         num_q_heads, num_rows, _ = query.shape
         kept = (query, keys, values, *self.arrays, parts, part_logsumexps, out, logsumexps)
         fields = (
             0, query.data_ptr(), keys.data_ptr(), values.data_ptr(), *self._addresses, parts.data_ptr(),
-            part_logsumexps.data_ptr(), out.data_ptr(), logsumexps.data_ptr(), num_q_heads, num_rows, head_dim,
-            num_pages, num_kv_heads, page_tokens, len(self), self._max_pages, len(parts), first, last,
-            float_bits(scale), _NO_WINDOW if window is None else window,
+            part_logsumexps.data_ptr(), out.data_ptr(), logsumexps.data_ptr(), num_q_heads, num_rows, num_kv_heads,
+            page_tokens, self._max_pages, len(parts), first, last, float_bits(scale),
+            _NO_WINDOW if window is None else window,
         )  # fmt: skip
         one_thread = self.num_pairs(first, last) * num_q_heads < THREADS_PAIRS
-        _step(keys.dtype).shared(new_call(fields, kept), 1 if one_thread else (last - first) * num_kv_heads)
+        kernel = compiled_kernel(head_dim, num_q_heads // num_kv_heads, keys.dtype)
+        kernel.shared(new_call(fields, kept), 1 if one_thread else (last - first) * num_kv_heads)
+
+
+def warm_up_tails(head_dims: Iterable[int], group_sizes: Iterable[int], dtype: torch.dtype) -> None:
+    """Compile what calls with these head dimensions and so many query heads a key/value head need, over keys and
+    values in a type; nothing where that cannot be."""
+    if has_compiler() and reads_floats(dtype):
+        for head_dim, group in product((size for size in head_dims if size <= MAX_HEAD_DIM), group_sizes):
+            compiled_kernel(head_dim, group, dtype)
+
+
+def compiled_kernel(head_dim: int, group: int, dtype: torch.dtype) -> CompiledStep:
+    """The code for so many query heads a key/value head, over keys and values in a type; compiled once a process."""
+    with _lock:
+        return _compile(head_dim, group, dtype)
 
 
 @cache
-def _step(dtype: torch.dtype) -> CompiledStep:
-    return compiled_step(_attending(dtype), **_OPTIONS)
+def _compile(head_dim: int, group: int, dtype: torch.dtype) -> CompiledStep:
+    from cag_kernels.cpu.attention.panel import host_blocking
+    from cag_kernels.cpu.attention.tails import tails_module
+    from cag_kernels.cpu.program import Program
 
-
-_OPTIONS = {"fastmath": {"reassoc", "contract"}, "error_model": "numpy"}
-
-
-def _attending(dtype: torch.dtype) -> Callable[[Any], None]:
-    """What each thread runs; for keys and values in a type."""
-    kept = KEPT[dtype]
-
-    def attend_sessions(call: Any) -> None:
-        fields: Any = carray(call, NUM_FIELDS, np.int64)
-        num_kv_heads, first = fields[_NUM_KV_HEADS], fields[_FIRST_SESSION]
-        num_tasks = (fields[_LAST_SESSION] - first) * num_kv_heads
-        pool = (fields[_NUM_PAGES], num_kv_heads, fields[_PAGE_TOKENS], fields[_HEAD_DIM])
-        keys, values = carray(memory(fields[_KEYS]), pool, kept), carray(memory(fields[_VALUES]), pool, kept)
-        task = take_task(call)
-        while task < num_tasks:
-            _attend_head(fields, keys, values, first + task // num_kv_heads, task % num_kv_heads)
-            task = take_task(call)
-
-    return attend_sessions
-
-
-@numba.njit(nogil=True, **_OPTIONS)  # type: ignore[untyped-decorator]
-def _attend_head(fields: Any, keys: Array, values: Array, session: Any, kv_head: Any) -> None:
-    """One key/value head of one session: block by block for all rows, then joined with the parts, row by row."""
-    num_q_heads, num_rows, head_dim = fields[_NUM_Q_HEADS], fields[_NUM_ROWS], fields[_HEAD_DIM]
-    num_sessions, max_pages, page_tokens = fields[_NUM_SESSIONS], fields[_MAX_PAGES], fields[_PAGE_TOKENS]
-    pages = carray(memory(fields[_PAGES]), (num_sessions, max_pages), np.int32)[session]
-    starts = carray(memory(fields[_STARTS]), num_sessions + 1, np.int32)
-    length: Any = np.int64(carray(memory(fields[_LENGTHS]), num_sessions, np.int32)[session])
-    skipped: Any = np.int64(carray(memory(fields[_SKIPPED]), num_sessions, np.int32)[session])
-    query = carray(memory(fields[_QUERY]), (num_q_heads, num_rows, head_dim), np.float32)
-    out = carray(memory(fields[_OUT]), (num_rows, num_q_heads, head_dim), np.float32)
-    logsumexps = carray(memory(fields[_LOGSUMEXPS]), (num_q_heads, num_rows), np.float32)
-    scale = carray(memory(fields[_SCALE:].ctypes.data), 1, np.float32)[0]
-    window = fields[_WINDOW]
-    begin: Any = np.int64(starts[session])
-    count: Any = np.int64(starts[session + 1]) - begin
-    group = num_q_heads // fields[_NUM_KV_HEADS]
-    wide = np.empty((2, BLOCK_TOKENS, head_dim), np.float32)
-    scores = np.empty(BLOCK_TOKENS, np.float32)
-    maxima = np.full((group, count), np.float32(-np.inf))
-    totals = np.zeros((group, count), np.float32)
-    for row in range(count):
-        for head in range(group):
-            for index in range(head_dim):
-                out[begin + row, kv_head * group + head, index] = np.float32(0)
-    least = max(skipped, length - count + 1 - window)  # token that the first row sees first
-    for block in range(least // BLOCK_TOKENS * BLOCK_TOKENS, length, BLOCK_TOKENS):
-        page, slot = np.int64(pages[block // page_tokens]), block % page_tokens
-        first, stop = max(least - block, 0), min(BLOCK_TOKENS, length - block)
-        for key in range(first, stop):
-            for index in range(head_dim):
-                wide[0, key, index] = widened(keys[page, kv_head, slot + key, index])
-                wide[1, key, index] = widened(values[page, kv_head, slot + key, index])
-        for row in range(max(0, block + first - (length - count)), count):
-            behind = length - count + row + 1 - block  # the row itself
-            seen, last = max(first, behind - window), min(stop, behind)
-            if seen >= last:
-                continue
-            for head in range(group):
-                _attend_block(
-                    query[kv_head * group + head, begin + row], wide, scores, seen, last, scale,
-                    maxima[head, row : row + 1], totals[head, row : row + 1],
-                    out[begin + row, kv_head * group + head],
-                )  # fmt: skip
-    first_row = np.int64(starts[fields[_FIRST_SESSION]])
-    part_rows = np.int64(starts[fields[_LAST_SESSION]]) - first_row
-    part_shape = (fields[_NUM_PARTS], num_q_heads, part_rows, head_dim)
-    parts = carray(memory(fields[_PARTS]), part_shape, np.float32)
-    others = carray(memory(fields[_PART_LOGSUMEXPS]), part_shape[:3], np.float32)
-    for row in range(count):
-        for head in range(group):
-            place = kv_head * group + head
-            logsumexps[place, begin + row] = _join(
-                parts[:, place, begin + row - first_row], others[:, place, begin + row - first_row],
-                maxima[head, row], totals[head, row], out[begin + row, place],
-            )  # fmt: skip
-
-
-@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
-def _attend_block(
-    query: Array,
-    wide: Array,
-    scores: Array,
-    first: int,
-    last: int,
-    scale: Any,
-    maximum: Array,
-    total: Array,
-    out: Array,
-) -> None:
-    """One row over tokens `[first, last)` of a block; `maximum`, `total` and the weighted sum in `out` go on.
-
-    Views that begin at 0 let loops over them fill vectors, as numba minds negative indices.
-    """
-    weights = scores[first:last]
-    _score(query, wide[0, first:last], scale, weights)
-    largest = maximum[0]
-    for key in range(weights.shape[0]):
-        largest = max(largest, weights[key])
-    correction = exponential(maximum[0] - largest)
-    added = np.float32(0)
-    for key in range(weights.shape[0]):
-        weights[key] = exponential(weights[key] - largest)
-        added += weights[key]
-    for index in range(out.shape[0]):
-        out[index] *= correction
-    _add_weighted(weights, wide[1, first:last], out)
-    maximum[0] = largest
-    total[0] = total[0] * correction + added
-
-
-@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
-def _score(query: Array, keys: Array, scale: Any, scores: Array) -> None:
-    """Scores of keys `[num_keys, head_dim]`, four at a time: sums that do not wait for each other."""
-    in_fours = scores.shape[0] // 4 * 4
-    for key in range(0, in_fours, 4):
-        one, two, three, four = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for index in range(query.shape[0]):
-            channel = query[index]
-            one += channel * keys[key, index]
-            two += channel * keys[key + 1, index]
-            three += channel * keys[key + 2, index]
-            four += channel * keys[key + 3, index]
-        scores[key], scores[key + 1], scores[key + 2], scores[key + 3] = (
-            one * scale, two * scale, three * scale, four * scale,
-        )  # fmt: skip
-    for key in range(in_fours, scores.shape[0]):
-        score = np.float32(0)
-        for index in range(query.shape[0]):
-            score += query[index] * keys[key, index]
-        scores[key] = score * scale
-
-
-@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
-def _add_weighted(weights: Array, values: Array, out: Array) -> None:
-    """Add weighted values `[num_keys, head_dim]`, four at a time: sums are read and written a quarter as often."""
-    in_fours = weights.shape[0] // 4 * 4
-    for key in range(0, in_fours, 4):
-        one, two, three, four = weights[key], weights[key + 1], weights[key + 2], weights[key + 3]
-        for index in range(out.shape[0]):
-            out[index] += (one * values[key, index] + two * values[key + 1, index]) + (
-                three * values[key + 2, index] + four * values[key + 3, index]
-            )
-    for key in range(in_fours, weights.shape[0]):
-        for index in range(out.shape[0]):
-            out[index] += weights[key] * values[key, index]
-
-
-@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
-def _join(parts: Array, others: Array, maximum: Any, total: Any, out: Array) -> Any:
-    """Add what a row found in other segments, and divide; returns the logsumexp of all."""
-    largest = maximum
-    for part in range(parts.shape[0]):
-        largest = max(largest, others[part])
-    share = exponential(maximum - largest)
-    total *= share
-    for index in range(out.shape[0]):
-        out[index] *= share
-    for part in range(parts.shape[0]):
-        share = exponential(others[part] - largest)
-        total += share
-        for index in range(out.shape[0]):
-            out[index] += share * parts[part, index]
-    for index in range(out.shape[0]):
-        out[index] /= total
-    return largest + np.log(total)
+    lanes = host_blocking().lanes
+    while head_dim % lanes:  # fewer lanes fill the rows of any head
+        lanes //= 2
+    program = Program(tails_module, head_dim, group, lanes, dtype)
+    return CompiledStep(program.address("attend"), program)

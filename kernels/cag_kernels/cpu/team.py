@@ -70,6 +70,24 @@ class Share:
         builder.position_at_end(done)
 
 
+@contextmanager
+def tasks_taken(emit: Emitter, counter: Value, num_tasks: Value) -> Iterator[Value]:
+    """Instructions for each task that this thread takes, the next one that is left until none is.
+
+    counter: address of int64, 0 before the call, for all threads of it.
+    """
+    builder = emit.builder
+    take, work, done = function_blocks(emit.function, "take", "work", "done")
+    builder.branch(take)
+    builder.position_at_end(take)
+    task = builder.atomic_rmw("add", counter, emit.integer(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", task, num_tasks), work, done)
+    builder.position_at_end(work)
+    yield task
+    builder.branch(take)
+    builder.position_at_end(done)
+
+
 def team_value(emit: Emitter, name: str, otherwise: Value) -> Value:
     """What a function of OpenMP says of the calling thread, int64; `otherwise` where no such library is loaded."""
     if library_function(name) is None:

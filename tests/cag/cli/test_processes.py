@@ -20,7 +20,7 @@ from cag.machine.runtime import RuntimePlan
 from cag_kernels import has_compiler
 from tiny import tiny_config, write_tiny_model
 
-CAG = [sys.executable, "-m", "cag.cli"]
+CAG = [sys.executable, "-m", "cag"]
 
 
 def test_the_command_line_starts_without_torch():

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from cag import model as model_module
+from cag.forward import batch
 from cag.forward.batch import TAIL_PAIRS
 from cag.forward.decoder import recognize
 from cag.forward.decoder_layers import SeenLayer, Turning
@@ -44,6 +45,7 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="llvmlite is not ther
 SHARED = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 257, "eos_token_id": 257}
 LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
+SHORT_TAIL_PAIRS = 2048  # for tails that are attended to in two parts here
 SHARED_PHI3 = {key: value for key, value in SHARED.items() if key != "head_dim"} | {"hidden_size": 128}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHARED, tie_word_embeddings=True),
@@ -190,12 +192,13 @@ def test_the_quick_forward_gives_the_networks_own_logits(kind, tmp_path):
     assert quick.num_tokens == own.num_tokens == 90
 
 
-def test_a_long_tail_is_attended_in_two_parts(tmp_path):
+def test_a_long_tail_is_attended_in_two_parts(tmp_path, monkeypatch):
     """Above `TAIL_PAIRS` the tail's earlier tokens are a segment of their own."""
+    monkeypatch.setattr(batch, "TAIL_PAIRS", SHORT_TAIL_PAIRS)
     model = bfloat16_model(tmp_path, CONFIGS["llama"]())
-    ids = random_ids(TAIL_PAIRS // 8 + 40)
+    ids = random_ids(SHORT_TAIL_PAIRS // 8 + 40)
     state = model.new_state()
-    parts = [ids[: TAIL_PAIRS // 8], ids[TAIL_PAIRS // 8 :]]
+    parts = [ids[: SHORT_TAIL_PAIRS // 8], ids[SHORT_TAIL_PAIRS // 8 :]]
     found = torch.cat([model.forward(part, state, num_logits=0) for part in parts])
     assert_same(found, plain_logits(tmp_path, ids))
 
@@ -208,9 +211,11 @@ WINDOWS = {  # shorter than what is asked
 }
 
 
+@pytest.mark.parametrize("tail_pairs", [TAIL_PAIRS, SHORT_TAIL_PAIRS])
 @pytest.mark.parametrize("kind", WINDOWS)
-def test_windows_are_those_of_plain_transformers(kind, each_product, tmp_path):
+def test_windows_are_those_of_plain_transformers(kind, each_product, tail_pairs, tmp_path, monkeypatch):
     """Question and answer cross the window, behind nothing: in one part, with a long tail apart, token by token."""
+    monkeypatch.setattr(batch, "TAIL_PAIRS", tail_pairs)
     model = bfloat16_model(tmp_path, WINDOWS[kind]())
     assert model.decoder is not None
     assert any(rule.window is not None for rule in model.rules)

@@ -8,7 +8,8 @@ import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.attention.panel import Blocking
-from cag_kernels.cpu.emit import ELEMENTS, INT64, POINTER, Emitter, Value
+from cag_kernels.cpu.emit import ELEMENTS, POINTER, Emitter, Value
+from cag_kernels.cpu.fields import Fields
 
 
 class Field(IntEnum):
@@ -53,7 +54,7 @@ class Field(IntEnum):
 _ADDRESSES = {*range(Field.QUERY, Field.NUM_KV_HEADS), Field.POSITIONS, Field.FIRST_KEYS, *range(Field.KEY_SCALES, 32)}
 
 
-class Call:
+class Call(Fields[Emitter]):
     """A function under construction and the fields of the call that it serves; of windows and of codes only when
     there are some."""
 
@@ -74,25 +75,12 @@ class Call:
         self.blocking = blocking
         self.has_window = has_window
         self.kept, self.element = kept, ELEMENTS[kept]
-        self.emit = self.make_emitter()
         last = Field.EXACT_VALUES if has_codes else Field.BEGIN
-        fields = [field for field in list(Field)[1:] if field <= last]
-        self._fields: dict[Field, Value] = {field: self._read(field) for field in fields}
+        super().__init__(self.make_emitter(), list(Field)[1 : last + 1], _ADDRESSES)
 
     def make_emitter(self) -> Emitter:
         """What the function's instructions are made with."""
         return Emitter(self.function, self.blocking.lanes)
-
-    def _read(self, field: Field) -> Value:
-        value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
-        return self.emit.builder.inttoptr(value, POINTER) if field in _ADDRESSES else value
-
-    def place(self, field: Field) -> Value:
-        """Address of a field."""
-        return self.emit.at(self.function.args[0], int(field), INT64)
-
-    def __getitem__(self, field: Field) -> Value:
-        return self._fields[field]
 
     def index(self, first: Value, *pairs: tuple[Value | int, Value | int]) -> Value:
         """`((first * size + offset) * size + offset) ...` over `(size, offset)` pairs."""

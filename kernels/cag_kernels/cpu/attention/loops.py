@@ -18,8 +18,8 @@ from cag_kernels.cpu.attention.code_ranges import serve_by_integers
 from cag_kernels.cpu.attention.panel import Blocking
 from cag_kernels.cpu.attention.ranges import Range, Serve, serve_by_dots, serve_by_few, serve_by_panels
 from cag_kernels.cpu.attention.window_call import emit_first_keys, emit_range_bounds, emit_seeing
-from cag_kernels.cpu.emit import FLOAT, INT16, INT32, LINE_BYTES, UNSEEN, Value, function_blocks
-from cag_kernels.cpu.team import Share
+from cag_kernels.cpu.emit import FLOAT, INT16, INT32, LINE_BYTES, UNSEEN, Value
+from cag_kernels.cpu.team import Share, tasks_taken
 from cag_kernels.prefixes import Codes
 
 
@@ -143,15 +143,8 @@ def emit_tasks(call: Call, emit_task: Callable[[Value], None]) -> None:
     """Take tasks, numbered head by head and range by range, from the call's counter until none is left."""
     emit, builder = call.emit, call.emit.builder
     num_tasks = builder.mul(call[Field.NUM_RANGES], call[Field.NUM_KV_HEADS])
-    take, work, done = function_blocks(call.function, "take", "work", "done")
-    builder.branch(take)
-    builder.position_at_end(take)
-    task = builder.atomic_rmw("add", call.place(Field.NEXT_TASK), emit.integer(1), "monotonic")
-    builder.cbranch(builder.icmp_signed("<", task, num_tasks), work, done)
-    builder.position_at_end(work)
-    emit_task(task)
-    builder.branch(take)
-    builder.position_at_end(done)
+    with tasks_taken(emit, call.place(Field.NEXT_TASK), num_tasks) as task:
+        emit_task(task)
 
 
 def _emit_task(call: Call, serve: Serve, task: Value, columns: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cag_kernels.cpu.dots import DEPTH, LANES, DotEmitter, has_dots, require_dots
 from cag_kernels.cpu.emit import INT16, INT64, POINTER, Value, function_blocks
+from cag_kernels.cpu.fields import Fields
 from cag_kernels.cpu.passes import emit_passes
 from cag_kernels.cpu.products.plain import PlainProduct
 from cag_kernels.cpu.program import Program
@@ -107,29 +108,18 @@ def _compile() -> DotLinearKernel:
 def dot_linear_module() -> ir.Module:
     """Module with `round` and `multiply`, each of one pointer to the fields of a call."""
     module = ir.Module(name="dot_linear")
-    _emit_round(_Call(module, "round"))
-    _Multiply(_Call(module, "multiply"), [_Pass(module, rows).function for rows in range(1, MAX_ROWS + 1)])
+    _emit_round(_call(module, "round"))
+    _Multiply(_call(module, "multiply"), [_Pass(module, rows).function for rows in range(1, MAX_ROWS + 1)])
     return module
 
 
-class _Call:
-    """A function under construction and the fields of the call that it serves."""
-
-    def __init__(self, module: ir.Module, name: str) -> None:
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
-        self.emit = DotEmitter(self.function)
-        self.next_task = self.emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)
-        self._fields = {field: self._read(field) for field in list(Field)[1:]}
-
-    def _read(self, field: Field) -> Value:
-        value = self.emit.builder.load(self.emit.at(self.function.args[0], int(field), INT64), typ=INT64, align=8)
-        return self.emit.builder.inttoptr(value, POINTER) if Field.BLOCK <= field <= Field.OUT else value
-
-    def __getitem__(self, field: Field) -> Value:
-        return self._fields[field]
+def _call(module: ir.Module, name: str) -> Fields[DotEmitter]:
+    """A function under construction and what it serves."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
+    return Fields(DotEmitter(function), list(Field)[1:], range(Field.BLOCK, Field.OUT + 1))
 
 
-def _emit_round(call: _Call) -> None:
+def _emit_round(call: Fields[DotEmitter]) -> None:
     emit, builder = call.emit, call.emit.builder
     count = builder.mul(call[Field.NUM_ROWS], call[Field.IN_FEATURES])
     with emit.loop(emit.integer(0), count, DEPTH) as place:
@@ -142,7 +132,7 @@ def _emit_round(call: _Call) -> None:
 class _Multiply:
     """The function that threads run: their share of the output features, a block at a time."""
 
-    def __init__(self, call: _Call, passes: list[ir.Function]) -> None:
+    def __init__(self, call: Fields[DotEmitter], passes: list[ir.Function]) -> None:
         self.call, self.emit, self.passes = call, call.emit, passes
         self.sums = self.emit.scratch(ROWS_AT_ONCE * BLOCK_FEATURES * LANES)  # [rows, features, lanes]
         emit, builder = self.emit, self.emit.builder
@@ -156,7 +146,7 @@ class _Multiply:
         at_once = builder.select(self.is_whole, of_pass, emit.integer(ROWS_AT_ONCE))
         share = Share(emit, out_features, step)
         own_stop = emit.minimum(builder.mul(share.stop, share.size), out_features)
-        with share.units(emit, call.next_task) as unit:
+        with share.units(emit, call.place(Field.NEXT_TASK)) as unit:
             start = builder.mul(unit, share.size)
             stop = emit.minimum(builder.add(start, share.size), out_features)
             with emit.loop(start, stop, BLOCK_FEATURES) as block:
@@ -207,7 +197,7 @@ class _Multiply:
     def _emit_end(self, feature: Value, first_row: Value, num_rows: Value) -> None:
         """Add up across lanes, add the biases and write."""
         emit, builder, call = self.emit, self.emit.builder, self.call
-        before, (some, behind) = builder.block, function_blocks(call.function, "biases", "write")
+        before, (some, behind) = builder.block, function_blocks(emit.function, "biases", "write")
         builder.cbranch(builder.icmp_signed("!=", call[Field.HAS_BIAS], emit.integer(0)), some, behind)
         builder.position_at_end(some)
         loaded = emit.load(emit.at(call[Field.BIAS], feature))

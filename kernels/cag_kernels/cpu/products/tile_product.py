@@ -14,6 +14,7 @@ from enum import IntEnum
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from cag_kernels.cpu.emit import INT8, INT32, INT64, LINE_BYTES, POINTER, SECOND_CACHE, Value, function_blocks
+from cag_kernels.cpu.fields import Fields
 from cag_kernels.cpu.team import Share
 from cag_kernels.cpu.tiles import DEPTH, TILE, TileEmitter
 
@@ -38,24 +39,12 @@ class Field(IntEnum):
     OUT_FEATURES = 8
 
 
-class ProductCall:
+class ProductCall(Fields[TileEmitter]):
     """A function under construction and the fields of the call that it serves."""
 
     def __init__(self, module: ir.Module, name: str) -> None:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
-        self.emit = TileEmitter(self.function)
-        self._fields = {field: self._read(field) for field in list(Field)[1:]}
-
-    def _read(self, field: Field) -> Value:
-        value = self.emit.builder.load(self.place(field), typ=INT64, align=8)
-        return self.emit.builder.inttoptr(value, POINTER) if Field.BLOCK <= field <= Field.OUT else value
-
-    def place(self, field: Field) -> Value:
-        """Address of a field."""
-        return self.emit.at(self.function.args[0], int(field), INT64)
-
-    def __getitem__(self, field: Field) -> Value:
-        return self._fields[field]
+        super().__init__(TileEmitter(self.function), list(Field)[1:], range(Field.BLOCK, Field.OUT + 1))
 
     @property
     def row_tiles(self) -> Value:

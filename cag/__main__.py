@@ -1,4 +1,4 @@
-"""`python -m cag.cli`."""
+"""`python -m cag`: the command line."""
 
 from cag.cli import main
 
