@@ -145,27 +145,28 @@ class TailRows:
 def turning_function(module: ir.Module, head_dim: int, lanes: int, kept: torch.dtype) -> ir.Function:
     """Function that lays a block of keys out channel by channel, `[head_dim, BLOCK_TOKENS]` float32.
 
-    Arguments: the block's keys, the next block's, which are asked for, how many the block has, and where its numbers
-    go. Places behind the last key repeat it. bfloat16 are turned in pairs, where a row has them.
+    Arguments: the block's keys; the next block's, and the block's own values, which are asked for; how many keys the
+    block has, and where their numbers go. Places behind the last key repeat it. bfloat16 are turned in pairs, where a
+    row has them.
     """
-    kind = ir.FunctionType(ir.VoidType(), [POINTER, POINTER, INT64, POINTER])
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, POINTER, POINTER, INT64, POINTER])
     function = ir.Function(module, kind, name="turn")
     function.linkage = "internal"
     emit, element = Emitter(function, lanes), ELEMENTS[kept]
-    builder, (keys, ahead, count, target) = emit.builder, function.args
+    builder, (keys, ahead, values, count, target) = emit.builder, function.args
     last = builder.sub(count, emit.integer(1))
     by_pairs = kept is torch.bfloat16 and lanes > 1
     with emit.loop(emit.integer(0), emit.integer(BLOCK_TOKENS), lanes) as block:
         tokens = [builder.add(block.index, emit.integer(lane)) for lane in range(lanes)]
-        rows, further = (
+        rows, further, beside = (
             [emit.at(side, builder.mul(emit.minimum(token, last), emit.integer(head_dim)), element) for token in tokens]
-            for side in (keys, ahead)
+            for side in (keys, ahead, values)
         )
         line = LINE_BYTES // kept.itemsize
         channel = 0
         while channel < head_dim:
             size = 2 * lanes if by_pairs and head_dim - channel >= 2 * lanes else lanes
-            for row in further:
+            for row in further + beside:
                 for first in range(-(-channel // line) * line, channel + size, line):
                     emit.prefetch(emit.at(row, first, element))
             places = [emit.at(row, channel, element) for row in rows]

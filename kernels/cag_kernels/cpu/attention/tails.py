@@ -188,7 +188,7 @@ class _Attend:
                 for place in (here, ahead)
                 for side in (Field.KEYS, Field.VALUES)
             )
-            builder.call(self.turn, [keys, next_keys, count, self.turned])
+            builder.call(self.turn, [keys, next_keys, values, count, self.turned])
 
             def serve(function: ir.Function, row: Value) -> None:
                 query, others = rows.pointers(row)
