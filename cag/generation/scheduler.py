@@ -37,7 +37,7 @@ Listener = Callable[[Piece], None]
 
 @dataclass(eq=False)
 class Request:
-    """One answer on its way. `error` is what went wrong; `cancel` lets it leave at the next step."""
+    """One answer on its way. `error` is what went wrong, until `check`; `cancel` lets it leave at the next step."""
 
     generation: Generation
     on_piece: Listener
@@ -57,6 +57,15 @@ class Request:
     def wait(self) -> None:
         """Until it has left."""
         self._ended.wait()
+
+    def check(self) -> None:
+        """Raises: what went wrong, once: its traceback holds this request, which must not hold it then."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            try:
+                raise error
+            finally:
+                del error
 
     def leave(self, error: Exception | None = None) -> None:
         """It takes part in no further step."""

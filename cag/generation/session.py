@@ -84,8 +84,7 @@ class AnswerStream:
         way an answer that is not whole leaves the session as if the question had not been asked."""
         request.wait()
         try:
-            if request.error is not None:
-                raise request.error
+            request.check()
             if self._generation.finished:
                 self._end()
         finally:

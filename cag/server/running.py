@@ -64,7 +64,7 @@ class AnswerRun:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = threading.Event()
         self._request: Request | None = None
-        self._first: Event = Piece()
+        self._first: Piece | Answer = Piece()
         self._answer: Answer | None = None
 
     async def begin(self) -> None:
@@ -81,12 +81,10 @@ class AnswerRun:
             self._place.release()
             raise
         try:
-            self._first = await self._events.get()
+            self._first = await self._next()
         except BaseException:
             self.cancel()
             raise
-        if isinstance(self._first, Exception):
-            raise self._first
 
     async def _check(self) -> None:
         """What cannot be answered has no slot, nor waits for one. Raises: UsageError, CacheNotFound, StoreError."""
@@ -105,11 +103,19 @@ class AnswerRun:
         first one."""
         event = self._first
         while not isinstance(event, Answer):
-            if isinstance(event, Exception):
-                raise event
             yield event
-            event = await self._events.get()
+            event = await self._next()
         self._answer = event
+
+    async def _next(self) -> Piece | Answer:
+        """What comes next. Raises what went wrong."""
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            try:
+                raise event
+            finally:
+                del event  # its traceback holds this frame, which must not hold it
+        return event
 
     async def complete(self) -> Answer:
         """The whole answer at once."""
@@ -130,8 +136,9 @@ class AnswerRun:
     def cancel(self) -> None:
         """Leave at the next step, if it is still running."""
         self._cancelled.set()
-        if self._request is not None:
-            self._request.cancel()
+        request = self._request
+        if request is not None:
+            request.cancel()
 
     def interrupt(self, error: Exception) -> None:
         """As `cancel`, and whoever reads is told."""
@@ -183,10 +190,13 @@ class AnswerRun:
             )
             if self._cancelled.is_set():
                 return None
-            self._request = stream.submit(self._at.loop.scheduler, show)
+            self._request = request = stream.submit(self._at.loop.scheduler, show)
             if self._cancelled.is_set():  # meanwhile
-                self._request.cancel()
-            return stream.finish(self._request)
+                request.cancel()
+            try:
+                return stream.finish(request)
+            finally:
+                self._request = None  # it tells this run its pieces, and two that hold each other stay for long
 
 
 class EdgeTrimmer:

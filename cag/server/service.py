@@ -94,14 +94,17 @@ class AnswerService:
 
     async def sweep(self) -> None:
         """Close sessions that have expired, every `SWEEP_S`, and caches that are outdated, every `CHECK_CACHES_S`,
-        until the service is closed."""
-        checked_at = time.monotonic()
+        until the service is closed. Who was answered last gave pages back behind the last step: their memory goes when
+        nobody has come since."""
+        checked_at, num_steps = time.monotonic(), 0
         while not self._closing.is_set():
             if self.sessions.any_over:
                 await self._tidy(self.sessions.close_expired)
             if time.monotonic() - checked_at >= CHECK_CACHES_S:
                 await self._tidy(self.caches.drop_outdated)
-                checked_at = time.monotonic()
+                if self.loop.scheduler.num_steps == num_steps:
+                    await self._tidy(self.engine.model.settle_pages)
+                checked_at, num_steps = time.monotonic(), self.loop.scheduler.num_steps
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), SWEEP_S)
 

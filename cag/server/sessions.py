@@ -61,7 +61,11 @@ class NewSession:
     def using(self) -> Iterator[SessionUse]:
         """See `Place`."""
         with self.caches.use(self.key) as use:
-            yield SessionUse(use.prefix.session(), use.opened_at)
+            session = use.prefix.session()
+            try:
+                yield SessionUse(session, use.opened_at)
+            finally:
+                session.close()
 
     def release(self) -> None:
         """See `Place`."""

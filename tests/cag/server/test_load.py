@@ -1,10 +1,16 @@
 """Many clients: slots, queue, hang-ups, swapped caches. Order is kept by gates and events, never by time."""
 
 import asyncio
+import gc
 import json
+import weakref
 
 import pytest
 
+from cag.errors import RequestTooLong
+from cag.forward.pages import SLAB_PAGES
+from cag.generation import scheduler
+from cag.server import service as service_module
 from cag.server.tenants import OPERATOR, CacheKey
 
 pytestmark = pytest.mark.anyio
@@ -209,3 +215,55 @@ async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(serving, eng
     assert last["error"]["type"] == "server_error"
     assert "no more memory" not in response.text
     assert 'cag_answers_total{outcome="failed"} 1' in metrics
+
+
+@pytest.mark.parametrize("ending", ["answered", "streamed", "cut off", "failed", "failed at once", "stopped"])
+async def test_what_an_answer_took_goes_with_it(serving, gate, raw, engine, monkeypatch, copy_of, ending):
+    """Pages of its tail, and the memory of its cache once that is closed, wait for no collection."""
+    copy_of("manual", "brief")
+    cache, pool, has_begun = CacheKey(OPERATOR, "brief"), engine.model.pages, b"event: token"
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving(speculate=True) as served:
+            if ending == "failed at once":
+                monkeypatch.setattr(scheduler, "choices", failing)
+            question = {"question": "When?", "max_tokens": 5, "stream": ending != "answered"}
+            call = raw(served.app, "/v1/caches/brief/ask", question)
+            if ending in ("cut off", "failed", "stopped"):
+                gate.let(1)
+                await call.until(has_begun)
+            if ending == "cut off":
+                await call.hang_up()
+            elif ending == "failed":
+                monkeypatch.setattr(scheduler, "choices", failing)
+            elif ending == "stopped":
+                served.service.interrupt()
+            gate.open()
+            await call.task
+            while served.service.slots.running:
+                await asyncio.sleep(0.01)
+            assert pool.num_free + pool._num_scratch == pool.num_pages
+            memory = weakref.ref(served.service.caches._held[cache].prefix.resident)
+            served.service.caches.drop(cache)
+            async with asyncio.timeout(60):
+                while memory() is not None:  # threads may be about to leave their last frames
+                    await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+async def test_an_idle_server_keeps_few_pages(serving, engine, monkeypatch):
+    monkeypatch.setattr(service_module, "SWEEP_S", 0.01)
+    async with serving() as served:
+        question = {"question": "gate " * 700, "max_tokens": 1}
+        assert (await served.client.post("/v1/caches/handbook/ask", json=question)).status_code == 200
+        assert engine.model.pages.num_pages > SLAB_PAGES
+        monkeypatch.setattr(service_module, "CHECK_CACHES_S", 0.01)
+        async with asyncio.timeout(60):
+            while engine.model.pages.num_pages > SLAB_PAGES:
+                await asyncio.sleep(0.01)
+
+
+def failing(_generations):
+    raise RequestTooLong("it is")  # no error that is logged: records would hold it
