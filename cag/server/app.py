@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from cag.engine import Engine
 from cag.server.cache_routes import cache_router
 from cag.server.chat_routes import chat_router
-from cag.server.errors import install_error_handlers
+from cag.server.errors import RESPONSES, install_error_handlers
 from cag.server.job_routes import job_router
 from cag.server.middleware import ApiKeys, BodyLimit, RequestCount
 from cag.server.probe_routes import probe_router
@@ -42,7 +42,7 @@ def create_app(engine: Engine, *, settings: ServerSettings | None = None) -> Fas
             await service.close()
             await asyncio.gather(preloading, sweeping)
 
-    app = FastAPI(title="cag", summary="Cache-augmented generation", lifespan=lifespan)
+    app = FastAPI(title="cag", summary="Cache-augmented generation", lifespan=lifespan, responses=RESPONSES)
     app.state.service = service
     install_error_handlers(app)
     routers = chat_router(service), cache_router(service), session_router(service), job_router(service)

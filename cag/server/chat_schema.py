@@ -52,6 +52,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "allowed_token_ids": ([],),
+    "logits_processors": ([],),
     "bad_words": ([],),
     "min_tokens": (0,),
     "ignore_eos": (False,),
@@ -59,6 +63,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "verbosity": ("medium",),
 }
 
 StopString = Annotated[Text, Field(min_length=1)]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect
@@ -36,6 +37,27 @@ _SCHEME = string.ascii_lowercase + string.digits + "+.-"
 _FOLDER = re.compile(r"/(?=(?:chunks|blobs|manifests|refs|leases|locks|touched|tmp|format)\b)")
 
 logger = logging.getLogger(__name__)
+
+
+class ErrorFields(BaseModel):
+    """What is told of an error."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object, as `/openapi.json` describes it."""
+
+    error: ErrorFields
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request or its moment was wrong"},
+    "5XX": {"model": ErrorBody, "description": "The server or its store is not as it should be"},
+}
 
 
 class ErrorFacts(NamedTuple):

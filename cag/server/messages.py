@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cag.errors import UsageError
@@ -20,6 +20,14 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_calls(cls, message: Any) -> Any:
+        for name in ("tool_calls", "function_call", "audio") if isinstance(message, dict) else ():
+            if message.get(name):
+                raise PydanticCustomError("unsupported", "{name} of messages are not supported", {"name": name})
+        return message
 
     @field_validator("content", mode="before")
     @classmethod
@@ -58,6 +66,8 @@ def conversation_of(messages: Iterable[Message]) -> Conversation:
 def _part_text(part: Any) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
+    if isinstance(part, dict) and part.get("type") == "text":
+        raise PydanticCustomError("no_text", "a content part of type 'text' needs a string as its `text`")
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise PydanticCustomError(
         "unsupported_part", "content parts of type '{kind}' are not supported, only 'text'", {"kind": str(kind)}

@@ -37,7 +37,7 @@ def probe_router(service: AnswerService) -> APIRouter:
         return JSONResponse({"status": "ready", "model": service.engine.model.model_id})
 
     @router.head("/metrics", include_in_schema=False)
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def metrics() -> Response:
         """The Prometheus exposition."""
         return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

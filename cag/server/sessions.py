@@ -145,8 +145,8 @@ class KeptSession:
     def release(self) -> None:
         """See `Place`. From now on it lives for as long again."""
         with self._lock:
+            self._look()  # first: who is busy does not expire
             self._is_busy = False
-            self._look()
             ends = self._is_closed
         if ends:
             self._end()

@@ -116,6 +116,18 @@ async def test_each_key_opens(serving, key):
     assert response.status_code == 200
 
 
+async def test_errors_are_described_as_they_are_sent(serving):
+    async with serving() as served:
+        described = (await served.client.get("/openapi.json")).json()
+    for path in described["paths"].values():
+        for operation in path.values():
+            assert not {"422"} & operation["responses"].keys()
+            schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+    fields = described["components"]["schemas"]["ErrorFields"]["properties"]
+    assert fields.keys() == {"message", "type", "code", "param"}
+
+
 async def test_errors_of_routing_and_parsing_have_the_same_shape(serving):
     async with serving(max_body_bytes=1000) as served:
         client = served.client

@@ -203,6 +203,24 @@ async def test_an_answer_that_runs_keeps_its_session(clocked, gate):
         assert (await served.client.get(url(session))).json()["num_turns"] == 1
 
 
+async def test_nobody_sees_a_session_expired_between_its_answer_and_its_new_time(clocked):
+    async with clocked(session_ttl_s=60) as (served, clock):
+        session = await opened(served.client)
+        kept, seen = served.service.sessions.find(OPERATOR, session["id"]), []
+
+        def looking():
+            if not seen or seen[-1] is not None:  # not for the time that is asked for to tell
+                seen.append(None)
+                seen[-1] = kept.is_over
+            return clock.now
+
+        kept.claim()
+        clock.now += 1000
+        kept._clock = looking
+        kept.release()
+        assert seen == [False]
+
+
 async def test_there_are_only_so_many(clocked):
     async with clocked(max_sessions=2, session_ttl_s=60) as (served, clock):
         path = "/v1/caches/handbook/sessions"
