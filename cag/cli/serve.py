@@ -121,6 +121,16 @@ def serve(
             show_default="30m",
         ),
     ] = None,
+    conversation_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--conversation-bytes",
+            help="Keys and values of chats that are kept for their next question.",
+            parser=size_bytes,
+            metavar="SIZE",
+            show_default="1GiB",
+        ),
+    ] = None,
     max_sessions: Annotated[
         int | None,
         typer.Option("--max-sessions", help="Sessions of each tenant that may be open.", show_default="100", min=1),
@@ -158,6 +168,7 @@ def serve(
         max_waiting=queue,
         default_max_tokens=max_tokens,
         session_ttl_s=session_ttl,
+        conversation_bytes=conversation_bytes,
         max_sessions=max_sessions,
         max_body_bytes=max_body_bytes,
         speculate=speculate,

@@ -34,6 +34,7 @@ class PagePool:
     Attributes:
         version: counts how often the pages have moved; what was recorded over an older one is worth nothing.
         before_moving: told before they move, so that nobody holds the memory that they leave.
+        make_room: asked for pages where there is no memory for more; says whether some were given back.
         scratch_page: the page that nobody gets and anybody may write to, None without `has_scratch`.
     """
 
@@ -50,6 +51,7 @@ class PagePool:
         self.shapes = shapes
         self.version = 0
         self.before_moving: Callable[[PagePool], None] = lambda _pool: None
+        self.make_room: Callable[[], bool] = lambda: False
         self.scratch_page = 0 if has_scratch else None
         self._kept_bytes = kept_bytes
         self.page_tokens = PAGE_TOKENS
@@ -87,8 +89,13 @@ class PagePool:
             InsufficientResources: there is no memory for them. Nobody else's pages are touched.
         """
         self._collect()
-        if count > len(self._free):
-            self._grow(count - len(self._free))
+        while count > len(self._free):
+            try:
+                self._grow(count - len(self._free))
+            except InsufficientResources:
+                if not self.make_room():
+                    raise
+                self._collect()
         return [self._free.pop() for _ in range(count)]
 
     def give_back(self, pages: Pages) -> None:

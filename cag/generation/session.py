@@ -18,6 +18,7 @@ from cag.generation.generate import Generation, SamplingOptions
 from cag.generation.scheduler import Request, Scheduler
 from cag.generation.speculation import Drafter
 from cag.generation.thoughts import without_thoughts
+from cag.identity import check_weights
 from cag.prompt import begins_beyond, conversation_ids, encode, given_answer_ids, next_question_ids
 from cag.thinking import AnswerForm
 
@@ -180,11 +181,23 @@ class Session:
 
         Raises:
             UsageError: another version, or no prefix.
+            ModelError: the weights were written over since they were loaded.
         """
         if getattr(prefix, "digest", None) != self._digest:
             raise UsageError("a session can only go on behind the version of the cache that it was opened with.")
+        check_weights(prefix.model)
         self._prefix = prefix
         self._state.join_prefix(prefix.resident)
+
+    def start_over(self) -> None:
+        """Forget all turns: the next question brings its history. As far as its tokens are those that were read, they
+        are not read again.
+
+        Raises:
+            UsageError: an answer is running.
+        """
+        self._check_idle()
+        self.turns, self.num_answered, self._unread = [], 0, []
 
     def close(self) -> None:
         """Give the tail's pages back; without, they go back when nothing refers to the session any more.
@@ -201,6 +214,11 @@ class Session:
     def num_cached_tokens(self) -> int:
         """Tokens of the prefix and of earlier turns whose keys and values are there."""
         return self._state.num_tokens
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of its own keys and values, and of what recurrent layers know behind them."""
+        return self._state.tail.num_bytes + self.recurrent_bytes
 
     @property
     def recurrent_bytes(self) -> int:
@@ -301,6 +319,7 @@ class Session:
         options = _sampling(options, sampling)
         form = self.prefix.model.thinking.form(self.prefix.template, think=options.think)
         suffix = self._suffix(form, question, history)
+        suffix = suffix[self._recall(form, suffix) :]
         generation = Generation(
             self.prefix.model,
             self._state,
@@ -311,6 +330,24 @@ class Session:
             form=form,
         )
         return AnswerStream(self, history, question, generation, form, was_resident)
+
+    def _recall(self, form: AnswerForm, suffix: Sequence[int]) -> int:
+        """How many tokens of a whole conversation are in the tail already, which goes back to just these. What the
+        template has behind the question is always read: `end_turn` looks for it."""
+        if self.num_answered or not self._read:
+            return 0
+        self._check_idle()
+        model = self.prefix.model
+        behind = len(encode(model.tokenizer, form.template.after, special=True))
+        stays = min(_num_common(self._read, suffix), len(suffix) - max(1, behind))
+        if stays < len(self._read) and model.recurrent is not None:  # whose states cannot go back
+            stays = 0
+            self._state.tail.close()
+            self._state = model.new_session_state(self.prefix.resident)
+        self._state.rewind(stays)
+        self._state.mark()
+        del self._read[stays:]
+        return stays
 
     def _check_idle(self) -> None:
         if self._busy:
@@ -332,7 +369,7 @@ class Session:
     def _refuse_beyond(self, text: str) -> None:
         """What is far longer than the window is not tokenized: that may take long. Raises: RequestTooLong."""
         model = self.prefix.model
-        room = model.window_tokens - self._state.num_tokens
+        room = model.window_tokens - (self._state.num_tokens if self.num_answered else self._state.num_prefix)
         if begins_beyond(model.tokenizer, text, room):
             raise RequestTooLong(
                 f"the question has more than the {room} tokens that are left of a window of {model.window_tokens}.",

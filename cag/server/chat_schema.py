@@ -156,7 +156,8 @@ class ChatRequest(SamplingFields):
         conversation = conversation_of(self.messages)
         max_tokens = self.max_completion_tokens or self.max_tokens
         options = self.options(max_tokens, default_max_tokens, think=self.thinks(thinking))
-        return Question(CacheKey(tenant, self.model), conversation.question, options, conversation.history)
+        cache = CacheKey(tenant, self.model)
+        return Question(cache, conversation.question, options, conversation.history, goes_on=True)
 
 
 @dataclass(frozen=True)

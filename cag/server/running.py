@@ -21,6 +21,7 @@ from cag.generation.answer import Answer, Piece
 from cag.generation.generate import SamplingOptions
 from cag.generation.scheduler import Request
 from cag.server.caches import ResidentCaches
+from cag.server.conversations import LeftConversations, WholeConversation
 from cag.server.loop import SchedulerLoop
 from cag.server.metrics import ServerMetrics
 from cag.server.sessions import KeptSession, NewSession, Place
@@ -33,13 +34,15 @@ Event = Piece | Answer | Exception
 @dataclass(frozen=True)
 class Question:
     """What one request asks: the cache, earlier (question, answer) turns, the question, sampling; `session` if it is
-    asked behind the turns of that one."""
+    asked behind the turns of that one. `goes_on`: whether the next question may come with this turn as an earlier one.
+    """
 
     cache: CacheKey
     text: str
     options: SamplingOptions
     history: tuple[tuple[str, str], ...] = ()
     session: KeptSession | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Workplace:
     """Where answers are computed."""
 
     caches: ResidentCaches
+    left: LeftConversations
     loop: SchedulerLoop
     slots: Slots
     threads: ThreadPoolExecutor
@@ -60,7 +64,7 @@ class AnswerRun:
     def __init__(self, question: Question, workplace: Workplace) -> None:
         self.question = question
         self._at = workplace
-        self._place: Place = question.session or NewSession(workplace.caches, question.cache)
+        self._place = _place(question, workplace)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = threading.Event()
         self._request: Request | None = None
@@ -197,6 +201,12 @@ class AnswerRun:
                 return stream.finish(request)
             finally:
                 self._request = None  # it tells this run its pieces, and two that hold each other stay for long
+
+
+def _place(question: Question, at: Workplace) -> Place:
+    if question.goes_on:
+        return WholeConversation(at.caches, at.left, question.cache, question.history, question.text)
+    return question.session or NewSession(at.caches, question.cache)
 
 
 class EdgeTrimmer:

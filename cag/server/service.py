@@ -13,6 +13,7 @@ from dataclasses import replace
 from cag.engine import Engine
 from cag.errors import ServerStopping
 from cag.server.caches import ResidentCaches
+from cag.server.conversations import LeftConversations
 from cag.server.errors import error_facts
 from cag.server.jobs import BuildJobs
 from cag.server.loop import SchedulerLoop
@@ -36,6 +37,7 @@ class AnswerService:
     Attributes:
         engine: the operator's.
         tenants: everybody's.
+        left: conversations that chat completions have left.
         builds: caches that are being built.
         preloading: names that are not resident yet.
         preload_errors: names that could not be loaded, with the reason.
@@ -50,6 +52,8 @@ class AnswerService:
         self.sessions = SessionTable(
             self.caches, settings.session_ttl_s, settings.max_sessions, engine.model.settle_pages
         )
+        self.left = LeftConversations(settings.conversation_bytes, settings.session_ttl_s, engine.model.settle_pages)
+        engine.model.pages.make_room = self.left.make_room
         self.slots = Slots(settings.num_slots, settings.max_waiting)
         self.metrics = ServerMetrics()
         self.runs: set[AnswerRun] = set()
@@ -57,7 +61,7 @@ class AnswerService:
         self.preload_errors: dict[str, str] = {}
         threads = ThreadPoolExecutor(settings.num_slots, "cag-answer")
         self.loop = SchedulerLoop(engine.model, self.metrics)
-        self._workplace = Workplace(self.caches, self.loop, self.slots, threads, self.metrics, self.runs)
+        self._workplace = Workplace(self.caches, self.left, self.loop, self.slots, threads, self.metrics, self.runs)
         self._closing = asyncio.Event()
         self._add_readings()
 
@@ -100,6 +104,8 @@ class AnswerService:
         while not self._closing.is_set():
             if self.sessions.any_over:
                 await self._tidy(self.sessions.close_expired)
+            if self.left.any_over:
+                await self._tidy(self.left.close_expired)
             if time.monotonic() - checked_at >= CHECK_CACHES_S:
                 await self._tidy(self.caches.drop_outdated)
                 if self.loop.scheduler.num_steps == num_steps:
@@ -131,15 +137,17 @@ class AnswerService:
         await asyncio.to_thread(self.loop.stop)
         await asyncio.to_thread(self.builds.join)
         await asyncio.to_thread(self.sessions.close)
+        await asyncio.to_thread(self.left.close)
         self.caches.close()
 
     def _tail_bytes(self) -> int:
-        return self.engine.model.pages.num_bytes + self.sessions.recurrent_bytes
+        return self.engine.model.pages.num_bytes + self.sessions.recurrent_bytes + self.left.recurrent_bytes
 
     def _add_readings(self) -> None:
         gauge = self.metrics.gauge
         gauge("cag_answers_running", "Answers being computed.", lambda: self.slots.running)
         gauge("cag_sessions", "Open sessions.", lambda: len(self.sessions))
+        gauge("cag_left_conversations", "Conversations kept for a next question.", lambda: len(self.left))
         gauge("cag_tail_bytes", "Bytes of the tails of sessions, free pages included.", self._tail_bytes)
         gauge("cag_requests_waiting", "Requests waiting for a slot.", lambda: self.slots.waiting)
         gauge("cag_builds_waiting", "Caches waiting to be built.", lambda: self.builds.num_waiting)

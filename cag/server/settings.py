@@ -27,6 +27,8 @@ class ServerSettings(BaseModel):
         default_max_tokens: of an answer whose request does not say.
         speculate: as in `SamplingOptions`, for all answers.
         session_ttl_s: how long a session lives without a question; its maker may ask for less, never for more.
+        conversation_bytes: of keys and values of conversations that chat completions have left, for their next
+            questions, as long as a session lives at most; 0: each request is read from its first message on.
         max_sessions: of one tenant that may be open; one more is refused with 429.
         max_body_bytes: of a request.
         max_waiting_builds: caches of one tenant that may wait to be built; one more is refused with 429.
@@ -45,6 +47,7 @@ class ServerSettings(BaseModel):
     default_max_tokens: int = Field(default=512, ge=1)
     speculate: bool | None = None
     session_ttl_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
+    conversation_bytes: int = Field(default=1 << 30, ge=0)
     max_sessions: int = Field(default=100, ge=1)
     max_body_bytes: int = Field(default=8 << 20, ge=1)
     max_waiting_builds: int = Field(default=8, ge=0)
