@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from cag.errors import CacheNotFound, CagError, QueueFull, UsageError, error_row
 from cag_store.errors import EntryNotFound, StoreError
@@ -29,6 +30,8 @@ HTTP_CODES = {
     405: "method_not_allowed",
     413: "request_entity_too_large",
 }
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 MAX_MESSAGE = 2000  # characters: a message may quote what a client sent
 # What may be a path or URL, and where the folders of a store begin in it (docs/format.md section 1).
@@ -129,8 +132,18 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_middleware(ServerErrorMiddleware, handler=_respond)
 
 
-async def _respond(_: Request, error: Exception) -> Response:
-    return error_facts(error).response()
+async def _respond(request: Request, error: Exception) -> Response:
+    facts = error_facts(error)
+    if facts.status == 405:  # the router tells the methods of one route of the path
+        facts = facts._replace(headers={"Allow": ", ".join(_methods_of(request))})
+    return facts.response()
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What may be done with the path of a request."""
+    asked = [(method, {**request.scope, "method": method}) for method in sorted(METHODS)]
+    routes = request.app.routes
+    return [method for method, scope in asked if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
 async def _client_gone(_: Request, __: Exception) -> Response:

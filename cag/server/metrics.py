@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 from cag.errors import error_row
 from cag.generation.answer import Answer
+from cag.server.errors import METHODS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ANSWERS = (1, 2, 4, 8, 16, 32, 64)
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Counter:

@@ -116,6 +116,22 @@ async def test_each_key_opens(serving, key):
     assert response.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/caches", "GET, POST"),
+        ("/v1/caches/handbook", "DELETE, GET, PATCH"),
+        ("/v1/sessions/none", "DELETE, GET"),
+        ("/v1/chat/completions", "POST"),
+        ("/healthz", "GET, HEAD"),
+    ],
+)
+async def test_a_method_that_is_not_allowed_is_told_those_that_are(serving, path, allowed):
+    async with serving() as served:
+        response = await served.client.put(path)
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
+
+
 async def test_errors_are_described_as_they_are_sent(serving):
     async with serving() as served:
         described = (await served.client.get("/openapi.json")).json()
