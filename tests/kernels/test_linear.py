@@ -117,13 +117,14 @@ def test_compiled_blocks_have_the_bits_of_few_rows(in_features, monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("lanes", [8, 16])
-def test_vectors_of_any_width_give_the_same_bits(lanes, monkeypatch):
+def test_vectors_of_any_width_give_the_same_bits(lanes, dtype, monkeypatch):
     """Those that this processor does not have are cut by the compiler."""
     from cag_kernels.cpu.attention.panel import Blocking
     from cag_kernels.cpu.products import linear as cpu_linear
 
-    cases = [operands(rows, 67, 848, bias=True) for rows in (1, 2, 6, 7, 24, 25, 140)]
+    cases = [operands(rows, 67, 848, bias=True, dtype=dtype) for rows in (1, 2, 6, 7, 24, 25, 140)]
     expected = [packed_linear(block, pack_weight(weight), bias) for block, weight, bias in cases]
     monkeypatch.setattr(cpu_linear, "host_blocking", lambda: Blocking(lanes, 4))
     monkeypatch.setattr(cpu_linear, "_compile", cache(cpu_linear.LinearKernel))

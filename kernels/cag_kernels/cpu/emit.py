@@ -171,6 +171,10 @@ class Emitter:
         """A vector of bfloat16, widened: its bits are the upper half of a float32's."""
         return self.widened(self.builder.load(pointer, typ=ir.VectorType(INT16, self.lanes), align=2))
 
+    def load_bfloat16_pairs(self, pointer: Value) -> tuple[Value, Value]:
+        """Twice as many bfloat16 as a vector has lanes, widened: those at even places, and those at odd ones."""
+        return self.widened_pair(self.builder.load(pointer, typ=self.integers, align=2))
+
     def load_float(self, pointer: Value, kind: torch.dtype) -> Value:
         """A vector of numbers of a type, as float32."""
         if kind is torch.float32:

@@ -26,7 +26,7 @@ from cag_kernels.cpu.team import Share
 MOST_ROWS = 32  # of a call
 PASS_ROWS = {16: 12, 8: 5}  # lanes of a register -> rows whose sums fit the registers beside the codes
 QUAD_BYTES = QUAD * LANES  # of the codes of a group of features: a line
-_AHEAD = 16  # quads ahead of which codes are asked for
+_AHEAD = 128  # quads ahead of which codes are asked for
 _BYTE = 8  # bits
 
 _lock = threading.Lock()

@@ -6,6 +6,9 @@ added up across lanes. A weight in 16 bits is half as much to read and is widene
 (`cpu.team`); no number depends on which thread computes it, nor on how many rows there are: a row's sums take the same
 turns alone and in company.
 
+What a panel's first pass reads comes from memory, and is asked for some way ahead. Later passes find the panel in the
+caches and ask for the next one, as memory would stand still meanwhile.
+
 Where registers are many a pass has many rows, and `lay` copies these first, 64 features of all rows side by side. So a
 pass finds them from one address, and in places of the first cache that do not push each other out, as those of rows of
 4,096 numbers do. Of a long block as many rows are served at once as the second cache holds.
@@ -32,7 +35,7 @@ from cag_kernels.packed import PANEL
 MAX_ROWS = {16: 24, 8: 6}  # lanes of a register -> rows whose sums fit the registers beside a panel's numbers
 TILE = 64  # input features of one sum, a multiple of 16
 FEATURES = 4  # input features of one turn of the loop
-AHEAD_BYTES = {16: 2048, 8: 512}  # lanes -> ahead of which the weight is asked for
+AHEAD_BYTES = 8192  # ahead of which a panel's first pass asks for the weight
 LAYS = {16: True, 8: False}  # lanes -> whether a block is laid by tiles before it is multiplied
 CACHED_BYTES = 1 << 19  # of laid rows that are served at once, if that is more than a pass has
 
@@ -120,11 +123,13 @@ class _Pass:
     """`rows` rows of the block by one panel.
 
     Arguments: the panel, the first row of the block, the panel's first bias and its first number out; then input
-    features, rows of the block, numbers from a row of out to the next, biases, and features of the panel.
+    features, rows of the block, numbers from a row of out to the next, biases, features of the panel, and how many
+    bytes ahead the weight is asked for. Where two vectors hold a panel of bfloat16, they are those of its even and its
+    odd features until the sums are done, as widening them so takes fewer instructions.
     """
 
     def __init__(self, module: ir.Module, lanes: int, rows: int, kept: torch.dtype) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 5)
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [INT64] * 6)
         self.function = ir.Function(module, kind, name=f"rows_{rows}")
         self.function.linkage = "internal"
         self.emit = Emitter(self.function, lanes)
@@ -132,7 +137,9 @@ class _Pass:
         self.vectors = range(PANEL // lanes)
         self.kept, self.is_laid = kept, LAYS[lanes]
         self.panel, self.block, self.bias, self.out = self.function.args[:4]
-        self.in_features, self.num_rows, self.out_stride, self.num_bias, self.num_out = self.function.args[4:]
+        self.in_features, self.num_rows, self.out_stride, self.num_bias, self.num_out = self.function.args[4:9]
+        self.ahead = self.function.args[9]
+        self.in_pairs = kept is torch.bfloat16 and len(self.vectors) == 2
         self._emit_features()
 
     def _emit_features(self) -> None:
@@ -145,7 +152,7 @@ class _Pass:
             stop = emit.minimum(builder.add(tile.index, emit.integer(TILE)), self.in_features)
             for total, value in zip(totals, self._emit_tile(tile.index, stop), strict=True):
                 emit.store(builder.fadd(emit.load(total), value), total)
-        self._emit_end([emit.load(total) for total in totals])
+        self._emit_end(self._in_order([emit.load(total) for total in totals]))
 
     def _emit_tile(self, start: Value, stop: Value) -> list[Value]:
         """Sums stay in registers, one for each vector out. With few of them additions wait for each other, which
@@ -172,9 +179,19 @@ class _Pass:
         """A panel's numbers for one input feature; those some way ahead are asked for."""
         emit, element = self.emit, ELEMENTS[self.kept]
         place = emit.at(self.panel, emit.builder.mul(feature, emit.integer(PANEL)), element)
-        emit.prefetch(emit.at(place, AHEAD_BYTES[emit.lanes], INT8))
+        emit.prefetch(emit.at(place, self.ahead, INT8))
+        if self.in_pairs:
+            return list(emit.load_bfloat16_pairs(place))
         places = [emit.at(place, vector * emit.lanes, element) for vector in self.vectors]
         return [emit.load_float(place, self.kept) for place in places]
+
+    def _in_order(self, sums: list[Value]) -> list[Value]:
+        """The sums with the panel's features one behind the other."""
+        if not self.in_pairs:
+            return sums
+        features = [*range(0, PANEL, 2), *range(1, PANEL, 2)]
+        rows = zip(sums[::2], sums[1::2], strict=True)
+        return [vector for even, odd in rows for vector in self.emit.reordered(even, odd, features)]
 
     def _emit_end(self, sums: list[Value]) -> None:
         """Add the biases and write. A whole panel is written plainly: stores by a mask are slow on some processors."""
@@ -287,7 +304,7 @@ class _Linear(_Fields):
     def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], kept: torch.dtype) -> None:
         super().__init__(module, "linear", lanes)
         self.passes = passes
-        self.element = ELEMENTS[kept]
+        self.element, self.number_bytes = ELEMENTS[kept], kept.itemsize
         self._emit_tasks()
 
     def _emit_tasks(self) -> None:
@@ -311,11 +328,15 @@ class _Linear(_Fields):
         panel = emit.at(fields[Field.WEIGHT], builder.mul(first, in_features), self.element)
         bias, num_bias = emit.at(fields[Field.BIAS], first), builder.mul(fields[Field.HAS_BIAS], num_out)
         block, step = (Field.LAID, emit.integer(TILE)) if LAYS[emit.lanes] else (Field.BLOCK, in_features)
+        panel_bytes = builder.mul(in_features, emit.integer(PANEL * self.number_bytes))
 
         def arguments(row: Value) -> list[Value]:
+            is_first = builder.icmp_signed("==", row, emit.integer(0))
+            ahead = builder.select(is_first, emit.integer(AHEAD_BYTES), panel_bytes)
             row = builder.add(first_row, row)
             begin = emit.at(fields[block], builder.mul(row, step))
             out = emit.at(fields[Field.OUT], builder.add(builder.mul(row, out_features), first))
-            return [panel, begin, bias, out, in_features, fields[Field.NUM_ROWS], out_features, num_bias, num_out]
+            numbers = [in_features, fields[Field.NUM_ROWS], out_features, num_bias, num_out, ahead]
+            return [panel, begin, bias, out, *numbers]
 
         emit_passes(emit, num_rows, self.passes, arguments)
