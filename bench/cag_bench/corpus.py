@@ -6,20 +6,20 @@ sets mean them; other documents are split into windows.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from cag.corpus import CorpusReport, Document, load_corpus
+from cag.corpus import CorpusLimits, CorpusReport, Document, load_corpus
+from cag.corpus.discovery import find_files
+from cag.corpus.document import text_sha256
+from cag.corpus.folders import portable_name
+from cag.corpus.loaders import Source, format_of
+from cag.corpus.loaders.jsonl import read_records
 from cag.corpus.normalization import normalize_text
 from cag.errors import UsageError
 from cag.retrieval import Passage, split_passages
-
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,8 @@ def read_corpus(paths: Sequence[str]) -> BenchCorpus:
     Raises: as `cag.corpus.load_corpus`; `UsageError` for a paragraph that is no part of its document.
     """
     report = load_corpus(paths)
-    rows = {
-        path: _rows_by_id(Path(path)) for path in dict.fromkeys(d.path for d in report.documents) if _is_lines(path)
-    }
-    sources = [_source(document, rows.get(document.path, {})) for document in report.documents]
+    rows = _rows_by_text(paths, {document.path for document in report.documents})
+    sources = [_source(document, rows.get(document.sha256)) for document in report.documents]
     digest = documents_sha256(report.documents)
     return BenchCorpus(tuple(map(str, paths)), report, tuple(split_passages(sources)), digest)
 
@@ -86,44 +84,47 @@ def documents_sha256(documents: Sequence[Document]) -> str:
     return hashlib.sha256("\n".join(document.sha256 for document in documents).encode()).hexdigest()
 
 
-def _is_lines(path: str) -> bool:
-    return path.endswith((".jsonl", ".jsonl.gz"))
+def _rows_by_text(paths: Sequence[str], wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """The lines of the JSON-lines files among `wanted`, which the corpus has read already, by the digest of their text:
+    a corpus has each text once, while ids are those that were still free."""
+    files = dict.fromkeys(file.path for file in find_files(paths, lambda _error: None, lambda _path, _reason: None))
+    lines = [path for path in files if portable_name(path) in wanted and format_of(path) == "jsonl"]
+    rows: dict[str, dict[str, Any]] = {}
+    for path in lines:
+        for _, row in read_records(Source(portable_name(path), path.read_bytes(), CorpusLimits())):
+            rows.setdefault(text_sha256(normalize_text(row["text"])), row)
+    return rows
 
 
-def _rows_by_id(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a file that the corpus has read already, by their `doc_id`."""
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if content.startswith(_GZIP_MAGIC) else content).decode("utf-8-sig")
-    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    return {str(row.get("doc_id", "")).strip(): row for row in rows}
-
-
-def _source(document: Document, rows: Mapping[str, dict[str, Any]]) -> _PassageSource:
-    row = rows.get(document.doc_id)
-    paragraphs = _placed_paragraphs(document.text, row) if row is not None else ()
+def _source(document: Document, row: Mapping[str, Any] | None) -> _PassageSource:
+    paragraphs = _placed_paragraphs(document, row) if row is not None else ()
     return _PassageSource(document.doc_id, document.title, document.text, paragraphs)
 
 
-def _placed_paragraphs(text: str, row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The row's paragraphs with offsets into the normalised `text`; none when one of them cannot be found there."""
-    placed, position = [], 0
-    for paragraph in row.get("paragraphs") or ():
-        _check_paragraph(paragraph, row)
+def _placed_paragraphs(document: Document, row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The row's paragraphs, in the order of their starts, with offsets into the document's normalised text; none when
+    one of them cannot be found there. They may overlap."""
+    given = list(row.get("paragraphs") or ())
+    for paragraph in given:
+        _check_paragraph(paragraph, row, document.doc_id)
+    placed: list[dict[str, Any]] = []
+    raw_end = start = end = 0
+    for paragraph in sorted(given, key=lambda paragraph: paragraph["start"]):
         wanted = normalize_text(row["text"][paragraph["start"] : paragraph["end"]]).strip()
-        start = text.find(wanted, position)
+        start = document.text.find(wanted, start if paragraph["start"] < raw_end else end)
         if start < 0:
             return ()
-        position = start + len(wanted)
-        placed.append({"pid": paragraph["pid"], "start": start, "end": position})
+        raw_end, end = paragraph["end"], start + len(wanted)
+        placed.append({"pid": paragraph["pid"], "start": start, "end": end})
     return tuple(placed)
 
 
-def _check_paragraph(paragraph: Any, row: Mapping[str, Any]) -> None:
+def _check_paragraph(paragraph: Any, row: Mapping[str, Any], doc_id: str) -> None:
     """Raises: `UsageError`. A paragraph that is nowhere would take its text from the RAG arms and from no other."""
     match paragraph:
         case {"pid": _, "start": int(start), "end": int(end)} if 0 <= start <= end <= len(row["text"]):
             return
     raise UsageError(
-        f"document {row['doc_id']!r} has a paragraph {paragraph!r} that is no part of its text.",
+        f"document {doc_id!r} has a paragraph {paragraph!r} that is no part of its text.",
         hint='Each is {"pid": ..., "start": ..., "end": ...}, characters of the text as the line has it.',
     )

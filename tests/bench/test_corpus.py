@@ -22,7 +22,22 @@ def row(**changes):
     return {"doc_id": "d", "title": "Works", "text": text, "paragraphs": paragraphs} | changes
 
 
-@pytest.mark.parametrize(("name", "pack"), [("d.jsonl", bytes), ("d.jsonl.gz", gzip.compress)])
+def as_utf_16(content):
+    return content.decode().encode("utf-16")
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("d.jsonl", bytes),
+        ("d.jsonl.gz", gzip.compress),
+        ("d.ndjson", bytes),
+        ("D.JSONL", bytes),
+        ("d.ndjson.gz", gzip.compress),
+        ("cafe\u0301.jsonl", bytes),
+        ("d.jsonl", as_utf_16),
+    ],
+)
 def test_paragraphs_of_json_lines_are_the_passages_even_where_the_text_was_normalised(tmp_path, name, pack):
     (tmp_path / name).write_bytes(pack(json.dumps(row()).encode()))
     corpus = read_corpus([str(tmp_path / name)])
@@ -30,11 +45,28 @@ def test_paragraphs_of_json_lines_are_the_passages_even_where_the_text_was_norma
     assert [(p.passage_id, p.text) for p in corpus.passages] == [("p0", "Pumps are green."), ("p1", "Valves are old.")]
 
 
-def test_paragraphs_that_are_not_found_in_order_give_way_to_windows(tmp_path):
-    wrong = row()
-    wrong["paragraphs"].reverse()
-    (tmp_path / "d.jsonl").write_text(json.dumps(wrong))
+def test_paragraphs_may_stand_in_any_order_and_overlap(tmp_path):
+    turned = row()
+    turned["paragraphs"].reverse()
+    turned["paragraphs"].append({"pid": "both", "start": 6, "end": len(FIRST) + 6})
+    (tmp_path / "d.jsonl").write_text(json.dumps(turned))
+    found = [(p.passage_id, p.text) for p in read_corpus([str(tmp_path / "d.jsonl")]).passages]
+    assert found == [("p0", "Pumps are green."), ("both", "are green.\nValves"), ("p1", "Valves are old.")]
+
+
+def test_paragraphs_that_are_not_found_give_way_to_windows(tmp_path):
+    cut = {"text": "Cafe\u0301 here.", "paragraphs": [{"pid": "accent", "start": 4, "end": 11}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row(**cut)))
     assert [p.passage_id for p in read_corpus([str(tmp_path / "d.jsonl")]).passages] == ["d#0"]
+
+
+def test_paragraphs_are_those_of_their_line_whatever_id_the_document_gets(tmp_path):
+    lines = [row(text=f"{name} is green.", paragraphs=[{"pid": name, "start": 0, "end": 8}]) for name in "abc"]
+    lines[1]["doc_id"] = None
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    passages = read_corpus([str(tmp_path / "d.jsonl")]).passages
+    assert [p.passage_id for p in passages] == ["a", "b", "c"]
+    assert [p.doc_id for p in passages] == ["d", "d.jsonl#2", f"{tmp_path.name}/d"]
 
 
 @pytest.mark.parametrize(

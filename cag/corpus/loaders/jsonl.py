@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from typing import Any
 
 from cag.corpus.loaders.base import NOT_DOCUMENTS, Extract, Source, check_text_size, unreadable
 from cag.corpus.loaders.markdown import first_heading
@@ -15,13 +16,18 @@ from cag.corpus.loaders.text import read_text
 
 
 def load(source: Source) -> list[Extract]:
-    """One text a line, blank lines left out.
+    """One text a line, blank lines left out. Raises: as `read_records`."""
+    return [_extract(source, number, record) for number, record in read_records(source)]
+
+
+def read_records(source: Source) -> list[tuple[int, dict[str, Any]]]:
+    """The object of each line that is not blank, behind its number; all have a `text`.
 
     Raises: UnreadableDocument naming the line; its reason is `NOT_DOCUMENTS` when the first is none.
     """
     text = read_text(_unpacked(source))
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [_extract(source, number, line, is_first=index == 0) for index, (number, line) in enumerate(lines)]
+    return [(number, _record(source, number, line, is_first=index == 0)) for index, (number, line) in enumerate(lines)]
 
 
 def _unpacked(source: Source) -> Source:
@@ -33,7 +39,7 @@ def _unpacked(source: Source) -> Source:
     return Source(source.name, content, source.limits)
 
 
-def _extract(source: Source, number: int, line: str, *, is_first: bool) -> Extract:
+def _record(source: Source, number: int, line: str, *, is_first: bool) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -41,6 +47,10 @@ def _extract(source: Source, number: int, line: str, *, is_first: bool) -> Extra
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         reason = NOT_DOCUMENTS if is_first else f"line {number} is not an object with a text field"
         raise unreadable(source.name, reason, 'Each line is {"doc_id": ..., "title": ..., "text": ...}.')
+    return record
+
+
+def _extract(source: Source, number: int, record: dict[str, Any]) -> Extract:
     doc_id, title = record.get("doc_id"), record.get("title")
     for field, value in (("doc_id", doc_id), ("title", title)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
