@@ -352,12 +352,14 @@ def _cores(given: str | None) -> tuple[int, ...]:
 
 
 def _folder(out: Path | None, command: str) -> Path:
-    """Where results go; made, so that nothing is measured for a folder that cannot be. Raises: UsageError."""
+    """Where results go; made and tried, that nothing is measured for a folder that takes none. Raises: UsageError."""
     from cag.errors import UsageError
 
     folder = out or Path("results") / f"{command}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UsageError(
             f"no folder for the results at {folder}: {error.strerror}.", hint="Choose another --out."
@@ -369,12 +371,13 @@ def _folder(out: Path | None, command: str) -> Path:
 def _loaded(
     model: str | None, store: Path | None, folder: Path, device: str, dtype: str
 ) -> Iterator[tuple[Engine, ConsoleProgress]]:
-    """An engine over `_store_directory`, and the progress that its loading was shown with."""
+    """An engine over `store_folder`, and the progress that its loading was shown with."""
     from cag.engine import Engine
     from cag.models import DEFAULT_MODEL
     from cag_bench.progress import ConsoleProgress
+    from cag_bench.store_folder import store_folder
 
-    with _store_directory(store, folder) as store_directory, ConsoleProgress() as progress:
+    with store_folder(store, folder) as store_directory, ConsoleProgress() as progress:
         progress("load model", 0, 0)
         engine = Engine.load(
             model or DEFAULT_MODEL, store=store_directory, device=device, dtype=dtype, progress=progress
@@ -382,27 +385,17 @@ def _loaded(
         yield engine, progress
 
 
-@contextmanager
-def _store_directory(store: Path | None, folder: Path) -> Iterator[Path]:
-    """The store that was named, or one beside the results that goes when the run ends."""
-    if store is not None:
-        yield store
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="store-", dir=folder) as temporary:
-        yield Path(temporary)
-
-
 def _print_table(result: TtftResult, folder: Path) -> None:
     from rich.console import Console
 
-    from cag_bench.table import origin_lines, terminal_table
+    from cag_bench.table import origin_lines, outcome_lines, terminal_table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
     console.print(terminal_table(result.summary))
-    for line in [*origin_lines(result.summary), *result.summary["notes"], f"Results: {folder}"]:
+    summary = result.summary
+    for line in [*origin_lines(summary), *outcome_lines(summary), *summary["notes"], f"Results: {folder}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

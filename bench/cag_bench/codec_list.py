@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from cag.errors import UsageError
 
 LADDER = ("lossless", "int8", "int4", "transform@-620", "transform@-580", "transform@-515", "transform@-445")
+
+_STEP = re.compile(r"-?[0-9]+")
 
 
 def parse_codecs(texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -36,7 +39,7 @@ def _parse(text: str) -> dict[str, Any]:
             return codec
         raise UsageError(f"codec {text!r} has no id.")
     codec_id, separator, step = text.partition("@")
-    if not codec_id or (separator and not step.lstrip("-").isdigit()):
+    if not codec_id or (separator and not _STEP.fullmatch(step)):
         raise UsageError(f"codec {text!r} is neither an id nor ID@STEP.", hint=f"For example {', '.join(LADDER)}.")
     return {"id": codec_id, "step": int(step)} if separator else {"id": codec_id}
 

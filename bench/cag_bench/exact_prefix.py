@@ -21,12 +21,14 @@ def cut_corpus(corpus: BenchCorpus, tokenizer: Any, template: PromptTemplate, nu
     A document's marker brings several tokens at once, so where no cut meets the size, the first documents are left out
     one after the other. Passages that reach beyond the cut are left out.
 
-    Raises: `UsageError` for a corpus that is too small, or a size that no cut meets.
+    Raises: `UsageError` for a corpus that is too small, a size below that of the prompt, or one that no cut meets.
     """
 
     def count(documents: Sequence[Document]) -> int:
         return len(lay_out(tokenizer, template, documents).token_ids)
 
+    if count(()) >= num_tokens:
+        raise UsageError(f"the prompt alone has {count(())} tokens; {num_tokens} leave no room for a document.")
     if count(corpus.documents) < num_tokens:
         raise UsageError(f"the corpus has {count(corpus.documents)} tokens with its prompt, fewer than {num_tokens}.")
     for first in range(len(corpus.documents)):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cag.errors import RequestTooLong
 from cag.generation.generate import SamplingOptions
 from cag_bench.arm_names import FULL_PREFILL
 from cag_bench.arms import ArmAnswer, BenchArm
@@ -66,6 +67,18 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A question that left an arm no room in the model's window, in place of its sample."""
+
+    arm: str
+    question_index: int
+    position: int
+    qid: str
+    question: str
+    error: str
+
+
+@dataclass(frozen=True)
 class MeasurePlan:
     """How the loop runs. `full_n` limits `full-prefill` to the first questions; `warmed_up` arms need no warm-up."""
 
@@ -88,13 +101,24 @@ def num_samples(names: Sequence[str], num_questions: int, plan: MeasurePlan) -> 
     return sum(len(arm_order(names, index, plan)) for index in range(num_questions))
 
 
-def warm_up(arms: Sequence[BenchArm], question: Question, plan: MeasurePlan) -> list[str]:
-    """Let each arm that is not warm already answer `question` once, uncounted; returns the names of these arms."""
+def warm_up(arms: Sequence[BenchArm], questions: Sequence[Question], plan: MeasurePlan) -> list[str]:
+    """Let each arm that is not warm already answer the first of `questions` that leaves it room, uncounted; returns the
+    names of these arms. Raises: `RequestTooLong` for an arm that none leaves room."""
     cold = [arm for arm in arms if arm.name not in plan.warmed_up]
     sampling = replace(plan.sampling, max_tokens=min(plan.sampling.max_tokens, WARM_UP_TOKENS))
     for arm in cold:
-        arm.ask(question.question, sampling)
+        _ask_first(arm, questions, sampling)
     return [arm.name for arm in cold]
+
+
+def _ask_first(arm: BenchArm, questions: Sequence[Question], sampling: SamplingOptions) -> None:
+    for place, question in enumerate(questions, start=1):
+        try:
+            arm.ask(question.question, sampling)
+            return
+        except RequestTooLong:
+            if place == len(questions):
+                raise
 
 
 def measure(
@@ -102,16 +126,28 @@ def measure(
     questions: Sequence[Question],
     plan: MeasurePlan,
     on_sample: Callable[[Sample], None],
+    on_refused: Callable[[Refused], None],
 ) -> list[Sample]:
-    """Ask every question of every arm. `on_sample` gets each sample as soon as it is there."""
+    """Ask every question of every arm. `on_sample` gets each sample as soon as it is there, `on_refused` each question
+    that leaves an arm no room in the model's window: the arm has no sample of it, and the others go on.
+
+    Raises: `RequestTooLong` when no question left any arm room.
+    """
     by_name = {arm.name: arm for arm in arms}
-    samples = []
+    samples: list[Sample] = []
+    refusal: RequestTooLong | None = None
     for index, question in enumerate(questions):
         for position, name in enumerate(arm_order(list(by_name), index, plan)):
-            answered = by_name[name].ask(question.question, plan.sampling)
-            sample = to_sample(name, index, position, question, answered)
-            on_sample(sample)
-            samples.append(sample)
+            try:
+                answered = by_name[name].ask(question.question, plan.sampling)
+            except RequestTooLong as error:
+                refusal = error
+                on_refused(Refused(name, index, position, question.qid, question.question, str(error)))
+                continue
+            samples.append(to_sample(name, index, position, question, answered))
+            on_sample(samples[-1])
+    if refusal is not None and not samples:
+        raise refusal
     return samples
 
 

@@ -11,6 +11,18 @@ from cag_bench.measure import MeasurePlan, Sample
 from cag_bench.questions import Question
 
 
+def busy_notes(machine: Mapping[str, Any]) -> list[str]:
+    """Whether other work held the cores when the run began."""
+    load, cores = machine["load_average_begin"][0], machine["cores"]
+    if load < cores:
+        return []
+    return [
+        f"The machine was busy at the beginning (load average {load} on {cores} cores). Arms that read many tokens "
+        "for a question (RAG, the whole corpus) lose more by it than those behind a cache, so ratios are not those of "
+        "a quiet machine."
+    ]
+
+
 def run_notes(
     groups: Mapping[str, Sequence[Sample]],
     questions: Sequence[Question],
@@ -40,6 +52,7 @@ def run_notes(
         notes += _few_passages(groups)
     if FULL_PREFILL in groups and plan.full_n is not None and plan.full_n < len(questions):
         notes.append(f"{FULL_PREFILL}: only the first {plan.full_n} of {len(questions)} questions.")
+    notes += _refused(groups, len(questions), plan)
     unanswerable = sum(not question.answers for question in questions)
     if unanswerable:
         notes.append(f"{unanswerable} of {len(questions)} questions have no accepted answer: timed, but not scored.")
@@ -53,6 +66,21 @@ def _without_gold(questions: Sequence[Question], num_with_gold: int) -> list[str
     return [
         f"{named - num_with_gold} of {len(questions)} questions name supporting texts that are not in the corpus, cut "
         "off or left out as duplicates of others: retrieval is not scored on them."
+    ]
+
+
+def _refused(groups: Mapping[str, Sequence[Sample]], num_questions: int, plan: MeasurePlan) -> list[str]:
+    """Of arms that have no sample of questions which they were asked."""
+    missing = []
+    for name, samples in groups.items():
+        asked = min(num_questions, plan.full_n or num_questions) if name == FULL_PREFILL else num_questions
+        if len(samples) < asked:
+            missing.append(f"{name} ({asked - len(samples)} of {asked})")
+    if not missing:
+        return []
+    return [
+        "Questions that left no room in the model's window, of which the arm has no sample, no score and no pair: "
+        f"{', '.join(missing)}."
     ]
 
 

@@ -49,7 +49,7 @@ class QualityOptions:
     limits: Sequence[float] = (0.001, 0.004, 0.02)
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1 or not self.limits or min(self.limits) < 0:
+        if self.num_tokens < 1 or not self.limits or not all(limit >= 0 for limit in self.limits):
             raise UsageError("tokens must be at least 1, limits at least 0.")
 
 

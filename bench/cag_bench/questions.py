@@ -54,7 +54,10 @@ def _read_text(path: Path) -> str:
 def _question(path: Path, number: int, line: str) -> Question:
     try:
         row = json.loads(line)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _refused(path, number, "has half of a surrogate pair, which is no text") from error
+    except (ValueError, RecursionError) as error:
         raise _refused(path, number, f"is not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
         raise _refused(path, number, 'has no "question"')

@@ -75,7 +75,7 @@ def run_store(
         progress("prepare codecs", 0, 0)
         codecs, _ = ready_codecs(engine, options.codecs, progress)
         warm_up(engine)
-        cut = cut_corpus(engine.model, corpus.documents, options.num_tokens)
+        cut = cut_corpus(engine.model, corpus.documents, min(options.num_tokens, engine.model.window_tokens))
         ids = cut.layout.token_ids
         chunks = PrefixChunks(engine.model, engine.store, ids, engine.model.new_state(capacity=len(ids)))
         progress("prefill", 0, 0)

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cag_bench.arm_names import DISK, FULL_PREFILL, HOT
+from cag_bench.arm_names import CACHED_NAMES, DISK, HOT
 from cag_bench.figures import break_even_questions, mean, median, paired, paired_ratio, percentiles
 from cag_bench.measure import Sample
 
 SECONDS = ("ttft_s", "retrieve_s", "load_s", "read_s", "prefill_s", "tpot_s", "total_s")
 RATIO_BASES = (HOT, DISK)
-BREAK_EVEN_AGAINST = ("rag-hybrid@3", FULL_PREFILL)
 
 
 def arm_figures(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -85,8 +84,8 @@ def break_even(groups: Mapping[str, Sequence[Sample]], build_s: float | None) ->
     """
     found: dict[str, dict[str, int | None]] = {}
     for base in RATIO_BASES:
-        for other in BREAK_EVEN_AGAINST:
-            if base in groups and other in groups:
+        for other in groups:
+            if base in groups and other not in CACHED_NAMES:
                 pairs = paired(ttft_by_question(groups[other]), ttft_by_question(groups[base]))
                 paid = break_even_questions(build_s, pairs) if build_s is not None else None
                 found.setdefault(base, {})[other] = paid

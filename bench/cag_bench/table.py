@@ -19,13 +19,17 @@ HEADER = (
     "load",
     "prefill",
     "tpot",
+    "total",
     "cached",
     "computed",
     "EM",
     "F1",
+    "ROUGE-L",
     "contains",
 )
-WIDE_COLUMNS = frozenset({"p99", "tpot", "cached", "computed", "contains"})  # left out on a terminal
+WIDE_COLUMNS = frozenset(
+    {"p99", "tpot", "total", "cached", "computed", "ROUGE-L", "contains"}
+)  # left out on a terminal
 MISSING = "-"
 
 
@@ -47,13 +51,13 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         "",
         *(f"- {line}" for line in origin_lines(summary)),
         "",
-        "Times in milliseconds. Every column but n, EM, F1 and contains is the median unless it says otherwise.",
+        "Times in milliseconds, medians unless a column says otherwise; EM, F1, ROUGE-L and contains are means.",
         "",
         _line(columns),
         _line(["---", *("---:" for _ in columns[1:])]),
         *(_line(row) for row in table_rows(summary)),
         "",
-        *(f"- {note}" for note in summary["notes"]),
+        *(f"- {line}" for line in [*outcome_lines(summary), *summary["notes"]]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -91,6 +95,21 @@ def origin_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def outcome_lines(summary: Mapping[str, Any]) -> list[str]:
+    """After how many questions the build has paid, a line a base arm, and the quality of each retriever for itself."""
+    lines = []
+    for base, others in summary["break_even_questions"].items():
+        paid = [f"{'none' if count is None else count} against {name}" for name, count in others.items()]
+        lines.append(f"Questions after which the build has paid, {base}: {', '.join(paid)}.")
+    for kind, found in (summary["retrieval"].get("quality") or {}).items():
+        if found is not None:
+            figures = [f"{name} {value:.3f}" for name, value in found.items() if name not in ("unit", "n")]
+            lines.append(
+                f"Retrieval by {kind} for itself, of {found['unit']}s: {', '.join(figures)} (n = {found['n']})."
+            )
+    return lines
+
+
 def _bases(summary: Mapping[str, Any]) -> list[str]:
     return [base for base in (HOT, DISK) if any(name.endswith(f"/{base}") for name in summary["ratios"])]
 
@@ -101,9 +120,9 @@ def _row(name: str, arm: Mapping[str, Any], summary: Mapping[str, Any]) -> list[
         name,
         str(arm["n"]),
         *(_milliseconds(ttft.get(key)) for key in ("p50", "p90", "p99")),
-        *(_milliseconds(arm[key]) for key in ("retrieve_s", "load_s", "prefill_s", "tpot_s")),
+        *(_milliseconds(arm[key]) for key in ("retrieve_s", "load_s", "prefill_s", "tpot_s", "total_s")),
         *(_text(arm[key], "{:d}") for key in ("cached_tokens", "computed_tokens")),
-        *(_text(arm[key], "{:.2f}") for key in ("em", "f1", "containment")),
+        *(_text(arm[key], "{:.2f}") for key in ("em", "f1", "rouge_l", "containment")),
         *(ratio_cell(summary["ratios"].get(f"{name}/{base}")) for base in _bases(summary)),
     ]
 

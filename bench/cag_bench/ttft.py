@@ -23,8 +23,8 @@ from cag_bench.arms import ArmContext, open_arms
 from cag_bench.cache import BenchCache, build_bench_cache
 from cag_bench.corpus import BenchCorpus
 from cag_bench.exact_prefix import cut_corpus
-from cag_bench.measure import MeasurePlan, Sample, measure, num_samples, warm_up
-from cag_bench.notes import run_notes
+from cag_bench.measure import MeasurePlan, Refused, Sample, measure, num_samples, warm_up
+from cag_bench.notes import busy_notes, run_notes
 from cag_bench.plot import plot_ttft, require_matplotlib
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.questions import Question
@@ -96,6 +96,7 @@ def run_ttft(
     Raises:
         CorpusTooLarge: a cached arm is wanted and the corpus exceeds the model's window.
         PrefixRecomputed: a cached arm computed what the cache should have served; the run is refused.
+        RequestTooLong: an arm that no question leaves room in the model's window.
         UsageError: no question, no matplotlib, or a corpus that has no cut of the size wanted.
     """
     require_matplotlib()
@@ -105,12 +106,13 @@ def run_ttft(
     context = ArmContext(engine, run.layout, run.cache.name if run.cache else None, run.retrievers)
     with ResultRows(out, origin) as rows, open_arms(options.arms, context) as arms:
         progress("warm-up", 0, 0)
-        warmed = warm_up(arms, run.spare, run.plan)
-        total = num_samples([arm.name for arm in arms], len(run.asked), run.plan)
-        samples = measure(arms, run.scored(), run.plan, _SampleSink(rows, progress, total))
+        warmed = warm_up(arms, [run.spare, *run.asked], run.plan)
+        sink = _SampleSink(rows, progress, num_samples([arm.name for arm in arms], len(run.asked), run.plan))
+        samples = measure(arms, run.scored(), run.plan, sink, sink.refused)
         machine |= {"load_average_end": load_average()}
         groups = by_arm(samples, [spec.name for spec in options.arms])
         facts = run.facts(groups, warmed)
+        facts["notes"] += busy_notes(machine)
         rows.write_run(facts)
     summary = origin | facts | run.figures(groups)
     _write_files(out, summary, groups)
@@ -199,6 +201,14 @@ class _SampleSink:
 
     def __call__(self, sample: Sample) -> None:
         self._rows.write_sample(sample)
+        self._count()
+
+    def refused(self, refused: Refused) -> None:
+        """Of a question that an arm has no sample of."""
+        self._rows.write_row("refused", asdict(refused))
+        self._count()
+
+    def _count(self) -> None:
         self._done += 1
         self._progress("measure, answers", self._done, self._total)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -78,6 +79,13 @@ def test_a_folder_of_results_that_cannot_be_made_is_a_usage_error(bench, tmp_pat
     result = bench("--arms", "cag-hot", "--n", "1")
     assert isinstance(result.exception, UsageError)
     assert str(tmp_path / "out") in str(result.exception)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder here that nobody can write to")
+def test_a_folder_that_takes_no_results_is_a_usage_error_before_a_model_is_loaded(bench):
+    result = bench("--arms", "cag-hot", "--store", "kept", "--out", "/proc/self", "--model", "no-such-model")
+    assert isinstance(result.exception, UsageError)
+    assert "no folder for the results at /proc/self" in str(result.exception)
 
 
 def test_the_command_line_loads_no_torch():

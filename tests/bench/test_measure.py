@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from cag.errors import RequestTooLong
 from cag.generation.answer import Answer, CacheOrigin, Timings, Usage
 from cag.generation.generate import SamplingOptions
 from cag.retrieval import Passage
@@ -35,6 +36,19 @@ class CountingArm(BenchArm):
         return ArmAnswer(an_answer())
 
 
+class NarrowArm(CountingArm):
+    """One that some questions leave no room."""
+
+    def __init__(self, name, log, too_long):
+        super().__init__(name, log)
+        self.too_long = too_long
+
+    def ask(self, question, options):
+        if question in self.too_long:
+            raise RequestTooLong("no room.")
+        return super().ask(question, options)
+
+
 def questions(count):
     return [Question(f"q{i}", f"Question {i}?", ("green",), (), ()) for i in range(count)]
 
@@ -59,7 +73,7 @@ def test_full_n_limits_only_full_prefill_and_only_to_the_first_questions():
 def test_the_loop_interleaves_and_hands_over_every_sample():
     log, seen = [], []
     arms = [CountingArm(name, log) for name in NAMES]
-    samples = measure(arms, questions(3), PLAN, seen.append)
+    samples = measure(arms, questions(3), PLAN, seen.append, seen.append)
     assert seen == samples
     assert [question for _, question in log] == [f"Question {i}?" for i in range(3) for _ in NAMES]
     assert [name for name, _ in log] == [name for i in range(3) for name in arm_order(NAMES, i, PLAN)]
@@ -72,9 +86,29 @@ def test_warm_up_leaves_out_what_is_warm():
     log = []
     plan = MeasurePlan(PLAN.sampling, 0, warmed_up=frozenset({"full-prefill"}))
     arms = [CountingArm(name, log) for name in NAMES]
-    names = warm_up(arms, questions(1)[0], plan)
+    names = warm_up(arms, questions(2), plan)
     assert names == [name for name, _ in log] == ["cag-hot", "cag-disk", "rag-bm25@3"]
     assert arms[0].max_tokens == 2
+
+
+def test_a_question_that_leaves_an_arm_no_room_is_no_sample_of_it_and_stops_nobody():
+    refused = []
+    arms = [CountingArm("cag-hot", []), NarrowArm("rag-bm25@3", [], {"Question 1?"})]
+    samples = measure(arms, questions(3), PLAN, lambda _: None, refused.append)
+    assert Counter(sample.arm for sample in samples) == {"cag-hot": 3, "rag-bm25@3": 2}
+    (one,) = refused
+    assert (one.arm, one.question_index, one.qid, one.error) == ("rag-bm25@3", 1, "q1", "no room.")
+    assert one.position == arm_order(["cag-hot", "rag-bm25@3"], 1, PLAN).index("rag-bm25@3")
+
+
+def test_questions_that_leave_no_arm_room_are_an_error():
+    arm = NarrowArm("rag-bm25@3", [], {"Question 0?", "Question 1?"})
+    with pytest.raises(RequestTooLong):
+        measure([arm], questions(2), PLAN, lambda _: None, lambda _: None)
+    with pytest.raises(RequestTooLong):
+        warm_up([arm], questions(2), PLAN)
+    assert warm_up([arm], questions(3), PLAN) == ["rag-bm25@3"]
+    assert arm.log == [("rag-bm25@3", "Question 2?")]
 
 
 def test_a_sample_holds_every_time_and_score():

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from cag.errors import UsageError
 from cag.prompt import lay_out
+from cag_bench import exact_prefix
 from cag_bench.cli import app
 from cag_bench.corpus import read_corpus
 from cag_bench.errors import PeerDied, PeerNonsense, PeerRefused, PeerTimeout, PrefixRecomputed
@@ -171,8 +172,22 @@ def test_a_corpus_is_cut_to_exactly_the_tokens_that_are_wanted(tiny_engine, corp
         assert original.text.startswith(document.text)
     with pytest.raises(UsageError, match="fewer than"):
         cut_corpus(corpus, model.tokenizer, model.template, whole + 1)
+    prompt = len(lay_out(model.tokenizer, model.template, ()).token_ids)
     with pytest.raises(UsageError, match="no cut"):
-        cut_corpus(corpus, model.tokenizer, model.template, 1)
+        cut_corpus(corpus, model.tokenizer, model.template, prompt + 1)
+
+
+def test_a_cut_below_the_prompt_is_refused_before_any_document_is_tokenized(tiny_engine, corpus_dir, monkeypatch):
+    model, laid_out = tiny_engine.model, []
+
+    def counting(tokenizer, template, documents):
+        laid_out.append(len(documents))
+        return lay_out(tokenizer, template, documents)
+
+    monkeypatch.setattr(exact_prefix, "lay_out", counting)
+    with pytest.raises(UsageError, match="the prompt alone has"):
+        cut_corpus(read_corpus([str(corpus_dir)]), model.tokenizer, model.template, 50)
+    assert set(laid_out) == {0}
 
 
 def test_inside_no_answer_ends_early(tiny_engine):

@@ -194,10 +194,18 @@ def test_codecs_are_named_in_three_ways():
     assert codec_label({"id": "int4", "wide_key_layers": [0, 3]}) == "int4, keys of 2 layers wide"
 
 
-@pytest.mark.parametrize("text", ["", "transform@", "transform@x", "{", '{"step": 3}', "@3"])
+@pytest.mark.parametrize(
+    "text", ["", "transform@", "transform@x", "transform@--5", "transform@²", "{", '{"step": 3}', "@3"]
+)
 def test_what_is_no_codec_is_refused(text):
     with pytest.raises(UsageError):
         parse_codecs([text])
+
+
+@pytest.mark.parametrize("limits", [[], [-1.0], [0.01, float("nan")]])
+def test_limits_that_are_none_are_refused(limits):
+    with pytest.raises(UsageError, match="limits at least 0"):
+        QualityOptions(limits=limits)
 
 
 def test_the_command(tiny_model_dir, bench_home, corpus_dir, tmp_path):

@@ -40,6 +40,8 @@ def test_plain_and_gzip_files_give_the_same_questions(tmp_path, pack):
         (b'{"question": 3}\n', 'line 1 has no "question"'),
         (b'{"question": "Why?", "answers": "so"}\n', "line 1 has 'answers'"),
         (b'{"question": "Why?", "answers": [1]}\n', "line 1 has 'answers'"),
+        (b'{"question": "Why?", "answers": ["a\\ud800"]}\n', "line 1 has half of a surrogate pair"),
+        (b"[" * 100_000, "line 1 is not JSON"),
         (b"\xff\xfe\x00", "cannot be read"),
         (gzip.compress(lines(ROWS), mtime=0)[:-12], "cannot be read"),
     ],

@@ -97,6 +97,13 @@ def test_the_seed_draws_an_order_anew_for_each_sample(tiny_engine, corpus_dir, t
     assert order_of(1) != first
 
 
+def test_no_more_is_read_than_the_model_reads(tiny_engine, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tiny_engine.model), "window_tokens", 500)
+    options = StoreOptions(parse_codecs(["int8"]), 1200, (1,), num_samples=1)
+    summary = run_store(tiny_engine, read_corpus([str(corpus_dir)]), options, tmp_path / "out", lambda *_: None)
+    assert 490 < summary["num_tokens"] <= 500
+
+
 def test_whether_the_page_cache_was_dropped_is_said(tiny_engine, corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tiny_engine.store.backend), "drop_page_cache", lambda *_: False)
     options = StoreOptions(parse_codecs(["int8"]), 1200, (1,), num_samples=1)

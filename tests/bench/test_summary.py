@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from cag_bench.notes import _few_passages
+from cag_bench.notes import _few_passages, busy_notes
 from cag_bench.plot import plot_ttft
 from cag_bench.rows import ResultRows
 from cag_bench.summary import arm_details, arm_figures, break_even, by_arm, loading_ratio, ratios
@@ -44,6 +44,8 @@ def summary(groups):
         "cache": {"codec": {"id": "lossless"}, "raw_bytes": 3_000_000, "stored_bytes": 2_000_000},
         "arms": {name: arm_figures(group) | arm_details(group) for name, group in groups.items()},
         "ratios": ratios(groups),
+        "retrieval": {"quality": {"bm25": {"unit": "passage", "n": 4, "recall@1": 0.25, "mrr": 0.5}, "dense": None}},
+        "break_even_questions": break_even(groups, 17.5) | {"cag-ram": {"full-prefill": None}},
         "notes": ["A note."],
     }
 
@@ -115,11 +117,19 @@ def test_break_even_uses_the_same_questions_on_both_sides(groups):
     assert break_even(groups, None)["cag-hot"] == {"rag-hybrid@3": None, "full-prefill": None}
 
 
+def test_a_build_pays_against_every_arm_without_a_cache(make_sample):
+    names = ["cag-hot", "cag-ram", "rag-bm25@1", "rag-dense@3"]
+    samples = [make_sample(name, 0, seconds) for name, seconds in zip(names, (0.1, 0.2, 0.6, 1.1), strict=True)]
+    assert break_even(by_arm(samples, names), 2.0) == {"cag-hot": {"rag-bm25@1": 4, "rag-dense@3": 2}}
+
+
 def test_table_has_a_row_an_arm_and_a_cell_a_column(summary):
     rows = table_rows(summary)
     assert [row[0] for row in rows] == ARMS
     assert all(len(row) == len(table_columns(summary)) for row in rows)
     assert rows[0][:5] == ["cag-hot", "4", "250", "370", "397"]
+    cells = dict(zip(table_columns(summary), rows[0], strict=True))
+    assert (cells["total"], cells["tpot"], cells["EM"], cells["ROUGE-L"]) == ("300", "10.0", "1.00", "1.00")
     assert rows[0][-2:] == ["-", "0.50 (4)"]
     assert rows[2][-2:] == ["80.00 (2)", "40.00 (2)"]
 
@@ -135,6 +145,12 @@ def test_arms_that_are_called_after_more_passages_than_there_are_say_so(make_sam
     assert _few_passages({"rag-bm25@2": groups["rag-bm25@2"]}) == []
 
 
+@pytest.mark.parametrize(("load", "is_busy"), [(0.2, False), (1.99, False), (2.0, True), (11.5, True)])
+def test_a_machine_that_was_busy_is_told(load, is_busy):
+    notes = busy_notes({"load_average_begin": [load, 0.0, 0.0], "cores": 2})
+    assert [f"load average {load} on 2 cores" in note for note in notes] == [True] * is_busy
+
+
 def test_an_interval_stands_beside_its_ratio_where_there_are_pairs_for_one():
     assert ratio_cell({"p50": 8.0, "ci95": [7.5, 8.25], "n": 6}) == "8.00 [7.50, 8.25] (6)"
     assert ratio_cell({"p50": 8.0, "ci95": None, "n": 5}) == "8.00 (5)"
@@ -146,6 +162,12 @@ def test_markdown_says_origin_and_notes(summary):
     assert "- code: c0ffee" in text
     assert "load average 1.0 at the beginning and 2.0 at the end" in text
     assert "lossless, 3.0 MB raw, 2.0 MB stored (1.50 : 1)" in text
+    assert (
+        "- Questions after which the build has paid, cag-hot: 2 against full-prefill, 10 against rag-hybrid@3." in text
+    )
+    assert "- Questions after which the build has paid, cag-ram: none against full-prefill." in text
+    assert "- Retrieval by bm25 for itself, of passages: recall@1 0.250, mrr 0.500 (n = 4)." in text
+    assert "dense" not in text
     assert text.endswith("- A note.\n")
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {len(table_columns(summary)) + 1}

@@ -163,6 +163,19 @@ def test_notes_say_what_was_left_out(run):
     assert "supporting texts" not in notes
 
 
+def test_a_question_beyond_the_window_is_a_row_and_a_note_and_the_others_are_paired(run, questions_file, tmp_path):
+    asked = questions_file.read_text().splitlines()
+    long = {"qid": "long", "question": "far too long " * 1000, "answers": ["x"]}
+    questions_file.write_text("\n".join([asked[0], json.dumps(long), asked[1]]))
+    summary = run(arms=parse_arms("cag-hot,rag-bm25@1")).summary
+    assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"cag-hot": 2, "rag-bm25@1": 2}
+    assert summary["ratios"]["rag-bm25@1/cag-hot"]["n"] == 2
+    refused = [row for row in rows_of(tmp_path) if row["kind"] == "refused"]
+    assert {(row["arm"], row["qid"]) for row in refused} == {("cag-hot", "long"), ("rag-bm25@1", "long")}
+    assert all("window of 8192" in row["error"] and row["commit"] for row in refused)
+    assert "no pair: cag-hot (1 of 3), rag-bm25@1 (1 of 3)." in "\n".join(summary["notes"])
+
+
 def test_questions_whose_texts_are_not_in_the_corpus_are_told_and_not_held_against_retrieval(run, corpus_dir):
     (corpus_dir / "beta.txt").unlink()
     result = run(arms=parse_arms("rag-bm25@1"))
