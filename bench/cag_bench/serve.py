@@ -2,7 +2,7 @@
 
 Documents and questions in; `results.jsonl` (a row a round, size and arm: seconds, tokens, first tokens, with machine,
 commit and versions), `summary.json` and `table.md` out. With `speculate` each arm is run with drafts too. Answers of
-all arms are compared token for token: a speed of other answers would be none.
+all arms are compared token for token: a speed of other answers would be none; and with the accepted ones.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from cag.prefix import Prefix
 from cag.prompt import lay_out
 from cag_bench.cache import build_bench_cache
 from cag_bench.corpus import BenchCorpus
-from cag_bench.figures import median, paired_ratio, percentiles
-from cag_bench.full_answers import answers_of_full_length
+from cag_bench.figures import mean, median, paired_ratio, percentiles
+from cag_bench.full_answers import answer_reader, answers_of_full_length
 from cag_bench.provenance import commit, load_average, machine_facts, versions
 from cag_bench.questions import Question
 from cag_bench.rows import SUMMARY, TABLE, ResultRows, write_json
 from cag_bench.serve_table import markdown
+from cag_bench.text_metrics import containment
 
 Progress = Callable[[str, int, int], None]
 ALONE, TOGETHER = "alone", "together"
@@ -80,13 +81,14 @@ def run_serve(
     layout = lay_out(engine.model.tokenizer, engine.model.template, corpus.documents)
     cache = build_bench_cache(engine, corpus, layout, options.codec, progress)
     rows: list[dict[str, Any]] = []
+    text_of = answer_reader(engine.model)
     lengths = nullcontext() if options.speculate else answers_of_full_length(engine.model)
     with ResultRows(out, origin) as results, engine.open(cache.name) as prefix, lengths:
         prefix.resident.wait()
         for size in options.sessions:
             for arm in options.arms:
                 _answers(prefix, _asked(questions, size, 0), arm, replace(options, max_tokens=WARM_UP_TOKENS))
-        for row in _measured(prefix, questions, options, progress):
+        for row in _measured(prefix, questions, options, text_of, progress):
             results.write_row("round", row)
             rows.append(row)
         facts: dict[str, Any] = {"cache": cache.facts(), "options": asdict(options), "load_average_end": load_average()}
@@ -99,13 +101,17 @@ def run_serve(
     return summary
 
 
-def _asked(questions: Sequence[Question], size: int, number: int) -> list[str]:
+def _asked(questions: Sequence[Question], size: int, number: int) -> list[Question]:
     """The questions of a round; they come round again where there are too few."""
-    return [questions[(number * size + index) % len(questions)].question for index in range(size)]
+    return [questions[(number * size + index) % len(questions)] for index in range(size)]
 
 
 def _measured(
-    prefix: Prefix, questions: Sequence[Question], options: ServeOptions, progress: Progress
+    prefix: Prefix,
+    questions: Sequence[Question],
+    options: ServeOptions,
+    text_of: Callable[[Sequence[int]], str],
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Round by round all sizes, of each all arms one behind the other, in an order drawn anew each time."""
     order, done = random.Random(options.seed), 0
@@ -119,13 +125,24 @@ def _measured(
                 begin = time.perf_counter()
                 answers[arm] = _answers(prefix, asked, arm, options)
                 of_round.append(_row(answers[arm], time.perf_counter() - begin) | {"arm": arm})
+                of_round[-1] |= _said(asked, [text_of(answer.token_ids) for answer in answers[arm]])
             same = sum(len({one.token_ids for one in of_one}) == 1 for of_one in zip(*answers.values(), strict=True))
             for row in of_round:
                 yield row | {"round": number, "sessions": size, "same_answers": same, "load_average": load_average()}
             done += 1
 
 
-def _answers(prefix: Prefix, asked: list[str], arm: str, options: ServeOptions) -> list[Answer]:
+def _said(asked: Sequence[Question], texts: list[str]) -> dict[str, Any]:
+    """Texts of the answers, and whether they contain the accepted ones; None for questions that have none."""
+    scores = [
+        containment(text, one.answers, one.all_of) if one.answers else None
+        for one, text in zip(asked, texts, strict=True)
+    ]
+    return {"qids": [one.qid for one in asked], "answers": texts, "containment": scores}
+
+
+def _answers(prefix: Prefix, questions: Sequence[Question], arm: str, options: ServeOptions) -> list[Answer]:
+    asked = [one.question for one in questions]
     sampling = SamplingOptions(max_tokens=options.max_tokens, speculate=arm in WITH_DRAFTS.values())
     if arm in (TOGETHER, WITH_DRAFTS[TOGETHER]):
         return prefix.ask_all(asked, sampling)
@@ -175,6 +192,7 @@ def _arm_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_s": median([row["tokens_per_s"] for row in rows]),
         "ttft_s": percentiles([value for row in rows for value in row["ttft_s"]]),
         "tpot_s": percentiles([value for row in rows for value in row["tpot_s"] if value]),
+        "containment": mean([score for row in rows for score in row["containment"] if score is not None]),
         "completion_tokens": sum(row["completion_tokens"] for row in rows),
         "drafted_tokens": sum(row["drafted_tokens"] for row in rows),
         "accepted_tokens": sum(row["accepted_tokens"] for row in rows),

@@ -7,7 +7,8 @@ from typing import Any
 
 from cag_bench.table import MISSING, ratio_cell
 
-HEADER = ["sessions", "arm", "tokens/s", "first token p50", "p90", "per token p50", "together / alone", "same answers"]
+HEADER = ["sessions", "arm", "tokens/s", "first token p50", "p90", "per token p50", "contains", "together / alone"]
+HEADER += ["same answers"]
 DRAFT_HEADER = ["drafts / none", "guessed of answers", "of guesses right"]
 
 
@@ -25,6 +26,7 @@ def markdown(summary: dict[str, Any]) -> str:
         f"{f'{limit} tokens' if speculate else exactly}; {options['rounds']} rounds",
         "- alone: one question behind the other, first tokens from the beginning of each; together: all at once; "
         "milliseconds, ratios are medians of pairs [95 % CI] (n)",
+        "- contains: mean over the questions with accepted answers, of answers up to where they end or are cut",
         "- warm-up, not counted: every size and arm once, two tokens an answer",
         "",
     ]
@@ -44,7 +46,8 @@ def _table_rows(summary: dict[str, Any]) -> Iterator[list[str]]:
             times += [figures["tpot_s"]["p50"]] if figures["tpot_s"] else []
             cells = [str(entry["sessions"]), arm, f"{figures['tokens_per_s']:.1f}"]
             cells += [f"{seconds * 1e3:.1f}" for seconds in times]
-            cells += [*([] if figures["tpot_s"] else [MISSING]), ratio, same]
+            contains = MISSING if figures["containment"] is None else f"{figures['containment']:.2f}"
+            cells += [*([] if figures["tpot_s"] else [MISSING]), contains, ratio, same]
             plain = arm.removesuffix(", drafts")
             yield cells + (_draft_cells(figures, drafts[plain]) if plain != arm else [""] * len(DRAFT_HEADER))
 

@@ -11,6 +11,7 @@ from cag.building.builder import build_cache
 from cag.building.options import BuildOptions
 from cag.errors import UsageError
 from cag_bench.corpus import read_corpus
+from cag_bench.full_answers import answer_reader, answers_of_full_length
 from cag_bench.questions import load_questions
 from cag_bench.serve import ServeOptions, run_serve
 from cag_bench.serve_table import markdown
@@ -71,6 +72,34 @@ def test_arms_with_drafts_say_the_same_and_how_much_was_guessed(tiny_engine, cor
 def test_sizes_below_one_and_those_named_twice_are_refused(bad):
     with pytest.raises(UsageError):
         ServeOptions(**bad)
+
+
+def test_speeds_stand_beside_what_the_answers_contain(tiny_engine, corpus_dir, questions_file, tmp_path):
+    documents, options = read_corpus([str(corpus_dir)]), ServeOptions(sessions=(3,), max_tokens=4, rounds=1)
+    questions = load_questions(questions_file)
+    build_cache(tiny_engine.model, tiny_engine.store, "handbook", documents.documents, BuildOptions())
+    with tiny_engine.open("handbook") as prefix:
+        said = prefix.ask(questions[0].question, max_tokens=4).text
+    questions[0] = replace(questions[0], answers=(said,))
+    questions[1] = replace(questions[1], answers=("no such word",))
+    summary = run_serve(tiny_engine, documents, questions, options, tmp_path, lambda *_: None)
+    row = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
+    assert (row["qids"], row["containment"]) == (["q1", "q2", "q3"], [1.0, 0.0, None])
+    assert row["answers"][0] == said
+    assert [figures["containment"] for figures in summary["sessions"][0]["arms"].values()] == [0.5, 0.5]
+    header, _, *rows = [line.split(" | ") for line in markdown(summary).splitlines() if line.startswith("|")]
+    assert [cells[header.index("contains")] for cells in rows] == ["0.50", "0.50"]
+
+
+def test_what_a_full_answer_says_ends_where_the_models_answers_end(tiny_engine):
+    model = tiny_engine.model
+    ids = model.tokenizer("green paint\n\nQuestion: no", add_special_tokens=False)["input_ids"]
+    (stop, *_) = model.stop_ids
+    assert answer_reader(model)([*ids[:5], stop, *ids]) == "green"
+    model.template = replace(model.template, stop_strings=("\n\nQuestion:", "\nQuestion:"))
+    text_of = answer_reader(model)
+    with answers_of_full_length(model):
+        assert text_of(ids) == "green paint"
 
 
 def test_answers_of_one_token_have_no_time_for_a_further_one(tiny_engine, corpus_dir, questions_file, tmp_path):

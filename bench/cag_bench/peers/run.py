@@ -15,7 +15,6 @@ from typing import Any
 
 from cag.engine import Engine
 from cag.errors import UsageError
-from cag.generation.thoughts import read_answer
 from cag.prompt import PrefixLayout, lay_out, question_ids
 from cag_bench.arm_names import DISK as DISK_ARM
 from cag_bench.arm_names import HOT
@@ -25,7 +24,7 @@ from cag_bench.cache import BenchCache, build_bench_cache
 from cag_bench.corpus import BenchCorpus
 from cag_bench.exact_prefix import cut_corpus
 from cag_bench.figures import percentiles
-from cag_bench.full_answers import answers_of_full_length
+from cag_bench.full_answers import answer_reader, answers_of_full_length
 from cag_bench.peers.measure import PeerSample, SessionsSample, measure_questions, measure_sessions
 from cag_bench.peers.parties import (
     DISK,
@@ -275,13 +274,7 @@ def _figures(
     """What the summary adds to the facts. `reference` of agreement is our first codec in memory."""
     groups = grouped(samples)
     reference = next(group for name, group in groups.items() if name.startswith(HOT))
-    model = engine.model
-    form = model.thinking.form(model.template, think=False)
-
-    def text_of(token_ids: Sequence[int]) -> str:
-        ends = [place for place, token in enumerate(token_ids) if token in model.stop_ids]
-        return read_answer(model.tokenizer, form, token_ids[: ends[0] if ends else None]).text
-
+    text_of = answer_reader(engine.model)
     ratios = question_ratios(samples)
     if rounds:
         ratios["tokens_per_s"] = sessions_ratios(rounds)
