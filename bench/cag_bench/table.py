@@ -87,10 +87,10 @@ def origin_lines(summary: Mapping[str, Any]) -> list[str]:
         f"({corpus['sha256'][:12]})",
     ]
     if cache is not None:
-        ratio = cache["raw_bytes"] / cache["stored_bytes"]
+        ratio, loss = cache["raw_bytes"] / cache["stored_bytes"], cache["fidelity"]["mean_kl"]
         lines.append(
             f"cache: {cache['codec']['id']}, {cache['raw_bytes'] / 1e6:.1f} MB raw, "
-            f"{cache['stored_bytes'] / 1e6:.1f} MB stored ({ratio:.2f} : 1)"
+            f"{cache['stored_bytes'] / 1e6:.1f} MB stored ({ratio:.2f} : 1), mean KL {loss:.2g} nats"
         )
     return lines
 

@@ -41,7 +41,12 @@ def summary(groups):
         "commit": "c0ffee",
         "model": {"id": "tiny", "fingerprint": "f" * 64},
         "corpus": {"num_documents": 4, "num_tokens": 900, "sha256": "a" * 64},
-        "cache": {"codec": {"id": "lossless"}, "raw_bytes": 3_000_000, "stored_bytes": 2_000_000},
+        "cache": {
+            "codec": {"id": "int8"},
+            "raw_bytes": 3_000_000,
+            "stored_bytes": 2_000_000,
+            "fidelity": {"mean_kl": 0.00123},
+        },
         "arms": {name: arm_figures(group) | arm_details(group) for name, group in groups.items()},
         "ratios": ratios(groups),
         "retrieval": {"quality": {"bm25": {"unit": "passage", "n": 4, "recall@1": 0.25, "mrr": 0.5}, "dense": None}},
@@ -161,7 +166,7 @@ def test_markdown_says_origin_and_notes(summary):
     text = markdown_table(summary)
     assert "- code: c0ffee" in text
     assert "load average 1.0 at the beginning and 2.0 at the end" in text
-    assert "lossless, 3.0 MB raw, 2.0 MB stored (1.50 : 1)" in text
+    assert "int8, 3.0 MB raw, 2.0 MB stored (1.50 : 1), mean KL 0.0012 nats" in text
     assert (
         "- Questions after which the build has paid, cag-hot: 2 against full-prefill, 10 against rag-hybrid@3." in text
     )

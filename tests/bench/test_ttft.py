@@ -176,6 +176,15 @@ def test_a_question_beyond_the_window_is_a_row_and_a_note_and_the_others_are_pai
     assert "no pair: cag-hot (1 of 3), rag-bm25@1 (1 of 3)." in "\n".join(summary["notes"])
 
 
+def test_an_arm_without_any_sample_is_a_row_of_the_table(run, questions_file, tmp_path):
+    long = {"question": "far too long " * 1000, "answers": ["x"]}
+    questions_file.write_text(json.dumps(long) + "\n" + questions_file.read_text())
+    summary = run(arms=parse_arms("cag-hot,full-prefill"), full_n=1).summary
+    assert (summary["arms"]["full-prefill"]["n"], summary["arms"]["full-prefill"]["ttft_s"]) == (0, None)
+    assert summary["break_even_questions"]["cag-hot"] == {"full-prefill": None}
+    assert "| full-prefill | 0 | - | - |" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_questions_whose_texts_are_not_in_the_corpus_are_told_and_not_held_against_retrieval(run, corpus_dir):
     (corpus_dir / "beta.txt").unlink()
     result = run(arms=parse_arms("rag-bm25@1"))
