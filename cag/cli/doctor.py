@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cag.cli.opening import store_at
 from cag.cli.options import DeviceOption, JsonOption, StoreOption
 from cag.cli.output import bytes_text, counted, note, print_facts, print_json
-from cag.machine.versions import installed_version
+from cag.machine.versions import installed_version, unmet_requirements
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from cag.machine.runtime import RuntimePlan
     from cag_store import Store
 
-VERSIONED = ("cag-engine", "torch", "transformers", "tokenizers", "numpy", "zstandard", "triton", "flash-attn", "peft")
+VERSIONED = (
+    "cag-engine",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "llvmlite",
+    "numba",
+    "zstandard",
+    "triton",
+    "flash-attn",
+    "peft",
+)
 # Query heads, key/value heads and head_dim of the default model; behind a prefix of 4,096 tokens.
 PROBE_HEADS, PROBE_KV_HEADS, PROBE_DIM, PROBE_PREFIX_TOKENS = 12, 2, 128, 4096
 PROBES = {"prefill": 512, "question": 16, "answer": 1}  # tokens of a forward
@@ -43,6 +55,7 @@ def doctor(device: DeviceOption = None, store: StoreOption = None, as_json: Json
         "store": _store_facts(opened),
         "models": _pulled_models(),
         "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in VERSIONED},
+        "unmet_requirements": unmet_requirements(),
     }
     if as_json:
         print_json(found)
@@ -121,6 +134,8 @@ def _pulled_models() -> list[dict[str, Any]]:
 def print_report(found: dict[str, Any]) -> None:
     """The findings of `doctor`, a line each."""
     device, plan, memory, store = found["device"], found["runtime"], found["memory"], found["store"]
+    unmet = found["unmet_requirements"]
+    required = "not checked: cag-engine runs from a checkout" if unmet is None else "; ".join(unmet) or "all there"
     free = f" ({bytes_text(device['cuda_free_bytes'])} free)" if device["cuda"] else ""
     facts = {
         "device": device["used"],
@@ -145,5 +160,6 @@ def print_report(found: dict[str, Any]) -> None:
         "models": "; ".join(f"{model['name']} ({bytes_text(model['num_bytes'])})" for model in found["models"])
         or "none pulled",
         "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version),
+        "required": required,
     }
     print_facts(facts)

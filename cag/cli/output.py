@@ -15,6 +15,8 @@ from typing import Any
 from cag.cli import INTERRUPTED
 
 BUG = "This is a bug: run it again as `cag --verbose COMMAND ...` for the traceback, and report it."
+MISSING = "Install cag-engine anew, with all that it needs; `pip check` names what is missing or too old."
+INTERNAL_ERROR = 1  # as `cag.errors.ERROR_TABLE` has it, which may lack the same package
 PIPE_COLUMNS = 240  # width of tables where nobody looks at a terminal
 
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -193,6 +195,8 @@ def error_facts(error: BaseException) -> dict[str, Any]:
         return _facts("interrupted", "interrupted.", "", INTERRUPTED)
     if hasattr(error, "format_message"):  # typer's own, whose class differs between its versions
         return _facts("invalid_request", error.format_message(), "", getattr(error, "exit_code", 2))
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("cag"):
+        return _facts("internal_error", f"the package {error.name!r} is not installed.", MISSING, INTERNAL_ERROR)
 
     from cag.errors import CagError, error_row
     from cag_store.errors import StoreError

@@ -34,7 +34,9 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     examined = cag("doctor", "--device", "cpu", "--store", book, "--json")
     found = examined.json
     assert "measuring" in examined.stderr
-    assert set(found) == {"device", "attention", "kernels", "runtime", "memory", "store", "models", "versions"}
+    assert set(found) == {
+        "device", "attention", "kernels", "runtime", "memory", "store", "models", "versions", "unmet_requirements",
+    }  # fmt: skip
     assert found["device"]["used"] == "cpu"
     assert {"cuda", "flash_attn", "triton"} <= set(found["device"])
     assert set(found["attention"]) == {"prefill", "question", "answer"}
@@ -61,6 +63,13 @@ def test_doctor_says_what_is_used_and_why(cag, book, pulled_model, capsys):
     named = {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()}
     assert {"device", "CUDA", "flash-attn", "Triton", "compute", "threads", "memory", "store", "models"} <= named
     assert any(name.startswith("measured ") for name in named)
+    for unmet, said in (
+        (None, "not checked: cag-engine runs from a checkout"),
+        ([], "all there"),
+        (["numba>=0.62: not installed", "lxml>=6: 5.4"], "numba>=0.62: not installed; lxml>=6: 5.4"),
+    ):
+        print_report(found | {"unmet_requirements": unmet})
+        assert capsys.readouterr().out.splitlines()[-1].split(maxsplit=1) == ["required", said]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,26 @@ def test_the_command_line_starts_without_torch():
     assert finished.stderr == ""
 
 
+WITHOUT = """
+import sys
+
+sys.modules[sys.argv[1]] = None
+from cag.cli import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("package", ["zstandard", "xxhash", "filelock", "pydantic"])
+def test_a_package_that_is_missing_is_named(package, tmp_path):
+    """The store lacks the first two, which the table of errors asks for as well."""
+    command = ["serve", "--preload", "nix"] if package == "pydantic" else ["pull", "no-such-model"]
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, *command], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.startswith(f"error: the package {package!r} is not installed.\nhint: Install cag-engine anew")
+
+
 INTERRUPTED_AT_IMPORT = """
 import os, signal, sys
 
