@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= qwen2.5-coder-1.5b-instruct
 
-.PHONY: demo test test-slow test-gpu check format bench bench-gpu clean
+.PHONY: demo test test-slow test-gpu test-floors check format bench bench-gpu clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,17 @@ test-slow: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(BIN)/pytest -m gpu -n 8
 
+# The oldest versions that pyproject.toml allows, all together; torch as it is tested, and old releases may warn of what is newer
+test-floors:
+	rm -rf $(VENV)-floors
+	$(PYTHON) -m venv $(VENV)-floors
+	$(PYTHON) tests/floors.py > $(VENV)-floors/floors.txt
+	$(VENV)-floors/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-floors/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-floors/bin/python -m pip install --quiet --constraint $(VENV)-floors/floors.txt --editable ".[dev,quantized]"
+	$(VENV)-floors/bin/pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist worksteal \
+		-W default::DeprecationWarning -W default::FutureWarning
+
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +53,4 @@ bench-gpu: $(VENV)/installed
 	$(BIN)/cag bench gpu --device cuda --out results/gpu
 
 clean:
-	rm -rf $(VENV) build dist results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-floors build dist results .pytest_cache .mypy_cache .ruff_cache .hypothesis

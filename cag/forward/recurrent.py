@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +67,35 @@ class Remembers(Attends, Protocol):
         """Those whose new tokens the forward has: row by row, as many tokens of each."""
 
 
+@dataclass(frozen=True)
+class LayerStates:
+    """States of one layer as networks of transformers up to 5.20 reach for them: `cache.layers[3].conv_states[0]`."""
+
+    step: RecurrentStep
+    layer: int
+    record_past = False  # no states but the last are kept
+
+    @property
+    def conv_states(self) -> Numbered:
+        """See `RecurrentStep.get_conv_state`."""
+        return Numbered(partial(self.step.get_conv_state, self.layer))
+
+    @property
+    def recurrent_states(self) -> Numbered:
+        """See `RecurrentStep.get_recurrent_state`."""
+        return Numbered(partial(self.step.get_recurrent_state, self.layer))
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """What `get` gives for each number, in brackets."""
+
+    get: Callable[[int], Any]
+
+    def __getitem__(self, number: int) -> Any:
+        return self.get(number)
+
+
 class RecurrentStep:
     """The cache of one forward, as transformers' layers call it; also what attention layers are given.
 
@@ -89,6 +119,11 @@ class RecurrentStep:
         self._num_tokens = num_tokens
         self._layer: int | None = None
         self.after: dict[str, Tensor] = {}
+
+    @property
+    def layers(self) -> Numbered:
+        """`LayerStates` of each layer."""
+        return Numbered(partial(LayerStates, self))
 
     @property
     def states(self) -> list[States]:

@@ -6,7 +6,7 @@ from hybrids import FAMILIES, REFUSED
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cag.errors import UnsupportedModel
-from cag.forward.recurrent import KeptStates, RecurrentLayers
+from cag.forward.recurrent import KeptStates, RecurrentLayers, RecurrentStep
 from cag.forward.recurrent_probe import find_recurrent_layers
 from cag.model import LanguageModel, ModelOptions
 from cag.model_files import refuse_unsupported
@@ -224,3 +224,18 @@ def test_other_networks_are_given_no_cache(tmp_path):
     model.forward([1, 2, 3], state)
     assert isinstance(model.network.config, LlamaConfig) and model.recurrent is None
     assert all("past_key_values" not in names for names in seen) and state.recurrent == {}
+
+
+def test_layers_of_the_cache_are_views_of_the_same_states():
+    """Networks of transformers up to 5.20 reach for states there, and write to them."""
+    before = {"layers.003.conv.0": torch.zeros(1, 2, 4), "layers.003.recurrent.1": torch.zeros(1, 2)}
+    step = RecurrentStep([before], attention=None)
+    layer = step.layers[3]
+    layer.conv_states[0].add_(1)
+    layer.recurrent_states[1].add_(2)
+    assert layer.conv_states[0] is step.get_conv_state(3) and layer.recurrent_states[0] is None
+    assert not layer.record_past
+    assert {name: float(state.mean()) for name, state in step.states[0].items()} == {
+        "layers.003.conv.0": 1, "layers.003.recurrent.1": 2,
+    }  # fmt: skip
+    assert not any(state.any() for state in before.values())

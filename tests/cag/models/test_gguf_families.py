@@ -74,7 +74,9 @@ NETWORKS = {
 
 def random_network(name, changes):
     torch.manual_seed(0)
-    network = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**SIZES | changes))
+    # eager: transformers below 5.21 leaves score caps out otherwise
+    config = getattr(transformers, f"{name}Config")(**SIZES | changes)
+    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in network.parameters():
             values = torch.randn_like(parameter) * 0.2
