@@ -120,6 +120,32 @@ def test_what_others_put_below_the_prefix_stops_nothing_and_stays():
     assert [server.head(path)["path"] for path in foreign] == foreign
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b" " * (2 << 20) + b"{}", b"\xff", b"[]", b"{}"])
+def test_a_lease_that_nobody_writes_holds_everything(content):
+    server = MemoryStore()
+    store = Store(ObjectBackend("memory://", QUICK, server))
+    address = store.put_blob(b"a text")
+    server.put(f"leases/{uuid.uuid4().hex}.json", content)
+    report = store.gc(grace_s=-10)
+    assert (report.build_running, report.removed) == (True, ())
+    assert store.get_blob(address) == b"a text"
+
+
+def test_of_an_endless_marker_only_the_beginning_is_read(monkeypatch):
+    server, read, sizes = MemoryStore(), ObjectClient.read, []
+
+    def measured(*arguments, **options):
+        data, facts = read(*arguments, **options)
+        sizes.append(len(data))
+        return data, facts
+
+    server.put("format", b"x" * (1 << 20))
+    monkeypatch.setattr(ObjectClient, "read", measured)
+    with pytest.raises(UnsupportedFormat):
+        ObjectBackend("memory://", QUICK, server)
+    assert max(sizes) <= 64
+
+
 def test_a_cache_on_a_server_is_read_as_it_was_written(s3_url, small):
     cache = small(num_tokens=60)
     manifest = cache.build(Store.open(s3_url))

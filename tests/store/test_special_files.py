@@ -1,6 +1,7 @@
 """What is no file in the place of an object: nobody waits for it, and no error of the system comes through."""
 
 import base64
+import errno
 import json
 import os
 import signal
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cag_store import Store
-from cag_store.errors import StoreError
+from cag_store.errors import EntryNotFound, StoreError
+from cag_store.paths import blob_path
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "store-1.json").read_text())
 KINDS = {
@@ -107,3 +109,65 @@ def test_what_others_put_into_a_store_stops_nothing_and_stays(root):
     assert (list(report.removed), report.live_leases, report.kept_unreferenced) == (loose, 0, 0)
     assert all((root / path).exists() for path in foreign)
     use(root)
+
+
+def test_a_link_to_nothing_is_nothing(root):
+    """As one to a disk that is not mounted: what is written takes its place."""
+    store = Store.open(root)
+    sha256 = store.resolve("golden")[1].documents[0].sha256
+    text, path = store.get_blob(sha256), root / blob_path(sha256)
+    path.unlink()
+    path.symlink_to(root / "gone")
+    with pytest.raises(EntryNotFound):
+        store.get_blob(sha256)
+    assert store.put_blob(text) == sha256
+    assert (store.get_blob(sha256), path.is_symlink()) == (text, False)
+    assert store.verify("golden").ok
+
+
+@pytest.fixture
+def unlisted(root, monkeypatch):
+    """Names a folder of the store that the system does not list from then on."""
+
+    def refuse(folder):
+        for function in ("scandir", "listdir"):
+            monkeypatch.setattr(os, function, refusing(getattr(os, function), root / folder))
+
+    def refusing(listed, refused):
+        def listing(path="."):
+            if Path(path) == refused:
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return listed(path)
+
+        return listing
+
+    return refuse
+
+
+@pytest.mark.parametrize("folder", ["refs", "leases", "chunks", "blobs", "manifests"])
+def test_gc_removes_nothing_while_a_folder_cannot_be_listed(root, unlisted, folder):
+    store = Store.open(root)
+    lease = store.lease(store.ref("golden").manifest)
+    if folder == "leases":
+        store.remove("golden")
+    before = {path for path in root.rglob("*") if path.is_file()}
+    unlisted(folder)
+    with pytest.raises(StoreError, match=f"{folder}: Permission denied"):
+        store.gc(grace_s=0)
+    assert all(path.exists() for path in before)
+    lease.release()
+
+
+def test_a_folder_of_names_that_cannot_be_listed_is_not_an_empty_store(root, unlisted):
+    unlisted("refs")
+    with pytest.raises(StoreError, match="refs: Permission denied"):
+        Store.open(root).names()
+    with pytest.raises(StoreError, match="refs: Permission denied"):
+        Store.open(root).usage()
+    use(root)
+
+
+def test_a_foreign_folder_that_cannot_be_listed_stops_nothing(root, unlisted):
+    (root / "chunks" / "lost+found").mkdir()
+    unlisted("chunks/lost+found")
+    assert not Store.open(root).gc(grace_s=0).removed

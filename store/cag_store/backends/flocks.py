@@ -23,7 +23,6 @@ from cag_store.jsontext import parse_object
 
 _POLL_S = 0.01
 _MAX_LEASE_BYTES = 1 << 20
-_OURS = "[!.]*.json"  # what `locked_temporary` makes; anything else in a folder is somebody else's
 
 
 @contextmanager
@@ -76,7 +75,7 @@ def locked_temporary(directory: Path) -> tuple[Path, int]:
 def remove_unlocked(directory: Path, dry_run: bool) -> list[tuple[Path, os.stat_result]]:
     """Remove the files of `locked_temporary` in `directory` that no process holds; what was, or would be, removed."""
     removed = []
-    for path in directory.glob(_OURS):
+    for path in _ours(directory):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, IsADirectoryError):
@@ -128,10 +127,18 @@ def live_leases(directory: Path) -> list[dict[str, Any]]:
     """
     remove_unlocked(directory, dry_run=False)
     found = []
-    for path in directory.glob(_OURS):
+    for path in _ours(directory):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError), path.open("rb") as stream:
             found.append(_content(stream.read(_MAX_LEASE_BYTES)))
     return found
+
+
+def _ours(directory: Path) -> list[Path]:
+    """What `locked_temporary` makes in a folder; anything else there is somebody else's. Raises: OSError where the
+    folder is there and cannot be listed."""
+    with contextlib.suppress(FileNotFoundError):
+        return [path for path in directory.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
+    return []
 
 
 def _content(data: bytes) -> dict[str, Any]:

@@ -118,12 +118,10 @@ class LocalBackend(Backend):
                 self._make_parent(target)
                 try:
                     os.link(temporary, target)
-                except FileExistsError:
-                    return False
                 except OSError as error:
-                    if error.errno not in _NO_LINKS:
+                    if error.errno not in _NO_LINKS and not isinstance(error, FileExistsError):
                         raise
-                    with self.locked("rename"):  # a file system without hard links
+                    with self.locked("rename"):  # a file system without hard links, or a link to nothing has the name
                         if target.exists():
                             return False
                         temporary.rename(target)
@@ -152,15 +150,17 @@ class LocalBackend(Backend):
         return True
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """See `Backend`."""
-        for folder, _, names in os.walk(self._path(prefix)):
-            for name in names:
-                file = Path(folder, name)
-                path = file.relative_to(self.root).as_posix()
-                if is_path(path):
-                    with contextlib.suppress(FileNotFoundError):
-                        found = _stat(file)
-                        yield ObjectInfo(path, found.st_size, found.st_mtime)
+        """See `Backend`. A folder that cannot be listed is an error: what it holds must not look as if it had gone."""
+        with self._translated(prefix):
+            for folder, folders, names in os.walk(self._path(prefix), onerror=_unless_missing):
+                folders[:] = filter(is_path, folders)  # not into `lost+found`
+                for name in names:
+                    file = Path(folder, name)
+                    path = file.relative_to(self.root).as_posix()
+                    if is_path(path):
+                        with contextlib.suppress(FileNotFoundError):
+                            found = _stat(file)
+                            yield ObjectInfo(path, found.st_size, found.st_mtime)
 
     def stat(self, path: str) -> ObjectInfo:
         """See `Backend`."""
@@ -304,6 +304,12 @@ class LocalBackend(Backend):
             raise
         except OSError as error:
             raise _translate(error, str(self.root / path)) from error
+
+
+def _unless_missing(error: OSError) -> None:
+    """Raises: `error`, but for a folder that is not there."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _stat(path: Path) -> os.stat_result:

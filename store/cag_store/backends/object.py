@@ -280,7 +280,7 @@ class ObjectBackend(Backend):
 
     def _marker(self) -> str | None:
         try:
-            return bytes(self._client.read(_FORMAT)[0][:64]).decode("ascii", "replace")
+            return self.get_start(_FORMAT, 64)[0].decode("ascii", "replace")
         except EntryNotFound:
             return None
 

@@ -23,9 +23,11 @@ from typing import Any
 from cag_store.backends.base import Lease, is_path
 from cag_store.backends.object_client import CREATE, ObjectClient, ObjectOptions, Version
 from cag_store.backends.object_errors import ConditionFailed
-from cag_store.errors import EntryNotFound, StoreBusy, StoreError
+from cag_store.errors import CorruptEntry, EntryNotFound, StoreBusy, StoreError
+from cag_store.jsontext import parse_object
 
 LEASES, LOCKS, TEMPORARY = "leases", "locks", "tmp"
+_MAX_BYTES = 1 << 20  # of a lock or lease
 _POLL_S = 0.05
 _LOOK_AGAIN_S = 5.0  # a holder found dead is only found so by asking the server for the time
 
@@ -199,14 +201,13 @@ class Locks:
 
     def _content(self, path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            content = json.loads(bytes(self._client.read(path)[0]))
+            return parse_object(bytes(self._client.read(path, max_bytes=_MAX_BYTES)[0]), path)
         except EntryNotFound:
             if missing is None:
                 raise
             return missing
-        except ValueError:
+        except CorruptEntry:
             return {}
-        return content if isinstance(content, dict) else {}
 
     def _watch(self, held: Held) -> Held:
         with self._guard:
