@@ -20,7 +20,15 @@ from cag.building.fidelity import Fidelity
 from cag.building.ladder import CodecChoice, Rung, Trial, choose, describe_codec, smallest_finer
 from cag.building.options import BuildOptions, BuildProgress, BuildReport, BuildSeconds
 from cag.building.probes import NUM_PROBES, make_probes
-from cag.building.requirements import RESERVED_TOKENS, check_ids, check_memory, check_ttl, check_window, laid_out
+from cag.building.requirements import (
+    RESERVED_TOKENS,
+    check_codec_of,
+    check_ids,
+    check_memory,
+    check_ttl,
+    check_window,
+    laid_out,
+)
 from cag.building.rungs import REFINED, codec_of, ladder_of
 from cag.building.trials import CodecTrials
 from cag.corpus import Document
@@ -95,13 +103,15 @@ class Build:
     def named_codec(self) -> dict[str, Any] | None:
         """The codec's configuration; None when it is to be searched, for which the ladder is set up now.
 
-        Before anything is computed, since a basis may have to be made, which takes memory of its own.
+        Before anything is computed, since a basis may have to be made, which takes memory of its own. Raises: as
+        `check_codec_of`.
         """
         self.report("calibrate", 0)
         begin = time.perf_counter()
         codec = None
         if not self.options.chooses:
             codec = codec_of(self.options.keep or self.options.codec, self.chunks.model, self.store, self.report)
+            check_codec_of(self.chunks.model, self.store, codec)
         elif self.options.keep is None:
             self.rungs = self._ladder()
         self.seconds = replace(self.seconds, search_s=time.perf_counter() - begin)
@@ -113,14 +123,14 @@ class Build:
 
     def run(self, codec: dict[str, Any] | None, previous: Manifest | None) -> BuiltCache:
         """All but the commit. `codec` is None when it is to be searched; `previous` is what the name meant before."""
+        if previous is not None and (codec or self.options.keep) and (unchanged := self._unchanged(codec, previous)):
+            return unchanged
         is_lossless = codec is not None and codec_from_config(codec).lossless
         exact_context = self.chunks.context(codec if codec and is_lossless else codec_from_config(EXACT).config())
         there = self.chunks.stored(exact_context)
         exact = self.chunks.snapshots.resumable(there)
         if sum(entry.num_tokens for entry in exact) < self.chunks.num_tokens:
-            unchanged = previous and self._unchanged(codec, previous)
-            if unchanged:
-                self.reused_tokens = self.chunks.num_tokens
+            if previous is not None and (unchanged := self._unchanged(codec, previous)):
                 return unchanged
             self._count_lossy_chunks(codec, exact)
         self._compute(exact, exact_context)
@@ -234,6 +244,7 @@ class Build:
             return None
         if not self.chunks.snapshots.are_stored(previous.states):
             return None
+        self.reused_tokens = self.chunks.num_tokens
         return BuiltCache(previous.chunks, config, fidelity, choice if codec is None else None, previous.states)
 
     def _count_lossy_chunks(self, codec: dict[str, Any] | None, exact: Sequence[ChunkEntry]) -> None:
@@ -259,12 +270,15 @@ def build_cache(
     """Build a cache over `documents` in their order, and let `name` refer to it, for `ttl_s` seconds or for good.
 
     Raises:
-        UsageError: an expiry that is not ahead, or beyond the calendar; two documents of one id.
+        UsageError: an expiry that is not ahead, or beyond the calendar; two documents of one id; a codec with layers
+            that the model does not have.
         EmptyCorpus: no documents.
         CorpusTooLarge: more tokens than the model's window holds beside question and answer.
         InsufficientResources: too little memory for one copy of the cache, said before anything is computed.
         FidelityMissed: the cache misses the bound that was given; the name still refers to what it referred to.
         UnencodableArray: the codec that was named cannot hold the values.
+        UnknownCodec, EntryNotFound, CorruptEntry: a codec of no such configuration, or one whose basis is not in the
+            store whole.
         StoreError: the store cannot take the cache; the same holds.
         BuildInterrupted: Ctrl-C; chunks that are whole are kept, and the next build goes on behind them.
     """

@@ -17,9 +17,9 @@ from cag_store import codec_from_config, codec_ids
 AUTO = "auto"
 
 
-def check_codec(codec: str) -> None:
-    """Before a model is there. Raises: UnknownCodec: neither "auto" nor the id of a codec."""
-    if codec != AUTO and codec not in codec_ids():
+def check_codec(codec: str | dict[str, Any]) -> None:
+    """Before a model is there. Raises: UnknownCodec: neither "auto" nor the id or the configuration of a codec."""
+    if isinstance(codec, dict) or (codec != AUTO and codec not in codec_ids()):
         codec_from_config(codec)
 
 

@@ -81,7 +81,8 @@ def make_probes(
     """
     questions = [found for found in _questions(tokenizer, layout, documents) if len(found.token_ids) <= room_tokens]
     missing = NUM_PROBES - _num_probes(questions)
-    branches = questions + _continuations(layout, max(missing, NUM_PROBES // 2), min(EXCERPT_TOKENS, room_tokens))
+    excerpts = _continuations(layout, max(missing, NUM_PROBES // 2), min(EXCERPT_TOKENS, room_tokens))
+    branches = list(dict.fromkeys(questions + excerpts))  # a text that repeats itself gives the same one again
     if _num_probes(branches) >= NUM_PROBES:
         return branches
     further = (found for found in _further(tokenizer, layout, documents) if len(found.token_ids) <= room_tokens)

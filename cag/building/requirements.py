@@ -1,10 +1,12 @@
-"""What a build needs before it computes: an expiry ahead, ids that differ, room in the window and in memory."""
+"""What a build needs before it computes: an expiry ahead, ids that differ, a codec of such a model, room in the window
+and in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import cag_store
 from cag.building.options import BuildOptions
@@ -13,6 +15,8 @@ from cag.errors import CorpusTooLarge, EmptyCorpus, InsufficientResources, Usage
 from cag.machine.runtime import free_memory_bytes
 from cag.model import LanguageModel
 from cag.prompt import PrefixLayout, lay_out
+from cag_store import Store
+from cag_store.codecs import Int4
 
 RESERVED_TOKENS = 512  # of the window, kept for question and answer
 _FAR_TOO_LARGE = 4  # windows, behind which a corpus is not counted any more
@@ -71,6 +75,22 @@ def check_ids(documents: Sequence[Document]) -> None:
     doc_id, times = max(Counter(document.doc_id for document in documents).items(), key=lambda item: item[1])
     if times > 1:
         raise UsageError(f"{times} documents have the id {doc_id!r}.", hint="Citations name documents by their ids.")
+
+
+def check_codec_of(model: LanguageModel, store: Store, codec: Mapping[str, Any]) -> None:
+    """Whether a codec's full configuration can be that of a cache of `model` in `store`.
+
+    Raises: UsageError: layers that the model does not have; EntryNotFound, CorruptEntry: what the codec needs is not in
+        the store whole.
+    """
+    last = max(codec["wide_key_layers"], default=0) if codec["id"] == Int4.codec_id else 0
+    if last >= len(model.kv_shapes):
+        raise UsageError(
+            f"codec int4: wide_key_layers names layer {last}, and {model.model_id} has {len(model.kv_shapes)}, "
+            "counted from 0."
+        )
+    store.codec(codec)
+    store.forget_codec(codec)  # measuring and encoding prepare it anew
 
 
 def check_memory(model: LanguageModel, layout: PrefixLayout) -> None:

@@ -12,6 +12,7 @@ from cag.cli.opening import ModelChoice, load_engine, load_engine_of, store_at
 from cag.cli.options import (
     AdapterOption,
     BuildersModelOption,
+    CodecOption,
     DeviceOption,
     DtypeOption,
     ForceOption,
@@ -53,14 +54,7 @@ def build(
             show_default="qwen2.5-coder-1.5b-instruct",
         ),
     ] = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            "--codec",
-            help="How keys and values are encoded; auto takes the smallest that stays within --max-kl.",
-            show_default="lossless",
-        ),
-    ] = None,
+    codec: CodecOption = None,
     max_kl: Annotated[
         float | None,
         typer.Option(

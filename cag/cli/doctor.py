@@ -107,13 +107,12 @@ def _store_facts(store: Store) -> dict[str, Any]:
     from cag.models.progress import folder_bytes
     from cag.models.resources import free_disk_bytes
     from cag_store import is_url
+    from cag_store.usage import objects
 
     url = store.backend.url
     facts: dict[str, Any] = {"path": url, "num_caches": len(store.names())}
     if is_url(url):
-        held = sum(
-            info.size_bytes for folder in ("chunks", "blobs", "manifests") for info in store.backend.list(folder)
-        )
+        held = sum(info.size_bytes for info in objects(store.backend).values())
         return facts | {"num_bytes": held, "free_disk_bytes": None}
     return facts | {"num_bytes": folder_bytes(Path(url)), "free_disk_bytes": free_disk_bytes(Path(url))}
 

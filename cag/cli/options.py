@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cag.cli.quantities import duration_s, size_bytes
+from cag.cli.quantities import codec_choice, duration_s, size_bytes
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the cache.")]
 PathsArgument = Annotated[
@@ -30,6 +30,17 @@ CacheBytesOption = Annotated[
         metavar="SIZE",
         parser=size_bytes,
         show_default="10GB",
+    ),
+]
+CodecOption = Annotated[
+    str | None,  # or what its parser makes of that
+    typer.Option(
+        "--codec",
+        help="How keys and values are encoded: an id, a configuration as JSON, or auto, which takes the smallest that "
+        "stays within --max-kl.",
+        metavar="CODEC",
+        parser=codec_choice,
+        show_default="lossless",
     ),
 ]
 AdapterOption = Annotated[

@@ -1,8 +1,11 @@
-"""Sizes and durations as people write them: `20GB`, `512MiB`, `7d`, `90m`. Knows no command."""
+"""Sizes, durations and codecs as people write them: `20GB`, `512MiB`, `7d`, `90m`, `int8`, `{"id": "int8", ...}`. Knows
+no command."""
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import typer
 
@@ -24,10 +27,24 @@ def size_bytes(text: str) -> int:
 def duration_s(text: str) -> float:
     """Seconds of `90s`, `30m`, `12h`, `7d` or `2w`, at most a hundred years. Raises: typer.BadParameter."""
     found = _DURATION.fullmatch(text.strip())
-    seconds = float(found[1]) * _UNIT_SECONDS[found[2].lower()] if found else 0.0
-    if not 0 < seconds <= _LONGEST_S:
+    if found is None:
         raise typer.BadParameter(f"{text!r} is not a duration; write it like 90s, 30m, 12h, 7d or 2w.")
+    seconds = float(found[1]) * _UNIT_SECONDS[found[2].lower()]
+    if not 0 < seconds <= _LONGEST_S:
+        raise typer.BadParameter(f"{text!r} is no time ahead; it is more than 0s and at most a hundred years (36525d).")
     return seconds
+
+
+def codec_choice(text: str) -> str | dict[str, Any]:
+    """The id of a codec, or its configuration, written as a JSON object. Raises: typer.BadParameter."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{text!r:.130} is neither the id of a codec nor JSON: {error}.") from error
+    assert isinstance(config, dict), "it begins as an object"
+    return config
 
 
 def duration_text(seconds: float) -> str:

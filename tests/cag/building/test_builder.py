@@ -71,6 +71,24 @@ def test_an_update_of_nothing_reads_each_text_once_and_writes_none(tiny_engine, 
     assert {method for method, path in calls if path in texts} == {"get"}
 
 
+@pytest.mark.parametrize("codec", ["lossless", "int8"])
+def test_an_update_of_nothing_opens_each_chunk_once(tiny_engine, long_corpus, monkeypatch, codec):
+    first = tiny_engine.build([long_corpus], name="a", codec=codec)
+    opened, original = [], tiny_engine.store.backend.get_start
+
+    def counted(path, length):
+        opened.append(path)
+        return original(path, length)
+
+    monkeypatch.setattr(tiny_engine.store.backend, "get_start", counted)
+    before = tiny_engine.find("a")[1]
+    again = tiny_engine.update("a", [long_corpus])
+    assert opened == list(before.chunk_sizes)
+    after = tiny_engine.find("a")[1]
+    assert (after.chunks, after.fidelity, after.codec) == (before.chunks, before.fidelity, before.codec)
+    assert (again.reused_tokens, again.computed_tokens, again.recomputed_tokens) == (first.num_tokens, 0, 0)
+
+
 def test_an_appended_document_reuses_the_chunks_before_it(tiny_engine, long_corpus):
     before = tiny_engine.build([long_corpus], name="a")
     (long_corpus / "part9.txt").write_text("A late addition.")
@@ -343,6 +361,21 @@ def test_a_codec_nobody_knows_is_refused_before_anything_is_computed(tiny_engine
         tiny_engine.build([corpus_dir], name="a", codec="zip")
     with pytest.raises((cag_store.errors.UnknownCodec, UsageError)):
         tiny_engine.build([corpus_dir], name="a", codec={"id": "int8", "nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("codec", "error"),
+    [
+        ({"id": "int4", "wide_key_layers": [0, 2]}, UsageError),
+        ({"id": "transform", "basis": "ab" * 32, "joint_layers": 2, "step": 0}, cag_store.errors.EntryNotFound),
+    ],
+)
+def test_a_codec_that_cannot_be_this_models_is_refused_before_anything_is_computed(
+    tiny_engine, corpus_dir, monkeypatch, codec, error
+):
+    monkeypatch.setattr("cag.building.chunks.prefill", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(error):
+        tiny_engine.build([corpus_dir], name="a", codec=codec)
 
 
 def test_an_update_keeps_the_day_of_the_first_build(tmp_path, corpus_dir, monkeypatch):

@@ -126,6 +126,14 @@ def test_a_text_with_enough_probes_is_asked_no_more(model, monkeypatch):
     assert sum(kind == "question" for kind, *_ in lengths) == 4
 
 
+def test_a_text_that_repeats_itself_is_asked_no_question_twice(model):
+    line = "The valve is shut at night!\n"  # as many tokens as an excerpt with four more
+    corpus = [document(number, line * 80 + "x" * number) for number in range(3)]
+    _, branches = laid_out(model, corpus)
+    assert len(set(branches)) == len(branches)
+    assert NUM_PROBES <= sum(len(branch.targets) for branch in branches) < NUM_PROBES + 32
+
+
 def test_branches_that_do_not_fit_the_window_are_left_out(model):
     corpus = documents()
     layout = lay_out(model.tokenizer, model.template, corpus)

@@ -61,6 +61,16 @@ def test_options_reach_the_cache(build, tmp_path):
     assert manifest.kv.compute_dtype == "float32"
 
 
+def test_a_codec_can_be_named_with_its_parameters(build, cag, corpus, tmp_path):
+    built = build("--codec", '{"id": "int4", "wide_key_layers": [1], "group_tokens": 32}', "--json").json
+    codec = built["codec"]
+    assert (codec["id"], codec["wide_key_layers"], codec["group_tokens"]) == ("int4", [1], 32)
+    assert cag("update", "book", corpus, "--store", tmp_path / "s", "--json").json["codec"] == built["codec"]
+    refused = build("--codec", '{"id": "int4", "wide_key_layers": [1, 2]}', "--json")
+    assert (refused.exit_code, refused.error["code"]) == (2, "invalid_request")
+    assert "layer 2" in refused.error["message"]
+
+
 def test_int4_from_documents_to_an_answer(build, cag, corpus, tmp_path):
     (corpus / "log.txt").write_text(
         "".join(f"Entry {number}: the gauge reads {number * 37 % 101}.\n" for number in range(80))
@@ -128,6 +138,8 @@ def test_verbose_prints_the_effective_configuration(build, tiny_model_dir, tmp_p
     ("options", "exit_code", "told"),
     [
         (("--codec", "zip9"), 54, "zip9"),
+        (("--codec", '{"id": "int8", "nonsense": 1}'), 54, "nonsense"),
+        (("--codec", "{id: int8}"), 2, "nor JSON"),
         (("--name", "a/b"), 57, "a/b"),
         (("--adapter", "nowhere"), 2, "nowhere"),
     ],

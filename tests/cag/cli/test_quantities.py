@@ -1,7 +1,7 @@
 import pytest
 import typer
 
-from cag.cli.quantities import duration_s, duration_text, size_bytes
+from cag.cli.quantities import codec_choice, duration_s, duration_text, size_bytes
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,27 @@ def test_what_is_not_a_size(text):
         size_bytes(text)
 
 
-@pytest.mark.parametrize("text", ["", "7", "0d", "-1d", "7 days", "9999999999w"])
+@pytest.mark.parametrize("text", ["", "7", "-1d", "7 days"])
 def test_what_is_not_a_duration(text):
     with pytest.raises(typer.BadParameter, match="7d"):
         duration_s(text)
+
+
+@pytest.mark.parametrize("text", ["0d", "0s", "0.0h", "9999999999w"])
+def test_a_duration_that_is_none_or_too_long_says_how_long_it_may_be(text):
+    with pytest.raises(typer.BadParameter, match="more than 0s and at most a hundred years"):
+        duration_s(text)
+
+
+def test_a_codec_is_an_id_or_a_configuration():
+    assert codec_choice("int8") == "int8"
+    assert codec_choice(' {"id": "int4", "wide_key_layers": [7]}') == {"id": "int4", "wide_key_layers": [7]}
+
+
+@pytest.mark.parametrize("text", ["{", "{'id': 'int8'}", '{"id": "int8"} more', '{"a":' * 100_000])
+def test_what_is_not_a_codec(text):
+    with pytest.raises(typer.BadParameter, match="nor JSON"):
+        codec_choice(text)
 
 
 def test_durations_are_said_in_their_largest_unit():
