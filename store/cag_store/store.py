@@ -305,7 +305,8 @@ class Store:
 
     def verify(self, name: str) -> VerifyReport:
         """Read and check every byte of the cache. Damage is in the report, not raised. Raises: EntryNotFound for the
-        name; BackendUnavailable, UnknownCodec: nothing can be said of the cache here."""
+        name; BackendUnavailable, UnknownCodec, StoreFull (no permission to read): nothing can be said of the cache here.
+        """
         return verify_cache(self, name)
 
     def gc(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cag_store.chunk_files import OpenChunk, check_segments, open_chunk
-from cag_store.errors import BackendUnavailable, CorruptEntry, EntryNotFound, StoreError, UnknownCodec
+from cag_store.errors import BackendUnavailable, CorruptEntry, EntryNotFound, StoreError, StoreFull, UnknownCodec
 from cag_store.manifest import Manifest
 from cag_store.paths import blob_path, manifest_path, ref_path
 from cag_store.reader import check_chain
@@ -22,7 +22,7 @@ from cag_store.states import check_states, read_states
 if TYPE_CHECKING:
     from cag_store.store import Store
 
-_NO_DAMAGE = (BackendUnavailable, UnknownCodec)  # what cannot be read or decoded here may be whole
+_NO_DAMAGE = (BackendUnavailable, StoreFull, UnknownCodec)  # what may not be read, or decoded, here may be whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class VerifyReport:
 
 def verify_cache(store: Store, name: str) -> VerifyReport:
     """See `Store.verify`. Raises: EntryNotFound when there is no such name, InvalidName, BackendUnavailable,
-    UnknownCodec."""
+    UnknownCodec; StoreFull: no permission to read it."""
     started = time.perf_counter()
     digest, manifest, problems = None, None, list[StoreError]()
     bytes_read = store.backend.stat(ref_path(name)).size_bytes if name in store.names() else 0
@@ -75,7 +75,7 @@ def verify_cache(store: Store, name: str) -> VerifyReport:
 
 @contextlib.contextmanager
 def _damage_to(problems: list[StoreError]) -> Iterator[None]:
-    """What is wrong within goes to `problems`. Raises: BackendUnavailable, UnknownCodec."""
+    """What is wrong within goes to `problems`. Raises: BackendUnavailable, StoreFull, UnknownCodec."""
     try:
         yield
     except _NO_DAMAGE:

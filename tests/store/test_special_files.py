@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cag_store import Store
-from cag_store.errors import EntryNotFound, StoreError
+from cag_store.errors import EntryNotFound, StoreError, StoreFull
 from cag_store.paths import blob_path
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "store-1.json").read_text())
@@ -123,6 +123,20 @@ def test_a_link_to_nothing_is_nothing(root):
     assert store.put_blob(text) == sha256
     assert (store.get_blob(sha256), path.is_symlink()) == (text, False)
     assert store.verify("golden").ok
+
+
+@pytest.mark.parametrize("folder", ["chunks", "blobs", "manifests", "refs"])
+def test_what_may_not_be_read_is_not_called_damaged(root, monkeypatch, folder):
+    refused, original = str(root / folder), os.open
+
+    def opened(path, *rest):
+        if str(path).startswith(refused):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *rest)
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(StoreFull, match="no permission"):
+        Store.open(root).verify("golden")
 
 
 @pytest.fixture
