@@ -125,9 +125,9 @@ def _freeable_bytes(store: Store, name: str) -> int | None:
         manifests = {ref.name: store.manifest(ref.manifest) for ref in store.refs()}
         own = manifests.pop(name)
         held_chunks = {path for manifest in manifests.values() for path in manifest.chunk_sizes}
-        held_texts = {document.sha256 for manifest in manifests.values() for document in manifest.documents}
+        held_blobs = {digest for manifest in manifests.values() for digest in manifest.blob_digests}
         chunk_bytes = sum(size for path, size in own.chunk_sizes.items() if path not in held_chunks)
-        return chunk_bytes + store.blob_bytes({document.sha256 for document in own.documents} - held_texts)
+        return chunk_bytes + store.blob_bytes(set(own.blob_digests) - held_blobs)
     except (StoreError, KeyError):
         return None
 

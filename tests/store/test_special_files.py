@@ -139,6 +139,12 @@ def test_what_may_not_be_read_is_not_called_damaged(root, monkeypatch, folder):
         Store.open(root).verify("golden")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no folder that takes no other")
+def test_a_place_that_takes_no_folder_is_not_a_part_that_has_gone():
+    with pytest.raises(StoreFull, match="/proc/none: .*put the store elsewhere"):
+        Store.open("/proc/none").put_blob(b"a text")
+
+
 @pytest.fixture
 def unlisted(root, monkeypatch):
     """Names a folder of the store that the system does not list from then on."""

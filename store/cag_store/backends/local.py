@@ -256,7 +256,12 @@ class LocalBackend(Backend):
         """Make the store's folders, once."""
         if self._ready:
             return
-        (self.root / _TEMPORARY).mkdir(parents=True, exist_ok=True)
+        try:
+            (self.root / _TEMPORARY).mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # not of a part of a cache that was there
+            raise StoreFull(
+                f"no folder can be made at {self.root}: {error.strerror}; put the store elsewhere", path=str(self.root)
+            ) from error
         self._check_format()
         if not (self.root / "format").exists():
             with self._written([FORMAT_TEXT.encode("ascii")]) as temporary:

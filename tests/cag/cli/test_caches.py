@@ -1,8 +1,10 @@
 """`ls`, `show`, `verify`, `rm`, `gc`, `pin`, `unpin`, `expire`: fields, effects, damage that is said and not hidden."""
 
+import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -151,6 +153,16 @@ def test_rm_says_what_gc_will_free_and_gc_frees_it(cag, book):
     assert planned | {"dry_run": False} == freed
     assert freed["removed_bytes"] >= stored
     assert not [path for path in (book / "chunks").rglob("*") if path.is_file()]
+
+
+def test_rm_counts_what_the_codec_needs(cag, book):
+    store = Store.open(book)
+    manifest, basis = store.resolve("book")[1], store.put_blob(os.urandom(5000))
+    codec = {"id": "transform", "basis": basis, "joint_layers": 1, "step": 0, "exact_tokens": 4}
+    blobs = [*manifest.blob_digests, basis]
+    store.commit("book", replace(manifest, codec=codec, blob_bytes=store.blob_bytes(blobs)))
+    removed = cag("rm", "book", "--store", book, "--json").json
+    assert removed["freeable_bytes"] == store.blob_bytes(blobs) + sum(manifest.chunk_sizes.values())
 
 
 def test_rm_counts_only_what_no_other_cache_holds(cag, book):
