@@ -1,4 +1,4 @@
-"""Files below a folder, in natural order, without hidden files, version control, caches and virtual environments.
+"""Files below a folder, in natural order, without hidden files, version control, virtual environments and stores.
 
 A link to a folder is followed once, and only when its target lies neither inside nor above the folder being walked:
 what is inside is met under its own path, and what is above would lead back. So loops end, and no name is by chance.
@@ -22,6 +22,7 @@ OnSkip = Callable[[Path, str], None]
 
 _EXCLUDED_FOLDERS = frozenset(("node_modules", "__pycache__", "venv", "CVS", "_darcs"))
 _VENV_MARK = "pyvenv.cfg"
+_STORE_MARK = b"cag-store "
 _HIDDEN = (".", "~$")  # the second: what Word keeps beside a document that is open
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -46,7 +47,7 @@ def walk_files(root: Path, on_error: OnError, on_skip: OnSkip, *, max_depth: int
     """Files below `root`, sorted by `natural_key` of their path relative to it.
 
     max_depth: number of path parts below `root` to look at; None for all.
-    on_error:  gets folders that cannot be listed; on_skip: gets links that are not followed, and special files.
+    on_error:  gets folders that cannot be listed; on_skip: gets links that are not followed, special files and stores.
     """
     seen: set[tuple[int, int]] = set()
     files: list[Path] = []
@@ -64,7 +65,10 @@ def walk_files(root: Path, on_error: OnError, on_skip: OnSkip, *, max_depth: int
                 on_error(error)
                 continue
             if stat.S_ISDIR(mode):
-                pending += [] if _is_excluded(entry) else [entry]
+                if _is_store(entry):
+                    on_skip(entry, "a store of caches")
+                elif not _is_excluded(entry):
+                    pending.append(entry)
             elif stat.S_ISREG(mode):
                 files.append(entry)
             else:
@@ -101,6 +105,18 @@ def _is_excluded(folder: Path) -> bool:
         return folder.name in _EXCLUDED_FOLDERS or bool(mode_of(folder / _VENV_MARK))
     except UnreadableDocument:
         return False  # nor will it be listed, which is when that is said
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder holds caches, whose manifests are no documents (docs/format.md, section 1)."""
+    marker = folder / "format"
+    try:
+        if not stat.S_ISREG(mode_of(marker)):
+            return False
+        with marker.open("rb") as stream:
+            return stream.read(len(_STORE_MARK)) == _STORE_MARK
+    except (OSError, UnreadableDocument):
+        return False
 
 
 def _is_new(folder: Path, root: Path, seen: set[tuple[int, int]], on_skip: OnSkip) -> bool:

@@ -305,8 +305,7 @@ class Store:
 
     def verify(self, name: str) -> VerifyReport:
         """Read and check every byte of the cache. Damage is in the report, not raised. Raises: EntryNotFound for the
-        name; BackendUnavailable, UnknownCodec, StoreFull (no permission to read): nothing can be said of the cache here.
-        """
+        name; InvalidName; BackendUnavailable, UnknownCodec, StoreFull (no permission): nothing can be said of it."""
         return verify_cache(self, name)
 
     def gc(

@@ -53,7 +53,8 @@ def verify_cache(store: Store, name: str) -> VerifyReport:
     UnknownCodec; StoreFull: no permission to read it."""
     started = time.perf_counter()
     digest, manifest, problems = None, None, list[StoreError]()
-    bytes_read = store.backend.stat(ref_path(name)).size_bytes if name in store.names() else 0
+    path = ref_path(name)
+    bytes_read = store.backend.stat(path).size_bytes if name in store.names() else 0
     num_chunks = num_blobs = 0
     with contextlib.ExitStack() as held:
         try:

@@ -141,7 +141,7 @@ def test_what_may_not_be_read_is_not_called_damaged(root, monkeypatch, folder):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no folder that takes no other")
 def test_a_place_that_takes_no_folder_is_not_a_part_that_has_gone():
-    with pytest.raises(StoreFull, match="/proc/none: .*put the store elsewhere"):
+    with pytest.raises(StoreFull, match=r"/proc/none: .*put the store elsewhere"):
         Store.open("/proc/none").put_blob(b"a text")
 
 

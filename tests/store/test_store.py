@@ -247,6 +247,9 @@ def test_verify_reads_every_byte(store, small):
     report.raise_first()
     with pytest.raises(EntryNotFound):
         store.verify("other")
+    for name in ("..", "", "-x", None):
+        with pytest.raises(InvalidName):
+            store.verify(name)
 
 
 def test_verify_holds_little_of_a_chunk_at_a_time(store, small, monkeypatch):

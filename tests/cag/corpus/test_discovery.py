@@ -68,6 +68,15 @@ def test_hidden_version_control_and_environment_folders_are_left_out(tree):
     assert ids(load_corpus([root])) == ["kept.md"]
 
 
+def test_a_store_among_the_documents_is_passed_over_and_said(tree):
+    stores = {"caches/format": "cag-store 1\n", "caches/refs/book.json": "{}", "v2/later/format": "cag-store 27\n"}
+    root = tree({**stores, "v2/later/a.md": "none of ours", "v2/b.md": "b", "notes/format": "A4", "notes/a.md": "a"})
+    report = load_corpus([root])
+    assert ids(report) == ["notes/a.md", "v2/b.md"]
+    said = {(str(root / folder), "a store of caches") for folder in ("caches", "v2/later")}
+    assert said == set(report.skipped) - {(str(root / "notes/format"), "unknown type")}
+
+
 def test_a_hidden_folder_given_by_itself_is_read(tree):
     assert ids(load_corpus([tree({".notes/a.md": "a"}) / ".notes"])) == ["a.md"]
 
