@@ -84,8 +84,8 @@ def collect(store: Store, grace_s: float, dry_run: bool, max_bytes: int | None, 
             doomed += [marks.infos[path] for path in sorted(reached - still) if path in marks.infos]
         names = [*(ref.name for ref in marks.expired), *(eviction.name for eviction in evicted)]
         if not dry_run:
-            for path in (*map(ref_path, names), *(info.path for info in doomed)):
-                backend.delete(path)
+            backend.delete_all([ref_path(name) for name in names])  # before what they reach
+            backend.delete_all([info.path for info in doomed])
         temporaries = backend.sweep_temporaries(dry_run)
     removed = [*doomed, *temporaries]
     kept_bytes = sum(info.size_bytes for info in marks.infos.values()) - sum(info.size_bytes for info in doomed)

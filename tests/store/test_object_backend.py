@@ -131,6 +131,28 @@ def test_a_lease_that_nobody_writes_holds_everything(content):
     assert store.get_blob(address) == b"a text"
 
 
+def test_the_collector_removes_many_objects_in_few_requests(proxy, s3_url):
+    store = Store.open(s3_url)
+    addresses = [store.put_blob(b"text %d" % number) for number in range(30)]
+    store.backend.touch(blob_path(addresses[0]))
+    proxy.requests.clear()
+    removed = store.gc(grace_s=-100).removed
+    assert sorted(removed) == sorted(map(blob_path, addresses))
+    assert len(list(store.backend.list("blobs"))) == len(list(store.backend.list("touched"))) == 0
+    assert len([request for request in proxy.requests if any(a in request.path for a in addresses)]) == 0
+    assert len([request for request in proxy.requests if addresses[1].encode() in request.body]) == 1
+
+
+def test_objects_that_have_gone_meanwhile_are_gone():
+    server = MemoryStore()
+    backend = ObjectBackend("memory://", QUICK, server)
+    for name in ("a", "b", "c"):
+        backend.replace(f"blobs/{name}", b"1")
+    backend.touch("blobs/c")
+    backend.delete_all(["blobs/a", "blobs/x", "blobs/b", "blobs/c"])
+    assert [list(backend.list(folder)) for folder in ("blobs", "touched")] == [[], []]
+
+
 def test_of_an_endless_marker_only_the_beginning_is_read(monkeypatch):
     server, read, sizes = MemoryStore(), ObjectClient.read, []
 

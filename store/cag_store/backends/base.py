@@ -113,6 +113,11 @@ class Backend(ReadableBackend):
     def delete(self, path: str) -> bool:
         """Remove the object; whether it was there."""
 
+    def delete_all(self, paths: Sequence[str]) -> None:
+        """Remove the objects, in any order; those that are not there are none the less gone."""
+        for path in paths:
+            self.delete(path)
+
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects below the folder `prefix`, in no particular order; without what has a name that no object can

@@ -37,6 +37,7 @@ _TOUCHABLE = ("chunks", "blobs", "manifests", "refs")
 _NEVER = Version('"never"', "0")
 _MAX_VERSIONS = 1 << 16
 _USE_INTERVAL_S = 60.0
+_DELETED_AT_ONCE = 256
 
 
 class ObjectBackend(Backend):
@@ -124,6 +125,17 @@ class ObjectBackend(Backend):
         self._client.delete([path, *touched])
         self._forget_version(path)
         return True
+
+    def delete_all(self, paths: Sequence[str]) -> None:
+        """See `Backend`: many in a request."""
+        touched = {path for path, _ in self._client.list(_TOUCHED)} if paths else set()
+        for first in range(0, len(paths), _DELETED_AT_ONCE):
+            batch = paths[first : first + _DELETED_AT_ONCE]
+            for held in self._scopes.held():
+                self._locks.check_fresh(held)
+            self._client.delete_all([*batch, *(mark for path in batch if (mark := f"{_TOUCHED}/{path}") in touched)])
+            for path in batch:
+                self._forget_version(path)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Backend`."""
