@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cag_kernels.cpu.attention.panel import host_blocking
 from cag_kernels.cpu.emit import INT16, INT32, INT64, POINTER, Emitter, Value
+from cag_kernels.cpu.fields import Fields
 from cag_kernels.cpu.pairs import emit_pairs
 from cag_kernels.cpu.passes import emit_passes
 from cag_kernels.cpu.products.codes import LANES, QUAD
@@ -139,23 +140,18 @@ class _Bounds:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name="bounds")
         self.emit = Emitter(self.function, lanes)
         self.passes = passes
-        self.fields = {field: self._read(field) for field in list(Field)[1:]}
+        self.fields = Fields(self.emit, list(Field)[1:], range(Field.ROWS, Field.LOWERS + 1))
         emit, builder = self.emit, self.emit.builder
         num_groups = self.fields[Field.NUM_GROUPS]
         self.sums = emit.scratch(MOST_ROWS * LANES)
         share = Share(emit, num_groups, emit.integer(1))
-        with share.units(emit, emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)) as unit:
+        with share.units(emit, self.fields.place(Field.NEXT_TASK)) as unit:
             start = builder.mul(unit, share.size)
             stop = emit.minimum(builder.add(start, share.size), num_groups)
             with emit.loop(start, stop, 1) as group:
                 self._emit_sums(group.index)
                 self._emit_bounds(group.index, unit)
         builder.ret_void()
-
-    def _read(self, field: Field) -> Value:
-        place = self.emit.at(self.function.args[0], int(field), INT64)
-        value = self.emit.builder.load(place, typ=INT64, align=8)
-        return self.emit.builder.inttoptr(value, POINTER) if field <= Field.LOWERS else value
 
     def _emit_sums(self, group: Value) -> None:
         """All rows by a group of features, to `sums`."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cag_kernels.cpu.attention.panel import host_blocking
 from cag_kernels.cpu.emit import ELEMENTS, INT8, INT32, INT64, POINTER, Emitter, Value, function_blocks
+from cag_kernels.cpu.fields import Fields
 from cag_kernels.cpu.passes import emit_passes
 from cag_kernels.cpu.program import Program
 from cag_kernels.cpu.tape import CompiledStep, Reads, new_call, scratch_memory
@@ -260,28 +261,21 @@ def _store_some(emit: Emitter, value: Value, pointer: Value, count: Value) -> No
     emit.builder.call(function, [value, pointer, ir.Constant(INT32, 4), _inside(emit, count)])
 
 
-class _Fields:
-    """A function of one pointer to the fields of a call."""
-
-    def __init__(self, module: ir.Module, name: str, lanes: int) -> None:
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
-        self.emit = Emitter(self.function, lanes)
-        self.next_task = self.emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)
-        self.fields = {field: self._read(field) for field in list(Field)[1:]}
-
-    def _read(self, field: Field) -> Value:
-        value = self.emit.builder.load(self.emit.at(self.function.args[0], int(field), INT64), typ=INT64, align=8)
-        return self.emit.builder.inttoptr(value, POINTER) if Field.BLOCK <= field <= Field.OUT else value
+def _fields(module: ir.Module, name: str, lanes: int) -> Fields[Emitter]:
+    """Of a new function of one pointer to a call."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
+    return Fields(Emitter(function, lanes), list(Field)[1:], range(Field.BLOCK, Field.OUT + 1))
 
 
-class _Lay(_Fields):
+class _Lay:
     """Copies the block tile by tile. What is behind the last feature stays as it is: nobody reads it."""
 
     def __init__(self, module: ir.Module, lanes: int) -> None:
-        super().__init__(module, "lay", lanes)
+        self.fields = _fields(module, "lay", lanes)
+        self.emit = self.fields.emit
         emit, builder, in_features = self.emit, self.emit.builder, self.fields[Field.IN_FEATURES]
         share = Share(emit, in_features, emit.integer(TILE))
-        with share.units(emit, self.next_task) as unit:
+        with share.units(emit, self.fields.place(Field.NEXT_TASK)) as unit:
             first = builder.mul(unit, share.size)
             stop = emit.minimum(builder.add(first, share.size), in_features)
             with emit.loop(first, stop, TILE) as tile:
@@ -298,11 +292,12 @@ class _Lay(_Fields):
                 emit.store(emit.load(emit.at(source, feature.index)), emit.at(target, feature.index))
 
 
-class _Linear(_Fields):
+class _Linear:
     """The function that threads run: task by task, rows that are served at once, panel by panel, pass by pass."""
 
     def __init__(self, module: ir.Module, lanes: int, passes: list[ir.Function], kept: torch.dtype) -> None:
-        super().__init__(module, "linear", lanes)
+        self.fields = _fields(module, "linear", lanes)
+        self.emit = self.fields.emit
         self.passes = passes
         self.element, self.number_bytes = ELEMENTS[kept], kept.itemsize
         self._emit_tasks()
@@ -310,7 +305,7 @@ class _Linear(_Fields):
     def _emit_tasks(self) -> None:
         emit, builder, fields = self.emit, self.emit.builder, self.fields
         share = Share(emit, fields[Field.OUT_FEATURES], emit.integer(PANEL))
-        with share.units(emit, self.next_task) as unit:
+        with share.units(emit, self.fields.place(Field.NEXT_TASK)) as unit:
             first = builder.mul(unit, share.size)
             stop = emit.minimum(builder.add(first, share.size), fields[Field.OUT_FEATURES])
             with emit.loop(emit.integer(0), fields[Field.NUM_ROWS], fields[Field.ROWS_AT_ONCE]) as rows:

@@ -13,7 +13,8 @@ from functools import cache
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from cag_kernels.cpu.emit import INT8, INT32, INT64, LINE_BYTES, POINTER, SECOND_CACHE, Value
+from cag_kernels.cpu.emit import INT8, INT32, LINE_BYTES, POINTER, SECOND_CACHE, Value
+from cag_kernels.cpu.fields import Fields
 from cag_kernels.cpu.products.bounds import Field, share_bounds
 from cag_kernels.cpu.products.codes import DEPTH, LANES, ROWS, SHIFT
 from cag_kernels.cpu.program import Program
@@ -60,13 +61,13 @@ class _Bounds:
     def __init__(self, module: ir.Module) -> None:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name="bounds")
         self.emit = TileEmitter(self.function)
-        self.fields = {field: self._read(field) for field in list(Field)[1:]}
+        self.fields = Fields(self.emit, list(Field)[1:], range(Field.ROWS, Field.LOWERS + 1))
         emit, builder = self.emit, self.emit.builder
         num_groups = self.fields[Field.NUM_GROUPS]
         with emit.configured():
             self.sums = [emit.bytes_on_stack(4 * LANES * LANES) for _ in range(GROUPS)]
             share = Share(emit, num_groups, emit.integer(GROUPS))
-            with share.units(emit, emit.at(self.function.args[0], int(Field.NEXT_TASK), INT64)) as unit:
+            with share.units(emit, self.fields.place(Field.NEXT_TASK)) as unit:
                 start = builder.mul(unit, share.size)
                 stop = emit.minimum(builder.add(start, share.size), num_groups)
                 with emit.loop(start, stop, GROUPS) as block:
@@ -76,11 +77,6 @@ class _Bounds:
                         self._emit_sums(group, tile.index)
                         self._emit_bounds(group, tile.index, unit)
         builder.ret_void()
-
-    def _read(self, field: Field) -> Value:
-        place = self.emit.at(self.function.args[0], int(field), INT64)
-        value = self.emit.builder.load(place, typ=INT64, align=8)
-        return self.emit.builder.inttoptr(value, POINTER) if field <= Field.LOWERS else value
 
     def _rounded_up(self, field: Field, size: int) -> Value:
         return self.emit.rounded_up(self.fields[field], self.emit.integer(size))
