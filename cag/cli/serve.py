@@ -128,7 +128,7 @@ def serve(
             help="Keys and values of chats that are kept for their next question.",
             parser=size_bytes,
             metavar="SIZE",
-            show_default="1GiB",
+            show_default="512MiB",
         ),
     ] = None,
     max_sessions: Annotated[

@@ -47,7 +47,7 @@ class ServerSettings(BaseModel):
     default_max_tokens: int = Field(default=512, ge=1)
     speculate: bool | None = None
     session_ttl_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
-    conversation_bytes: int = Field(default=1 << 30, ge=0)
+    conversation_bytes: int = Field(default=512 << 20, ge=0)
     max_sessions: int = Field(default=100, ge=1)
     max_body_bytes: int = Field(default=8 << 20, ge=1)
     max_waiting_builds: int = Field(default=8, ge=0)

@@ -145,13 +145,22 @@ def test_the_defaults_that_the_servers_help_names_are_its_settings(cag):
     printed, settings = cag("serve", "--help").stdout, ServerSettings()
     shown = {
         option: re.search(rf"--{option} .*?default: \((.*?)\)", " ".join(printed.split()))[1]
-        for option in ("slots", "queue", "max-tokens", "session-ttl", "max-sessions", "max-body-bytes")
+        for option in (
+            "slots",
+            "queue",
+            "max-tokens",
+            "session-ttl",
+            "conversation-bytes",
+            "max-sessions",
+            "max-body-bytes",
+        )
     }
     assert shown == {
         "slots": str(settings.num_slots),
         "queue": str(settings.max_waiting),
         "max-tokens": str(settings.default_max_tokens),
         "session-ttl": f"{settings.session_ttl_s / 60:.0f}m",
+        "conversation-bytes": f"{settings.conversation_bytes >> 20}MiB",
         "max-sessions": str(settings.max_sessions),
         "max-body-bytes": f"{settings.max_body_bytes >> 20}MiB",
     }
