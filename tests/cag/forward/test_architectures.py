@@ -296,7 +296,7 @@ REFUSED = {
     "bart": (DECODER_ALONE | {"decoder_attention_heads": 4}, "takes no positions"),
     "bert": ({}, "sees other tokens"),
     "bloom": ({"n_layer": 2, "n_head": 4}, "none attend through"),
-    "deepseek_v32": ({}, "indexed_attention"),
+    "deepseek_v32": ({}, "indexed_attention|deepseek_sparse_attention"),  # by the version of transformers
     "diffllama": ({}, "attends more than once"),
     "doge": ({}, "sees other tokens"),
     "falcon": ({}, "none attend through"),
