@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from cag.generation.session import Session
-from cag.server.caches import ResidentCaches
-from cag.server.sessions import Clock, SessionUse
-from cag.server.tenants import CacheKey
+from cag.server.sessions import Clock, NewSession, SessionUse
 
 Turns = Sequence[tuple[str, str]]
 """(question, answer) pairs."""
@@ -122,17 +120,12 @@ class LeftConversations:
 
 
 @dataclass(frozen=True)
-class WholeConversation:
-    """Where a question is asked that comes with all turns before it; see `cag.server.sessions.Place`."""
+class WholeConversation(NewSession):
+    """Where a question is asked that comes with all turns before it: in a new session, or in one that was left."""
 
-    caches: ResidentCaches
     left: LeftConversations
-    key: CacheKey
     history: Turns
     question: str
-
-    def claim(self) -> None:
-        """See `Place`."""
 
     @contextmanager
     def using(self) -> Iterator[SessionUse]:
@@ -151,9 +144,6 @@ class WholeConversation:
                 if session is not None:
                     session.suspend()
                     self.left.leave(self.key.tenant, digest, session, session.turns or turns)
-
-    def release(self) -> None:
-        """See `Place`."""
 
 
 def _num_shared(turns: Turns, history: Turns, question: str) -> int:

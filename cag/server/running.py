@@ -205,7 +205,7 @@ class AnswerRun:
 
 def _place(question: Question, at: Workplace) -> Place:
     if question.goes_on:
-        return WholeConversation(at.caches, at.left, question.cache, question.history, question.text)
+        return WholeConversation(at.caches, question.cache, at.left, question.history, question.text)
     return question.session or NewSession(at.caches, question.cache)
 
 

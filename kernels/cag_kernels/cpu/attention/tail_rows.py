@@ -22,8 +22,8 @@ from cag_kernels.prefixes import BLOCK_TOKENS
 class TailRows:
     """Attention of `rows` rows over one block of a tail's keys, on top of what their sums hold.
 
-    Arguments: scaled query `[rows, head_dim]`, turned keys `[head_dim, BLOCK_TOKENS]`, values `[count, head_dim]` as
-    `kept`, the next block's values, which are asked for; the first key that each row sees and the one behind its last,
+    Arguments: turned keys `[head_dim, BLOCK_TOKENS]`, values `[count, head_dim]` as `kept`, the next block's values,
+    which are asked for; scaled query `[rows, head_dim]`, the first key that each row sees and the one behind its last,
     int32 `[rows]`; maxima and denominators `[rows]` and weighted sums `[rows, head_dim]`, which the block's join; then
     the block's first key and `count`.
     """
@@ -35,7 +35,7 @@ class TailRows:
         self.emit = Emitter(self.function, lanes)
         self.head_dim, self.rows, self.kept, self.element = head_dim, range(rows), kept, ELEMENTS[kept]
         self.most_sums = SUMS_IN_REGISTERS[max(8, lanes)]
-        self.query, self.keys, self.values, self.ahead, self.firsts, self.lasts = self.function.args[:6]
+        self.keys, self.values, self.ahead, self.query, self.firsts, self.lasts = self.function.args[:6]
         self.maxima, self.denominators, self.sums, self.token, self.count = self.function.args[6:]
         self.scores = self.emit.scratch(rows * BLOCK_TOKENS)
         self._emit_scores()

@@ -52,10 +52,6 @@ class _Rows:
         """Where a row's channels begin."""
         return self.emit.at(pointer, self.emit.builder.mul(row, self.emit.integer(self.head_dim)))
 
-    def bound(self, side: Value, row: Value) -> Value:
-        """A key as an index."""
-        return self.emit.builder.sext(self.emit.builder.load(self.emit.at(side, row, INT32), typ=INT32, align=4), INT64)
-
     def begin(self, row: Value, source: Value | None, scale: Value, first: Value, last: Value) -> None:
         """With no key seen; without a source, for a row that there is not."""
         emit, builder, nothing = self.emit, self.emit.builder, self.emit.constant(0.0)
@@ -70,12 +66,12 @@ class _Rows:
         for side, bound in ((self.firsts, first), (self.lasts, last)):
             builder.store(builder.trunc(bound, INT32), emit.at(side, row, INT32), align=4)
 
-    def pointers(self, row: Value) -> tuple[list[Value], list[Value]]:
-        """Of rows from one on, what `TailRows` takes: the query; then bounds and sums."""
+    def pointers(self, row: Value) -> list[Value]:
+        """Of rows from one on, what `TailRows` takes: query, bounds and sums."""
         emit = self.emit
         bounds = [emit.at(side, row, INT32) for side in (self.firsts, self.lasts)]
         sums = [emit.at(self.maxima, row), emit.at(self.denominators, row), self.wide(self.sums, row)]
-        return [self.wide(self.query, row)], bounds + sums
+        return [self.wide(self.query, row), *bounds, *sums]
 
 
 class _Attend:
@@ -101,18 +97,22 @@ class _Attend:
         self._emit_tasks()
         emit.builder.ret_void()
 
-    def _integer(self, field: Field, index: Value) -> Value:
-        """Of an array of int32."""
-        found = self.emit.builder.load(self.emit.at(self.call[field], index, INT32), typ=INT32, align=4)
+    def _integer(self, array: Value, index: Value) -> Value:
+        """One of an array of int32."""
+        found = self.emit.builder.load(self.emit.at(array, index, INT32), typ=INT32, align=4)
         return self.emit.builder.sext(found, INT64)
+
+    def _num_rows(self, first: Value, last: Value) -> Value:
+        """Tokens of sessions `[first, last)` that ask."""
+        begin, end = (self._integer(self.call[Field.STARTS], session) for session in (first, last))
+        return self.emit.builder.sub(end, begin)
 
     def _emit_tasks(self) -> None:
         emit, builder, call = self.emit, self.emit.builder, self.call
         one, heads = emit.integer(1), call[Field.NUM_KV_HEADS]
         first, last = call[Field.FIRST_SESSION], call[Field.LAST_SESSION]
         with emit.loop(first, last, 1, [one]) as session:  # the most tokens of a session that ask
-            starts = [self._integer(Field.STARTS, place) for place in (session.index, builder.add(session.index, one))]
-            count = builder.sub(starts[1], starts[0])
+            count = self._num_rows(session.index, builder.add(session.index, one))
             more = builder.icmp_signed(">", count, session.values[0])
             session.following = [builder.select(more, count, session.values[0])]
         most_rows = builder.mul(session.following[0], emit.integer(self.group))
@@ -126,8 +126,8 @@ class _Attend:
 
     def _emit_piece(self, session: Value, kv_head: Value, piece: Value) -> None:
         emit, builder, group = self.emit, self.emit.builder, self.emit.integer(self.group)
-        begin = self._integer(Field.STARTS, session)
-        count = builder.sub(self._integer(Field.STARTS, builder.add(session, emit.integer(1))), begin)
+        begin = self._integer(self.call[Field.STARTS], session)
+        count = self._num_rows(session, builder.add(session, emit.integer(1)))
         first_row = builder.mul(piece, emit.integer(PIECE_ROWS))
         left = builder.sub(builder.mul(count, group), first_row)
         with emit.when(builder.icmp_signed(">", left, emit.integer(0))):
@@ -156,8 +156,8 @@ class _Attend:
     ) -> None:
         """Begin with the rows of a piece, and with rows of nothing up to whole `ROWS`."""
         emit, builder, call, zero = self.emit, self.emit.builder, self.call, self.emit.integer(0)
-        before = builder.sub(self._integer(Field.LENGTHS, session), count)
-        skipped = self._integer(Field.SKIPPED, session)
+        before = builder.sub(self._integer(call[Field.LENGTHS], session), count)
+        skipped = self._integer(call[Field.SKIPPED], session)
         with emit.loop(zero, num_rows, 1) as row:
             token, head = token_and_head(row.index)
             last = builder.add(builder.add(before, token), emit.integer(1))
@@ -174,8 +174,8 @@ class _Attend:
         """All keys that any row of the piece sees, block by block."""
         emit, builder, rows, zero = self.emit, self.emit.builder, self.rows, self.emit.integer(0)
         size = emit.integer(BLOCK_TOKENS)
-        least = rows.bound(rows.firsts, zero)
-        behind = rows.bound(rows.lasts, builder.sub(num_rows, emit.integer(1)))
+        least = self._integer(rows.firsts, zero)
+        behind = self._integer(rows.lasts, builder.sub(num_rows, emit.integer(1)))
         start = builder.mul(builder.udiv(least, size), size)
         with emit.when(builder.icmp_signed("<", least, behind)), emit.loop(start, behind, BLOCK_TOKENS) as block:
             token = block.index
@@ -191,8 +191,7 @@ class _Attend:
             builder.call(self.turn, [keys, next_keys, values, count, self.turned])
 
             def serve(function: ir.Function, row: Value) -> None:
-                query, others = rows.pointers(row)
-                builder.call(function, [*query, self.turned, values, next_values, *others, token, count])
+                builder.call(function, [self.turned, values, next_values, *rows.pointers(row), token, count])
 
             if self.one_token is self.some:
                 self._emit_some(num_rows, token, count, serve)
@@ -210,8 +209,8 @@ class _Attend:
         emit, builder, rows = self.emit, self.emit.builder, self.rows
         last_row = builder.sub(num_rows, emit.integer(1))
         with emit.loop(emit.integer(0), num_rows, ROWS) as row:
-            last = rows.bound(rows.lasts, emit.minimum(builder.add(row.index, emit.integer(ROWS - 1)), last_row))
-            first = rows.bound(rows.firsts, row.index)
+            last = self._integer(rows.lasts, emit.minimum(builder.add(row.index, emit.integer(ROWS - 1)), last_row))
+            first = self._integer(rows.firsts, row.index)
             begins = builder.icmp_signed("<", first, builder.add(token, count))
             with emit.when(builder.and_(begins, builder.icmp_signed("<", token, last))):
                 serve(self.some, row.index)
@@ -221,7 +220,7 @@ class _Attend:
         emit, builder, call = self.emit, self.emit.builder, self.call
         page_tokens = call[Field.PAGE_TOKENS]
         index = builder.add(builder.mul(session, call[Field.MAX_PAGES]), builder.udiv(token, page_tokens))
-        head = builder.add(builder.mul(self._integer(Field.PAGES, index), call[Field.NUM_KV_HEADS]), kv_head)
+        head = builder.add(builder.mul(self._integer(call[Field.PAGES], index), call[Field.NUM_KV_HEADS]), kv_head)
         place = builder.add(builder.mul(head, page_tokens), builder.urem(token, page_tokens))
         return builder.mul(place, emit.integer(self.head_dim))
 
@@ -229,8 +228,8 @@ class _Attend:
         """Add what a row found in other segments, divide, and write it with the logsumexp of all."""
         emit, builder, call, zero = self.emit, self.emit.builder, self.call, self.emit.integer(0)
         num_parts, channels = call[Field.NUM_PARTS], emit.integer(self.head_dim)
-        begin = self._integer(Field.STARTS, call[Field.FIRST_SESSION])
-        part_rows = builder.sub(self._integer(Field.STARTS, call[Field.LAST_SESSION]), begin)
+        begin = self._integer(call[Field.STARTS], call[Field.FIRST_SESSION])
+        part_rows = self._num_rows(call[Field.FIRST_SESSION], call[Field.LAST_SESSION])
 
         def part_row(part: Value) -> Value:
             heads = builder.add(builder.mul(part, call[Field.NUM_Q_HEADS]), head)
